@@ -1,0 +1,105 @@
+"""The deployment: one YAML file, validated once, frozen. `tools.serve` writes it from flags; every model reads it."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ensemble.errors import ConfigError
+
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
+Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
+
+DEPLOYMENT_VARIABLE = "DISTSERVE_DEPLOYMENT"  # environment variable that names the deployment file
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """Which model, and in which numbers."""
+
+    path: Path  # a Hugging Face directory
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights of config.json's shape
+    dtype: Dtype = "auto"  # auto: float32 on the CPU, on a GPU what config.json says
+    max_model_len: int | None = Field(default=None, ge=2)  # None: what config.json says
+    seed: int = 0  # of dummy weights
+
+
+class StageConfig(_Frozen):
+    """The replicas of one stage. Each replica is one worker process on one device."""
+
+    devices: list[Device] = Field(min_length=1)  # one replica per device, in this order
+    kv_cache_bytes: int | None = Field(
+        default=None, ge=1
+    )  # None: 1 GiB on a CPU, the share below on a GPU
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1
+    )  # of the device's memory, for this stage's worker
+    num_threads: int | None = Field(
+        default=None, ge=1
+    )  # torch threads on a CPU; None: an equal part of the cores
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self.devices)
+
+
+class PrefillConfig(StageConfig):
+    max_num_batched_tokens: int = Field(default=2048, ge=16)  # token budget of a batch
+    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_bridge_seqs: int = Field(
+        default=32, ge=1
+    )  # prefilled or in prefill beyond what decode has room for
+
+
+class DecodeConfig(StageConfig):
+    max_num_seqs: int = Field(default=256, ge=1)
+
+
+class SchedulerConfig(_Frozen):
+    policy: Literal["fcfs"] = "fcfs"
+    max_queue_requests: int = Field(default=4096, ge=1)
+    max_queue_tokens: int = Field(default=4_000_000, ge=1)
+
+
+class Deployment(_Frozen):
+    """Everything the three models need to know."""
+
+    model: ModelConfig
+    prefill: PrefillConfig
+    decode: DecodeConfig
+    scheduler: SchedulerConfig = SchedulerConfig()
+    block_size: int = Field(default=16, ge=1, le=256)
+
+    @model_validator(mode="after")
+    def _block_size_is_a_power_of_two(self) -> "Deployment":
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size {self.block_size} is not a power of two")
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Deployment":
+        """Reads and validates the file. Raises ConfigError in one line that names the field."""
+        try:
+            raw = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"deployment file {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"deployment file {path}: {' '.join(str(error).split())}") from None
+        return cls.parse(raw)
+
+    @classmethod
+    def parse(cls, raw: Any) -> "Deployment":
+        """Validates plain data. Raises ConfigError in one line that names the field."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "deployment"
+            raise ConfigError(f"{field} = {first['input']!r}: {first['msg']}") from None
+
+    def to_yaml(self) -> str:
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))

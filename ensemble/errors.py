@@ -1,0 +1,68 @@
+"""Every error a client or an operator can meet, in one hierarchy.
+
+Each class carries the Triton error code its response gets; `retry_after_s` is the hint given with refusals that
+time will cure.
+"""
+
+from typing import Any, Literal
+
+ErrorCode = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL", "UNSUPPORTED"]
+
+
+class DistServeError(Exception):
+    """Base of all errors that are part of the interface. `code` is the name of a Triton error code."""
+
+    code: ErrorCode = "INTERNAL"
+
+
+class ConfigError(DistServeError):
+    """The deployment cannot work as written; the message names the field, the value and what is allowed."""
+
+    code: ErrorCode = "INVALID_ARG"
+
+
+class ModelError(ConfigError):
+    """The model directory is missing, incomplete, or of an architecture that is not supported."""
+
+
+class InvalidRequest(DistServeError):
+    """A request field has a value that is not allowed."""
+
+    code: ErrorCode = "INVALID_ARG"
+
+    def __init__(self, field: str, value: Any, allowed: str) -> None:
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field} = {shown} is not valid: {allowed}")
+        self.field = field
+
+
+class Overloaded(DistServeError):
+    """A bounded queue is full; the request was not accepted."""
+
+    code: ErrorCode = "UNAVAILABLE"
+
+    def __init__(self, what: str, retry_after_s: float) -> None:
+        super().__init__(f"overloaded: {what}; retry after {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
+
+
+class StageUnavailable(DistServeError):
+    """A stage has no live worker, or the worker that held the request is gone."""
+
+    code: ErrorCode = "UNAVAILABLE"
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(f"{stage} is unavailable: {reason}")
+        self.stage = stage
+
+
+class Cancelled(DistServeError):
+    """The client cancelled the request."""
+
+    code: ErrorCode = "CANCELLED"
+
+
+class InternalError(DistServeError):
+    """A fault of ours; the message says where."""

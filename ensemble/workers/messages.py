@@ -1,0 +1,207 @@
+"""The messages between the scheduler, the stages and their workers: msgspec structs, msgpack on the wire.
+
+    scheduler --StageCall--> prefill | decode model (unary BLS)  --forwarded unread--> worker (ZeroMQ)
+    worker --WorkerEvent--> stage --Events (answer of a parked Poll), PrefillAnswer--> scheduler
+    decode worker --PeerCall--> prefill worker   (attach the pool, acknowledge transfers)
+
+A `KVHandoff` gives its holder the right, and the duty, to end the lease on the source's blocks exactly once:
+the scheduler while the sequence waits in the bridge, the decode worker from `SubmitDecode` on.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+
+from ensemble.errors import ErrorCode
+from ensemble.request import FinishReason, Request
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+# ---- hand-off
+
+
+class KVHandoff(msgspec.Struct, frozen=True, kw_only=True):
+    """A prefilled sequence on its way to decode. Its KV stays in the source's blocks until acknowledged."""
+
+    transfer_id: int  # unique in the life of the source worker
+    source: str  # address of the source worker's peer socket
+    request: Request
+    output_token_ids: list[int]
+    num_kv_tokens: int
+    block_ids: list[int]  # in the source's pool
+
+
+# ---- scheduler to stage
+
+
+class PrefillChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """Positions [start, start + length) of a prompt. The first chunk carries the request and reserves all blocks."""
+
+    request_id: int
+    start: int
+    length: int
+    request: Request | None = None
+
+
+class PrefillBatch(_Message, frozen=True, kw_only=True):
+    """Answered by PrefillAnswer when the batch has run."""
+
+    replica: int
+    batch_id: int
+    chunks: list[PrefillChunk]
+
+
+class SubmitDecode(_Message, frozen=True, kw_only=True):
+    """Answered at once; what becomes of the sequences comes as events."""
+
+    replica: int
+    handoffs: list[KVHandoff]
+
+
+class CancelRequests(_Message, frozen=True, kw_only=True):
+    """Ends requests at this replica in whatever state they are; answered at once, confirmed by Released events."""
+
+    replica: int
+    request_ids: list[int]
+
+
+class Poll(_Message, frozen=True, kw_only=True):
+    """Parked until the replica has events, at most `max_wait_s`."""
+
+    replica: int
+    max_wait_s: float = 1.0
+
+
+StageCall: TypeAlias = PrefillBatch | SubmitDecode | CancelRequests | Poll
+
+
+# ---- worker events
+
+
+class PrefillResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt that is finished: its first token, and how it goes on (None when it ended there)."""
+
+    request_id: int
+    token_id: int
+    finish_reason: FinishReason | None
+    handoff: KVHandoff | None
+
+
+class PrefillAnswer(_Message, frozen=True, kw_only=True):
+    batch_id: int
+    results: list[PrefillResult]
+    compute_s: float  # time the batch took in the worker
+
+
+class StepTokens(_Message, frozen=True, kw_only=True):
+    """The tokens of one decode iteration, columns in batch order."""
+
+    request_ids: list[int]
+    token_ids: list[int]
+    finished: dict[int, FinishReason]
+
+
+class Joined(_Message, frozen=True, kw_only=True):
+    """Sequences whose KV has arrived and that take part from the next iteration on."""
+
+    request_ids: list[int]
+    transfer_s: list[float]
+    transfer_bytes: list[int]
+
+
+class Released(_Message, frozen=True, kw_only=True):
+    """Requests whose blocks at this replica are free again."""
+
+    request_ids: list[int]
+
+
+class RequestFailed(_Message, frozen=True, kw_only=True):
+    request_id: int
+    code: ErrorCode
+    message: str
+
+
+class ReplicaUp(_Message, frozen=True, kw_only=True):
+    """First message of a worker that has loaded its model; repeated to a scheduler that polls for the first time."""
+
+    replica: int
+    epoch: int
+    num_blocks: int
+    max_num_seqs: int
+    pid: int
+
+
+class ReplicaDown(_Message, frozen=True, kw_only=True):
+    replica: int
+    epoch: int
+    reason: str
+
+
+class LoadFailed(_Message, frozen=True, kw_only=True):
+    """The worker cannot start; the reason is the operator's one line."""
+
+    reason: str
+
+
+WorkerEvent: TypeAlias = (
+    PrefillAnswer
+    | StepTokens
+    | Joined
+    | Released
+    | RequestFailed
+    | ReplicaUp
+    | ReplicaDown
+    | LoadFailed
+)
+
+
+class Events(_Message, frozen=True, kw_only=True):
+    """Answer to a Poll: what happened at the replica since the last one, in order."""
+
+    replica: int
+    events: list[WorkerEvent]
+
+
+class Accepted(_Message, frozen=True, kw_only=True):
+    """Answer to a call whose effects come as events."""
+
+
+StageAnswer: TypeAlias = Events | PrefillAnswer | Accepted
+
+
+# ---- worker to worker
+
+
+class AttachPool(_Message, frozen=True, kw_only=True):
+    """Asks for the handle of the worker's KV pool; answered by PoolHandle."""
+
+
+class PoolHandle(_Message, frozen=True, kw_only=True):
+    """How another process maps the pool: a memfd of the exporter, or a CUDA IPC handle."""
+
+    kind: str  # "memfd" or "cuda_ipc"
+    pid: int
+    handle: bytes
+    num_bytes: int
+    shape: list[int]
+    dtype: str
+
+
+class TransferDone(_Message, frozen=True, kw_only=True):
+    """Ends the leases: the copies have completed, or were given up before they began."""
+
+    transfer_ids: list[int]
+
+
+PeerCall: TypeAlias = AttachPool | TransferDone
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+decode_stage_call = msgspec.msgpack.Decoder(StageCall).decode
+decode_stage_answer = msgspec.msgpack.Decoder(StageAnswer).decode
+decode_worker_event = msgspec.msgpack.Decoder(WorkerEvent).decode
+decode_peer_call = msgspec.msgpack.Decoder(PeerCall).decode
+decode_pool_handle = msgspec.msgpack.Decoder(PoolHandle).decode
