@@ -32,15 +32,9 @@ class StageConfig(_Frozen):
     """The replicas of one stage. Each replica is one worker process on one device."""
 
     devices: list[Device] = Field(min_length=1)  # one replica per device, in this order
-    kv_cache_bytes: int | None = Field(
-        default=None, ge=1
-    )  # None: 1 GiB on a CPU, the share below on a GPU
-    gpu_memory_utilization: float = Field(
-        default=0.9, gt=0, le=1
-    )  # of the device's memory, for this stage's worker
-    num_threads: int | None = Field(
-        default=None, ge=1
-    )  # torch threads on a CPU; None: an equal part of the cores
+    kv_cache_bytes: int | None = Field(default=None, ge=1)  # None: 1 GiB on a CPU, the share below on a GPU
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)  # of the device's memory, for this stage's worker
+    num_threads: int | None = Field(default=None, ge=1)  # torch threads on a CPU; None: an equal part of the cores
 
     @property
     def num_replicas(self) -> int:
@@ -50,9 +44,7 @@ class StageConfig(_Frozen):
 class PrefillConfig(StageConfig):
     max_num_batched_tokens: int = Field(default=2048, ge=16)  # token budget of a batch
     max_num_seqs: int = Field(default=256, ge=1)
-    max_num_bridge_seqs: int = Field(
-        default=32, ge=1
-    )  # prefilled or in prefill beyond what decode has room for
+    max_num_bridge_seqs: int = Field(default=32, ge=1)  # prefilled or in prefill beyond what decode has room for
 
 
 class DecodeConfig(StageConfig):

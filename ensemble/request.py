@@ -63,9 +63,7 @@ class Sequence:
     request: Request
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0  # tokens whose KV is in this engine's pool
-    block_ids: list[int] = field(
-        default_factory=list
-    )  # block_ids[i] |-> block of tokens [i*B, (i+1)*B)
+    block_ids: list[int] = field(default_factory=list)  # block_ids[i] |-> block of tokens [i*B, (i+1)*B)
     finish_reason: FinishReason | None = None
 
     @property

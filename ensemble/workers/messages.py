@@ -147,14 +147,7 @@ class LoadFailed(_Message, frozen=True, kw_only=True):
 
 
 WorkerEvent: TypeAlias = (
-    PrefillAnswer
-    | StepTokens
-    | Joined
-    | Released
-    | RequestFailed
-    | ReplicaUp
-    | ReplicaDown
-    | LoadFailed
+    PrefillAnswer | StepTokens | Joined | Released | RequestFailed | ReplicaUp | ReplicaDown | LoadFailed
 )
 
 
