@@ -1,0 +1,92 @@
+"""Who owns which block of a KV pool: every block is free or belongs to exactly one owner.
+
+free --allocate, extend--> sequence --reassign--> transfer --free--> free
+                              |------------------free-------------->|
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from ensemble.errors import InternalError
+
+
+class Owner(NamedTuple):
+    """A sequence (by request_id), or a transfer (by transfer_id): blocks under lease until the copy is acknowledged."""
+
+    kind: Literal["sequence", "transfer"]
+    id: int
+
+
+class OutOfBlocks(InternalError):
+    """An allocation asked for more blocks than are free; nothing was taken."""
+
+    def __init__(self, owner: Owner, num_blocks: int, num_free_blocks: int) -> None:
+        super().__init__(f"{owner.kind} {owner.id} needs {num_blocks} blocks, {num_free_blocks} are free")
+
+
+class BlockManager:
+    """The blocks of one pool. Every operation costs O(1) per block; misuse raises InternalError and changes nothing."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the block freed last is warm, and reused first
+        self._owned: dict[Owner, list[int]] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def blocks_of(self, owner: Owner) -> Sequence[int]:
+        """The owner's blocks in the order of its tokens; empty for an unknown owner."""
+        return tuple(self._owned.get(owner, ()))
+
+    def allocate(self, owner: Owner, num_blocks: int) -> list[int]:
+        """Gives blocks to a new owner. Raises OutOfBlocks if too few are free."""
+        if owner in self._owned:
+            raise InternalError(f"{owner.kind} {owner.id} already holds blocks")
+        block_ids = self._take(owner, num_blocks)
+        self._owned[owner] = block_ids
+        return list(block_ids)
+
+    def extend(self, owner: Owner, num_blocks: int) -> list[int]:
+        """Appends blocks to what the owner holds and returns the new ones. Raises OutOfBlocks if too few are free."""
+        owned = self._blocks(owner)
+        block_ids = self._take(owner, num_blocks)
+        owned += block_ids
+        return block_ids
+
+    def reassign(self, owner: Owner, new_owner: Owner) -> None:
+        """Moves all blocks of an owner to one that holds none."""
+        if new_owner in self._owned:
+            raise InternalError(f"{new_owner.kind} {new_owner.id} already holds blocks")
+        self._owned[new_owner] = self._blocks(owner)
+        del self._owned[owner]
+
+    def free(self, owner: Owner) -> int:
+        """Takes all blocks back and returns how many they were."""
+        block_ids = self._blocks(owner)
+        del self._owned[owner]
+        self._free.extend(reversed(block_ids))
+        return len(block_ids)
+
+    def check_integrity(self) -> None:
+        """Raises InternalError unless every block of the pool is free or owned, exactly once."""
+        held = self._free + [block_id for block_ids in self._owned.values() for block_id in block_ids]
+        if len(held) != self.num_blocks or set(held) != set(range(self.num_blocks)):
+            raise InternalError(f"pool of {self.num_blocks} blocks: {len(set(held))} distinct in {len(held)} places")
+
+    def _blocks(self, owner: Owner) -> list[int]:
+        block_ids = self._owned.get(owner)
+        if block_ids is None:
+            raise InternalError(f"{owner.kind} {owner.id} holds no blocks")
+        return block_ids
+
+    def _take(self, owner: Owner, num_blocks: int) -> list[int]:
+        if not 0 <= num_blocks <= len(self._free):
+            raise OutOfBlocks(owner, num_blocks, len(self._free))
+        return [self._free.pop() for _ in range(num_blocks)]
