@@ -1,5 +1,6 @@
 """The deployment: one YAML file, validated once, frozen. `tools.serve` writes it from flags; every model reads it."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,12 @@ class ModelConfig(_Frozen):
     max_model_len: int | None = Field(default=None, ge=2)  # None: what config.json says
     seed: int = 0  # of dummy weights
 
+    def limit_model_len(self, model_limit: int) -> int:
+        """Tokens a sequence may have, prompt and output: `max_model_len`, at most the model's own limit."""
+        if self.max_model_len is not None and self.max_model_len > model_limit:
+            raise ConfigError(f"max_model_len = {self.max_model_len}: the model's own limit is {model_limit}")
+        return self.max_model_len or model_limit
+
 
 class StageConfig(_Frozen):
     """The replicas of one stage. Each replica is one worker process on one device."""
@@ -35,6 +42,7 @@ class StageConfig(_Frozen):
     kv_cache_bytes: int | None = Field(default=None, ge=1)  # None: 1 GiB on a CPU, the share below on a GPU
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)  # of the device's memory, for this stage's worker
     num_threads: int | None = Field(default=None, ge=1)  # torch threads on a CPU; None: an equal part of the cores
+    max_num_seqs: int = Field(default=256, ge=1)  # sequences in one batch
 
     @property
     def num_replicas(self) -> int:
@@ -43,12 +51,7 @@ class StageConfig(_Frozen):
 
 class PrefillConfig(StageConfig):
     max_num_batched_tokens: int = Field(default=2048, ge=16)  # token budget of a batch
-    max_num_seqs: int = Field(default=256, ge=1)
     max_num_bridge_seqs: int = Field(default=32, ge=1)  # prefilled or in prefill beyond what decode has room for
-
-
-class DecodeConfig(StageConfig):
-    max_num_seqs: int = Field(default=256, ge=1)
 
 
 class SchedulerConfig(_Frozen):
@@ -62,7 +65,7 @@ class Deployment(_Frozen):
 
     model: ModelConfig
     prefill: PrefillConfig
-    decode: DecodeConfig
+    decode: StageConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     block_size: int = Field(default=16, ge=1, le=256)
 
@@ -71,6 +74,14 @@ class Deployment(_Frozen):
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size {self.block_size} is not a power of two")
         return self
+
+    @classmethod
+    def from_environment(cls) -> "Deployment":
+        """The deployment of the file that the environment names. Raises ConfigError in one line."""
+        path = os.environ.get(DEPLOYMENT_VARIABLE)
+        if not path:
+            raise ConfigError(f"{DEPLOYMENT_VARIABLE} is not set: it names the deployment file (YAML)")
+        return cls.from_yaml(path)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Deployment":

@@ -8,7 +8,7 @@ A `KVHandoff` gives its holder the right, and the duty, to end the lease on the 
 the scheduler while the sequence waits in the bridge, the decode worker from `SubmitDecode` on.
 """
 
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -35,6 +35,15 @@ class KVHandoff(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # ---- scheduler to stage
+#
+# Commands to one replica are numbered from 0 in each epoch of its worker. BLS calls from several threads may overtake
+# each other; the stage forwards them in order, so that a cancel never precedes what it cancels.
+
+
+class _Command(_Message, frozen=True, kw_only=True):
+    replica: int
+    epoch: int = 0
+    number: int = 0  # set by the sender
 
 
 class PrefillChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,25 +55,22 @@ class PrefillChunk(msgspec.Struct, frozen=True, kw_only=True):
     request: Request | None = None
 
 
-class PrefillBatch(_Message, frozen=True, kw_only=True):
+class PrefillBatch(_Command, frozen=True, kw_only=True):
     """Answered by PrefillAnswer when the batch has run."""
 
-    replica: int
     batch_id: int
     chunks: list[PrefillChunk]
 
 
-class SubmitDecode(_Message, frozen=True, kw_only=True):
+class SubmitDecode(_Command, frozen=True, kw_only=True):
     """Answered at once; what becomes of the sequences comes as events."""
 
-    replica: int
     handoffs: list[KVHandoff]
 
 
-class CancelRequests(_Message, frozen=True, kw_only=True):
+class CancelRequests(_Command, frozen=True, kw_only=True):
     """Ends requests at this replica in whatever state they are; answered at once, confirmed by Released events."""
 
-    replica: int
     request_ids: list[int]
 
 
@@ -75,7 +81,8 @@ class Poll(_Message, frozen=True, kw_only=True):
     max_wait_s: float = 1.0
 
 
-StageCall: TypeAlias = PrefillBatch | SubmitDecode | CancelRequests | Poll
+Command: TypeAlias = PrefillBatch | SubmitDecode | CancelRequests
+StageCall: TypeAlias = Command | Poll
 
 
 # ---- worker events
@@ -173,13 +180,11 @@ class AttachPool(_Message, frozen=True, kw_only=True):
 
 
 class PoolHandle(_Message, frozen=True, kw_only=True):
-    """How another process maps the pool: a memfd of the exporter, or a CUDA IPC handle."""
+    """How another process maps the pool: a path to the exporter's memfd, or torch's CUDA IPC tuple."""
 
-    kind: str  # "memfd" or "cuda_ipc"
-    pid: int
+    kind: Literal["memfd", "cuda_ipc"]
     handle: bytes
-    num_bytes: int
-    shape: list[int]
+    shape: list[int]  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
     dtype: str
 
 
@@ -194,7 +199,9 @@ PeerCall: TypeAlias = AttachPool | TransferDone
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 decode_stage_call = msgspec.msgpack.Decoder(StageCall).decode
+decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_stage_answer = msgspec.msgpack.Decoder(StageAnswer).decode
 decode_worker_event = msgspec.msgpack.Decoder(WorkerEvent).decode
 decode_peer_call = msgspec.msgpack.Decoder(PeerCall).decode
 decode_pool_handle = msgspec.msgpack.Decoder(PoolHandle).decode
+decode_cuda_ipc = msgspec.msgpack.Decoder(tuple[Any, ...]).decode

@@ -1,0 +1,100 @@
+"""The KV pool of one worker: one tensor, one allocation of its own, exported once to peers.
+
+    pool[block_id, layer, 0 = key | 1 = value, kv_head, offset, :]      slot = block_id * block_size + offset
+
+A block holds all layers, so a swap or a hand-off moves few large pieces; a range of layers, and a range of heads
+within a layer, are contiguous, which serves stages of unequal tensor and pipeline parallelism.
+
+On a CPU the pool lies in an anonymous memory file (memfd): it has no name that could outlive the process, is not
+bounded by /dev/shm, and pages are taken only when first written.
+"""
+
+import mmap
+import os
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ensemble.errors import ConfigError
+from ensemble.workers.messages import PoolHandle, decode_cuda_ipc, encode
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape and dtype of a block of this worker's layers and heads."""
+
+    num_layers: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return prod(self.block_shape) * self.dtype.itemsize
+
+    def num_blocks_in(self, num_bytes: int) -> int:
+        """Blocks that fit. Raises ConfigError if not even one does."""
+        num_blocks = num_bytes // self.block_bytes
+        if num_blocks < 1:
+            raise ConfigError(
+                f"kv_cache_bytes = {num_bytes}: the KV pool is too small for one block of {self.block_bytes} bytes"
+                f" ({self.block_size} tokens)"
+            )
+        return num_blocks
+
+
+class KVPool:
+    """This worker's pool. `tensor  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        shape = (num_blocks, *layout.block_shape)
+        if device.type == "cuda":
+            self._fd = None
+            self.tensor = torch.zeros(shape, dtype=layout.dtype, device=device)
+        else:
+            num_bytes = num_blocks * layout.block_bytes
+            self._fd = os.memfd_create("distserve-kv-pool")
+            os.ftruncate(self._fd, num_bytes)
+            self.tensor = _map_file(self._fd, num_bytes, layout.dtype).view(shape)
+
+    def export(self) -> PoolHandle:
+        """The handle by which a peer process maps this pool, for as long as this process lives."""
+        shape, dtype = list(self.tensor.shape), str(self.layout.dtype).removeprefix("torch.")
+        if self._fd is None:
+            shared: tuple[object, ...] = self.tensor.untyped_storage()._share_cuda_()
+            return PoolHandle(kind="cuda_ipc", handle=encode(shared), shape=shape, dtype=dtype)
+        path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        return PoolHandle(kind="memfd", handle=path.encode(), shape=shape, dtype=dtype)
+
+
+def map_peer_pool(handle: PoolHandle, device: torch.device) -> torch.Tensor:
+    """Maps another process's pool; dropping the tensor closes the mapping.
+
+    A CUDA IPC handle is opened with `device`, the importer's own, current: a Triton kernel may then read the memory;
+    opened under the exporter's index the kernel refuses the pointer.
+    """
+    dtype = getattr(torch, handle.dtype)
+    if handle.kind == "cuda_ipc":
+        exporter = decode_cuda_ipc(handle.handle)
+        with torch.cuda.device(device):
+            storage = torch.UntypedStorage._new_shared_cuda(device.index, *exporter[1:])
+            flat = torch.empty(0, dtype=dtype, device=device).set_(storage)
+        return flat.view(handle.shape)
+    num_bytes = prod(handle.shape) * dtype.itemsize
+    fd = os.open(handle.handle, os.O_RDWR)
+    try:
+        return _map_file(fd, num_bytes, dtype).view(handle.shape)
+    finally:
+        os.close(fd)
+
+
+def _map_file(fd: int, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(fd, num_bytes, mmap.MAP_SHARED), dtype=dtype)

@@ -1,0 +1,136 @@
+"""From a client's tensors to a validated `Request`: names and defaults of the contract, and what bad input gets."""
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemble.errors import InvalidRequest
+from ensemble.request import Request, SamplingParams
+from ensemble.tokenizer import Tokenizer
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """What a client wants to see of the answer."""
+
+    stream: bool = False
+    exclude_input_in_output: bool = True
+    return_finish_reason: bool = False
+    return_num_input_tokens: bool = False
+    return_num_output_tokens: bool = False
+    return_output_ids: bool = False
+    return_perf_metrics: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What a request is checked against."""
+
+    vocab_size: int
+    max_model_len: int  # tokens, prompt and output together
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRequest:
+    """A request as the scheduler queues it, with what only its answer needs."""
+
+    request: Request
+    options: OutputOptions
+    prompt_text: str | None  # None when the client sent token ids alone
+
+
+def parse_request(tensors: Tensors, request_id: int, tokenizer: Tokenizer, limits: ModelLimits) -> ClientRequest:
+    """Validates the tensors of one request. Raises InvalidRequest."""
+    options = OutputOptions(
+        **{name: bool(_scalar(tensors, name)) for name in OutputOptions.__slots__ if name in tensors}
+    )
+    sampling = parse_sampling(tensors)
+    text = parse_text(tensors["text_input"]) if "text_input" in tensors else None
+    if "input_ids" in tensors:
+        token_ids = [int(token_id) for token_id in tensors["input_ids"].reshape(-1)]
+    elif text is not None:
+        token_ids = tokenizer.encode(text)
+    else:
+        raise InvalidRequest("text_input", None, "give text_input or input_ids")
+    _check_prompt("input_ids" if "input_ids" in tensors else "text_input", token_ids, sampling.max_tokens, limits)
+    request = Request(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
+    return ClientRequest(request, options, text)
+
+
+def parse_text(tensor: npt.NDArray[Any], field: str = "text_input") -> str:
+    """The text of a BYTES tensor of one element. Raises InvalidRequest for empty text and invalid UTF-8."""
+    raw = tensor.reshape(-1)[0] if tensor.size == 1 else None
+    if raw is None:
+        raise InvalidRequest(field, f"{tensor.size} elements", "exactly one element")
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else str(raw)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(field, raw, f"valid UTF-8 (byte {error.start} is not)") from None
+    if not text:
+        raise InvalidRequest(field, text, "at least one character")
+    return text
+
+
+def parse_sampling(tensors: Tensors) -> SamplingParams:
+    """The sampling parameters among the tensors, aliases resolved. Raises InvalidRequest."""
+    values = {name: _scalar(tensors, name) for name in SamplingParams.__struct_fields__ if name in tensors}
+    for alias, name in (("min_length", "min_tokens"), ("random_seed", "seed")):
+        if alias in tensors and name not in values:
+            values[name] = _scalar(tensors, alias)
+    values.setdefault("seed", secrets.randbits(64))
+    values["top_k"] = max(0, values.get("top_k", 0)) if values.get("top_k", 0) >= -1 else values["top_k"]
+    sampling = SamplingParams(**values)
+    _check("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "at least 1")
+    _check(
+        "min_tokens",
+        sampling.min_tokens,
+        0 <= sampling.min_tokens <= sampling.max_tokens,
+        f"from 0 to max_tokens ({sampling.max_tokens})",
+    )
+    _check("temperature", sampling.temperature, 0 <= sampling.temperature < math.inf, "a number of at least 0")
+    _check("top_k", sampling.top_k, sampling.top_k >= 0, "at least 1, or 0 or -1 for all tokens")
+    _check("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1")
+    _check("min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "from 0 to 1")
+    _check("repetition_penalty", sampling.repetition_penalty, 0 < sampling.repetition_penalty < math.inf, "above 0")
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(sampling, name)
+        _check(name, value, -2 <= value <= 2, "from -2 to 2")
+    return sampling
+
+
+def _check_prompt(field: str, token_ids: list[int], max_tokens: int, limits: ModelLimits) -> None:
+    _check(field, token_ids, len(token_ids) > 0, "at least one token")
+    for token_id in (min(token_ids), max(token_ids)):
+        _check(field, token_id, 0 <= token_id < limits.vocab_size, f"token ids from 0 to {limits.vocab_size - 1}")
+    _check(
+        f"length of {field}",
+        len(token_ids),
+        len(token_ids) < limits.max_model_len,
+        f"at most {limits.max_model_len - 1} tokens, one less than max_model_len",
+    )
+    _check(
+        "max_tokens",
+        max_tokens,
+        len(token_ids) + max_tokens <= limits.max_model_len,
+        f"at most {limits.max_model_len - len(token_ids)} after a prompt of {len(token_ids)} tokens"
+        f" (max_model_len {limits.max_model_len})",
+    )
+
+
+def _scalar(tensors: Tensors, name: str) -> Any:
+    tensor = tensors[name]
+    if tensor.size != 1:
+        raise InvalidRequest(name, f"{tensor.size} elements", "exactly one element")
+    return np.asarray(tensor).reshape(-1)[0].item()
+
+
+def _check(field: str, value: Any, is_valid: bool, allowed: str) -> None:
+    if not is_valid:  # comparisons with NaN are false, so NaN is never valid
+        raise InvalidRequest(field, value, allowed)

@@ -1,0 +1,300 @@
+"""The life of a request, from the queue to its last token. One thread owns all state and takes all decisions.
+
+    submit -> queued -> prefill -> bridge -> decode -> finished          (PrefillScheduler, DecodeAdmission)
+                |          |          |         |
+                +----------+----------+---------+--> cancelled or failed, in every state
+
+Everything else (calls into the stages, event polls, sends to clients) happens on other threads, which report back by
+putting a function into the inbox.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from ensemble.config import Deployment
+from ensemble.errors import Cancelled, DistServeError, InternalError, InvalidRequest, StageUnavailable
+from ensemble.request import FinishReason, Request
+from ensemble.scheduling.admission import DecodeAdmission
+from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.serving.streams import ClientStream, SenderPool
+from ensemble.workers.messages import (
+    CancelRequests,
+    Command,
+    Events,
+    Joined,
+    Poll,
+    PrefillAnswer,
+    PrefillBatch,
+    Released,
+    ReplicaDown,
+    ReplicaUp,
+    RequestFailed,
+    StepTokens,
+    SubmitDecode,
+    WorkerEvent,
+    decode_stage_answer,
+    encode,
+)
+
+StageName = Literal["prefill", "decode"]
+CallModel = Callable[[StageName, bytes], bytes]  # one unary BLS call; raises DistServeError
+
+NUM_CONTROL_THREADS = 4
+MAX_BATCHES_IN_FLIGHT = 2  # per prefill replica: pipeline_parallel_size + 1
+FAILED_POLL_PAUSE_S = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class _Replica:
+    """The scheduler's end of the numbered command channel to one life of a worker."""
+
+    epoch: int
+    next_number: int = 0
+
+
+class Orchestrator:
+    """`submit` and `cancel` may be called from any thread."""
+
+    def __init__(self, deployment: Deployment, call_model: CallModel, senders: SenderPool) -> None:
+        self._call_model = call_model
+        self._senders = senders
+        self._num_replicas: dict[StageName, int] = {
+            "prefill": deployment.prefill.num_replicas,
+            "decode": deployment.decode.num_replicas,
+        }
+        self.prefill = PrefillScheduler(
+            block_size=deployment.block_size,
+            max_num_batched_tokens=deployment.prefill.max_num_batched_tokens,
+            max_num_seqs=deployment.prefill.max_num_seqs,
+            max_batches_in_flight=MAX_BATCHES_IN_FLIGHT,
+            max_queue_requests=deployment.scheduler.max_queue_requests,
+            max_queue_tokens=deployment.scheduler.max_queue_tokens,
+        )
+        self.admission = DecodeAdmission(
+            block_size=deployment.block_size, max_num_bridge_seqs=deployment.prefill.max_num_bridge_seqs
+        )
+        self._replicas: dict[tuple[StageName, int], _Replica] = {}  # those that are up
+        self._down_reasons: dict[StageName, str] = {}
+        self._streams: dict[int, ClientStream] = {}  # request_id |-> live request
+        self._early: list[tuple[Request, ClientStream]] = []  # came before the stages reported for the first time
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._commands = ThreadPoolExecutor(
+            max_workers=self._num_replicas["prefill"] * MAX_BATCHES_IN_FLIGHT + NUM_CONTROL_THREADS,
+            thread_name_prefix="command",
+        )
+        self._threads = [threading.Thread(target=self._run, name="orchestrator", daemon=True)]
+        for stage, num_replicas in self._num_replicas.items():
+            for replica in range(num_replicas):
+                poll = threading.Thread(
+                    target=self._poll, args=(stage, replica), name=f"poll-{stage}-{replica}", daemon=True
+                )
+                self._threads.append(poll)
+        for thread in self._threads:
+            thread.start()
+
+    # ---- from any thread
+
+    def submit(self, request: Request, stream: ClientStream) -> None:
+        self._inbox.put(lambda: self._arrive(request, stream))
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request wherever it is; its client gets CANCELLED."""
+        self._inbox.put(lambda: self._fail(request_id, Cancelled("the client cancelled the request")))
+
+    def live_streams(self) -> list[ClientStream]:
+        return list(self._streams.copy().values())
+
+    def close(self) -> None:
+        """Ends every request with an error, then the threads."""
+        self._closing.set()
+        self._inbox.put(lambda: self._fail_all(StageUnavailable("scheduler", "the server is stopping")))
+        self._commands.shutdown(wait=False, cancel_futures=True)
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+
+    # ---- the orchestrator's thread
+
+    def _run(self) -> None:
+        while not (self._closing.is_set() and self._inbox.empty()):
+            try:
+                self._inbox.get(timeout=1.0)()
+                while not self._inbox.empty():
+                    self._inbox.get()()
+            except queue.Empty:
+                continue
+            self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Everything that can start now, starts."""
+        while batch := self.prefill.next_batch(time.monotonic(), self.admission.try_promise):
+            now = time.time_ns()
+            for chunk in batch.chunks:
+                if chunk.request is not None:
+                    timeline = self._streams[chunk.request_id].timeline
+                    timeline.first_scheduled_ns, timeline.prefill_replica = now, batch.replica
+            self._send("prefill", batch)
+        while submission := self.admission.next_submission():
+            now = time.time_ns()
+            for handoff in submission.handoffs:
+                timeline = self._streams[handoff.request.request_id].timeline
+                timeline.decode_submitted_ns, timeline.decode_replica = now, submission.replica
+            self._send("decode", submission)
+
+    def _arrive(self, request: Request, stream: ClientStream) -> None:
+        known: list[StageName] = [stage for stage, _ in self._replicas]
+        for stage in self._num_replicas:
+            if stage in known:
+                continue
+            if stage not in self._down_reasons:
+                self._early.append((request, stream))
+            else:
+                self._senders.fail(stream, StageUnavailable(stage, self._down_reasons[stage]))
+            return
+        try:
+            self.admission.check(request)
+            self.prefill.add(request, time.monotonic())
+        except DistServeError as error:
+            self._senders.fail(stream, error)
+        else:
+            self._streams[request.request_id] = stream
+
+    def _on_events(self, stage: StageName, replica: int, events: list[WorkerEvent]) -> None:
+        for event in events:
+            match event:
+                case StepTokens():
+                    self._on_tokens(event)
+                case Released(request_ids=request_ids):
+                    (self.prefill if stage == "prefill" else self.admission).released(replica, request_ids)
+                case Joined():
+                    self._on_joined(event)
+                case RequestFailed(request_id=request_id, message=message):
+                    self._fail(request_id, InternalError(message))
+                case ReplicaUp():
+                    self._replica_up(stage, event)
+                case ReplicaDown(epoch=epoch, reason=reason):
+                    self._replica_down(stage, replica, epoch, reason)
+                case _:
+                    raise InternalError(f"{stage} replica {replica} sent {type(event).__name__}")
+
+    def _on_prefilled(self, replica: int, answer: PrefillAnswer) -> None:
+        self.prefill.batch_done(replica, answer.batch_id)
+        for result in answer.results:
+            if result.request_id not in self._streams:
+                continue  # cancelled meanwhile: the replica was told and ends the lease
+            self._streams[result.request_id].timeline.first_token_ns = time.time_ns()
+            if result.handoff is None:
+                self.admission.withdraw(result.request_id)
+            else:
+                self.admission.arrive(result.handoff)
+            self._emit(result.request_id, result.token_id, result.finish_reason)
+
+    def _on_tokens(self, step: StepTokens) -> None:
+        for request_id, token_id in zip(step.request_ids, step.token_ids, strict=True):
+            if request_id in self._streams:
+                self._emit(request_id, token_id, step.finished.get(request_id))
+
+    def _on_joined(self, joined: Joined) -> None:
+        now = time.time_ns()
+        for request_id, seconds, num_bytes in zip(
+            joined.request_ids, joined.transfer_s, joined.transfer_bytes, strict=True
+        ):
+            if request_id in self._streams:
+                timeline = self._streams[request_id].timeline
+                timeline.decode_joined_ns = now
+                timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
+
+    def _emit(self, request_id: int, token_id: int, finish_reason: FinishReason | None) -> None:
+        stream = self._streams[request_id]
+        if finish_reason is not None:
+            stream.timeline.last_token_ns = time.time_ns()
+            del self._streams[request_id]
+        self._senders.push(stream, token_id, finish_reason)
+
+    def _fail(self, request_id: int, error: DistServeError) -> None:
+        """Ends a live request with an error, wherever it is, and has its blocks freed."""
+        stream = self._streams.pop(request_id, None)
+        if stream is None:
+            return
+        where = self.admission.cancel(request_id)
+        if where is not None and where[0] == "decode":
+            self._send("decode", CancelRequests(replica=where[1], request_ids=[request_id]))
+        else:
+            prefill_replica = self.prefill.cancel(request_id)
+            if isinstance(prefill_replica, int):
+                self._send("prefill", CancelRequests(replica=prefill_replica, request_ids=[request_id]))
+        self._senders.fail(stream, error)
+
+    def _fail_all(self, error: DistServeError) -> None:
+        for request_id in list(self._streams):
+            self._fail(request_id, error)
+        early, self._early = self._early, []
+        for _, stream in early:
+            self._senders.fail(stream, error)
+
+    def _replica_up(self, stage: StageName, up: ReplicaUp) -> None:
+        self._replicas[stage, up.replica] = _Replica(up.epoch)
+        self._down_reasons.pop(stage, None)
+        if stage == "prefill":
+            for request_id in self.prefill.replica_up(up.replica, up.num_blocks):
+                self._fail(request_id, InvalidRequest("text_input", "prompt", "no prefill pool holds it"))
+        else:
+            self.admission.replica_up(up.replica, up.num_blocks, up.max_num_seqs)
+        early, self._early = self._early, []
+        for request, stream in early:
+            self._arrive(request, stream)
+
+    def _replica_down(self, stage: StageName, replica: int, epoch: int, reason: str) -> None:
+        known = self._replicas.get((stage, replica))
+        if known is None or known.epoch != epoch:
+            return
+        del self._replicas[stage, replica]
+        error = StageUnavailable(stage, reason)
+        lost = (self.prefill if stage == "prefill" else self.admission).replica_down(replica)
+        for request_id in lost:
+            self._fail(request_id, error)
+        if not any(each == stage for each, _ in self._replicas):
+            self._down_reasons[stage] = reason
+            self._fail_all(error)
+
+    # ---- calls into the stages
+
+    def _send(self, stage: StageName, command: Command) -> None:
+        replica = self._replicas.get((stage, command.replica))
+        if replica is None:
+            return  # it went down: its requests have been failed
+        command = msgspec.structs.replace(command, epoch=replica.epoch, number=replica.next_number)
+        replica.next_number += 1
+        self._commands.submit(self._call, stage, command)
+
+    def _call(self, stage: StageName, command: PrefillBatch | SubmitDecode | CancelRequests) -> None:
+        """On a command thread. A prefill batch's call returns when the batch has run."""
+        try:
+            answer = decode_stage_answer(self._call_model(stage, encode(command)))
+        except DistServeError as error:
+            reason = str(error)
+            self._inbox.put(lambda: self._replica_down(stage, command.replica, command.epoch, reason))
+            return
+        if isinstance(answer, PrefillAnswer):
+            prefilled = answer
+            self._inbox.put(lambda: self._on_prefilled(command.replica, prefilled))
+
+    def _poll(self, stage: StageName, replica: int) -> None:
+        """On a thread of its own for each replica."""
+        poll = encode(Poll(replica=replica))
+        while not self._closing.is_set():
+            try:
+                answer = decode_stage_answer(self._call_model(stage, poll))
+            except DistServeError:
+                self._closing.wait(FAILED_POLL_PAUSE_S)
+                continue
+            if isinstance(answer, Events) and answer.events:
+                events = answer.events
+                self._inbox.put(lambda events=events: self._on_events(stage, replica, events))  # type: ignore[misc]

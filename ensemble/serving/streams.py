@@ -1,0 +1,191 @@
+"""The way back to the client: tokens to text, coalesced when the sender is behind, on threads of their own.
+
+Sends never run on the scheduling thread: a send waits for the Triton server. A stream belongs to one sender thread, so
+its responses keep their order; while it waits for its turn its tokens gather, up to MAX_TOKENS_PER_RESPONSE.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemble.errors import DistServeError
+from ensemble.request import FinishReason
+from ensemble.serving.inputs import ClientRequest
+from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
+
+MAX_TOKENS_PER_RESPONSE = 8
+Outputs = dict[str, npt.NDArray[Any]]
+
+
+class ClientCall(Protocol):
+    """The Triton request behind a stream, as the model shell offers it."""
+
+    def send(self, outputs: Outputs, final: bool) -> None: ...
+
+    def send_error(self, error: DistServeError) -> None:
+        """Sends the error as the final response."""
+        ...
+
+    def is_cancelled(self) -> bool: ...
+
+
+@dataclass(slots=True, eq=False)
+class Timeline:
+    """When a request passed each point, in nanoseconds of time.time_ns(); 0 until it has."""
+
+    arrival_ns: int = 0
+    first_scheduled_ns: int = 0
+    first_token_ns: int = 0
+    decode_submitted_ns: int = 0
+    decode_joined_ns: int = 0
+    last_token_ns: int = 0
+    kv_transfer_ns: int = 0  # the copy itself
+    kv_transfer_bytes: int = 0
+    prefill_replica: int = -1
+    decode_replica: int = -1  # -1: ended with its first token
+
+
+class ClientStream:
+    """One client's answer in the making."""
+
+    def __init__(self, call: ClientCall, client_request: ClientRequest, tokenizer: Tokenizer) -> None:
+        self.call = call
+        self.timeline = Timeline(arrival_ns=time.time_ns())
+        self._request = client_request.request
+        self._options = client_request.options
+        self._tokenizer = tokenizer
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._prompt_text = client_request.prompt_text
+        self._lock = threading.Lock()
+        self._pending: deque[int] = deque()
+        self._finish_reason: FinishReason | None = None
+        self._error: DistServeError | None = None
+        self._is_queued = False  # at the sender
+        self._is_first = True
+        self._text = ""  # not yet sent
+        self._token_ids: list[int] = []  # not yet sent
+
+    @property
+    def request_id(self) -> int:
+        return self._request.request_id
+
+    def push(self, token_id: int, finish_reason: FinishReason | None) -> bool:
+        """Adds a token. True if the stream has to be queued at its sender."""
+        with self._lock:
+            self._pending.append(token_id)
+            self._finish_reason = finish_reason
+            return self._claim()
+
+    def fail(self, error: DistServeError) -> bool:
+        """Ends the stream with an error. True if the stream has to be queued at its sender."""
+        with self._lock:
+            self._error = error
+            return self._claim()
+
+    def _claim(self) -> bool:
+        claimed, self._is_queued = not self._is_queued, True
+        return claimed
+
+    def send_next(self) -> bool:
+        """Sends one response of what is pending, if it shows anything. True if more is pending."""
+        with self._lock:
+            limit = MAX_TOKENS_PER_RESPONSE if self._options.stream else len(self._pending)
+            token_ids = [self._pending.popleft() for _ in range(min(limit, len(self._pending)))]
+            is_last = self._finish_reason is not None and not self._pending
+            error = self._error
+            self._is_queued = bool(self._pending) and error is None
+        if error is not None:
+            self.call.send_error(error)
+            return False
+        self._text += self._detokenizer.push(token_ids)
+        self._token_ids += token_ids
+        if is_last:
+            self._text += self._detokenizer.flush()
+        if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
+            self.call.send(self._outputs(is_last), final=is_last)
+            self._text, self._token_ids, self._is_first = "", [], False
+        return self._is_queued
+
+    def _outputs(self, is_last: bool) -> Outputs:
+        options, text = self._options, self._text
+        if self._is_first and not options.exclude_input_in_output:
+            prompt = self._prompt_text
+            text = (self._tokenizer.decode(self._request.prompt_token_ids) if prompt is None else prompt) + text
+        outputs: Outputs = {"text_output": np.array([text.encode()], dtype=object)}
+        if options.return_finish_reason:
+            reason = self._finish_reason if is_last else None
+            outputs["finish_reason"] = np.array([(reason or "").encode()], dtype=object)
+        if options.return_num_input_tokens:
+            outputs["num_input_tokens"] = np.array([self._request.prompt_len], np.int32)
+        if options.return_num_output_tokens:
+            outputs["num_output_tokens"] = np.array([len(self._token_ids)], np.int32)
+        if options.return_output_ids:
+            outputs["output_ids"] = np.array(self._token_ids, np.int32)
+        if options.return_perf_metrics and is_last:
+            outputs |= self._perf_metrics()
+        return outputs
+
+    def _perf_metrics(self) -> Outputs:
+        timeline = self.timeline
+        nanoseconds = {
+            "arrival_time_ns": timeline.arrival_ns,
+            "first_scheduled_time_ns": timeline.first_scheduled_ns,
+            "first_token_time_ns": timeline.first_token_ns,
+            "decode_submitted_time_ns": timeline.decode_submitted_ns,
+            "decode_joined_time_ns": timeline.decode_joined_ns,
+            "last_token_time_ns": timeline.last_token_ns,
+            "kv_transfer_time_ns": timeline.kv_transfer_ns,
+            "kv_transfer_bytes": timeline.kv_transfer_bytes,
+        }
+        replicas = {"prefill_worker": timeline.prefill_replica, "decode_worker": timeline.decode_replica}
+        return {name: np.array([value], np.int64) for name, value in nanoseconds.items()} | {
+            name: np.array([value], np.int32) for name, value in replicas.items()
+        }
+
+
+class SenderPool:
+    """The threads that send. `num_sent` counts responses."""
+
+    def __init__(self, num_threads: int = 2, on_failure: Callable[[ClientStream, Exception], None] | None = None):
+        self._queues: list[queue.SimpleQueue[ClientStream | None]] = [queue.SimpleQueue() for _ in range(num_threads)]
+        self._on_failure = on_failure
+        self._threads = [
+            threading.Thread(target=self._run, args=(each,), name=f"sender-{i}", daemon=True)
+            for i, each in enumerate(self._queues)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def push(self, stream: ClientStream, token_id: int, finish_reason: FinishReason | None) -> None:
+        if stream.push(token_id, finish_reason):
+            self._queue_of(stream).put(stream)
+
+    def fail(self, stream: ClientStream, error: DistServeError) -> None:
+        if stream.fail(error):
+            self._queue_of(stream).put(stream)
+
+    def close(self) -> None:
+        """Sends what is pending, then ends the threads."""
+        for each in self._queues:
+            each.put(None)
+        for thread in self._threads:
+            thread.join(timeout=1.0)
+
+    def _queue_of(self, stream: ClientStream) -> "queue.SimpleQueue[ClientStream | None]":
+        return self._queues[stream.request_id % len(self._queues)]
+
+    def _run(self, streams: "queue.SimpleQueue[ClientStream | None]") -> None:
+        while (stream := streams.get()) is not None:
+            try:
+                if stream.send_next():
+                    streams.put(stream)
+            except Exception as error:
+                if self._on_failure is not None:
+                    self._on_failure(stream, error)

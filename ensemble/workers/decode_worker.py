@@ -1,0 +1,152 @@
+"""The decode worker: pulls handed-off KV, then decodes every sequence that has arrived, all in each iteration.
+
+SubmitDecode --> blocks reserved --> pull --copy completed: TransferDone to the source--> running --> finished
+                                      |                                                      |
+                                      +---- CancelRequests (acts when the copy has ended) ---+--> blocks free
+"""
+
+from dataclasses import dataclass
+
+from ensemble.cache.block_manager import Owner
+from ensemble.engine.batch import Batch
+from ensemble.engine.engine import Engine
+from ensemble.request import FinishReason, Sequence
+from ensemble.scheduling.decode import DecodeScheduler
+from ensemble.transfer.puller import Pull, make_puller
+from ensemble.workers.messages import (
+    CancelRequests,
+    Command,
+    Joined,
+    KVHandoff,
+    PrefillBatch,
+    Released,
+    StepTokens,
+    SubmitDecode,
+    WorkerEvent,
+)
+from ensemble.workers.peers import Peers
+
+
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """A sequence whose KV is not here yet."""
+
+    sequence: Sequence
+    handoff: KVHandoff
+    is_copying: bool = False
+    is_cancelled: bool = False
+
+
+class DecodeWorker:
+    def __init__(self, engine: Engine, peers: Peers, max_num_seqs: int) -> None:
+        self.engine = engine
+        self.peers = peers
+        self._puller = make_puller(engine.pool.tensor)
+        self._scheduler = DecodeScheduler(max_num_seqs)
+        self._arrivals: dict[int, _Arrival] = {}  # request_id |-> being pulled
+        self._running: dict[int, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running) or self._puller.num_in_flight > 0
+
+    def handle(self, command: Command) -> list[WorkerEvent]:
+        match command:
+            case SubmitDecode(handoffs=handoffs):
+                for handoff in handoffs:
+                    self._receive(handoff)
+                return []
+            case CancelRequests(request_ids=request_ids):
+                return self._cancel(request_ids)
+            case PrefillBatch():
+                raise TypeError("a decode worker was sent PrefillBatch")
+
+    def step(self) -> list[WorkerEvent]:
+        """Lets arrived sequences join, then runs one iteration of all that are running."""
+        events = self._join()
+        running = self._scheduler.next_batch()
+        if running:
+            return events + self._iterate(running)
+        if not events:
+            self._puller.wait(1e-3)
+        return events
+
+    def start_pulls(self) -> None:
+        """Starts the copies whose source pools have been mapped by now."""
+        for arrival in self._arrivals.values():
+            pool = self.peers.pool(arrival.handoff.source)
+            if arrival.is_copying or pool is None:
+                continue
+            arrival.is_copying = True
+            handoff, block_ids = arrival.handoff, arrival.sequence.block_ids
+            source_block_ids = handoff.block_ids[: self.engine.blocks.blocks_for(handoff.num_kv_tokens)]
+            self._puller.start(
+                Pull(handoff.request.request_id, pool, source_block_ids, block_ids[: len(source_block_ids)])
+            )
+
+    def _receive(self, handoff: KVHandoff) -> None:
+        sequence = Sequence(handoff.request, list(handoff.output_token_ids), handoff.num_kv_tokens)
+        num_blocks = self.engine.blocks.blocks_for(handoff.request.max_num_kv_tokens)
+        sequence.block_ids = self.engine.blocks.allocate(Owner("sequence", sequence.request_id), num_blocks)
+        self._arrivals[sequence.request_id] = _Arrival(sequence, handoff)
+        self.peers.attach(handoff.source)
+        self.start_pulls()
+
+    def _join(self) -> list[WorkerEvent]:
+        joined, seconds, num_bytes, released = [], [], [], []
+        for pull in self._puller.completed():
+            arrival = self._arrivals.pop(pull.request_id)
+            self.peers.acknowledge(arrival.handoff)
+            if arrival.is_cancelled:
+                released.append(self._free(pull.request_id))
+                continue
+            self._running[pull.request_id] = arrival.sequence
+            self._scheduler.add(arrival.sequence)
+            joined.append(pull.request_id)
+            seconds.append(pull.seconds)
+            num_bytes.append(pull.num_bytes)
+        events: list[WorkerEvent] = []
+        if joined:
+            events.append(Joined(request_ids=joined, transfer_s=seconds, transfer_bytes=num_bytes))
+        if released:
+            events.append(Released(request_ids=released))
+        return events
+
+    def _iterate(self, running: list[Sequence]) -> list[WorkerEvent]:
+        sampled = self.engine.step(Batch([], running))
+        finished: dict[int, FinishReason] = {
+            sequence.request_id: sequence.finish_reason for sequence in sampled if sequence.finish_reason is not None
+        }
+        events: list[WorkerEvent] = [
+            StepTokens(
+                request_ids=[sequence.request_id for sequence in sampled],
+                token_ids=[sequence.last_token_id for sequence in sampled],
+                finished=finished,
+            )
+        ]
+        if finished:
+            events.append(Released(request_ids=[self._leave(request_id) for request_id in finished]))
+        return events
+
+    def _cancel(self, request_ids: list[int]) -> list[WorkerEvent]:
+        released = []
+        for request_id in request_ids:
+            arrival = self._arrivals.get(request_id)
+            if request_id in self._running:
+                released.append(self._leave(request_id))
+            elif arrival is not None and arrival.is_copying:
+                arrival.is_cancelled = True  # the source's blocks are being read: the copy ends first
+            elif arrival is not None:
+                del self._arrivals[request_id]
+                self.peers.acknowledge(arrival.handoff)
+                released.append(self._free(request_id))
+        return [Released(request_ids=released)] if released else []
+
+    def _leave(self, request_id: int) -> int:
+        del self._running[request_id]
+        self._scheduler.remove(request_id)
+        return self._free(request_id)
+
+    def _free(self, request_id: int) -> int:
+        self.engine.blocks.free(Owner("sequence", request_id))
+        return request_id

@@ -1,0 +1,95 @@
+"""Worker to worker: the prefill side offers its pool and hears acknowledgements; the decode side attaches, and
+acknowledges each copy.
+"""
+
+import threading
+
+import torch
+import zmq
+
+from ensemble.cache.kv_pool import KVPool, map_peer_pool
+from ensemble.workers.messages import (
+    AttachPool,
+    KVHandoff,
+    TransferDone,
+    decode_peer_call,
+    decode_pool_handle,
+    encode,
+)
+
+ACKNOWLEDGEMENTS = "inproc://acknowledgements"
+
+
+class PeerServer:
+    """Answers peers from a thread of its own, so that a long batch does not hold up a first attach.
+
+    Acknowledgements go on to `socket`, which the engine's thread reads between batches.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, pool: KVPool) -> None:
+        self.socket = context.socket(zmq.PULL)
+        self.socket.bind(ACKNOWLEDGEMENTS)
+        self._router = context.socket(zmq.ROUTER)
+        self._router.bind(address)
+        self._context = context
+        self._handle = encode(pool.export())
+        threading.Thread(target=self._serve, name="peer-server", daemon=True).start()
+
+    def acknowledged(self) -> list[int]:
+        """Transfer ids acknowledged since the last call."""
+        transfer_ids: list[int] = []
+        while self.socket.poll(0):
+            call = decode_peer_call(self.socket.recv())
+            if isinstance(call, TransferDone):
+                transfer_ids += call.transfer_ids
+        return transfer_ids
+
+    def _serve(self) -> None:
+        forward = self._context.socket(zmq.PUSH)
+        forward.connect(ACKNOWLEDGEMENTS)
+        while True:
+            identity, payload = self._router.recv_multipart()
+            if isinstance(decode_peer_call(payload), AttachPool):
+                self._router.send_multipart([identity, self._handle])
+            else:
+                forward.send(payload)
+
+
+class Peers:
+    """The source workers that this decode worker reads from, by address."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], device: torch.device) -> None:
+        self._context = context
+        self._device = device
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._pools: dict[str, torch.Tensor] = {}
+
+    @property
+    def attaching(self) -> list[zmq.Socket[bytes]]:
+        """Sockets on which a pool handle is awaited."""
+        return [socket for address, socket in self._sockets.items() if address not in self._pools]
+
+    def attach(self, address: str) -> None:
+        """Asks for the source's pool, once."""
+        if address not in self._sockets:
+            socket = self._context.socket(zmq.DEALER)
+            socket.connect(address)
+            socket.send(encode(AttachPool()))
+            self._sockets[address] = socket
+
+    def receive_handles(self) -> bool:
+        """Maps the pools whose handles have come. True if there was one."""
+        received = False
+        for address, socket in self._sockets.items():
+            if address not in self._pools and socket.poll(0):
+                self._pools[address] = map_peer_pool(decode_pool_handle(socket.recv()), self._device)
+                received = True
+        return received
+
+    def pool(self, address: str) -> torch.Tensor | None:
+        """The source's pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], once mapped."""
+        return self._pools.get(address)
+
+    def acknowledge(self, handoff: KVHandoff) -> None:
+        """Ends the lease on the source's blocks. Called exactly once for each hand-off received."""
+        self._sockets[handoff.source].send(encode(TransferDone(transfer_ids=[handoff.transfer_id])))

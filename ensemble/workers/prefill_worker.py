@@ -1,0 +1,125 @@
+"""The prefill worker: runs batches of prompt chunks in order, and keeps finished prompts' blocks under lease until the
+reader acknowledges its copy.
+
+    PrefillBatch ---> sequence (blocks reserved at its first chunk) --last chunk--> lease --TransferDone--> free
+                          |                                                           |
+                          +------------------ CancelRequests -------------------------+--> free
+"""
+
+import time
+from collections import deque
+
+from ensemble.cache.block_manager import Owner
+from ensemble.engine.batch import Batch, PrefillRow
+from ensemble.engine.engine import Engine
+from ensemble.request import Sequence
+from ensemble.workers.messages import (
+    CancelRequests,
+    Command,
+    KVHandoff,
+    PrefillAnswer,
+    PrefillBatch,
+    PrefillResult,
+    Released,
+    SubmitDecode,
+    WorkerEvent,
+)
+
+
+class PrefillWorker:
+    """Decides nothing: the scheduler's credit says what fits. `peer_address` goes into the hand-off messages."""
+
+    def __init__(self, engine: Engine, peer_address: str) -> None:
+        self.engine = engine
+        self._peer_address = peer_address
+        self._batches: deque[PrefillBatch] = deque()
+        self._sequences: dict[int, Sequence] = {}  # request_id |-> a prompt in prefill
+        self._leases: dict[int, int] = {}  # transfer_id |-> request_id
+        self._transfers: dict[int, int] = {}  # request_id |-> transfer_id, the inverse
+        self._num_transfers = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._batches)
+
+    def handle(self, command: Command) -> list[WorkerEvent]:
+        match command:
+            case PrefillBatch():
+                self._reserve(command)
+                return []
+            case CancelRequests(request_ids=request_ids):
+                return self._cancel(request_ids)
+            case SubmitDecode():
+                raise TypeError("a prefill worker was sent SubmitDecode")
+
+    def step(self) -> list[WorkerEvent]:
+        """Runs the oldest batch."""
+        batch = self._batches.popleft()
+        start = time.perf_counter()
+        rows = [
+            PrefillRow(self._sequences[chunk.request_id], chunk.start, chunk.length)
+            for chunk in batch.chunks
+            if chunk.request_id in self._sequences  # else cancelled meanwhile
+        ]
+        sampled = self.engine.step(Batch(rows, [])) if rows else []
+        results = [self._leave_prefill(sequence) for sequence in sampled]
+        answer = PrefillAnswer(batch_id=batch.batch_id, results=results, compute_s=time.perf_counter() - start)
+        ended = [result.request_id for result in results if result.handoff is None]
+        return [answer, Released(request_ids=ended)] if ended else [answer]
+
+    def end_leases(self, transfer_ids: list[int]) -> list[WorkerEvent]:
+        """The reader has its copies; an unknown lease was ended by a cancel before."""
+        request_ids = [self._leases.pop(transfer_id) for transfer_id in transfer_ids if transfer_id in self._leases]
+        for request_id in request_ids:
+            self.engine.blocks.free(Owner("transfer", self._transfers.pop(request_id)))
+        return [Released(request_ids=request_ids)] if request_ids else []
+
+    def _reserve(self, batch: PrefillBatch) -> None:
+        for chunk in batch.chunks:
+            if chunk.request is not None:
+                sequence = Sequence(chunk.request)
+                num_blocks = self.engine.blocks.blocks_for(sequence.prompt_len)
+                sequence.block_ids = self.engine.blocks.allocate(Owner("sequence", chunk.request_id), num_blocks)
+                self._sequences[chunk.request_id] = sequence
+        self._batches.append(batch)
+
+    def _leave_prefill(self, sequence: Sequence) -> PrefillResult:
+        request_id = sequence.request_id
+        del self._sequences[request_id]
+        owner = Owner("sequence", request_id)
+        handoff = None
+        if sequence.is_finished:
+            self.engine.blocks.free(owner)
+        else:
+            transfer_id = self._num_transfers
+            self._num_transfers += 1
+            self.engine.blocks.reassign(owner, Owner("transfer", transfer_id))
+            self._leases[transfer_id] = request_id
+            self._transfers[request_id] = transfer_id
+            handoff = KVHandoff(
+                transfer_id=transfer_id,
+                source=self._peer_address,
+                request=sequence.request,
+                output_token_ids=sequence.output_token_ids,
+                num_kv_tokens=sequence.num_computed_tokens,
+                block_ids=sequence.block_ids,
+            )
+        return PrefillResult(
+            request_id=request_id,
+            token_id=sequence.last_token_id,
+            finish_reason=sequence.finish_reason,
+            handoff=handoff,
+        )
+
+    def _cancel(self, request_ids: list[int]) -> list[WorkerEvent]:
+        released: list[int] = []
+        for request_id in request_ids:
+            if self._sequences.pop(request_id, None) is not None:
+                self.engine.blocks.free(Owner("sequence", request_id))
+                released.append(request_id)
+            elif request_id in self._transfers:
+                transfer_id = self._transfers.pop(request_id)
+                del self._leases[transfer_id]
+                self.engine.blocks.free(Owner("transfer", transfer_id))
+                released.append(request_id)
+        return [Released(request_ids=released)] if released else []

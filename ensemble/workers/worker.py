@@ -1,0 +1,108 @@
+"""The worker process: loads one replica's engine, then serves its stage over ZeroMQ until the stage goes away.
+
+    python -m ensemble.workers.worker STAGE REPLICA EPOCH STAGE_ADDRESS PEER_ADDRESS ALIVE_FD
+
+The deployment file is named by the environment. ALIVE_FD is a pipe that the stage holds open: its end means that the
+stage is gone, whichever way it went, and the worker must not outlive it.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+import torch
+import zmq
+
+from ensemble.config import Deployment
+from ensemble.engine.engine import load_engine
+from ensemble.errors import ConfigError
+from ensemble.workers.decode_worker import DecodeWorker
+from ensemble.workers.messages import LoadFailed, ReplicaUp, WorkerEvent, decode_command, encode
+from ensemble.workers.peers import Peers, PeerServer
+from ensemble.workers.prefill_worker import PrefillWorker
+
+
+def main() -> None:
+    stage_name, replica, epoch, stage_address, peer_address, alive_fd = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    threading.Thread(target=_exit_with_the_stage, args=(int(alive_fd),), daemon=True).start()
+
+    context = zmq.Context()
+    stage_socket = context.socket(zmq.DEALER)
+    stage_socket.identity = f"{replica}:{epoch}".encode()
+    stage_socket.connect(stage_address)
+    deployment = Deployment.from_environment()
+    stage = deployment.prefill if stage_name == "prefill" else deployment.decode
+    device = torch.device(stage.devices[int(replica)])
+    if device.type == "cpu":
+        torch.set_num_threads(stage.num_threads or cpu_threads(deployment))
+    try:
+        engine = load_engine(deployment, stage, device)
+    except ConfigError as error:
+        stage_socket.send(encode(LoadFailed(reason=str(error))))
+        context.term()  # returns when the message is out
+        sys.exit(1)
+    up = ReplicaUp(
+        replica=int(replica),
+        epoch=int(epoch),
+        num_blocks=engine.pool.num_blocks,
+        max_num_seqs=stage.max_num_seqs,
+        pid=os.getpid(),
+    )
+    if stage_name == "prefill":
+        server = PeerServer(context, peer_address, engine.pool)
+        stage_socket.send(encode(up))
+        serve_prefill(PrefillWorker(engine, peer_address), stage_socket, server)
+    else:
+        stage_socket.send(encode(up))
+        serve_decode(DecodeWorker(engine, Peers(context, device), deployment.decode.max_num_seqs), stage_socket)
+
+
+def serve_prefill(worker: PrefillWorker, stage: zmq.Socket[bytes], server: PeerServer) -> None:
+    poller = zmq.Poller()
+    poller.register(stage, zmq.POLLIN)
+    poller.register(server.socket, zmq.POLLIN)
+    while True:
+        poller.poll(0 if worker.has_work else None)
+        _send(stage, worker.end_leases(server.acknowledged()))
+        _handle_commands(worker, stage)
+        if worker.has_work:
+            _send(stage, worker.step())
+
+
+def serve_decode(worker: DecodeWorker, stage: zmq.Socket[bytes]) -> None:
+    while True:
+        if not worker.has_work:
+            zmq.select([stage, *worker.peers.attaching], [], [])
+        _handle_commands(worker, stage)
+        if worker.peers.receive_handles():
+            worker.start_pulls()
+        if worker.has_work:
+            _send(stage, worker.step())
+
+
+def cpu_threads(deployment: Deployment) -> int:
+    """An equal part of the cores for each worker that computes on the CPU."""
+    devices = deployment.prefill.devices + deployment.decode.devices
+    return max(1, len(os.sched_getaffinity(0)) // devices.count("cpu"))
+
+
+def _handle_commands(worker: PrefillWorker | DecodeWorker, stage: zmq.Socket[bytes]) -> None:
+    while stage.poll(0):
+        _send(stage, worker.handle(decode_command(stage.recv())))
+
+
+def _send(stage: zmq.Socket[bytes], events: list[WorkerEvent]) -> None:
+    for event in events:
+        stage.send(encode(event))
+
+
+def _exit_with_the_stage(alive_fd: int) -> None:
+    while os.read(alive_fd, 1):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
