@@ -1,0 +1,153 @@
+import pytest
+
+from ensemble.errors import InvalidRequest, Overloaded
+from ensemble.scheduling.prefill import PrefillScheduler
+
+
+def always(request):
+    return True
+
+
+def make_scheduler(**overrides):
+    arguments = {
+        "block_size": 4,
+        "max_num_batched_tokens": 32,
+        "max_num_seqs": 4,
+        "max_batches_in_flight": 2,
+        "max_queue_requests": 100,
+        "max_queue_tokens": 10_000,
+    }
+    return PrefillScheduler(**(arguments | overrides))
+
+
+def spans(batch):
+    return [(chunk.request_id, chunk.start, chunk.length) for chunk in batch.chunks]
+
+
+def test_short_prompts_share_a_batch_up_to_the_token_budget(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(0, num_blocks=100)
+    for request_id, prompt_len in enumerate([10, 10, 10, 10]):
+        scheduler.add(make_request(request_id, prompt_len), now=0.0)
+    batch = scheduler.next_batch(0.0, always)
+    assert spans(batch) == [(0, 0, 10), (1, 0, 10), (2, 0, 10), (3, 0, 2)]
+    assert all(chunk.request.request_id == chunk.request_id for chunk in batch.chunks)
+    assert scheduler.num_waiting == 0 and scheduler.num_waiting_tokens == 0
+
+
+def test_the_number_of_chunks_is_bounded(make_request):
+    scheduler = make_scheduler(max_num_seqs=2)
+    scheduler.replica_up(0, num_blocks=100)
+    for request_id in range(3):
+        scheduler.add(make_request(request_id, 1), now=0.0)
+    assert spans(scheduler.next_batch(0.0, always)) == [(0, 0, 1), (1, 0, 1)]
+
+
+def test_a_long_prompt_is_chunked_at_one_replica_and_stays_ahead(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(0, num_blocks=100)
+    scheduler.add(make_request(0, 70), now=0.0)
+    scheduler.add(make_request(1, 8), now=0.0)
+    first = scheduler.next_batch(0.0, always)
+    second = scheduler.next_batch(0.0, always)  # while the first is in flight
+    assert spans(first) == [(0, 0, 32)] and spans(second) == [(0, 32, 32)]
+    assert first.chunks[0].request is not None and second.chunks[0].request is None
+    assert scheduler.next_batch(0.0, always) is None  # two in flight
+    scheduler.batch_done(0, first.batch_id)
+    assert spans(scheduler.next_batch(0.0, always)) == [(0, 64, 6), (1, 0, 8)]
+
+
+def test_blocks_are_held_from_the_first_chunk_until_the_release(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(0, num_blocks=10)
+    scheduler.add(make_request(0, 33), now=0.0)  # 9 blocks
+    scheduler.add(make_request(1, 8), now=0.0)  # 2 blocks
+    scheduler.add(make_request(2, 4), now=0.0)  # would fit, but may not overtake
+    batches = [scheduler.next_batch(0.0, always) for _ in range(2)]
+    assert [spans(batch) for batch in batches] == [[(0, 0, 32)], [(0, 32, 1)]]
+    for batch in batches:
+        scheduler.batch_done(0, batch.batch_id)
+    assert scheduler.next_batch(0.0, always) is None
+    scheduler.released(0, [0])
+    assert spans(scheduler.next_batch(0.0, always)) == [(1, 0, 8), (2, 0, 4)]
+
+
+def test_a_head_that_fits_one_replica_only_goes_there(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(0, num_blocks=4)
+    scheduler.replica_up(1, num_blocks=8)
+    scheduler.add(make_request(0, 20), now=0.0)
+    assert scheduler.next_batch(0.0, always).replica == 1
+
+
+def test_the_least_loaded_replica_gets_the_next_request(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(0, num_blocks=100)
+    scheduler.replica_up(1, num_blocks=100)
+    scheduler.add(make_request(0, 100), now=0.0)
+    first = scheduler.next_batch(0.0, always)
+    scheduler.add(make_request(1, 8), now=0.0)
+    second = scheduler.next_batch(0.0, always)
+    assert {first.replica, second.replica} == {0, 1}
+    assert spans(second) == [(1, 0, 8)]
+    assert scheduler.next_batch(0.0, always).replica == first.replica  # the long prompt goes on where its blocks are
+
+
+def test_the_bridge_holds_back_new_requests_but_not_begun_ones(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(0, num_blocks=100)
+    scheduler.add(make_request(0, 40), now=0.0)
+    scheduler.add(make_request(1, 8), now=0.0)
+    scheduler.next_batch(0.0, always)
+    assert spans(scheduler.next_batch(0.0, lambda request: False)) == [(0, 32, 8)]
+    assert scheduler.next_batch(0.0, lambda request: False) is None
+    assert scheduler.num_waiting == 1
+
+
+def test_cancel_says_where_the_request_is(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(3, num_blocks=100)
+    scheduler.add(make_request(0, 40), now=0.0)
+    scheduler.add(make_request(1, 40), now=0.0)
+    scheduler.next_batch(0.0, always)
+    assert scheduler.cancel(1) == "queued"
+    assert scheduler.cancel(1) is None
+    assert scheduler.cancel(0) == 3
+    assert scheduler.next_batch(0.0, always) is None  # its second chunk is not dispatched
+    scheduler.released(3, [0])
+    assert scheduler.cancel(0) is None
+
+
+def test_a_lost_replica_gives_up_its_requests_and_the_queue_goes_on(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(0, num_blocks=100)
+    for request_id in range(3):
+        scheduler.add(make_request(request_id, 30), now=0.0)
+    batch = scheduler.next_batch(0.0, always)
+    assert scheduler.replica_down(0) == [0, 1]
+    assert scheduler.next_batch(0.0, always) is None
+    scheduler.batch_done(0, batch.batch_id)  # its call failed after the loss was known
+    scheduler.replica_up(0, num_blocks=100)
+    scheduler.released(0, [0])  # late word of the predecessor
+    assert spans(scheduler.next_batch(0.0, always)) == [(2, 0, 30)]
+    scheduler.check_integrity()
+
+
+def test_a_prompt_no_pool_could_hold_is_refused(make_request):
+    scheduler = make_scheduler()
+    scheduler.add(make_request(0, 41), now=0.0)
+    scheduler.add(make_request(1, 40), now=0.0)
+    assert scheduler.replica_up(0, num_blocks=10) == [0]
+    with pytest.raises(InvalidRequest, match=r"input_ids.*41.*40 tokens"):
+        scheduler.add(make_request(2, 41), now=0.0)
+    scheduler.replica_down(0)
+    with pytest.raises(InvalidRequest):  # the replica comes back with the pool it had
+        scheduler.add(make_request(2, 41), now=0.0)
+    assert scheduler.num_waiting == 1
+
+
+def test_a_full_queue_refuses(make_request):
+    scheduler = make_scheduler(max_queue_requests=1)
+    scheduler.add(make_request(0, 4), now=0.0)
+    with pytest.raises(Overloaded):
+        scheduler.add(make_request(1, 4), now=0.0)
