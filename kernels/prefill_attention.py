@@ -7,9 +7,139 @@ Keys and values of the new tokens are in the pool already.
 FLOPs: 4 * Hq * D * sum(query_len * (prefix + query_len / 2)).
 """
 
+import math
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+from kernels.backend import uses_triton
+
+
+@triton.jit
+def _attend(
+    acc,  # [BLOCK_M, BLOCK_D] fp32
+    row_sum,  # [BLOCK_M] fp32
+    row_max,  # [BLOCK_M] fp32, in units of log2
+    q,  # [BLOCK_M, BLOCK_D]
+    last_visible,  # [BLOCK_M] int32, the last position each row sees
+    k_cache,  # of one head: [num_blocks, BLOCK_SIZE, D]
+    v_cache,
+    block_table,  # [max_blocks] int32
+    start,  # positions [start, end)
+    end,
+    context_len,
+    block_stride,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,  # False: every row sees all positions
+):
+    """One pass of online softmax (Dao et al., 2022) over a range of positions."""
+    dims = tl.arange(0, BLOCK_D)
+    for tile in range(start, end, BLOCK_N):
+        columns = tile + tl.arange(0, BLOCK_N)
+        inside = (dims < D)[None, :]
+        if MASKED:
+            block_ids = tl.load(block_table + columns // BLOCK_SIZE, mask=columns < context_len, other=0)
+            inside = inside & (columns < context_len)[:, None]
+        else:
+            block_ids = tl.load(block_table + columns // BLOCK_SIZE)
+        offsets = (block_ids.to(tl.int64) * block_stride + columns % BLOCK_SIZE * D)[:, None] + dims[None, :]
+        k = tl.load(k_cache + offsets, mask=inside, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            scores = tl.where(columns[None, :] <= last_visible[:, None], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        probs = tl.exp2(scores * scale_log2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(probs, 1)
+        v = tl.load(v_cache + offsets, mask=inside, other=0.0)
+        acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        row_max = new_max
+    return acc, row_sum, row_max
+
+
+@triton.jit(do_not_specialize=["block_tables_stride", "num_seqs"])
+def _prefill_attention_kernel(
+    q,  # [T, Hq, D]
+    kv_cache,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
+    block_tables,  # [S, max_blocks] int32
+    cu_seqlens_q,  # [S + 1] int32
+    context_lens,  # [S] int32
+    out,  # [T, Hq, D], contiguous
+    q_stride,
+    block_stride,
+    block_tables_stride,
+    num_seqs,
+    scale_log2,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads per KV head
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid [T // BLOCK_Q + S, Hkv]: at least one program per BLOCK_Q queries of a sequence and KV head.
+
+    A program's rows are its queries times the query heads of its KV head. Blocks of sequence s are numbered from
+    cu_seqlens_q[s] // BLOCK_Q + s, which leaves room for all of them whatever the lengths; the last ones, with the
+    most keys to read, start first.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+
+    seq = 0
+    after = num_seqs
+    while after - seq > 1:
+        middle = (seq + after) // 2
+        is_before = tl.load(cu_seqlens_q + middle) // BLOCK_Q + middle <= index
+        seq = tl.where(is_before, middle, seq)
+        after = tl.where(is_before, after, middle)
+    query_start = tl.load(cu_seqlens_q + seq)
+    query_len = tl.load(cu_seqlens_q + seq + 1) - query_start
+    first_query = (index - query_start // BLOCK_Q - seq) * BLOCK_Q
+    if first_query >= query_len:
+        return
+
+    context_len = tl.load(context_lens + seq)
+    rows = tl.arange(0, BLOCK_M)
+    queries = first_query + rows // GROUP
+    dims = tl.arange(0, BLOCK_D)
+    is_row = (queries < query_len) & (rows < BLOCK_Q * GROUP)
+    inside = is_row[:, None] & (dims < D)[None, :]
+    heads = kv_head * GROUP + rows % GROUP
+    tokens = (query_start + queries).to(tl.int64)
+    q_rows = tl.load(q + (tokens * q_stride + heads * D)[:, None] + dims[None, :], mask=inside, other=0.0)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    first_position = context_len - query_len + first_query
+    end = tl.minimum(first_position + BLOCK_Q, context_len)
+    end_of_full_tiles = (first_position + 1) // BLOCK_N * BLOCK_N
+    last_visible = tl.minimum(context_len - query_len + queries, context_len - 1)
+    k_cache = kv_cache + kv_head * (BLOCK_SIZE * D)
+    v_cache = k_cache + NUM_KV_HEADS * BLOCK_SIZE * D
+    block_table = block_tables + seq * block_tables_stride
+    # fmt: off
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, q_rows, last_visible, k_cache, v_cache, block_table, 0, end_of_full_tiles,
+        context_len, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, MASKED=False,
+    )
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, q_rows, last_visible, k_cache, v_cache, block_table, end_of_full_tiles, end,
+        context_len, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, MASKED=True,
+    )
+    # fmt: on
+    pointers = out + (tokens * (NUM_KV_HEADS * GROUP) + heads)[:, None] * D + dims[None, :]
+    tl.store(pointers, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def prefill_attention_reference(
@@ -43,8 +173,17 @@ def prefill_attention_reference(
     return out
 
 
+def _tile(dtype: torch.dtype, head_dim: int, max_rows: int) -> tuple[int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps, num_stages), as measured on an H100."""
+    if dtype == torch.float32:
+        return 32, 32, 4, 2
+    if max_rows <= 64:
+        return 64, 64, 4, 3
+    return 128, 64, 8, 3
+
+
 def prefill_attention(
-    q: Tensor,  # [T, Hq, D], any strides with a contiguous last dimension
+    q: Tensor,  # [T, Hq, D], any row stride, heads side by side
     kv_cache: Tensor,  # [num_blocks, 2, Hkv, block_size, D]
     block_tables: Tensor,  # [S, max_blocks] int32; entries beyond a context are not read
     cu_seqlens_q: Tensor,  # [S + 1] int32
@@ -53,4 +192,35 @@ def prefill_attention(
     scale: float,
 ) -> Tensor:  # [T, Hq, D]
     """Causal attention of the new tokens over everything before them. Hq is a multiple of Hkv; S is at least 1."""
-    return prefill_attention_reference(q, kv_cache, block_tables, cu_seqlens_q, context_lens, max_seqlen_q, scale)
+    if not uses_triton(q):
+        return prefill_attention_reference(q, kv_cache, block_tables, cu_seqlens_q, context_lens, max_seqlen_q, scale)
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = kv_cache.shape[2:4]
+    group = num_heads // num_kv_heads
+    block_m, block_n, num_warps, num_stages = _tile(q.dtype, head_dim, max_seqlen_q * group)
+    block_m = max(block_m, triton.next_power_of_2(group))
+    num_seqs = len(context_lens)
+    out = q.new_empty(q.shape)
+    _prefill_attention_kernel[(num_tokens // (block_m // group) + num_seqs, num_kv_heads)](
+        q,
+        kv_cache,
+        block_tables,
+        cu_seqlens_q,
+        context_lens,
+        out,
+        q.stride(0),
+        kv_cache.stride(0),
+        block_tables.stride(0),
+        num_seqs,
+        scale * math.log2(math.e),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        D=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return out

@@ -1,27 +1,219 @@
 """From logits to token ids. Nothing here reads back to the host on a GPU.
 
-Order of operations, that of vLLM: penalties, masking, temperature, min-p, top-k, top-p, then one draw by Gumbel-max:
+Order of operations, that of vLLM: penalties (penalties.py), then temperature, min-p, top-k, top-p, then one draw by
+Gumbel-max:
 
     token = argmax over the kept tokens of  logit / temperature - log(E),    E exponential, so -log(E) is Gumbel
 
 The noise is a function of (seed, position, token id) alone, independent of batch and slot: Philox 4x32-10 (Salmon et
 al., 2011) with key = seed (low, high word), counter = (token_id >> 2, position, 0, 0), output number token_id & 3.
 
-What is kept, with logits after temperature; every rule is a threshold on the logit, so tied tokens share their fate:
+What is kept; every rule is a threshold on the logit, so tied tokens share their fate:
 
     min_p   logits with probability of at least min_p * the largest probability
     top_k   logits of at least the k-th largest
     top_p   of those left, renormalised: logits above which less than top_p of the mass lies; the largest always
+
+The Triton kernel needs no sort. A threshold is the largest value from which on enough lies: k tokens, or top_p of the
+mass. It is found on the logits' bits, put in an order that is theirs, two bits a pass over the row, which after the
+first pass comes from the cache.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import compute_dtype
+from kernels.backend import compute_dtype, uses_triton
+
+_BLOCK = 8192  # logits of a row in registers at a time
+_NUM_WARPS = 16
+_LOW_BITS = {torch.float16: 13, torch.bfloat16: 16, torch.float32: 0}  # of a logit in fp32, that tell nothing
 
 _PHILOX_KEY = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUND = (0xD2511F53, 0xCD9E8D57)
 _WORD = 0xFFFFFFFF
+
+
+@triton.jit
+def _load_logits(row_logits, start, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits [start, start + BLOCK) in fp32, -inf past the end."""
+    columns = start + tl.arange(0, BLOCK)
+    return tl.load(row_logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _ordered_bits(values):
+    """uint32 in the order of the fp32 values."""
+    bits = values.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _value_of(bits):
+    """The fp32 value of _ordered_bits."""
+    bits = bits.to(tl.int32, bitcast=True)
+    return (bits ^ ((~bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _argmax(lane_max, lane_id):
+    """The smallest id among the largest values."""
+    return tl.min(tl.where(lane_max == tl.max(lane_max, 0), lane_id, 2147483647), 0)
+
+
+@triton.jit
+def _greedy_row(row_logits, V: tl.constexpr, BLOCK: tl.constexpr):
+    """(largest logit, its first id)."""
+    lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    lane_id = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, V, BLOCK):
+        values = _load_logits(row_logits, start, V, BLOCK)
+        lane_id = tl.where(values > lane_max, start + tl.arange(0, BLOCK), lane_id)
+        lane_max = tl.maximum(values, lane_max)
+    return tl.max(lane_max, 0), _argmax(lane_max, lane_id)
+
+
+@triton.jit
+def _mass_from(
+    row_logits,
+    first,
+    second,
+    third,
+    lowest,
+    largest,
+    inverse_temperature,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BY_COUNT: tl.constexpr,
+):
+    """What the logits of at least `first`, `second`, `third` weigh together, those below `lowest` left out."""
+    sums_1 = tl.zeros([BLOCK], tl.float32)
+    sums_2 = tl.zeros([BLOCK], tl.float32)
+    sums_3 = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        values = _load_logits(row_logits, start, V, BLOCK)
+        bits = _ordered_bits(values)
+        if BY_COUNT:
+            weights = tl.where(values >= lowest, 1.0, 0.0)
+        else:
+            weights = tl.where(values >= lowest, tl.exp((values - largest) * inverse_temperature), 0.0)
+        sums_1 += tl.where(bits >= first, weights, 0.0)
+        sums_2 += tl.where(bits >= second, weights, 0.0)
+        sums_3 += tl.where(bits >= third, weights, 0.0)
+    return tl.sum(sums_1, 0), tl.sum(sums_2, 0), tl.sum(sums_3, 0)
+
+
+@triton.jit
+def _threshold(
+    row_logits,
+    target,
+    lowest,
+    largest,
+    inverse_temperature,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BY_COUNT: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+):
+    """The largest logit such that those of at least it weigh `target`."""
+    bits = tl.zeros([], tl.uint32)
+    unit = tl.full([], 1 << 30, tl.uint32)
+    for _ in range((32 - LOW_BITS + 1) // 2):
+        mass_1, mass_2, mass_3 = _mass_from(
+            row_logits,
+            bits + unit,
+            bits + 2 * unit,
+            bits + 3 * unit,
+            lowest,
+            largest,
+            inverse_temperature,
+            V,
+            BLOCK,
+            BY_COUNT,
+        )
+        digit = (mass_1 >= target).to(tl.uint32) + (mass_2 >= target).to(tl.uint32) + (mass_3 >= target).to(tl.uint32)
+        bits += digit * unit
+        unit = unit >> 2
+    return _value_of(bits)
+
+
+@triton.jit
+def _gumbel_noise(seed, position, start, BLOCK: tl.constexpr):
+    """Noise of tokens [start, start + BLOCK); start is a multiple of 4."""
+    counters = start // 4 + tl.arange(0, BLOCK // 4)
+    zeros = tl.zeros([BLOCK // 4], tl.int32)
+    word_0, word_1, word_2, word_3 = tl.philox(seed, counters, zeros + position.to(tl.int32), zeros, zeros)
+    words = tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [BLOCK])
+    uniform = tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    # -log(1 - u): near 0 the subtraction would lose the bits that decide the largest noise
+    series = uniform * (1.0 + uniform * (0.5 + uniform * 0.3333333333333333))
+    exponential = tl.where(uniform < 0.015625, series, -tl.log(1.0 - uniform))
+    return -tl.log(exponential)
+
+
+@triton.jit
+def _greedy_kernel(
+    logits,  # [S, V]
+    out,  # [S] int64
+    logits_stride,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid [S]."""
+    row = tl.program_id(0).to(tl.int64)
+    _, token_id = _greedy_row(logits + row * logits_stride, V, BLOCK)
+    tl.store(out + row, token_id.to(tl.int64))
+
+
+@triton.jit
+def _sample_kernel(
+    logits,  # [S, V]
+    temperatures,  # [S] fp32
+    top_ks,  # [S] int32
+    top_ps,  # [S] fp32
+    min_ps,  # [S] fp32
+    seeds,  # [S] int64
+    positions,  # [S] int64
+    out,  # [S] int64
+    logits_stride,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+):
+    """Grid [S]. Each step that a row does not ask for is skipped."""
+    row = tl.program_id(0).to(tl.int64)
+    row_logits = logits + row * logits_stride
+    largest, token_id = _greedy_row(row_logits, V, BLOCK)
+    temperature = tl.load(temperatures + row)
+    if temperature > 0.0:
+        inverse_temperature = 1.0 / temperature
+        lowest = largest + temperature * tl.log(tl.load(min_ps + row))
+        top_k = tl.load(top_ks + row)
+        if (top_k > 0) & (top_k < V):
+            kth = _threshold(row_logits, top_k.to(tl.float32), float("-inf"), largest, 1.0, V, BLOCK, True, LOW_BITS)
+            lowest = tl.maximum(lowest, kth)
+        top_p = tl.load(top_ps + row)
+        if top_p < 1.0:
+            nothing = tl.zeros([], tl.uint32)
+            mass, _, _ = _mass_from(
+                row_logits, nothing, nothing, nothing, lowest, largest, inverse_temperature, V, BLOCK, False
+            )
+            pivot = _threshold(
+                row_logits, top_p * mass, lowest, largest, inverse_temperature, V, BLOCK, False, LOW_BITS
+            )
+            lowest = tl.maximum(lowest, pivot)
+        seed, position = tl.load(seeds + row), tl.load(positions + row)
+        lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
+        lane_id = tl.zeros([BLOCK], tl.int32) + token_id
+        for start in range(0, V, BLOCK):
+            values = _load_logits(row_logits, start, V, BLOCK)
+            perturbed = values / temperature + _gumbel_noise(seed, position, start, BLOCK)
+            perturbed = tl.where(values >= lowest, perturbed, float("-inf"))
+            lane_id = tl.where(perturbed > lane_max, start + tl.arange(0, BLOCK), lane_id)
+            lane_max = tl.maximum(perturbed, lane_max)
+        token_id = _argmax(lane_max, lane_id)
+    tl.store(out + row, token_id.to(tl.int64))
 
 
 def philox_reference(seeds: Tensor, positions: Tensor, num_words: int) -> Tensor:
@@ -45,10 +237,13 @@ def gumbel_noise_reference(seeds: Tensor, positions: Tensor, vocab_size: int, dt
     return -torch.log(-torch.log1p(-uniform))
 
 
-def keep_threshold_reference(logits: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor) -> Tensor:
-    """The smallest logit that is kept, [S, 1], from logits [S, V] after temperature."""
+def keep_threshold_reference(
+    logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
+) -> Tensor:
+    """The smallest logit that is kept, [S, 1]."""
     vocab_size = logits.shape[1]
-    threshold = logits.amax(dim=1, keepdim=True) + min_ps[:, None].to(logits.dtype).log()
+    temperatures = temperatures[:, None].to(logits.dtype)
+    threshold = logits.amax(dim=1, keepdim=True) + temperatures * min_ps[:, None].to(logits.dtype).log()
     uses_top_k = (top_ks > 0) & (top_ks < vocab_size)
     uses_top_p = top_ps < 1
     if not bool((uses_top_k | uses_top_p).any()):
@@ -57,7 +252,7 @@ def keep_threshold_reference(logits: Tensor, top_ks: Tensor, top_ps: Tensor, min
     kth = descending.gather(1, torch.where(uses_top_k, top_ks.long() - 1, vocab_size - 1)[:, None])
     threshold = threshold.maximum(kth)
     if bool(uses_top_p.any()):
-        probs = descending.masked_fill(descending < threshold, -torch.inf).softmax(dim=1)
+        probs = (descending.masked_fill(descending < threshold, -torch.inf) / temperatures).softmax(dim=1)
         mass_before = probs.cumsum(dim=1) - probs
         num_kept = (mass_before < top_ps[:, None]).sum(dim=1, keepdim=True).clamp(min=1)
         pivot = descending.gather(1, num_kept - 1)
@@ -78,52 +273,16 @@ def sample_reference(
     rows = temperatures.nonzero()[:, 0]
     if len(rows) == 0:
         return token_ids
-    scaled = logits[rows].to(compute_dtype(logits.dtype)) / temperatures[rows, None]
-    threshold = keep_threshold_reference(scaled, top_ks[rows], top_ps[rows], min_ps[rows])
-    noise = gumbel_noise_reference(seeds[rows], positions[rows], logits.shape[1], scaled.dtype)
-    token_ids[rows] = (scaled + noise).masked_fill(scaled < threshold, -torch.inf).argmax(dim=1)
+    drawn = logits[rows].to(compute_dtype(logits.dtype))
+    threshold = keep_threshold_reference(drawn, temperatures[rows], top_ks[rows], top_ps[rows], min_ps[rows])
+    noise = gumbel_noise_reference(seeds[rows], positions[rows], logits.shape[1], drawn.dtype)
+    perturbed = drawn / temperatures[rows, None] + noise
+    token_ids[rows] = perturbed.masked_fill(drawn < threshold, -torch.inf).argmax(dim=1)
     return token_ids
 
 
 def greedy_reference(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1)
-
-
-def mask_tokens_reference(logits: Tensor, row_ids: Tensor, token_ids: Tensor) -> None:
-    logits[row_ids, token_ids] = -torch.inf
-
-
-def apply_penalties_reference(
-    logits: Tensor,
-    state_ids: Tensor,
-    prompt_mask: Tensor,
-    output_counts: Tensor,
-    repetition_penalties: Tensor,
-    presence_penalties: Tensor,
-    frequency_penalties: Tensor,
-) -> None:
-    rows = (state_ids >= 0).nonzero()[:, 0]
-    states = state_ids[rows]
-    penalised = logits[rows].to(compute_dtype(logits.dtype))
-    counts = output_counts[states]
-    repetition = repetition_penalties[rows, None].to(penalised.dtype)
-    repeated = torch.where(penalised > 0, penalised / repetition, penalised * repetition)
-    penalised = torch.where(prompt_mask[states] | (counts > 0), repeated, penalised)
-    penalised -= frequency_penalties[rows, None] * counts
-    penalised -= presence_penalties[rows, None] * (counts > 0)
-    logits[rows] = penalised.to(logits.dtype)
-
-
-def count_tokens_reference(output_counts: Tensor, state_ids: Tensor, token_ids: Tensor) -> None:
-    kept = state_ids >= 0
-    output_counts[state_ids[kept], token_ids[kept]] += 1
-
-
-def log_probs_reference(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    log_probs = logits.to(compute_dtype(logits.dtype)).log_softmax(dim=1)
-    chosen = log_probs.gather(1, token_ids[:, None])[:, 0]
-    top_log_probs, top_token_ids = log_probs.sort(dim=1, descending=True, stable=True)
-    return chosen, top_token_ids[:, :num_top], top_log_probs[:, :num_top]
 
 
 def sample(
@@ -136,59 +295,36 @@ def sample(
     positions: Tensor,  # [S] int64, of the token drawn
 ) -> Tensor:  # [S] int64
     """One token id per row. Greedy rows take the first of the largest logits. Every row has a finite logit."""
-    return sample_reference(logits, temperatures, top_ks, top_ps, min_ps, seeds, positions)
+    if not uses_triton(logits):
+        return sample_reference(logits, temperatures, top_ks, top_ps, min_ps, seeds, positions)
+    num_rows, vocab_size = logits.shape
+    out = seeds.new_empty(num_rows)
+    _sample_kernel[(num_rows,)](
+        logits,
+        temperatures,
+        top_ks,
+        top_ps,
+        min_ps,
+        seeds,
+        positions,
+        out,
+        logits.stride(0),
+        V=vocab_size,
+        BLOCK=min(triton.next_power_of_2(vocab_size), _BLOCK),
+        LOW_BITS=_LOW_BITS[logits.dtype],
+        num_warps=_NUM_WARPS,
+    )
+    return out
 
 
 def greedy(
     logits: Tensor,  # [S, V]
 ) -> Tensor:  # [S] int64
     """The first of the largest logits of each row: `sample` for batches without a temperature."""
-    return greedy_reference(logits)
-
-
-def mask_tokens(
-    logits: Tensor,  # [S, V], updated in place
-    row_ids: Tensor,  # [N] int64
-    token_ids: Tensor,  # [N] int64
-) -> None:
-    """logits[row_ids, token_ids] = -inf: end-of-sequence tokens before min_tokens."""
-    mask_tokens_reference(logits, row_ids, token_ids)
-
-
-def apply_penalties(
-    logits: Tensor,  # [S, V], updated in place
-    state_ids: Tensor,  # [S] int64, row of the two tables below; -1 = a row without penalties
-    prompt_mask: Tensor,  # [R, V] bool, tokens of the prompt
-    output_counts: Tensor,  # [R, V] int32, tokens sampled so far
-    repetition_penalties: Tensor,  # [S] fp32, 1 = off
-    presence_penalties: Tensor,  # [S] fp32, 0 = off
-    frequency_penalties: Tensor,  # [S] fp32, 0 = off
-) -> None:
-    """Repetition penalty (Keskar et al., 2019) on prompt and output tokens; presence and frequency on output tokens."""
-    apply_penalties_reference(
-        logits,
-        state_ids,
-        prompt_mask,
-        output_counts,
-        repetition_penalties,
-        presence_penalties,
-        frequency_penalties,
-    )
-
-
-def count_tokens(
-    output_counts: Tensor,  # [R, V] int32, updated in place
-    state_ids: Tensor,  # [S] int64, distinct; -1 = skip
-    token_ids: Tensor,  # [S] int64
-) -> None:
-    """Adds one to the count of each row's sampled token."""
-    count_tokens_reference(output_counts, state_ids, token_ids)
-
-
-def log_probs(
-    logits: Tensor,  # [S, V]
-    token_ids: Tensor,  # [S] int64
-    num_top: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # [S], [S, num_top] int64, [S, num_top]
-    """Log-probabilities of `token_ids`, then the `num_top` likeliest tokens, ties by lower id, with theirs."""
-    return log_probs_reference(logits, token_ids, num_top)
+    if not uses_triton(logits):
+        return greedy_reference(logits)
+    num_rows, vocab_size = logits.shape
+    out = logits.new_empty(num_rows, dtype=torch.int64)
+    block = min(triton.next_power_of_2(vocab_size), _BLOCK)
+    _greedy_kernel[(num_rows,)](logits, out, logits.stride(0), V=vocab_size, BLOCK=block, num_warps=_NUM_WARPS)
+    return out

@@ -6,9 +6,98 @@
 Bytes moved per token: 4 * Hkv * D * itemsize, with rope 2 * (Hq + 2 * Hkv) * D * itemsize.
 """
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import uses_triton
 from kernels.rope import apply_rope_reference
+
+_HEADS_PER_PROGRAM = 8
+
+
+@triton.jit
+def _write_kv_kernel(
+    k,  # [T, Hkv, D]
+    v,  # [T, Hkv, D]
+    kv_cache,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
+    slot_mapping,  # [T] int64
+    k_stride,
+    v_stride,
+    block_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid [T, cdiv(Hkv, BLOCK_H)]."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    if slot < 0:
+        return
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    inside = (heads < NUM_KV_HEADS) & (dims < D)
+    target = kv_cache + slot // BLOCK_SIZE * block_stride + (heads * BLOCK_SIZE + slot % BLOCK_SIZE) * D + dims
+    key = tl.load(k + token * k_stride + heads * D + dims, mask=inside)
+    value = tl.load(v + token * v_stride + heads * D + dims, mask=inside)
+    tl.store(target, key, mask=inside)
+    tl.store(target + NUM_KV_HEADS * BLOCK_SIZE * D, value, mask=inside)
+
+
+@triton.jit
+def _rope_and_write_kv_kernel(
+    q,  # [T, Hq, D], updated in place
+    k,  # [T, Hkv, D]
+    v,  # [T, Hkv, D]
+    cos_sin,  # [max_positions, D] fp32
+    positions,  # [T] int64
+    kv_cache,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
+    slot_mapping,  # [T] int64
+    q_stride,
+    k_stride,
+    v_stride,
+    block_stride,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid [T, cdiv(Hq, BLOCK_H) + cdiv(Hkv, BLOCK_H)]: query heads first, then key and value heads."""
+    HALF: tl.constexpr = D // 2
+    QUERY_PROGRAMS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    dims = tl.arange(0, BLOCK_D // 2)[None, :]
+    angle = cos_sin + tl.load(positions + token) * D + dims
+    cos = tl.load(angle, mask=dims < HALF, other=0.0)
+    sin = tl.load(angle + HALF, mask=dims < HALF, other=0.0)
+    if part < QUERY_PROGRAMS:
+        heads = part * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+        inside = (heads < NUM_HEADS) & (dims < HALF)
+        pointers = q + token * q_stride + heads * D + dims
+        first = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(pointers + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(pointers, (first * cos - second * sin).to(q.dtype.element_ty), mask=inside)
+        tl.store(pointers + HALF, (second * cos + first * sin).to(q.dtype.element_ty), mask=inside)
+    else:
+        slot = tl.load(slot_mapping + token)
+        if slot >= 0:
+            heads = (part - QUERY_PROGRAMS) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+            inside = (heads < NUM_KV_HEADS) & (dims < HALF)
+            pointers = k + token * k_stride + heads * D + dims
+            first = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(pointers + HALF, mask=inside, other=0.0).to(tl.float32)
+            target = kv_cache + slot // BLOCK_SIZE * block_stride + (heads * BLOCK_SIZE + slot % BLOCK_SIZE) * D + dims
+            tl.store(target, (first * cos - second * sin).to(k.dtype.element_ty), mask=inside)
+            tl.store(target + HALF, (second * cos + first * sin).to(k.dtype.element_ty), mask=inside)
+            pointers = v + token * v_stride + heads * D + dims
+            target += NUM_KV_HEADS * BLOCK_SIZE * D
+            tl.store(target, tl.load(pointers, mask=inside), mask=inside)
+            tl.store(target + HALF, tl.load(pointers + HALF, mask=inside), mask=inside)
 
 
 def write_kv_reference(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -30,17 +119,34 @@ def rope_and_write_kv_reference(
 
 
 def write_kv(
-    k: Tensor,  # [T, Hkv, D], any strides with a contiguous last dimension
+    k: Tensor,  # [T, Hkv, D], any row stride, heads side by side
     v: Tensor,  # [T, Hkv, D], likewise
     kv_cache: Tensor,  # [num_blocks, 2, Hkv, block_size, D], updated in place
     slot_mapping: Tensor,  # [T] int64, -1 = skip
 ) -> None:
     """Stores token i's key and value in slot `slot_mapping[i]`. Slots are distinct."""
-    write_kv_reference(k, v, kv_cache, slot_mapping)
+    if not uses_triton(k):
+        write_kv_reference(k, v, kv_cache, slot_mapping)
+        return
+    num_tokens, num_kv_heads, head_dim = k.shape
+    _write_kv_kernel[(num_tokens, triton.cdiv(num_kv_heads, _HEADS_PER_PROGRAM))](
+        k,
+        v,
+        kv_cache,
+        slot_mapping,
+        k.stride(0),
+        v.stride(0),
+        kv_cache.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        D=head_dim,
+        BLOCK_SIZE=kv_cache.shape[3],
+        BLOCK_H=_HEADS_PER_PROGRAM,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+    )
 
 
 def rope_and_write_kv(
-    q: Tensor,  # [T, Hq, D], rotated in place; any strides with a contiguous last dimension
+    q: Tensor,  # [T, Hq, D], rotated in place; any row stride, heads side by side
     k: Tensor,  # [T, Hkv, D], likewise, left as it is
     v: Tensor,  # [T, Hkv, D], likewise
     cos_sin: Tensor,  # [max_positions, D] fp32, of rope.rotary_table
@@ -49,4 +155,28 @@ def rope_and_write_kv(
     slot_mapping: Tensor,  # [T] int64, -1 = skip
 ) -> None:
     """Rotates the queries in place and stores the rotated keys, and the values, in the slots of `slot_mapping`."""
-    rope_and_write_kv_reference(q, k, v, cos_sin, positions, kv_cache, slot_mapping)
+    if not uses_triton(q):
+        rope_and_write_kv_reference(q, k, v, cos_sin, positions, kv_cache, slot_mapping)
+        return
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    num_programs = triton.cdiv(num_heads, _HEADS_PER_PROGRAM) + triton.cdiv(num_kv_heads, _HEADS_PER_PROGRAM)
+    _rope_and_write_kv_kernel[(num_tokens, num_programs)](
+        q,
+        k,
+        v,
+        cos_sin,
+        positions,
+        kv_cache,
+        slot_mapping,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        kv_cache.stride(0),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        D=head_dim,
+        BLOCK_SIZE=kv_cache.shape[3],
+        BLOCK_H=_HEADS_PER_PROGRAM,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+    )

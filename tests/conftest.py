@@ -1,0 +1,20 @@
+"""What every test relies on: where there is no GPU, GPU tests are skipped and Triton kernels can be interpreted."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Read by triton when it is first imported. The launchers still take the torch references on a CPU: only
+    # tests/kernels switches them over, test by test.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _needs_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not HAS_GPU:
+        pytest.skip("needs a CUDA GPU")
+    if request.node.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
