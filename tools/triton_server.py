@@ -1,0 +1,350 @@
+"""Starts, watches and stops the real Triton server: used by `tools.serve`, `tools.demo` and the tests alike.
+
+The program is the container's where there is one, else that of the nvidia-pytriton wheel. Everything a server leaves
+on disk lies in one private run directory, which `stop` removes:
+
+    /tmp/distserve-XXXXXXXX/     mode 0700; the server's TMPDIR, short because sockets' paths are limited to 107 bytes
+        deployment.yaml          what the models read
+        models                   link to the model repository, whose own path may hold spaces: stubs cannot have them
+        backends/python/         links to the Python backend and to the stub for this interpreter's version
+        lib/libpython3.X.so.1.0  link for the stub's loader
+"""
+
+import ctypes
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
+from ensemble.errors import DistServeError
+
+MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
+CONTAINER_SERVER = Path("/opt/tritonserver")
+MARK = "distserve: "  # of lines in the server's log that are for the operator
+ERROR_MARK = "distserve: error: "  # the reason of a failed start
+SHM = Path("/dev/shm")
+# Runs a program that is terminated when the thread that started it is gone, however it ended (PR_SET_PDEATHSIG).
+RUN_UNTIL_PARENT_ENDS = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+STOP_S = 5.0  # from SIGTERM until nothing is left
+
+Progress = Callable[[str], None]
+
+
+class ServerError(DistServeError):
+    """The server cannot be started, or ended before it was ready; the message is the operator's one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    http: int
+    grpc: int
+    metrics: int
+
+    @classmethod
+    def free(cls) -> "Ports":
+        """Three ports that nothing listens on, below the range from which outgoing connections take theirs."""
+        ports: set[int] = set()
+        while len(ports) < 3:
+            port = random.SystemRandom().randrange(10_000, 32_000)
+            if port_is_free("0.0.0.0", port):
+                ports.add(port)
+        return cls(*ports)
+
+
+def port_is_free(host: str, port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """The files of one Triton server."""
+
+    server: Path
+    backend_files: tuple[Path, ...]  # what backends/python must hold
+
+    @classmethod
+    def find(cls) -> "Installation":
+        """The container's server, else the wheel's. Raises ServerError."""
+        server = CONTAINER_SERVER / "bin/tritonserver"
+        if server.exists():
+            return cls(server, tuple((CONTAINER_SERVER / "backends/python").iterdir()))
+        wheel = Path(sysconfig.get_path("purelib")) / "pytriton/tritonserver"
+        if not wheel.exists():
+            raise ServerError("no Triton server: neither an NVIDIA Triton container nor the nvidia-pytriton wheel")
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
+        if not stub.exists():
+            raise ServerError(f"the nvidia-pytriton wheel has no Python backend stub for Python {version}")
+        names = ("libtriton_python.so", "triton_python_backend_utils.py")
+        return cls(wheel / "bin/tritonserver", (*(wheel / "backends/python" / name for name in names), stub))
+
+
+def find_libpython() -> Path | None:
+    """The shared library of this interpreter, which the stub loads; None if it is on the loader's own path already."""
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64"]
+    found = next((path for folder in folders if folder and (path := Path(folder) / name).exists()), None)
+    if found is None:
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            raise ServerError(f"{name} is missing, which the server's Python stub loads: see `make serve`") from None
+    return found
+
+
+class TritonServer:
+    """One server process with its stubs and workers, as a context manager that starts it.
+
+    `start` returns at once; `wait_ready` returns when every model is ready. `stop` leaves no process, no run
+    directory and no shared memory, within STOP_S. Ports are free ones unless given.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        *,
+        ports: Ports | None = None,
+        host: str = "127.0.0.1",
+        log_path: Path | None = None,  # None: in the run directory, so gone after `stop`
+        model_repository: Path = MODEL_REPOSITORY,
+    ) -> None:
+        self.deployment = deployment
+        self.ports = ports
+        self.host = host
+        self.model_repository = model_repository
+        self._log_path = log_path
+        self._process: subprocess.Popen[bytes] | None = None
+        self._run_dir: Path | None = None
+
+    def __enter__(self) -> "TritonServer":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self._client_host}:{self._ports.http}"
+
+    @property
+    def grpc_url(self) -> str:
+        """As tritonclient.grpc takes it, without a scheme."""
+        return f"{self._client_host}:{self._ports.grpc}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self._client_host}:{self._ports.metrics}/metrics"
+
+    @property
+    def log_path(self) -> Path:
+        return self._log_path or self.run_dir / "server.log"
+
+    @property
+    def run_dir(self) -> Path:
+        assert self._run_dir is not None, "the server has not been started"
+        return self._run_dir
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server has not been started"
+        return self._process.pid
+
+    @property
+    def _ports(self) -> Ports:
+        assert self.ports is not None, "the server has not been started"
+        return self.ports
+
+    @property
+    def _client_host(self) -> str:
+        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+
+    @property
+    def _shm_prefix(self) -> str:
+        return f"triton_python_backend_shm_region_{self.run_dir.name}_"
+
+    def start(self) -> None:
+        """Starts the server program. Raises ServerError."""
+        installation = Installation.find()
+        if self.ports is None:
+            self.ports = Ports.free()
+        for port in (self.ports.http, self.ports.grpc, self.ports.metrics):
+            if not port_is_free(self.host, port):
+                raise ServerError(f"port {port} is in use")
+        self._run_dir = make_run_dir()
+        try:
+            self._fill_run_dir(installation)
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_path.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self._command(installation),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment(),
+                    start_new_session=True,  # Ctrl-C is for us; and what is in the session at the end, is ours to end
+                )
+        except OSError as error:
+            self.stop()
+            raise ServerError(f"the Triton server cannot be started: {error}") from None
+
+    def wait_ready(self, progress: Progress = lambda line: None, timeout_s: float = 3600.0) -> None:
+        """Returns when all models are ready; `progress` gets the operator's lines of the log. Raises ServerError."""
+        assert self._process is not None, "the server has not been started"
+        deadline = time.monotonic() + timeout_s
+        num_seen = 0
+        while not self._is_ready():
+            lines = self._operator_lines()
+            for line in lines[num_seen:]:
+                progress(line)
+            num_seen = len(lines)
+            if self._process.poll() is not None:
+                raise ServerError(self.failure_reason())
+            if time.monotonic() > deadline:
+                raise ServerError(f"the server was not ready after {timeout_s:.0f} s")
+            time.sleep(0.05)
+
+    def wait(self) -> int:
+        """Blocks until the server program ends, and returns its exit status."""
+        assert self._process is not None, "the server has not been started"
+        return self._process.wait()
+
+    def failure_reason(self) -> str:
+        """Why the server ended, in one line out of its log."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        for line in lines:
+            if line.startswith(ERROR_MARK):
+                return line.removeprefix(ERROR_MARK)
+        errors = [line for line in lines if line.startswith("E") and "] " in line]
+        status = self._process.returncode if self._process else None
+        return errors[-1].split("] ", 1)[1].strip('" ') if errors else f"the Triton server ended with status {status}"
+
+    def stop(self) -> None:
+        """Ends the server, its stubs and workers, and removes what they leave behind. Safe to repeat."""
+        if self._process is not None:
+            deadline = time.monotonic() + STOP_S - 0.5
+            if self._process.poll() is None:
+                self._process.terminate()
+                try:
+                    self._process.wait(deadline - time.monotonic())
+                except subprocess.TimeoutExpired:
+                    self._process.kill()
+                    self._process.wait()
+            end_session(self._process.pid, deadline)
+            self._process = None
+        if self._run_dir is not None:
+            for region in SHM.glob(f"{self._shm_prefix}*"):
+                region.unlink(missing_ok=True)
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._run_dir = None
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.http_url}/v2/health/ready", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _operator_lines(self) -> list[str]:
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        return [line.removeprefix(MARK) for line in lines if line.startswith(MARK) and not line.startswith(ERROR_MARK)]
+
+    def _fill_run_dir(self, installation: Installation) -> None:
+        backend = self.run_dir / "backends/python"
+        backend.mkdir(parents=True)
+        for file in installation.backend_files:
+            (backend / file.name).symlink_to(file)
+        (self.run_dir / "lib").mkdir()
+        libpython = find_libpython()
+        if libpython is not None:
+            (self.run_dir / "lib" / libpython.name).symlink_to(libpython)
+        (self.run_dir / "models").symlink_to(self.model_repository.resolve())
+        (self.run_dir / "deployment.yaml").write_text(self.deployment.to_yaml())
+
+    def _command(self, installation: Installation) -> list[str]:
+        python_backend = {
+            "shm-default-byte-size": 16 << 20,
+            "shm-growth-byte-size": 16 << 20,
+            "shm-region-prefix-name": self._shm_prefix,
+            "thread-pool-size": 64,  # each parked call of the scheduler holds one
+            "stub-timeout-seconds": 3600,  # a model is initialised when its workers have loaded their weights
+        }
+        options: dict[str, object] = {
+            "model-repository": self.run_dir / "models",
+            "backend-directory": self.run_dir / "backends",
+            "http-address": self.host,
+            "http-port": self._ports.http,
+            "grpc-address": self.host,
+            "grpc-port": self._ports.grpc,
+            "metrics-address": self.host,
+            "metrics-port": self._ports.metrics,
+            "exit-timeout-secs": 3,
+        }
+        return [
+            *(sys.executable, "-c", RUN_UNTIL_PARENT_ENDS),
+            str(installation.server),
+            *(f"--{name}={value}" for name, value in options.items()),
+            *(f"--backend-config=python,{name}={value}" for name, value in python_backend.items()),
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        """The stub finds its packages through the first `python3` on PATH, and ignores PYTHONPATH."""
+        return {
+            **os.environ,
+            "PATH": prepend(Path(sys.prefix) / "bin", os.environ.get("PATH")),
+            "LD_LIBRARY_PATH": prepend(self.run_dir / "lib", os.environ.get("LD_LIBRARY_PATH")),
+            "PYTHONNOUSERSITE": "1",
+            "TMPDIR": str(self.run_dir),
+            DEPLOYMENT_VARIABLE: str(self.run_dir / "deployment.yaml"),
+        }
+
+
+def make_run_dir() -> Path:
+    folder = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="distserve-", dir=folder if len(folder) <= 40 else "/tmp"))
+
+
+def prepend(folder: Path, paths: str | None) -> str:
+    return f"{folder}:{paths}" if paths else str(folder)
+
+
+def end_session(session: int, deadline: float) -> None:
+    """Waits for the processes of a session to end; those that have not by the deadline are killed."""
+    while time.monotonic() < deadline and any(session_pids(session)):
+        time.sleep(0.02)
+    for pid in session_pids(session):
+        os.kill(pid, signal.SIGKILL)
+    while any(session_pids(session)):
+        time.sleep(0.01)
+
+
+def session_pids(session: int) -> Iterable[int]:
+    """The live processes of a session, read from /proc; ended ones that wait for their parent do not count."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its_session) == session and state not in "ZX":
+            yield int(stat.parent.name)
