@@ -35,11 +35,9 @@ class Engine:
             row.sequence.num_computed_tokens = row.start + row.length
         for sequence in batch.decodes:
             sequence.num_computed_tokens += 1
-        sampled = [row.sequence for row in batch.prefills if row.sequence.is_prefilled]
-        sampled += batch.decodes
-        for sequence, token_id in zip(sampled, token_ids, strict=True):
+        for sequence, token_id in zip(batch.sampled, token_ids, strict=True):
             sequence.append(token_id, self.eos_token_ids)
-        return sampled
+        return batch.sampled
 
 
 def load_engine(deployment: Deployment, stage: StageConfig, device: torch.device) -> Engine:

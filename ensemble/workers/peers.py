@@ -44,15 +44,23 @@ class PeerServer:
                 transfer_ids += call.transfer_ids
         return transfer_ids
 
+    def close(self) -> None:
+        """Closes the engine's socket; the thread ends with the ZeroMQ context."""
+        self.socket.close(linger=0)
+
     def _serve(self) -> None:
         forward = self._context.socket(zmq.PUSH)
         forward.connect(ACKNOWLEDGEMENTS)
-        while True:
-            identity, payload = self._router.recv_multipart()
-            if isinstance(decode_peer_call(payload), AttachPool):
-                self._router.send_multipart([identity, self._handle])
-            else:
-                forward.send(payload)
+        try:
+            while True:
+                identity, payload = self._router.recv_multipart()
+                if isinstance(decode_peer_call(payload), AttachPool):
+                    self._router.send_multipart([identity, self._handle])
+                else:
+                    forward.send(payload)
+        except zmq.ContextTerminated:
+            forward.close(linger=0)
+            self._router.close(linger=0)
 
 
 class Peers:
@@ -93,3 +101,10 @@ class Peers:
     def acknowledge(self, handoff: KVHandoff) -> None:
         """Ends the lease on the source's blocks. Called exactly once for each hand-off received."""
         self._sockets[handoff.source].send(encode(TransferDone(transfer_ids=[handoff.transfer_id])))
+
+    def close(self) -> None:
+        """Closes the sockets and the mappings."""
+        for socket in self._sockets.values():
+            socket.close(linger=0)
+        self._sockets.clear()
+        self._pools.clear()
