@@ -37,8 +37,8 @@ def _log_probs_kernel(
         lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(values - new_max)
         lane_max = new_max
     largest = tl.max(lane_max, 0)
-    log_sum = largest + tl.log(tl.sum(lane_sum * tl.exp(lane_max - largest), 0))
-    tl.store(chosen + row, tl.load(row_logits + tl.load(token_ids + row)).to(tl.float32) - log_sum)
+    log_sum = tl.log(tl.sum(lane_sum * tl.exp(lane_max - largest), 0))
+    tl.store(chosen + row, tl.load(row_logits + tl.load(token_ids + row)).to(tl.float32) - largest - log_sum)
 
     last_value = float("inf")
     last_id = -1
@@ -55,7 +55,7 @@ def _log_probs_kernel(
         last_value = tl.max(lane_max, 0)
         last_id = tl.min(tl.where(lane_max == last_value, lane_id, V), 0)
         tl.store(top_token_ids + row * num_top + rank, last_id.to(tl.int64))
-        tl.store(top_log_probs + row * num_top + rank, last_value - log_sum)
+        tl.store(top_log_probs + row * num_top + rank, last_value - largest - log_sum)
 
 
 def log_probs_reference(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,9 +37,9 @@ _WORD = 0xFFFFFFFF
 
 @triton.jit
 def _load_logits(row_logits, start, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Logits [start, start + BLOCK) in fp32, -inf past the end."""
+    """Logits [start, start + BLOCK) in fp32, -inf past the end; the sum makes -0 a +0."""
     columns = start + tl.arange(0, BLOCK)
-    return tl.load(row_logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    return tl.load(row_logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32) + 0.0
 
 
 @triton.jit
@@ -47,13 +47,6 @@ def _ordered_bits(values):
     """uint32 in the order of the fp32 values."""
     bits = values.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _value_of(bits):
-    """The fp32 value of _ordered_bits."""
-    bits = bits.to(tl.int32, bitcast=True)
-    return (bits ^ ((~bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -87,7 +80,7 @@ def _mass_from(
     BLOCK: tl.constexpr,
     BY_COUNT: tl.constexpr,
 ):
-    """What the logits of at least `first`, `second`, `third` weigh together, those below `lowest` left out."""
+    """What the logits from the bits `first`, `second` and `third` on weigh, those below `lowest` left out."""
     sums_1 = tl.zeros([BLOCK], tl.float32)
     sums_2 = tl.zeros([BLOCK], tl.float32)
     sums_3 = tl.zeros([BLOCK], tl.float32)
@@ -95,9 +88,9 @@ def _mass_from(
         values = _load_logits(row_logits, start, V, BLOCK)
         bits = _ordered_bits(values)
         if BY_COUNT:
-            weights = tl.where(values >= lowest, 1.0, 0.0)
+            weights = tl.where(bits >= lowest, 1.0, 0.0)
         else:
-            weights = tl.where(values >= lowest, tl.exp((values - largest) * inverse_temperature), 0.0)
+            weights = tl.where(bits >= lowest, tl.exp((values - largest) * inverse_temperature), 0.0)
         sums_1 += tl.where(bits >= first, weights, 0.0)
         sums_2 += tl.where(bits >= second, weights, 0.0)
         sums_3 += tl.where(bits >= third, weights, 0.0)
@@ -116,7 +109,7 @@ def _threshold(
     BY_COUNT: tl.constexpr,
     LOW_BITS: tl.constexpr,
 ):
-    """The largest logit such that those of at least it weigh `target`."""
+    """The largest bits from which on the logits weigh `target`."""
     bits = tl.zeros([], tl.uint32)
     unit = tl.full([], 1 << 30, tl.uint32)
     for _ in range((32 - LOW_BITS + 1) // 2):
@@ -135,7 +128,7 @@ def _threshold(
         digit = (mass_1 >= target).to(tl.uint32) + (mass_2 >= target).to(tl.uint32) + (mass_3 >= target).to(tl.uint32)
         bits += digit * unit
         unit = unit >> 2
-    return _value_of(bits)
+    return bits
 
 
 @triton.jit
@@ -188,19 +181,27 @@ def _sample_kernel(
     temperature = tl.load(temperatures + row)
     if temperature > 0.0:
         inverse_temperature = 1.0 / temperature
-        lowest = largest + temperature * tl.log(tl.load(min_ps + row))
+        nothing = tl.zeros([], tl.uint32)
+        lowest = _ordered_bits(largest + temperature * tl.log(tl.load(min_ps + row)))
         top_k = tl.load(top_ks + row)
         if (top_k > 0) & (top_k < V):
-            kth = _threshold(row_logits, top_k.to(tl.float32), float("-inf"), largest, 1.0, V, BLOCK, True, LOW_BITS)
+            kth = _threshold(row_logits, top_k.to(tl.float32), nothing, largest, 1.0, V, BLOCK, True, LOW_BITS)
             lowest = tl.maximum(lowest, kth)
         top_p = tl.load(top_ps + row)
         if top_p < 1.0:
-            nothing = tl.zeros([], tl.uint32)
             mass, _, _ = _mass_from(
                 row_logits, nothing, nothing, nothing, lowest, largest, inverse_temperature, V, BLOCK, False
             )
             pivot = _threshold(
-                row_logits, top_p * mass, lowest, largest, inverse_temperature, V, BLOCK, False, LOW_BITS
+                row_logits,
+                tl.maximum(top_p * mass, 1e-30),
+                lowest,
+                largest,
+                inverse_temperature,
+                V,
+                BLOCK,
+                False,
+                LOW_BITS,
             )
             lowest = tl.maximum(lowest, pivot)
         seed, position = tl.load(seeds + row), tl.load(positions + row)
@@ -209,7 +210,7 @@ def _sample_kernel(
         for start in range(0, V, BLOCK):
             values = _load_logits(row_logits, start, V, BLOCK)
             perturbed = values / temperature + _gumbel_noise(seed, position, start, BLOCK)
-            perturbed = tl.where(values >= lowest, perturbed, float("-inf"))
+            perturbed = tl.where(_ordered_bits(values) >= lowest, perturbed, float("-inf"))
             lane_id = tl.where(perturbed > lane_max, start + tl.arange(0, BLOCK), lane_id)
             lane_max = tl.maximum(perturbed, lane_max)
         token_id = _argmax(lane_max, lane_id)

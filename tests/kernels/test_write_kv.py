@@ -56,7 +56,9 @@ def test_rope_and_write_kv_rotates_as_transformers_does(num_heads, num_kv_heads,
 
     def rotate(x, which):
         cos, sin = rotary(x, positions[None])
-        return apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)[which][0].transpose(0, 1)
+        return apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)[which][0].transpose(
+            0, 1
+        )
 
     before = q.clone(), k.clone()
     table = rotary_table(rotary.inv_freq, 512)
