@@ -19,10 +19,18 @@ from typing import Literal
 import msgspec
 
 from ensemble.config import Deployment
-from ensemble.errors import Cancelled, DistServeError, InternalError, InvalidRequest, StageUnavailable
+from ensemble.errors import (
+    Cancelled,
+    DistServeError,
+    ErrorCode,
+    InternalError,
+    InvalidRequest,
+    StageUnavailable,
+)
 from ensemble.request import FinishReason, Request
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.serving.metrics import Ended, Gauges, Labels
 from ensemble.serving.streams import ClientStream, SenderPool
 from ensemble.workers.messages import (
     CancelRequests,
@@ -56,15 +64,24 @@ class _Replica:
     """The scheduler's end of the numbered command channel to one life of a worker."""
 
     epoch: int
+    num_blocks: int
+    num_free_blocks: int  # as the worker said last
     next_number: int = 0
 
 
 class Orchestrator:
     """`submit` and `cancel` may be called from any thread."""
 
-    def __init__(self, deployment: Deployment, call_model: CallModel, senders: SenderPool) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        call_model: CallModel,
+        senders: SenderPool,
+        on_ended: Callable[[Ended], None] = lambda ended: None,
+    ) -> None:
         self._call_model = call_model
         self._senders = senders
+        self._on_ended = on_ended
         self._num_replicas: dict[StageName, int] = {
             "prefill": deployment.prefill.num_replicas,
             "decode": deployment.decode.num_replicas,
@@ -112,6 +129,15 @@ class Orchestrator:
     def live_streams(self) -> list[ClientStream]:
         return list(self._streams.copy().values())
 
+    def gauges(self) -> Gauges:
+        """What is the case now, for the metrics; empty if the orchestrator is too busy to tell within a second."""
+        answer: queue.SimpleQueue[Gauges] = queue.SimpleQueue()
+        self._inbox.put(lambda: answer.put(self._gauges()))
+        try:
+            return answer.get(timeout=1.0)
+        except queue.Empty:
+            return {}
+
     def close(self) -> None:
         """Ends every request with an error, then the threads."""
         self._closing.set()
@@ -156,13 +182,13 @@ class Orchestrator:
             if stage not in self._down_reasons:
                 self._early.append((request, stream))
             else:
-                self._senders.fail(stream, StageUnavailable(stage, self._down_reasons[stage]))
+                self._refuse(stream, StageUnavailable(stage, self._down_reasons[stage]))
             return
         try:
             self.admission.check(request)
             self.prefill.add(request, time.monotonic())
         except DistServeError as error:
-            self._senders.fail(stream, error)
+            self._refuse(stream, error)
         else:
             self._streams[request.request_id] = stream
 
@@ -171,8 +197,10 @@ class Orchestrator:
             match event:
                 case StepTokens():
                     self._on_tokens(event)
-                case Released(request_ids=request_ids):
+                case Released(request_ids=request_ids, num_free_blocks=num_free_blocks):
                     (self.prefill if stage == "prefill" else self.admission).released(replica, request_ids)
+                    if (stage, replica) in self._replicas:
+                        self._replicas[stage, replica].num_free_blocks = num_free_blocks
                 case Joined():
                     self._on_joined(event)
                 case RequestFailed(request_id=request_id, message=message):
@@ -217,6 +245,16 @@ class Orchestrator:
             stream.timeline.last_token_ns = time.time_ns()
             del self._streams[request_id]
         self._senders.push(stream, token_id, finish_reason)
+        if finish_reason is not None:
+            self._ended(stream, finish_reason, is_error=False)
+
+    def _refuse(self, stream: ClientStream, error: DistServeError) -> None:
+        self._senders.fail(stream, error)
+        self._ended(stream, error.code, is_error=True)
+
+    def _ended(self, stream: ClientStream, outcome: FinishReason | ErrorCode, is_error: bool) -> None:
+        ended = Ended(stream.timeline, stream.num_prompt_tokens, stream.num_output_tokens, outcome, is_error)
+        self._on_ended(ended)
 
     def _fail(self, request_id: int, error: DistServeError) -> None:
         """Ends a live request with an error, wherever it is, and has its blocks freed."""
@@ -230,17 +268,32 @@ class Orchestrator:
             prefill_replica = self.prefill.cancel(request_id)
             if isinstance(prefill_replica, int):
                 self._send("prefill", CancelRequests(replica=prefill_replica, request_ids=[request_id]))
-        self._senders.fail(stream, error)
+        self._refuse(stream, error)
 
     def _fail_all(self, error: DistServeError) -> None:
         for request_id in list(self._streams):
             self._fail(request_id, error)
         early, self._early = self._early, []
         for _, stream in early:
-            self._senders.fail(stream, error)
+            self._refuse(stream, error)
+
+    def _gauges(self) -> Gauges:
+        gauges: dict[tuple[str, Labels], float] = {
+            ("vllm:num_requests_waiting", ()): self.prefill.num_waiting,
+            ("vllm:num_requests_running", ()): len(self._streams) - self.prefill.num_waiting,
+            ("distserve:num_requests_bridge", ()): self.admission.num_bridge_seqs,
+        }
+        for stage, num_replicas in self._num_replicas.items():
+            for index in range(num_replicas):
+                labels = (("stage", stage), ("replica", str(index)))
+                replica = self._replicas.get((stage, index))
+                gauges["distserve:replica_up", labels] = int(replica is not None)
+                gauges["distserve:kv_blocks", labels] = replica.num_blocks if replica else 0
+                gauges["distserve:kv_blocks_free", labels] = replica.num_free_blocks if replica else 0
+        return gauges
 
     def _replica_up(self, stage: StageName, up: ReplicaUp) -> None:
-        self._replicas[stage, up.replica] = _Replica(up.epoch)
+        self._replicas[stage, up.replica] = _Replica(up.epoch, up.num_blocks, up.num_blocks)
         self._down_reasons.pop(stage, None)
         if stage == "prefill":
             for request_id in self.prefill.replica_up(up.replica, up.num_blocks):

@@ -12,6 +12,7 @@ from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError
 from ensemble.models.spec import load_model_spec
 from ensemble.serving.inputs import ModelLimits, parse_request
+from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.orchestrator import CallModel, Orchestrator
 from ensemble.serving.streams import ClientCall, ClientStream, SenderPool
 from ensemble.tokenizer import Tokenizer
@@ -22,10 +23,12 @@ CANCEL_CHECK_INTERVAL_S = 0.1
 class Scheduler:
     """`handle` may be called from any thread; it returns at once, answers come later."""
 
-    def __init__(self, deployment: Deployment, call_model: CallModel) -> None:
+    def __init__(self, deployment: Deployment, call_model: CallModel, make_family: MakeFamily | None = None) -> None:
         spec = load_model_spec(deployment.model.path)
         self._deployment = deployment
         self._call_model = call_model
+        self._make_family = make_family  # None: metrics are off
+        self._metrics: Metrics | None = None
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
         self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
         self._request_ids = itertools.count()
@@ -50,14 +53,22 @@ class Scheduler:
         self._closing.set()
         if self._orchestrator is not None:
             self._orchestrator.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self._senders.close()
 
     def _started(self) -> Orchestrator:
         """The orchestrator, made at the first request: the Triton server forbids BLS while a model initialises."""
         if self._orchestrator is None:
-            self._orchestrator = Orchestrator(self._deployment, self._call_model, self._senders)
+            self._orchestrator = Orchestrator(self._deployment, self._call_model, self._senders, self._count)
+            if self._make_family is not None:
+                self._metrics = Metrics(self._make_family, self._orchestrator.gauges)
             threading.Thread(target=self._watch_cancels, name="cancel-watch", daemon=True).start()
         return self._orchestrator
+
+    def _count(self, ended: Ended) -> None:
+        if self._metrics is not None:
+            self._metrics.count(ended)
 
     def _watch_cancels(self) -> None:
         """`is_cancelled` is a round trip to the Triton server: asked from here alone, each stream in turn."""

@@ -71,15 +71,21 @@ class ClientStream:
         self._is_first = True
         self._text = ""  # not yet sent
         self._token_ids: list[int] = []  # not yet sent
+        self.num_output_tokens = 0
 
     @property
     def request_id(self) -> int:
         return self._request.request_id
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self._request.prompt_len
+
     def push(self, token_id: int, finish_reason: FinishReason | None) -> bool:
         """Adds a token. True if the stream has to be queued at its sender."""
         with self._lock:
             self._pending.append(token_id)
+            self.num_output_tokens += 1
             self._finish_reason = finish_reason
             return self._claim()
 

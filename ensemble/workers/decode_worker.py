@@ -108,25 +108,19 @@ class DecodeWorker:
         events: list[WorkerEvent] = []
         if joined:
             events.append(Joined(request_ids=joined, transfer_s=seconds, transfer_bytes=num_bytes))
-        if released:
-            events.append(Released(request_ids=released))
-        return events
+        return events + self._released(released)
 
     def _iterate(self, running: list[Sequence]) -> list[WorkerEvent]:
         sampled = self.engine.step(Batch([], running))
         finished: dict[int, FinishReason] = {
             sequence.request_id: sequence.finish_reason for sequence in sampled if sequence.finish_reason is not None
         }
-        events: list[WorkerEvent] = [
-            StepTokens(
-                request_ids=[sequence.request_id for sequence in sampled],
-                token_ids=[sequence.last_token_id for sequence in sampled],
-                finished=finished,
-            )
-        ]
-        if finished:
-            events.append(Released(request_ids=[self._leave(request_id) for request_id in finished]))
-        return events
+        tokens = StepTokens(
+            request_ids=[sequence.request_id for sequence in sampled],
+            token_ids=[sequence.last_token_id for sequence in sampled],
+            finished=finished,
+        )
+        return [tokens, *self._released([self._leave(request_id) for request_id in finished])]
 
     def _cancel(self, request_ids: list[int]) -> list[WorkerEvent]:
         released = []
@@ -140,7 +134,7 @@ class DecodeWorker:
                 del self._arrivals[request_id]
                 self.peers.acknowledge(arrival.handoff)
                 released.append(self._free(request_id))
-        return [Released(request_ids=released)] if released else []
+        return self._released(released)
 
     def _leave(self, request_id: int) -> int:
         del self._running[request_id]
@@ -150,3 +144,8 @@ class DecodeWorker:
     def _free(self, request_id: int) -> int:
         self.engine.blocks.free(Owner("sequence", request_id))
         return request_id
+
+    def _released(self, request_ids: list[int]) -> list[WorkerEvent]:
+        if not request_ids:
+            return []
+        return [Released(request_ids=request_ids, num_free_blocks=self.engine.blocks.num_free_blocks)]

@@ -120,9 +120,10 @@ class Joined(_Message, frozen=True, kw_only=True):
 
 
 class Released(_Message, frozen=True, kw_only=True):
-    """Requests whose blocks at this replica are free again."""
+    """Requests whose blocks at this replica are free again, and the worker's own count of free blocks."""
 
     request_ids: list[int]
+    num_free_blocks: int
 
 
 class RequestFailed(_Message, frozen=True, kw_only=True):

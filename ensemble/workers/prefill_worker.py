@@ -64,15 +64,14 @@ class PrefillWorker:
         sampled = self.engine.step(Batch(rows, [])) if rows else []
         results = [self._leave_prefill(sequence) for sequence in sampled]
         answer = PrefillAnswer(batch_id=batch.batch_id, results=results, compute_s=time.perf_counter() - start)
-        ended = [result.request_id for result in results if result.handoff is None]
-        return [answer, Released(request_ids=ended)] if ended else [answer]
+        return [answer, *self._released([result.request_id for result in results if result.handoff is None])]
 
     def end_leases(self, transfer_ids: list[int]) -> list[WorkerEvent]:
         """The reader has its copies; an unknown lease was ended by a cancel before."""
         request_ids = [self._leases.pop(transfer_id) for transfer_id in transfer_ids if transfer_id in self._leases]
         for request_id in request_ids:
             self.engine.blocks.free(Owner("transfer", self._transfers.pop(request_id)))
-        return [Released(request_ids=request_ids)] if request_ids else []
+        return self._released(request_ids)
 
     def _reserve(self, batch: PrefillBatch) -> None:
         for chunk in batch.chunks:
@@ -122,4 +121,9 @@ class PrefillWorker:
                 del self._leases[transfer_id]
                 self.engine.blocks.free(Owner("transfer", transfer_id))
                 released.append(request_id)
-        return [Released(request_ids=released)] if released else []
+        return self._released(released)
+
+    def _released(self, request_ids: list[int]) -> list[WorkerEvent]:
+        if not request_ids:
+            return []
+        return [Released(request_ids=request_ids, num_free_blocks=self.engine.blocks.num_free_blocks)]

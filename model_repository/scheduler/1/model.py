@@ -41,9 +41,13 @@ def call_stage(stage, payload):
     return pb_utils.get_output_tensor_by_name(response, "ANSWER").as_numpy().tobytes()
 
 
+def make_family(name, description, kind):
+    return pb_utils.MetricFamily(name=name, description=description, kind=getattr(pb_utils.MetricFamily, kind.upper()))
+
+
 class TritonPythonModel:
     def initialize(self, args):
-        self.scheduler = Scheduler(Deployment.from_environment(), call_stage)
+        self.scheduler = Scheduler(Deployment.from_environment(), call_stage, make_family)
 
     def execute(self, requests):
         for request in requests:

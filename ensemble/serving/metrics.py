@@ -1,0 +1,142 @@
+"""Counters, gauges and histograms on the Triton server's metrics port, under the field's names.
+
+Each update is a round trip to the server, so all of them come from one thread: what has ended is queued for it, what is
+the case now it asks for on a timer.
+"""
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from ensemble.errors import ErrorCode
+from ensemble.request import FinishReason
+from ensemble.serving.streams import Timeline
+
+INTERVAL_S = 0.25
+_REQUEST_S = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60]
+_TTFT_S = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
+_TPOT_S = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
+_WAIT_S = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
+
+Kind = Literal["counter", "gauge", "histogram"]
+MakeFamily = Callable[[str, str, Kind], Any]  # name, description, kind -> a family of the Triton server's metrics API
+Labels: TypeAlias = tuple[tuple[str, str], ...]
+Gauges = Mapping[tuple[str, Labels], float]  # (name, labels) |-> value
+
+_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
+    "vllm:prompt_tokens_total": ("counter", "Prompt tokens of requests whose prefill has finished"),
+    "vllm:generation_tokens_total": ("counter", "Tokens generated for clients"),
+    "vllm:request_success_total": ("counter", "Requests that ended with their last token, by reason"),
+    "distserve:request_errors_total": ("counter", "Requests that ended with an error, by code"),
+    "vllm:time_to_first_token_seconds": ("histogram", "Arrival to first token"),
+    "vllm:time_per_output_token_seconds": ("histogram", "Mean time between output tokens of a request"),
+    "vllm:e2e_request_latency_seconds": ("histogram", "Arrival to last token"),
+    "vllm:request_queue_time_seconds": ("histogram", "Arrival to first prefill batch"),
+    "distserve:bridge_time_seconds": ("histogram", "First token to submission to a decode replica"),
+    "distserve:kv_transfer_time_seconds": ("histogram", "The copy of a sequence's KV blocks"),
+    "vllm:num_requests_waiting": ("gauge", "Requests in the prefill queue"),
+    "vllm:num_requests_running": ("gauge", "Requests in prefill, bridge and decode"),
+    "distserve:num_requests_bridge": ("gauge", "Prefilled requests that wait for a decode replica"),
+    "distserve:kv_blocks": ("gauge", "Blocks of a replica's KV pool"),
+    "distserve:kv_blocks_free": ("gauge", "Free blocks of a replica's KV pool, as its worker reported last"),
+    "distserve:replica_up": ("gauge", "1 while the replica's worker serves"),
+}
+_BUCKETS = {
+    "vllm:time_to_first_token_seconds": _TTFT_S,
+    "vllm:time_per_output_token_seconds": _TPOT_S,
+    "vllm:e2e_request_latency_seconds": _REQUEST_S,
+    "vllm:request_queue_time_seconds": _WAIT_S,
+    "distserve:bridge_time_seconds": _WAIT_S,
+    "distserve:kv_transfer_time_seconds": _WAIT_S,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request at its end, as far as the metrics are concerned."""
+
+    timeline: Timeline
+    num_prompt_tokens: int
+    num_output_tokens: int
+    outcome: FinishReason | ErrorCode
+    is_error: bool
+
+
+class Metrics:
+    """`count` may be called from any thread and does not wait."""
+
+    def __init__(self, make_family: MakeFamily, read_gauges: Callable[[], Gauges]) -> None:
+        self._families = {
+            name: make_family(name, description, kind) for name, (kind, description) in _DESCRIPTIONS.items()
+        }
+        self._metrics: dict[tuple[str, Labels], Any] = {}
+        self._read_gauges = read_gauges
+        self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def count(self, ended: Ended) -> None:
+        self._ended.put(ended)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(timeout=2.0)
+        self._metrics.clear()  # metrics go before their families
+        self._families.clear()
+
+    def _run(self) -> None:
+        while not self._closing.wait(INTERVAL_S):
+            totals: Counter[tuple[str, Labels]] = Counter()
+            deadline = time.monotonic() + INTERVAL_S
+            while not self._ended.empty() and time.monotonic() < deadline:
+                ended = self._ended.get()
+                totals += counted(ended)
+                for name, seconds in durations(ended).items():
+                    self._metric(name, ()).observe(seconds)
+            for (name, labels), value in totals.items():
+                self._metric(name, labels).increment(value)
+            for (name, labels), level in self._read_gauges().items():
+                self._metric(name, labels).set(level)
+
+    def _metric(self, name: str, labels: Labels) -> Any:
+        if (name, labels) not in self._metrics:
+            all_labels = {"model": "scheduler", "version": "1", **dict(labels)}
+            arguments = {"buckets": _BUCKETS[name]} if name in _BUCKETS else {}
+            self._metrics[name, labels] = self._families[name].Metric(labels=all_labels, **arguments)
+        return self._metrics[name, labels]
+
+
+def counted(ended: Ended) -> Counter[tuple[str, Labels]]:
+    """What one ended request adds to the counters."""
+    totals: Counter[tuple[str, Labels]] = Counter()
+    if ended.is_error:
+        totals["distserve:request_errors_total", (("code", ended.outcome),)] = 1
+    else:
+        totals["vllm:request_success_total", (("finished_reason", ended.outcome),)] = 1
+    if ended.num_output_tokens:
+        totals["vllm:prompt_tokens_total", ()] = ended.num_prompt_tokens
+        totals["vllm:generation_tokens_total", ()] = ended.num_output_tokens
+    return totals
+
+
+def durations(ended: Ended) -> dict[str, float]:
+    """The seconds that one ended request adds to the histograms: only spans that it has passed."""
+    timeline = ended.timeline
+    spans = {
+        "vllm:request_queue_time_seconds": (timeline.arrival_ns, timeline.first_scheduled_ns),
+        "vllm:time_to_first_token_seconds": (timeline.arrival_ns, timeline.first_token_ns),
+        "distserve:bridge_time_seconds": (timeline.first_token_ns, timeline.decode_submitted_ns),
+        "vllm:e2e_request_latency_seconds": (timeline.arrival_ns, timeline.last_token_ns),
+    }
+    seconds = {name: (end - start) / 1e9 for name, (start, end) in spans.items() if end}
+    if timeline.decode_joined_ns:
+        seconds["distserve:kv_transfer_time_seconds"] = timeline.kv_transfer_ns / 1e9
+    if timeline.last_token_ns and ended.num_output_tokens > 1:
+        span = (timeline.last_token_ns - timeline.first_token_ns) / 1e9
+        seconds["vllm:time_per_output_token_seconds"] = span / (ended.num_output_tokens - 1)
+    return seconds
