@@ -1,0 +1,141 @@
+"""`Batch`, what a scheduler asks of one step, and its tensors.
+
+    rows    |<------ prefill rows ------>|<- decode rows ->|       row = a sequence that takes part
+    tokens  |<- chunk ->|<-- chunk -->|..|<- 1 ->|<- 1 ->|..       the order of every tensor below
+
+A prefill row that reaches the end of its prompt, and every decode row, samples one token.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ensemble.engine.sampler import Draw, Mask, Penalties, SamplingInput, sampling_arrays
+from ensemble.models.layers import AttentionMetadata
+from ensemble.request import Sequence
+
+Array = npt.NDArray[Any]
+
+_TORCH_DTYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}
+_ALIGNMENT = 16  # bytes; Triton kernels are compiled anew for a pointer of another alignment
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRow:
+    """Positions [start, start + length) of a prompt; the KV of everything before them is in the pool."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def finishes_prompt(self) -> bool:
+        return self.end == self.sequence.prompt_len
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: chunks of prompts, and sequences whose last token is to be followed by another."""
+
+    prefills: list[PrefillRow] = field(default_factory=list)
+    decodes: list[Sequence] = field(default_factory=list)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get a token, in the order in which the runner returns the tokens."""
+        return [row.sequence for row in self.prefills if row.finishes_prompt] + self.decodes
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """A batch as tensors on the device."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    attention: AttentionMetadata
+    sampled_tokens: Tensor  # [S] int64, indices into the T tokens
+    sampling: SamplingInput
+
+
+def prepare_step(batch: Batch, block_size: int, eos_token_ids: frozenset[int], device: torch.device) -> StepInput:
+    """Builds a step's tensors; on a GPU they come in one copy from pinned memory."""
+    arrays = {"tokens": _token_arrays(batch, block_size)} | sampling_arrays(batch.sampled, eos_token_ids)
+    tensors = to_device(arrays, device)
+    tokens = tensors["tokens"]
+    return StepInput(
+        token_ids=tokens["token_ids"],
+        positions=tokens["positions"],
+        sampled_tokens=tokens["sampled_tokens"],
+        attention=AttentionMetadata(
+            num_prefill_tokens=sum(row.length for row in batch.prefills),
+            max_seqlen_q=max((row.length for row in batch.prefills), default=0),
+            slot_mapping=tokens["slot_mapping"],
+            cu_seqlens_q=tokens["cu_seqlens_q"],
+            context_lens=tokens["context_lens"],
+            block_tables=tokens["block_tables"],
+        ),
+        sampling=SamplingInput(
+            draw=Draw(**tensors["draw"]) if "draw" in tensors else None,
+            mask=Mask(**tensors["mask"]) if "mask" in tensors else None,
+            penalties=Penalties(**tensors["penalties"]) if "penalties" in tensors else None,
+        ),
+    )
+
+
+def _token_arrays(batch: Batch, block_size: int) -> dict[str, Array]:
+    lengths = [row.length for row in batch.prefills]
+    cu_seqlens = np.cumsum([0, *lengths])
+    num_prefill_tokens, num_tokens = int(cu_seqlens[-1]), int(cu_seqlens[-1]) + len(batch.decodes)
+    sequences = [row.sequence for row in batch.prefills] + batch.decodes
+    context_lens = [row.end for row in batch.prefills] + [sequence.num_tokens for sequence in batch.decodes]
+    block_tables = np.zeros((len(sequences), -(-max(context_lens) // block_size)), dtype=np.int32)
+    for table, sequence, context_len in zip(block_tables, sequences, context_lens, strict=True):
+        num_blocks = -(-context_len // block_size)
+        table[:num_blocks] = sequence.block_ids[:num_blocks]
+
+    token_ids = np.empty(num_tokens, dtype=np.int64)
+    positions = np.empty(num_tokens, dtype=np.int64)
+    for row, first in zip(batch.prefills, cu_seqlens.tolist(), strict=False):
+        token_ids[first : first + row.length] = row.sequence.token_ids(row.start, row.length)
+        positions[first : first + row.length] = np.arange(row.start, row.end)
+    token_ids[num_prefill_tokens:] = [sequence.last_token_id for sequence in batch.decodes]
+    positions[num_prefill_tokens:] = np.array(context_lens[len(lengths) :], dtype=np.int64) - 1
+
+    row_of_token = np.repeat(np.arange(len(sequences)), lengths + [1] * len(batch.decodes))
+    blocks = block_tables[row_of_token, positions // block_size].astype(np.int64)
+    ends = [end - 1 for row, end in zip(batch.prefills, cu_seqlens[1:].tolist(), strict=True) if row.finishes_prompt]
+    return {
+        "token_ids": token_ids,
+        "positions": positions,
+        "slot_mapping": blocks * block_size + positions % block_size,
+        "cu_seqlens_q": cu_seqlens.astype(np.int32),
+        "context_lens": np.array(context_lens, dtype=np.int32),
+        "block_tables": block_tables,
+        "sampled_tokens": np.array([*ends, *range(num_prefill_tokens, num_tokens)], dtype=np.int64),
+    }
+
+
+def to_device(groups: dict[str, dict[str, Array]], device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """The arrays as tensors of the same shapes and dtypes; to a GPU in one asynchronous copy."""
+    if device.type == "cpu":
+        return {group: {name: torch.from_numpy(a) for name, a in arrays.items()} for group, arrays in groups.items()}
+    flat = [array for arrays in groups.values() for array in arrays.values()]
+    offsets = [0, *np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in flat]).tolist()]
+    staging = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
+    host = staging.numpy()
+    for array, offset in zip(flat, offsets, strict=False):
+        host[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+    copied = staging.to(device, non_blocking=True)
+    tensors = (
+        copied[offset : offset + array.nbytes].view(_TORCH_DTYPES[array.dtype.name]).view(array.shape)
+        for array, offset in zip(flat, offsets, strict=False)
+    )
+    return {group: {name: next(tensors) for name in arrays} for group, arrays in groups.items()}

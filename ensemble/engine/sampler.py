@@ -1,0 +1,140 @@
+"""The next token of each row from its logits, as its request's sampling parameters say.
+
+Nothing is kept between steps: what a step needs follows from the sequences, so that a sequence can move between
+engines at any step.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ensemble.request import SamplingParams, Sequence
+from kernels.penalties import apply_penalties, mask_tokens
+from kernels.sampling import greedy, sample
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Columns of the rows' parameters; a row of temperature 0 is greedy."""
+
+    temperatures: Tensor  # [S] fp32
+    top_ks: Tensor  # [S] int32
+    top_ps: Tensor  # [S] fp32
+    min_ps: Tensor  # [S] fp32
+    seeds: Tensor  # [S] int64, the bits of a uint64
+    positions: Tensor  # [S] int64, index of the drawn token in its sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Tokens that may not be sampled."""
+
+    rows: Tensor  # [N] int64
+    token_ids: Tensor  # [N] int64
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Columns of penalties, and the tokens so far of the R rows that have any."""
+
+    state_ids: Tensor  # [S] int64: index among the R rows, -1 = without penalties
+    repetition: Tensor  # [S] fp32
+    presence: Tensor  # [S] fp32
+    frequency: Tensor  # [S] fp32
+    num_tokens: Tensor  # [R, 2] int64: tokens of the prompt, tokens of the output
+    token_ids: Tensor  # [sum of num_tokens] int64: prompt and output of the first of the R rows, then of the next
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInput:
+    """How S rows are sampled. What no row uses is None; without a draw every row is greedy."""
+
+    draw: Draw | None
+    mask: Mask | None
+    penalties: Penalties | None
+
+
+def sample_tokens(
+    logits: Tensor,  # [S, V], may be overwritten
+    inputs: SamplingInput,
+) -> Tensor:  # [S] int64
+    """One token id per row."""
+    if inputs.penalties is not None:
+        _penalise(logits, inputs.penalties)
+    if inputs.mask is not None:
+        mask_tokens(logits, inputs.mask.rows, inputs.mask.token_ids)
+    draw = inputs.draw
+    if draw is None:
+        return greedy(logits)
+    return sample(logits, draw.temperatures, draw.top_ks, draw.top_ps, draw.min_ps, draw.seeds, draw.positions)
+
+
+def sampling_arrays(sequences: list[Sequence], eos_token_ids: frozenset[int]) -> dict[str, dict[str, Array]]:
+    """The fields of `draw`, `mask` and `penalties`, as far as a sequence uses them."""
+    groups: dict[str, dict[str, Array]] = {}
+    params = [sequence.sampling for sequence in sequences]
+    if any(p.temperature > 0 for p in params):
+        groups["draw"] = {
+            "temperatures": np.array([p.temperature for p in params], dtype=np.float32),
+            "top_ks": np.array([p.top_k for p in params], dtype=np.int32),
+            "top_ps": np.array([p.top_p for p in params], dtype=np.float32),
+            "min_ps": np.array([p.min_p for p in params], dtype=np.float32),
+            "seeds": np.array([p.seed for p in params], dtype=np.uint64).view(np.int64),
+            "positions": np.array([sequence.num_tokens for sequence in sequences], dtype=np.int64),
+        }
+    masked = [row for row, s in enumerate(sequences) if len(s.output_token_ids) < s.sampling.min_tokens]
+    if masked and eos_token_ids:
+        groups["mask"] = {
+            "rows": np.repeat(np.array(masked, dtype=np.int64), len(eos_token_ids)),
+            "token_ids": np.tile(np.array(sorted(eos_token_ids), dtype=np.int64), len(masked)),
+        }
+    penalised = [row for row, p in enumerate(params) if _has_penalties(p)]
+    if penalised:
+        groups["penalties"] = _penalty_arrays(sequences, penalised)
+    return groups
+
+
+def _penalty_arrays(sequences: list[Sequence], penalised: list[int]) -> dict[str, Array]:
+    params = [sequence.sampling for sequence in sequences]
+    state_ids = np.full(len(sequences), -1, dtype=np.int64)
+    state_ids[penalised] = np.arange(len(penalised))
+    num_tokens = [(sequences[row].prompt_len, len(sequences[row].output_token_ids)) for row in penalised]
+    token_ids = [sequences[row].token_ids(0, sequences[row].num_tokens) for row in penalised]
+    return {
+        "state_ids": state_ids,
+        "repetition": np.array([p.repetition_penalty for p in params], dtype=np.float32),
+        "presence": np.array([p.presence_penalty for p in params], dtype=np.float32),
+        "frequency": np.array([p.frequency_penalty for p in params], dtype=np.float32),
+        "num_tokens": np.array(num_tokens, dtype=np.int64),
+        "token_ids": np.concatenate([np.array(ids, dtype=np.int64) for ids in token_ids]),
+    }
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _penalise(logits: Tensor, penalties: Penalties) -> None:
+    (num_rows, _), total = penalties.num_tokens.shape, penalties.token_ids.shape[0]
+    # segment 2r is the prompt of row r, segment 2r + 1 its output
+    segments = torch.arange(2 * num_rows, device=logits.device).repeat_interleave(
+        penalties.num_tokens.flatten(), output_size=total
+    )
+    counts = torch.zeros(2 * num_rows, logits.shape[1], dtype=torch.int32, device=logits.device)
+    ones = torch.ones(total, dtype=torch.int32, device=logits.device)
+    counts.index_put_((segments, penalties.token_ids), ones, accumulate=True)
+    apply_penalties(
+        logits,
+        penalties.state_ids,
+        counts[0::2] > 0,
+        counts[1::2].contiguous(),
+        penalties.repetition,
+        penalties.presence,
+        penalties.frequency,
+    )

@@ -1,0 +1,86 @@
+"""What both architectures are made of. Plain classes around tensors: this is inference, so nothing trains or registers.
+
+Each layer can say, by `named_weights`, which of its tensors (or slices of its fused tensors) a checkpoint's tensor
+fills; that mapping is all that loading knows of a model.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.decode_attention import decode_attention
+from kernels.prefill_attention import prefill_attention
+
+Empty = Callable[..., Tensor]  # torch.empty with device and dtype bound
+NamedWeights = Iterator[tuple[str, Tensor]]  # checkpoint name |-> tensor to fill, of the checkpoint tensor's shape
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where a step's tokens and their contexts are in the KV pool.
+
+    tokens     |<-- chunks of the S_p prefill rows -->|<- one token per decode row ->|
+    sequences  |<---------- S_p prefill rows -------->|<------ S_d decode rows ----->|
+    """
+
+    num_prefill_tokens: int
+    max_seqlen_q: int  # longest chunk of a prefill row
+    slot_mapping: Tensor  # [T] int64: block_id * block_size + offset of each token, -1 = padding
+    cu_seqlens_q: Tensor  # [S_p + 1] int32
+    context_lens: Tensor  # [S_p + S_d] int32, this step's tokens included
+    block_tables: Tensor  # [S_p + S_d, max_blocks] int32
+
+    @property
+    def num_prefills(self) -> int:
+        return self.cu_seqlens_q.shape[0] - 1
+
+
+def paged_attention(
+    q: Tensor,  # [T, Hq, D]
+    kv_cache: Tensor,  # [num_blocks, 2, Hkv, block_size, D], the step's keys and values written
+    metadata: AttentionMetadata,
+    scale: float,
+) -> Tensor:  # [T, Hq * D]
+    """Causal attention of a step's tokens over everything before them."""
+    num_tokens, split, rows = q.shape[0], metadata.num_prefill_tokens, metadata.num_prefills
+    parts = []
+    if split > 0:
+        parts.append(
+            prefill_attention(
+                q[:split],
+                kv_cache,
+                metadata.block_tables[:rows],
+                metadata.cu_seqlens_q,
+                metadata.context_lens[:rows],
+                metadata.max_seqlen_q,
+                scale,
+            )
+        )
+    if split < num_tokens:
+        block_tables, context_lens = metadata.block_tables[rows:], metadata.context_lens[rows:]
+        parts.append(decode_attention(q[split:], kv_cache, block_tables, context_lens, scale))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out.view(num_tokens, -1)
+
+
+class Linear:
+    """y = x W^T + b. Projections of one input are fused: their rows lie below each other in one weight."""
+
+    def __init__(self, in_size: int, out_sizes: list[int], has_bias: bool, empty: Empty) -> None:
+        self.out_sizes = out_sizes
+        self.weight = empty(sum(out_sizes), in_size)
+        self.bias = empty(sum(out_sizes)) if has_bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def named_weights(self, names: list[str]) -> NamedWeights:
+        """`names` are those of the fused projections, in order."""
+        for name, rows in zip(names, self.weight.split(self.out_sizes), strict=True):
+            yield f"{name}.weight", rows
+        if self.bias is not None:
+            for name, rows in zip(names, self.bias.split(self.out_sizes), strict=True):
+                yield f"{name}.bias", rows

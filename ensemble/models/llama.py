@@ -1,0 +1,123 @@
+"""LLaMA: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, paged_attention
+from ensemble.models.spec import ModelSpec, RopeSpec
+from kernels.activation import silu_and_mul
+from kernels.embedding import embed
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rotary_table
+from kernels.write_kv import rope_and_write_kv
+
+
+class LlamaAttention:
+    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.qkv_proj = Linear(spec.hidden_size, [q_size, kv_size, kv_size], spec.attention_bias, empty)
+        self.o_proj = Linear(q_size, [spec.hidden_size], spec.attention_bias, empty)
+        self.scale = spec.head_dim**-0.5
+
+    def __call__(
+        self, x: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, metadata.slot_mapping)
+        return self.o_proj(paged_attention(q, kv_cache, metadata, self.scale))
+
+    def named_weights(self, prefix: str) -> NamedWeights:
+        yield from self.qkv_proj.named_weights([f"{prefix}.{part}_proj" for part in "qkv"])
+        yield from self.o_proj.named_weights([f"{prefix}.o_proj"])
+
+
+class LlamaMLP:
+    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+        self.gate_up_proj = Linear(spec.hidden_size, [spec.intermediate_size] * 2, spec.mlp_bias, empty)
+        self.down_proj = Linear(spec.intermediate_size, [spec.hidden_size], spec.mlp_bias, empty)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+
+    def named_weights(self, prefix: str) -> NamedWeights:
+        yield from self.gate_up_proj.named_weights([f"{prefix}.gate_proj", f"{prefix}.up_proj"])
+        yield from self.down_proj.named_weights([f"{prefix}.down_proj"])
+
+
+class LlamaLayer:
+    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+        self.input_norm = empty(spec.hidden_size)
+        self.attention = LlamaAttention(spec, empty)
+        self.post_attention_norm = empty(spec.hidden_size)
+        self.mlp = LlamaMLP(spec, empty)
+
+    def named_weights(self, prefix: str) -> NamedWeights:
+        yield f"{prefix}.input_layernorm.weight", self.input_norm
+        yield from self.attention.named_weights(f"{prefix}.self_attn")
+        yield f"{prefix}.post_attention_layernorm.weight", self.post_attention_norm
+        yield from self.mlp.named_weights(f"{prefix}.mlp")
+
+
+class Llama:
+    """LlamaForCausalLM. `max_positions` bounds the rotary table."""
+
+    def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty) -> None:
+        if spec.rope is None:
+            raise ValueError("a LLaMA has rotary positions")
+        self.spec = spec
+        self.embed_tokens = empty(spec.vocab_size, spec.hidden_size)
+        self.layers = [LlamaLayer(spec, empty) for _ in range(spec.num_layers)]
+        self.norm = empty(spec.hidden_size)
+        self.lm_head = self.embed_tokens if spec.tie_word_embeddings else empty(spec.vocab_size, spec.hidden_size)
+        self.cos_sin = rotary_table(inverse_frequencies(spec.rope, spec.head_dim).to(self.norm.device), max_positions)
+
+    def forward(
+        self,
+        token_ids: Tensor,  # [T] int64
+        positions: Tensor,  # [T] int64
+        kv_pool: Tensor,  # [num_blocks, num_layers, 2, Hkv, block_size, D], updated in place
+        metadata: AttentionMetadata,
+    ) -> Tensor:  # [T, hidden_size]
+        """Hidden states after the last norm."""
+        eps = self.spec.norm_eps
+        residual = embed(token_ids, self.embed_tokens)
+        x = rms_norm(residual, self.layers[0].input_norm, eps)
+        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        for layer, kv_cache, next_norm in zip(self.layers, kv_pool.unbind(1), next_norms, strict=True):
+            x = layer.attention(x, positions, self.cos_sin, kv_cache, metadata)
+            x = add_rms_norm(x, residual, layer.post_attention_norm, eps)
+            x = add_rms_norm(layer.mlp(x), residual, next_norm, eps)
+        return x
+
+    def compute_logits(
+        self,
+        hidden: Tensor,  # [S, hidden_size]
+    ) -> Tensor:  # [S, vocab_size]
+        return F.linear(hidden, self.lm_head)
+
+    def named_weights(self) -> NamedWeights:
+        yield "model.embed_tokens.weight", self.embed_tokens
+        for index, layer in enumerate(self.layers):
+            yield from layer.named_weights(f"model.layers.{index}")
+        yield "model.norm.weight", self.norm
+        if not self.spec.tie_word_embeddings:
+            yield "lm_head.weight", self.lm_head
+
+
+def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:  # [head_dim / 2] fp32
+    """Angle per position of each pair of elements, scaled as `rope` says."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    inv_freq: Tensor = 1.0 / (rope.theta**exponents)
+    if rope.rope_type == "default":
+        return inv_freq
+    if rope.rope_type == "linear":
+        return inv_freq / rope.factor
+    # llama3: long wavelengths are stretched by `factor`, short ones kept, those between interpolated
+    turns = rope.original_max_positions * inv_freq / (2 * math.pi)  # over the original context
+    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return (1 - kept) * inv_freq / rope.factor + kept * inv_freq

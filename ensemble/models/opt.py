@@ -1,0 +1,146 @@
+"""OPT: LayerNorm before each half layer (after it in opt-350m), learned positions, multi-head attention, ReLU MLP."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, paged_attention
+from ensemble.models.spec import ModelSpec
+from kernels.activation import bias_activation
+from kernels.embedding import embed, embed_with_positions
+from kernels.layer_norm import add_layer_norm, layer_norm
+from kernels.write_kv import write_kv
+
+_POSITION_OFFSET = 2  # the position table of every OPT checkpoint starts with two unused rows
+
+
+class LayerNorm:
+    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+        self.weight, self.bias = empty(spec.hidden_size), empty(spec.hidden_size)
+        self.eps = spec.norm_eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Adds `x` to `residual` in place and returns the norm of the sum."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+    def named_weights(self, name: str) -> NamedWeights:
+        yield f"{name}.weight", self.weight
+        yield f"{name}.bias", self.bias
+
+
+class OptAttention:
+    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+        self.num_heads, self.head_dim = spec.num_heads, spec.head_dim
+        self.qkv_proj = Linear(spec.hidden_size, [spec.hidden_size] * 3, spec.attention_bias, empty)
+        self.out_proj = Linear(spec.hidden_size, [spec.hidden_size], spec.attention_bias, empty)
+        self.scale = spec.head_dim**-0.5
+
+    def __call__(self, x: Tensor, kv_cache: Tensor, metadata: AttentionMetadata) -> Tensor:
+        q, k, v = self.qkv_proj(x).view(x.shape[0], 3, self.num_heads, self.head_dim).unbind(1)
+        write_kv(k, v, kv_cache, metadata.slot_mapping)
+        return self.out_proj(paged_attention(q, kv_cache, metadata, self.scale))
+
+    def named_weights(self, prefix: str) -> NamedWeights:
+        yield from self.qkv_proj.named_weights([f"{prefix}.{part}_proj" for part in "qkv"])
+        yield from self.out_proj.named_weights([f"{prefix}.out_proj"])
+
+
+class OptMLP:
+    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+        self.fc1 = Linear(spec.hidden_size, [spec.intermediate_size], spec.mlp_bias, empty)
+        self.fc2 = Linear(spec.intermediate_size, [spec.hidden_size], spec.mlp_bias, empty)
+        self.activation = spec.activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.fc2(bias_activation(F.linear(x, self.fc1.weight), self.fc1.bias, self.activation))
+
+    def named_weights(self, prefix: str) -> NamedWeights:
+        yield from self.fc1.named_weights([f"{prefix}.fc1"])
+        yield from self.fc2.named_weights([f"{prefix}.fc2"])
+
+
+class OptLayer:
+    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+        self.attention_norm = LayerNorm(spec, empty)
+        self.attention = OptAttention(spec, empty)
+        self.mlp_norm = LayerNorm(spec, empty)
+        self.mlp = OptMLP(spec, empty)
+
+    def named_weights(self, prefix: str) -> NamedWeights:
+        yield from self.attention_norm.named_weights(f"{prefix}.self_attn_layer_norm")
+        yield from self.attention.named_weights(f"{prefix}.self_attn")
+        yield from self.mlp_norm.named_weights(f"{prefix}.final_layer_norm")
+        yield from self.mlp.named_weights(prefix)
+
+
+class Opt:
+    """OPTForCausalLM. The position table is as long as the checkpoint's, whatever `max_positions` is."""
+
+    def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty) -> None:
+        self.spec = spec
+        self.embed_tokens = empty(spec.vocab_size, spec.embedding_size)
+        self.embed_positions = empty(spec.max_model_len + _POSITION_OFFSET, spec.hidden_size)
+        self.layers = [OptLayer(spec, empty) for _ in range(spec.num_layers)]
+        self.final_norm = LayerNorm(spec, empty) if spec.is_pre_norm else None
+        self.project_in = self.project_out = None
+        if spec.embedding_size != spec.hidden_size:
+            self.project_in = Linear(spec.embedding_size, [spec.hidden_size], False, empty)
+            self.project_out = Linear(spec.hidden_size, [spec.embedding_size], False, empty)
+        self.lm_head = self.embed_tokens if spec.tie_word_embeddings else empty(spec.vocab_size, spec.embedding_size)
+
+    def forward(
+        self,
+        token_ids: Tensor,  # [T] int64
+        positions: Tensor,  # [T] int64
+        kv_pool: Tensor,  # [num_blocks, num_layers, 2, Hkv, block_size, D], updated in place
+        metadata: AttentionMetadata,
+    ) -> Tensor:  # [T, hidden_size]
+        """Hidden states after the last norm."""
+        x = self._embed(token_ids, positions)
+        kv_caches = kv_pool.unbind(1)
+        if self.final_norm is None:
+            return self._post_norm(x, kv_caches, metadata)
+        return self._pre_norm(x, kv_caches, metadata, self.final_norm)
+
+    def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        if self.project_in is None:
+            return embed_with_positions(token_ids, self.embed_tokens, positions, self.embed_positions, _POSITION_OFFSET)
+        projected = self.project_in(embed(token_ids, self.embed_tokens))
+        return projected + embed(positions + _POSITION_OFFSET, self.embed_positions)
+
+    def _pre_norm(
+        self, residual: Tensor, kv_caches: tuple[Tensor, ...], metadata: AttentionMetadata, final_norm: LayerNorm
+    ) -> Tensor:
+        x = self.layers[0].attention_norm(residual)
+        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [final_norm]
+        for layer, kv_cache, next_norm in zip(self.layers, kv_caches, next_norms, strict=True):
+            x = layer.mlp_norm.add(layer.attention(x, kv_cache, metadata), residual)
+            x = next_norm.add(layer.mlp(x), residual)
+        return x
+
+    def _post_norm(self, x: Tensor, kv_caches: tuple[Tensor, ...], metadata: AttentionMetadata) -> Tensor:
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            x = layer.attention_norm.add(layer.attention(x, kv_cache, metadata), residual=x)
+            x = layer.mlp_norm.add(layer.mlp(x), residual=x)
+        return x
+
+    def compute_logits(
+        self,
+        hidden: Tensor,  # [S, hidden_size]
+    ) -> Tensor:  # [S, vocab_size]
+        return F.linear(hidden if self.project_out is None else self.project_out(hidden), self.lm_head)
+
+    def named_weights(self) -> NamedWeights:
+        yield "model.decoder.embed_tokens.weight", self.embed_tokens
+        yield "model.decoder.embed_positions.weight", self.embed_positions
+        if self.project_in is not None and self.project_out is not None:
+            yield from self.project_in.named_weights(["model.decoder.project_in"])
+            yield from self.project_out.named_weights(["model.decoder.project_out"])
+        for index, layer in enumerate(self.layers):
+            yield from layer.named_weights(f"model.decoder.layers.{index}")
+        if self.final_norm is not None:
+            yield from self.final_norm.named_weights("model.decoder.final_layer_norm")
+        if not self.spec.tie_word_embeddings:
+            yield "lm_head.weight", self.lm_head
