@@ -11,6 +11,7 @@ from typing import Literal
 from ensemble.errors import InternalError, InvalidRequest
 from ensemble.request import Request
 from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.policies import DEFAULT_HINTS, Hints, QueuePolicy
 from ensemble.scheduling.waiting_queue import WaitingQueue
 from ensemble.workers.messages import PrefillBatch, PrefillChunk
 
@@ -26,9 +27,8 @@ class _Prompt:
     def num_left_tokens(self) -> int:
         return self.request.prompt_len - self.num_dispatched_tokens
 
-    def next_chunk(self, max_num_tokens: int) -> PrefillChunk:
+    def next_chunk(self, length: int) -> PrefillChunk:
         start = self.num_dispatched_tokens
-        length = min(self.num_left_tokens, max_num_tokens)
         self.num_dispatched_tokens += length
         request = self.request if start == 0 else None
         return PrefillChunk(request_id=self.request.request_id, start=start, length=length, request=request)
@@ -57,12 +57,15 @@ class PrefillScheduler:
         max_batches_in_flight: int,
         max_queue_requests: int,
         max_queue_tokens: int,
+        policy: QueuePolicy | None = None,
+        max_long_tokens: int | None = None,
     ) -> None:
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens  # token budget of a batch
         self.max_num_seqs = max_num_seqs  # chunks in a batch
         self.max_batches_in_flight = max_batches_in_flight  # per replica
-        self._waiting = WaitingQueue(max_queue_requests, max_queue_tokens)
+        self.max_long_tokens = max_long_tokens  # of a batch, for prompts longer than that while shorter ones wait
+        self._waiting = WaitingQueue(max_queue_requests, max_queue_tokens, policy, max_long_tokens)
         self._replicas: dict[int, _Replica] = {}
         self._pool_blocks: dict[int, int] = {}  # replica |-> pool size, kept while it is down
         self._replica_of: dict[int, int] = {}  # request_id |-> replica, from the first chunk until the release
@@ -81,7 +84,7 @@ class PrefillScheduler:
         """Tokens of the longest prompt that the largest pool holds; None as long as no replica was ever up."""
         return max(self._pool_blocks.values()) * self.block_size if self._pool_blocks else None
 
-    def add(self, request: Request, now: float) -> None:
+    def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS) -> None:
         """Queues a request. Raises Overloaded if the queue is full, InvalidRequest if no replica could ever hold it."""
         limit = self.max_prompt_len
         if limit is not None and request.prompt_len > limit:
@@ -90,7 +93,7 @@ class PrefillScheduler:
             )
         if request.request_id in self._replica_of:
             raise InternalError(f"request {request.request_id} is already in prefill")
-        self._waiting.add(request, now)
+        self._waiting.add(request, now, hints)
 
     def replica_up(self, replica: int, num_blocks: int) -> list[int]:
         """Takes a replica with an empty pool into service.
@@ -118,8 +121,9 @@ class PrefillScheduler:
         """The next batch for the least loaded replica that can run one; None if nothing can run now.
 
         `may_start` is asked last, when everything else allows a new request to start: answering True starts it. The
-        head of the queue waits for blocks, nothing overtakes it. A prompt's next chunk may follow while the one before
-        is in flight, because a replica runs its batches in order.
+        head of the queue waits for blocks, nothing overtakes it. Prompts that have begun go on first, but those longer
+        than `max_long_tokens` take no more than that of a batch as long as shorter ones can use the rest. A prompt's
+        next chunk may follow while the one before is in flight, because a replica runs its batches in order.
         """
         for replica, state in sorted(self._replicas.items(), key=lambda item: item[1].num_outstanding_tokens):
             if len(state.batches) >= self.max_batches_in_flight:
@@ -131,6 +135,10 @@ class PrefillScheduler:
                 state.batches[batch_id] = sum(chunk.length for chunk in chunks)
                 return PrefillBatch(replica=replica, batch_id=batch_id, chunks=chunks)
         return None
+
+    def charge(self, tenant: str, num_tokens: int) -> None:
+        """Counts output tokens served to a tenant, which `fair` goes by; prompts are counted when they start."""
+        self._waiting.charge(tenant, num_tokens)
 
     def batch_done(self, replica: int, batch_id: int) -> None:
         """A batch has run, or has failed. Unknown batches (of a replica that went down) are ignored."""
@@ -180,32 +188,64 @@ class PrefillScheduler:
     def _chunks(
         self, replica: int, state: _Replica, now: float, may_start: Callable[[Request], bool]
     ) -> list[PrefillChunk]:
-        chunks: list[PrefillChunk] = []
+        lengths: dict[int, int] = {}  # request_id |-> tokens in this batch
         num_left_tokens = self.max_num_batched_tokens
-        while num_left_tokens > 0 and len(chunks) < self.max_num_seqs:
-            prompt = self._unfinished(state) or self._start(replica, state, now, may_start)
-            if prompt is None:
-                break
-            chunk = prompt.next_chunk(num_left_tokens)
-            chunks.append(chunk)
-            num_left_tokens -= chunk.length
-            if prompt.num_left_tokens == 0:
-                del state.prompts[chunk.request_id]
-        return chunks
+
+        def fill(max_long_tokens: int) -> None:
+            """Gives the tokens that are left to prompts, at most `max_long_tokens` of them to long ones."""
+            nonlocal num_left_tokens
+            begun = iter(list(state.prompts.values()))
+            while num_left_tokens > 0:
+                prompt = next(begun, None)
+                if prompt is None and len(lengths) < self.max_num_seqs:
+                    prompt = self._start(replica, state, now, max_long_tokens == 0, may_start)
+                if prompt is None:
+                    return
+                request_id = prompt.request.request_id
+                if request_id not in lengths and len(lengths) == self.max_num_seqs:
+                    continue
+                length = min(prompt.num_left_tokens - lengths.get(request_id, 0), num_left_tokens)
+                if self._waiting.is_long(prompt.request):
+                    length = min(length, max_long_tokens)
+                    max_long_tokens -= length
+                if length > 0:
+                    lengths[request_id] = lengths.get(request_id, 0) + length
+                    num_left_tokens -= length
+
+        if self.max_long_tokens is not None:
+            fill(self.max_long_tokens)
+        fill(num_left_tokens)
+        return [self._dispatch(state, request_id, length) for request_id, length in lengths.items()]
+
+    def _start(
+        self, replica: int, state: _Replica, now: float, only_short: bool, may_start: Callable[[Request], bool]
+    ) -> _Prompt | None:
+        request = self._waiting.head(now)
+        if request is None or not self._fits(state, request):
+            return None
+        if only_short and self._waiting.is_long(request):
+            request = self._waiting.head(now, only_short=True)
+            if request is None or not self._fits(state, request):
+                return None
+        if not may_start(request):
+            return None
+        request_id = request.request_id
+        self._waiting.start(request_id, now)
+        state.credits.hold(request_id, self._blocks_for(request))
+        self._replica_of[request_id] = replica
+        state.prompts[request_id] = _Prompt(request)
+        return state.prompts[request_id]
+
+    def _fits(self, state: _Replica, request: Request) -> bool:
+        return state.credits.fits(self._blocks_for(request))
+
+    def _blocks_for(self, request: Request) -> int:
+        return -(-request.prompt_len // self.block_size)
 
     @staticmethod
-    def _unfinished(state: _Replica) -> _Prompt | None:
-        return next(iter(state.prompts.values()), None)
-
-    def _start(self, replica: int, state: _Replica, now: float, may_start: Callable[[Request], bool]) -> _Prompt | None:
-        request = self._waiting.head()
-        if request is None:
-            return None
-        num_blocks = -(-request.prompt_len // self.block_size)
-        if not state.credits.fits(num_blocks) or not may_start(request):
-            return None
-        self._waiting.pop(now)
-        state.credits.hold(request.request_id, num_blocks)
-        self._replica_of[request.request_id] = replica
-        state.prompts[request.request_id] = _Prompt(request)
-        return state.prompts[request.request_id]
+    def _dispatch(state: _Replica, request_id: int, length: int) -> PrefillChunk:
+        prompt = state.prompts[request_id]
+        chunk = prompt.next_chunk(length)
+        if prompt.num_left_tokens == 0:
+            del state.prompts[request_id]
+        return chunk

@@ -1,9 +1,20 @@
 """The one queue of requests that wait for prefill, bounded in requests and in tokens."""
 
-from math import exp
+from collections import OrderedDict
+from math import exp, inf
 
 from ensemble.errors import InternalError, Overloaded
 from ensemble.request import Request
+from ensemble.scheduling.policies import (
+    DEFAULT_HINTS,
+    Hints,
+    Order,
+    QueuePolicy,
+    Rank,
+    TenantLedger,
+    Waiting,
+    make_order,
+)
 
 _DRAIN_WINDOW_S = 10.0
 _RETRY_AFTER_S = (0.1, 60.0)  # bounds of the hint
@@ -33,67 +44,128 @@ class _Rate:
         return self._weight * exp(-max(0.0, now - self._time_s) / _DRAIN_WINDOW_S)
 
 
-class WaitingQueue:
-    """Requests in the order in which they are to start. `now` is any clock in seconds that does not go back."""
+class _Lane:
+    """The short or the long prompts of the queue."""
 
-    def __init__(self, max_num_requests: int, max_num_tokens: int) -> None:
+    def __init__(self, order: Order, max_wait_s: float) -> None:
+        self._order = order
+        self._max_wait_s = max_wait_s
+        self._by_arrival: OrderedDict[int, Waiting] = OrderedDict()
+
+    def push(self, waiting: Waiting) -> None:
+        self._by_arrival[waiting.number] = waiting
+        self._order.push(waiting)
+
+    def remove(self, waiting: Waiting) -> None:
+        del self._by_arrival[waiting.number]
+        self._order.remove(waiting)
+
+    def head(self, now: float) -> tuple[Rank, Waiting] | None:
+        oldest = next(iter(self._by_arrival.values()), None)
+        if oldest is None:
+            return None
+        if now - oldest.arrival_s >= self._max_wait_s:
+            return (-inf, oldest.number), oldest  # before all whom the policy ranks
+        first = self._order.head(now)
+        if first is None:
+            raise InternalError("the policy lost a waiting request")
+        return self._order.rank(first, now), first
+
+
+class WaitingQueue:
+    """Requests in the order in which they are to start. `now` is any clock in seconds that does not go back.
+
+    Prompts of more than `long_prompt_len` tokens are long; the head of the others can be asked for alone.
+    """
+
+    def __init__(
+        self,
+        max_num_requests: int,
+        max_num_tokens: int,
+        policy: QueuePolicy | None = None,
+        long_prompt_len: int | None = None,
+    ) -> None:
         self.max_num_requests = max_num_requests
         self.max_num_tokens = max_num_tokens
+        self.policy = policy or QueuePolicy()
+        self.long_prompt_len = long_prompt_len
         self.num_tokens = 0  # prompt tokens of all waiting requests
-        self._requests: dict[int, Request] = {}  # in order of arrival
+        self._waiting: dict[int, Waiting] = {}  # by request_id
+        self._ledger = TenantLedger()
+        self._short = _Lane(make_order(self.policy, self._ledger), self.policy.max_wait_s)
+        self._long = _Lane(make_order(self.policy, self._ledger), self.policy.max_wait_s)
+        self._num_arrivals = 0
         self._drained_requests = _Rate()
         self._drained_tokens = _Rate()
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self._waiting)
 
-    def add(self, request: Request, now: float) -> None:
+    def is_long(self, request: Request) -> bool:
+        return self.long_prompt_len is not None and request.prompt_len > self.long_prompt_len
+
+    def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS) -> None:
         """Raises Overloaded, with the time after which there should be room, if a bound would be passed."""
-        if request.request_id in self._requests:
+        if request.request_id in self._waiting:
             raise InternalError(f"request {request.request_id} is already waiting")
         if len(self) >= self.max_num_requests:
             what = f"{len(self)} requests are waiting"
             raise Overloaded(what, self._retry_after_s(1, self._drained_requests.per_s(now)))
         excess = self.num_tokens + request.prompt_len - self.max_num_tokens
-        if excess > 0 and self._requests:  # an empty queue takes a prompt of any length
+        if excess > 0 and self._waiting:  # an empty queue takes a prompt of any length
             what = f"{self.num_tokens} prompt tokens are waiting"
             raise Overloaded(what, self._retry_after_s(excess, self._drained_tokens.per_s(now)))
-        self._requests[request.request_id] = request
+        waiting = Waiting(request, hints, now, self._num_arrivals)
+        self._num_arrivals += 1
+        self._waiting[request.request_id] = waiting
+        self._lane(request).push(waiting)
         self.num_tokens += request.prompt_len
 
-    def head(self) -> Request | None:
+    def head(self, now: float, only_short: bool = False) -> Request | None:
         """The request that is to start next."""
-        return next(iter(self._requests.values()), None)
+        heads = [lane.head(now) for lane in ((self._short,) if only_short else (self._short, self._long))]
+        first = min((head for head in heads if head is not None), key=lambda head: head[0], default=None)
+        return None if first is None else first[1].request
 
-    def pop(self, now: float) -> Request:
-        """Takes the head, which starts."""
-        request = next(iter(self._requests.values()))
-        self.remove(request.request_id)
+    def start(self, request_id: int, now: float) -> None:
+        """Takes a request that starts, and charges its tenant."""
+        waiting = self._waiting[request_id]
+        self.charge(waiting.hints.tenant, waiting.request.prompt_len - waiting.hints.num_cached_tokens)
+        self.remove(request_id)
         self._drained_requests.record(1, now)
-        self._drained_tokens.record(request.prompt_len, now)
-        return request
+        self._drained_tokens.record(waiting.request.prompt_len, now)
+
+    def charge(self, tenant: str, num_tokens: int) -> None:
+        """Counts tokens served to a tenant, which `fair` goes by."""
+        if self.policy.name == "fair":
+            self._ledger.charge(tenant, num_tokens)
 
     def remove(self, request_id: int) -> Request | None:
         """Takes a request that will not start; None if it is not waiting."""
-        request = self._requests.pop(request_id, None)
-        if request is not None:
-            self.num_tokens -= request.prompt_len
-        return request
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is None:
+            return None
+        self._lane(waiting.request).remove(waiting)
+        self.num_tokens -= waiting.request.prompt_len
+        return waiting.request
 
     def remove_longer_than(self, prompt_len: int) -> list[Request]:
         """Takes all requests with more than `prompt_len` prompt tokens."""
-        too_long = [request for request in self._requests.values() if request.prompt_len > prompt_len]
+        too_long = [each.request for each in self._waiting.values() if each.request.prompt_len > prompt_len]
         for request in too_long:
             self.remove(request.request_id)
         return too_long
 
     def check_integrity(self) -> None:
         """Raises InternalError unless the count of tokens is that of the requests, within the bounds."""
-        num_tokens = sum(request.prompt_len for request in self._requests.values())
+        num_tokens = sum(waiting.request.prompt_len for waiting in self._waiting.values())
         if num_tokens != self.num_tokens:
             raise InternalError(f"waiting queue counts {self.num_tokens} tokens and holds {num_tokens}")
         if len(self) > self.max_num_requests or (len(self) > 1 and num_tokens > self.max_num_tokens):
             raise InternalError(f"waiting queue holds {len(self)} requests, {num_tokens} tokens: past its bounds")
+
+    def _lane(self, request: Request) -> _Lane:
+        return self._long if self.is_long(request) else self._short
 
     @staticmethod
     def _retry_after_s(excess: float, drained_per_s: float) -> float:

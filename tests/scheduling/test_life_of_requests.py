@@ -6,14 +6,16 @@ sends more than fits. Whatever happened, at the end every request has ended and 
 
 from collections import deque
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.errors import InvalidRequest, Overloaded
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission
+from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.workers.messages import KVHandoff, PrefillBatch
 
@@ -52,7 +54,19 @@ class PrefillReplica:
         return finished
 
 
+hints = st.builds(
+    Hints,
+    priority=st.integers(0, 2),
+    tenant=st.sampled_from(["a", "b", "c"]),
+    ttft_target_s=st.none() | st.floats(0.1, 10),
+    num_cached_tokens=st.just(0),
+)
+
+
 class LifeOfRequests(RuleBasedStateMachine):
+    policy = QueuePolicy()
+    max_long_tokens = None
+
     def __init__(self):
         super().__init__()
         self.prefill = PrefillScheduler(
@@ -62,6 +76,8 @@ class LifeOfRequests(RuleBasedStateMachine):
             max_batches_in_flight=MAX_BATCHES,
             max_queue_requests=6,
             max_queue_tokens=150,
+            policy=self.policy,
+            max_long_tokens=self.max_long_tokens,
         )
         self.admission = DecodeAdmission(block_size=BLOCK_SIZE, max_num_bridge_seqs=2)
         self.prefill_replicas = {}
@@ -95,14 +111,14 @@ class LifeOfRequests(RuleBasedStateMachine):
 
     # ---- what clients do
 
-    @rule(prompt_len=st.integers(1, 45), max_tokens=st.integers(1, 12), wait_s=st.floats(0, 2))
-    def arrive(self, prompt_len, max_tokens, wait_s):
+    @rule(prompt_len=st.integers(1, 45), max_tokens=st.integers(1, 12), wait_s=st.floats(0, 2), hints=hints)
+    def arrive(self, prompt_len, max_tokens, wait_s, hints):
         self.now += wait_s
         sampling = SamplingParams(max_tokens=max_tokens)
         request = Request(request_id=self.num_requests, prompt_token_ids=[1] * prompt_len, sampling=sampling)
         try:
             self.admission.check(request)
-            self.prefill.add(request, self.now)
+            self.prefill.add(request, self.now, hints)
         except InvalidRequest:
             needs_decode = max_tokens > 1
             decode_limit = DECODE_BLOCKS * BLOCK_SIZE
@@ -151,10 +167,11 @@ class LifeOfRequests(RuleBasedStateMachine):
         assert 0 < sum(chunk.length for chunk in batch.chunks) <= BUDGET
         assert len(batch.chunks) <= MAX_CHUNKS
         started = [chunk.request_id for chunk in batch.chunks if chunk.request is not None]
-        assert started == sorted(started)
-        if started:
-            assert started[0] > self.last_started
-            self.last_started = started[-1]
+        if self.policy.name == "fcfs" and self.max_long_tokens is None:
+            assert started == sorted(started)
+            if started:
+                assert started[0] > self.last_started
+                self.last_started = started[-1]
         assert all(chunk.request_id in self.alive for chunk in batch.chunks)
         inbox = self.prefill_replicas[batch.replica].inbox
         inbox.append(batch)
@@ -284,5 +301,13 @@ class LifeOfRequests(RuleBasedStateMachine):
         assert self.admission.num_promised_seqs == 0 and self.prefill.num_waiting == 0
 
 
-TestLifeOfRequests = LifeOfRequests.TestCase
-TestLifeOfRequests.settings = settings(max_examples=150, stateful_step_count=80, deadline=None)
+@pytest.mark.parametrize("max_long_tokens", [None, 6])
+@pytest.mark.parametrize("name", ["fcfs", "sjf", "priority", "edf", "fair"])
+def test_life_of_requests(name, max_long_tokens):
+    class Machine(LifeOfRequests):
+        policy = QueuePolicy(name, max_wait_s=5.0)
+
+    Machine.max_long_tokens = max_long_tokens
+    run_state_machine_as_test(
+        Machine, settings=settings(max_examples=60, stateful_step_count=60, deadline=None, derandomize=True)
+    )

@@ -1,6 +1,7 @@
 import pytest
 
 from ensemble.errors import InvalidRequest, Overloaded
+from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
 
 
@@ -151,3 +152,42 @@ def test_a_full_queue_refuses(make_request):
     scheduler.add(make_request(0, 4), now=0.0)
     with pytest.raises(Overloaded):
         scheduler.add(make_request(1, 4), now=0.0)
+
+
+def test_a_long_prompt_leaves_room_for_short_ones(make_request):
+    """A 30k-token prompt holds short ones up for no more than the batch that is running."""
+    scheduler = make_scheduler(max_num_batched_tokens=2048, max_long_tokens=1024, max_queue_tokens=100_000)
+    scheduler.replica_up(0, num_blocks=100_000)
+    scheduler.add(make_request(0, 30_000), now=0.0)
+    assert spans(scheduler.next_batch(0.0, always)) == [(0, 0, 2048)]  # nobody else wants the rest
+    scheduler.add(make_request(1, 30_000), now=1.0)
+    scheduler.add(make_request(2, 100), now=1.0)
+    scheduler.add(make_request(3, 500), now=1.0)
+    assert spans(scheduler.next_batch(1.0, always)) == [(0, 2048, 1448), (2, 0, 100), (3, 0, 500)]
+
+
+def test_short_prompts_do_not_take_the_blocks_that_a_long_one_waits_for(make_request):
+    scheduler = make_scheduler(max_long_tokens=16)
+    scheduler.replica_up(0, num_blocks=20)
+    scheduler.add(make_request(0, 40), now=0.0)  # 10 blocks
+    scheduler.add(make_request(1, 50), now=0.0)  # 13 blocks
+    scheduler.add(make_request(2, 4), now=0.0)
+    assert spans(scheduler.next_batch(0.0, always)) == [(0, 0, 32)]
+    scheduler.next_batch(0.0, always)
+    scheduler.released(0, [0])
+    scheduler.batch_done(0, 0)
+    assert spans(scheduler.next_batch(0.0, always)) == [(1, 0, 28), (2, 0, 4)]
+
+
+def test_the_policy_chooses_who_starts(make_request):
+    scheduler = make_scheduler(policy=QueuePolicy("priority", aging_s=5.0))
+    scheduler.replica_up(0, num_blocks=100)
+    scheduler.add(make_request(0, 32), now=0.0, hints=Hints(priority=2))
+    scheduler.add(make_request(1, 32), now=4.0, hints=Hints(priority=1))
+    scheduler.add(make_request(2, 32), now=11.0, hints=Hints(priority=0))
+    order = []
+    for _ in range(3):
+        batch = scheduler.next_batch(11.0, always)
+        order.append(batch.chunks[0].request_id)
+        scheduler.batch_done(0, batch.batch_id)
+    assert order == [1, 0, 2]  # 4 + 5 < 0 + 10 < 11: a class is worth 5 s of waiting

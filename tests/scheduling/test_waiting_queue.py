@@ -10,8 +10,10 @@ def test_first_come_first_served_with_removal(make_request):
         queue.add(make_request(request_id, 10), now=0.0)
     assert queue.remove(1).request_id == 1
     assert queue.remove(1) is None
-    assert [queue.pop(now=1.0).request_id for _ in range(2)] == [3, 2]
-    assert queue.head() is None and queue.num_tokens == 0
+    for request_id in (3, 2):
+        assert queue.head(now=1.0).request_id == request_id
+        queue.start(request_id, now=1.0)
+    assert queue.head(now=1.0) is None and queue.num_tokens == 0
 
 
 def test_both_bounds_refuse_and_leave_the_queue_as_it_was(make_request):
@@ -38,7 +40,7 @@ def test_the_retry_hint_follows_the_drain_rate(make_request):
     now = 0.0
     for request_id in range(600):
         queue.add(make_request(request_id, 20), now)
-        queue.pop(now)
+        queue.start(request_id, now)
         now += 0.1
     queue.add(make_request(1000, 2000), now)
     with pytest.raises(Overloaded) as refused:
