@@ -10,6 +10,7 @@ on disk lies in one private run directory, which `stop` removes:
         lib/libpython3.X.so.1.0  link for the stub's loader
 """
 
+import contextlib
 import ctypes
 import os
 import random
@@ -243,15 +244,13 @@ class TritonServer:
     def stop(self) -> None:
         """Ends the server, its stubs and workers, and removes what they leave behind. Safe to repeat."""
         if self._process is not None:
-            deadline = time.monotonic() + STOP_S - 0.5
-            if self._process.poll() is None:
-                self._process.terminate()
-                try:
-                    self._process.wait(deadline - time.monotonic())
-                except subprocess.TimeoutExpired:
-                    self._process.kill()
-                    self._process.wait()
-            end_session(self._process.pid, deadline)
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_S - 1)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            end_session(self._process.pid, grace_s=0.5)
             self._process = None
         if self._run_dir is not None:
             for region in SHM.glob(f"{self._shm_prefix}*"):
@@ -329,12 +328,14 @@ def prepend(folder: Path, paths: str | None) -> str:
     return f"{folder}:{paths}" if paths else str(folder)
 
 
-def end_session(session: int, deadline: float) -> None:
-    """Waits for the processes of a session to end; those that have not by the deadline are killed."""
+def end_session(session: int, grace_s: float) -> None:
+    """Waits for the processes of a session to end, and kills those that have not in `grace_s`."""
+    deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline and any(session_pids(session)):
         time.sleep(0.02)
     for pid in session_pids(session):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     while any(session_pids(session)):
         time.sleep(0.01)
 

@@ -1,0 +1,39 @@
+"""What the commands for an operator share: one line for each error, and a quiet end on Ctrl-C."""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import typer
+
+from ensemble.errors import DistServeError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run(main: Callable[..., Any]) -> None:
+    """Runs a typer command and exits; with one line on stderr, and status 1 or 2, if it cannot be done."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt)
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    try:
+        typer.main.get_command(app).main(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except (DistServeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a usage error has one
+            raise
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Once: what stops on the way out is not to be interrupted."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -1,0 +1,57 @@
+"""From an operator's flags to a checked `Deployment`."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ensemble.config import Deployment
+from ensemble.errors import ConfigError
+from ensemble.models.spec import load_model_spec
+from tools.default_model import ensure_default_model
+
+GPU_SHARE = 0.9  # of a device's memory, divided among the workers on it
+
+
+def make_deployment(fields: Mapping[str, object | None], file: Path | None = None) -> Deployment:
+    """The deployment of `file`, if given, with `fields` over it and defaults for the model and the devices.
+
+    fields: `section.field` or `field` |-> value; None is "not given". Raises ConfigError in one line.
+    """
+    raw: dict[str, Any] = {"model": {}, "prefill": {}, "decode": {}}
+    if file is not None:
+        raw |= Deployment.from_yaml(file).model_dump(mode="json", exclude_unset=True)
+    for name, value in fields.items():
+        if value is not None:
+            section, _, field = name.rpartition(".")
+            (raw[section] if section else raw)[field] = value
+    stages = (raw["prefill"], raw["decode"])
+    for stage, device in zip(stages, default_devices(torch.cuda.device_count()), strict=True):
+        stage.setdefault("devices", [device])
+    workers = Counter(device for stage in stages for device in stage["devices"])
+    for stage in stages:
+        stage.setdefault("gpu_memory_utilization", GPU_SHARE / max(workers[device] for device in stage["devices"]))
+    raw["model"].setdefault("path", "")
+    deployment = Deployment.parse(raw)  # before a download that a wrong flag would make useless
+    check_devices(workers, torch.cuda.device_count())
+    if not raw["model"]["path"]:
+        raw["model"]["path"] = ensure_default_model()
+        deployment = Deployment.parse(raw)
+    deployment.model.limit_model_len(load_model_spec(deployment.model.path).max_model_len)
+    return deployment
+
+
+def default_devices(num_gpus: int) -> tuple[str, str]:
+    """Devices of prefill and decode: apart where there are two GPUs."""
+    if num_gpus == 0:
+        return "cpu", "cpu"
+    return "cuda:0", "cuda:1" if num_gpus > 1 else "cuda:0"
+
+
+def check_devices(devices: Mapping[str, int], num_gpus: int) -> None:
+    """Raises ConfigError for a CUDA device that this machine does not have."""
+    for device in devices:
+        if device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= num_gpus:
+            raise ConfigError(f"device {device}: this machine has {num_gpus} CUDA GPUs that torch can use")

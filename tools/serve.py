@@ -1,0 +1,90 @@
+"""Serves a model on the Triton server, in the foreground, until Ctrl-C.
+
+    python -m tools.serve --model DIR --prefill-devices cuda:0 --decode-devices cuda:1
+
+`make serve` passes its variables (MODEL, HTTP_PORT, ...) through the environment.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from typer import Option
+
+from tools.command_line import run
+from tools.default_model import cache_dir
+from tools.deployment import make_deployment
+from tools.triton_server import Ports, ServerError, TritonServer
+
+CURL = """curl -s {url}/v2/models/ensemble/generate \
+-d '{{"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""
+DEVICES = "a replica on each of these, such as cuda:0,cuda:1 or cpu"
+
+
+def main(
+    model: Annotated[Path | None, Option(envvar="MODEL", help="Hugging Face directory; none: SmolLM2-135M")] = None,
+    deployment: Annotated[Path | None, Option(help="deployment file (YAML), which the other flags override")] = None,
+    load_format: Annotated[str | None, Option(help="auto, or dummy for random weights")] = None,
+    dtype: Annotated[str | None, Option(help="auto, float16, bfloat16, float32 or float64")] = None,
+    max_model_len: Annotated[int | None, Option(help="tokens of a sequence, prompt and output")] = None,
+    prefill_devices: Annotated[str | None, Option(envvar="PREFILL_DEVICES", help=DEVICES)] = None,
+    decode_devices: Annotated[str | None, Option(envvar="DECODE_DEVICES", help=DEVICES)] = None,
+    block_size: Annotated[int | None, Option(help="tokens of a KV block")] = None,
+    kv_cache_bytes: Annotated[int | None, Option(help="of each worker")] = None,
+    gpu_memory_utilization: Annotated[float | None, Option(help="share of its device, for each worker")] = None,
+    max_num_batched_tokens: Annotated[int | None, Option(help="token budget of a prefill batch")] = None,
+    max_num_seqs: Annotated[int | None, Option(help="sequences in a batch")] = None,
+    host: Annotated[str, Option(envvar="HOST", help="address to listen on; 0.0.0.0: all")] = "127.0.0.1",
+    http_port: Annotated[int, Option(envvar="HTTP_PORT", min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int, Option(envvar="GRPC_PORT", min=1, max=65535)] = 8001,
+    metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,
+) -> None:
+    """Serves a model, prefill and decode apart, until Ctrl-C."""
+    fields: dict[str, object] = {
+        "model.path": model,
+        "model.load_format": load_format,
+        "model.dtype": dtype,
+        "model.max_model_len": max_model_len,
+        "prefill.devices": prefill_devices and prefill_devices.split(","),
+        "decode.devices": decode_devices and decode_devices.split(","),
+        "prefill.max_num_batched_tokens": max_num_batched_tokens,
+        "block_size": block_size,
+    }
+    for stage in ("prefill", "decode"):
+        fields[f"{stage}.kv_cache_bytes"] = kv_cache_bytes
+        fields[f"{stage}.gpu_memory_utilization"] = gpu_memory_utilization
+        fields[f"{stage}.max_num_seqs"] = max_num_seqs
+    server = TritonServer(
+        make_deployment(fields, deployment),
+        ports=Ports(http_port, grpc_port, metrics_port),
+        host=host,
+        log_path=cache_dir() / f"server-{http_port}.log",
+    )
+    console = Console(stderr=True, highlight=False)
+    with server:
+        start(server, console)
+        print(f"HTTP     {server.http_url}")
+        print(f"gRPC     {server.grpc_url}")
+        print(f"metrics  {server.metrics_url}")
+        print(f"log      {server.log_path}")
+        print(f"\n{CURL.format(url=server.http_url)}\n", flush=True)
+        console.print("Ready. Ctrl-C stops the server.")
+        try:
+            status = server.wait()
+        except KeyboardInterrupt:
+            return
+        raise ServerError(f"the Triton server ended with status {status}: {server.failure_reason()}")
+
+
+def start(server: TritonServer, console: Console) -> None:
+    """Waits until a started server is ready, showing what it loads. Raises ServerError."""
+    model = server.deployment.model.path.name
+    devices = {"prefill": server.deployment.prefill.devices, "decode": server.deployment.decode.devices}
+    where = ", ".join(f"{stage} on {' '.join(names)}" for stage, names in devices.items())
+    console.print(f"Loading {model} ({where})")
+    with console.status("Waiting for the Triton server"):
+        server.wait_ready(lambda line: console.print(f"  {line}", markup=False))
+
+
+if __name__ == "__main__":
+    run(main)
