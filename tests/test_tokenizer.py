@@ -1,0 +1,208 @@
+"""The tokenizer against transformers, for any text and any token ids."""
+
+import json
+import threading
+
+import pytest
+from checkpoints import BOS, EOS, PAD, make_tiny_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
+
+from ensemble.errors import ModelError
+from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
+
+EXAMPLES = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TEXTS = st.text() | st.text(alphabet="aé你🙂 <s>\n'0") | st.just("</s> the capital <pad>of")
+SPACE = "▁"
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """Byte-level BPE, with an added token that is not special."""
+    path = tmp_path_factory.mktemp("byte_level")
+    make_tiny_tokenizer(path)
+    backend = Backend.from_file(str(path / "tokenizer.json"))
+    backend.add_tokens([AddedToken("<tool 你>"), AddedToken("<call>")])
+    backend.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    """LLaMA-2's kind: spaces as a character of their own, unknown characters as byte tokens."""
+    path = tmp_path_factory.mktemp("sentencepiece")
+    pieces = [*"abcdefghijklmnopqrstuvwxyz'0é", SPACE, "th", "the", f"{SPACE}the", f"{SPACE}t", "你"]
+    tokens = ["<unk>", BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    merges = [("t", "h"), ("th", "e"), (SPACE, "the"), (SPACE, "t")]
+    model = models.BPE({t: i for i, t in enumerate(tokens)}, merges, byte_fallback=True, unk_token="<unk>")
+    backend = Backend(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", BOS, EOS])
+    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
+    backend.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": "<unk>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module", params=["byte_level", "sentencepiece"])
+def pair(request):
+    """Ours, and transformers'."""
+    path = request.getfixturevalue(request.param)
+    return Tokenizer.from_dir(path), AutoTokenizer.from_pretrained(path)
+
+
+def stream(tokenizer, token_ids):
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    return [detokenizer.push([token_id]) for token_id in token_ids], detokenizer.flush()
+
+
+@EXAMPLES
+@given(text=TEXTS)
+def test_encode_is_that_of_transformers(pair, text):
+    ours, theirs = pair
+    assert ours.encode(text) == theirs(text).input_ids
+
+
+@EXAMPLES
+@given(text=TEXTS)
+def test_decode_of_a_text_is_that_of_transformers_and_no_character_is_halved(pair, text):
+    ours, theirs = pair
+    token_ids = ours.encode(text)
+    deltas, rest = stream(ours, token_ids)
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+    assert "".join(deltas) == ours.decode(token_ids)
+    assert rest == ""
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_any_byte_level_tokens_decode_as_with_transformers(byte_level_pair, data):
+    ours, theirs = byte_level_pair
+    token_ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1)))
+    deltas, rest = stream(ours, token_ids)
+    assert "".join(deltas) + rest == theirs.decode(token_ids, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def byte_level_pair(byte_level):
+    return Tokenizer.from_dir(byte_level), AutoTokenizer.from_pretrained(byte_level)
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_deltas_are_the_decoded_text_however_tokens_are_grouped(pair, data):
+    ours, _ = pair
+    token_ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(token_ids)), max_size=4)))
+    detokenizer = IncrementalDetokenizer(ours)
+    groups = [token_ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(token_ids)], strict=True)]
+    assert "".join(detokenizer.push(group) for group in groups) + detokenizer.flush() == ours.decode(token_ids)
+
+
+def test_a_character_comes_with_its_last_byte(sentencepiece):
+    tokenizer = Tokenizer.from_dir(sentencepiece)
+    token_ids = tokenizer.encode("a🙂b")
+    deltas, _ = stream(tokenizer, token_ids)
+    assert [delta for delta in deltas if delta] == ["a", "🙂", "b"]
+    assert len(token_ids) > 6, "the character is not spread over byte tokens"
+
+
+def test_half_a_character_at_the_end_is_a_replacement_character(sentencepiece):
+    tokenizer = Tokenizer.from_dir(sentencepiece)
+    deltas, rest = stream(tokenizer, tokenizer.encode("a🙂")[:-1])
+    assert "".join(deltas) == "a" and rest == "\ufffd"
+
+
+def test_text_after_a_text_keeps_its_space(sentencepiece):
+    tokenizer = Tokenizer.from_dir(sentencepiece)
+    token_ids = tokenizer.encode("the the")
+    assert tokenizer.decode(token_ids) == "the the"
+    assert IncrementalDetokenizer(tokenizer, after_text=True).push(token_ids) == " the the"
+
+
+def test_ids_without_a_token_have_no_text(byte_level):
+    tokenizer = Tokenizer.from_dir(byte_level)
+    ids = tokenizer.encode("the capital")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, 10**6]) == "the capital"
+
+
+def test_sizes_and_end_of_sequence(byte_level):
+    tokenizer = Tokenizer.from_dir(byte_level)
+    theirs = AutoTokenizer.from_pretrained(byte_level)
+    assert tokenizer.vocab_size == len(theirs)
+    assert tokenizer.eos_token_id == theirs.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"add_bos_token": False},
+        {"add_bos_token": True, "add_eos_token": True},
+        {"bos_token": {"content": EOS, "__type": "AddedToken"}},
+        {"unk_token": "<call>"},
+        {"pad_token": "<new>"},
+    ],
+)
+def test_special_tokens_are_those_of_transformers(tmp_path, byte_level, config):
+    base = json.loads((byte_level / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(base | config))
+    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = f"the capital {PAD}<call><new> of"
+    assert ours.encode(text) == theirs(text).input_ids
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
+
+
+def test_published_opt_files_are_read(tmp_path):
+    """vocab.json and merges.txt without tokenizer.json, BOS in front."""
+    make_tiny_tokenizer(tmp_path, add_bos=False)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json").unlink()
+    backend.model.save(str(tmp_path))
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOS, "eos_token": EOS, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    text = "The capital of France is 你好"
+    assert tokenizer.encode(text) == [backend.token_to_id(EOS), *backend.encode(text).ids]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_many_threads_share_a_tokenizer(byte_level):
+    tokenizer = Tokenizer.from_dir(byte_level)
+    texts = [f"The capital number {index} of 你好 🙂" for index in range(200)]
+    results: dict[int, list[str]] = {}
+
+    def work(thread: int) -> None:
+        results[thread] = [tokenizer.decode(tokenizer.encode(text)) for text in texts]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(results[index] == texts for index in range(8))
+
+
+def test_a_missing_or_broken_tokenizer_is_named_in_one_line(tmp_path):
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        Tokenizer.from_dir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="tokenizer cannot be read") as error:
+        Tokenizer.from_dir(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_decoder_is_refused_by_name(tmp_path):
+    backend = Backend(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match="WordPiece is not supported"):
+        Tokenizer.from_dir(tmp_path)
