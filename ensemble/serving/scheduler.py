@@ -76,7 +76,7 @@ class Scheduler:
         while not self._closing.is_set():
             started = time.monotonic()
             for stream in self._orchestrator.live_streams():
-                if stream.call.is_cancelled():
+                if stream.is_cancelled():
                     self._orchestrator.cancel(stream.request_id)
             self._closing.wait(max(0.0, CANCEL_CHECK_INTERVAL_S - (time.monotonic() - started)))
 

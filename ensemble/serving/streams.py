@@ -56,7 +56,9 @@ class ClientStream:
     """One client's answer in the making."""
 
     def __init__(self, call: ClientCall, client_request: ClientRequest, tokenizer: Tokenizer) -> None:
-        self.call = call
+        self._call = call
+        self._call_lock = threading.Lock()
+        self._is_closed = False  # the final response has been sent
         self.timeline = Timeline(arrival_ns=time.time_ns())
         self._request = client_request.request
         self._options = client_request.options
@@ -99,6 +101,11 @@ class ClientStream:
         claimed, self._is_queued = not self._is_queued, True
         return claimed
 
+    def is_cancelled(self) -> bool:
+        """Asks the Triton server. Never beside or after the final response: the 24.10 server crashes on that."""
+        with self._call_lock:
+            return not self._is_closed and self._call.is_cancelled()
+
     def send_next(self) -> bool:
         """Sends one response of what is pending, if it shows anything. True if more is pending."""
         with self._lock:
@@ -108,14 +115,19 @@ class ClientStream:
             error = self._error
             self._is_queued = bool(self._pending) and error is None
         if error is not None:
-            self.call.send_error(error)
+            with self._call_lock:
+                self._is_closed = True
+                self._call.send_error(error)
             return False
         self._text += self._detokenizer.push(token_ids)
         self._token_ids += token_ids
         if is_last:
             self._text += self._detokenizer.flush()
         if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
-            self.call.send(self._outputs(is_last), final=is_last)
+            outputs = self._outputs(is_last)
+            with self._call_lock:
+                self._is_closed = is_last
+                self._call.send(outputs, final=is_last)
             self._text, self._token_ids, self._is_first = "", [], False
         return self._is_queued
 

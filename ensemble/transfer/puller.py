@@ -6,7 +6,7 @@ that follows lets the source reuse its blocks.
 
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,7 +81,7 @@ class ThreadPuller:
 
     def wait(self, timeout_s: float) -> None:
         if self._in_flight:
-            self._in_flight[0][1].exception(timeout_s)
+            wait([self._in_flight[0][1]], timeout_s)
 
 
 class CudaPuller:

@@ -1,0 +1,68 @@
+"""Many clients at once: every stream whole and in order, and afterwards nothing left in use."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.serving.clients import blocks_in_use, read_metrics, run_streams
+from tools.triton_server import TritonServer
+
+pytestmark = pytest.mark.server
+
+NUM_CLIENTS, NUM_REQUESTS = 64, 200
+
+
+def workload() -> list[dict[str, Any]]:
+    rng = random.Random(3)
+    return [
+        {
+            "input_ids": [rng.randrange(3, 380) for _ in range(rng.randint(1, 256))],
+            "max_tokens": rng.randint(1, 32),
+            "temperature": rng.choice([0.0, 1.0]),
+            "seed": index,
+            "ignore_eos": index % 3 == 0,
+            "stream": True,
+            "return_output_ids": True,
+            "return_finish_reason": True,
+            "return_num_output_tokens": True,
+        }
+        for index in range(NUM_REQUESTS)
+    ]
+
+
+def footprint(server: TritonServer) -> dict[str, Any]:
+    """What the server holds: its processes, their threads, its names in /dev/shm."""
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    return {
+        "processes": sorted(process.pid for process in processes),
+        "threads": sum(process.num_threads() for process in processes),
+        "shared memory": sorted(path.name for path in Path("/dev/shm").iterdir()),
+    }
+
+
+def test_64_streams_are_complete_equal_to_their_solo_runs_and_leave_nothing(tiny_server: TritonServer) -> None:
+    requests = workload()
+    # Warm-up: every thread pool of the server has grown to its size. One client after the other gives the solo runs.
+    run_streams(tiny_server.grpc_url, requests[:NUM_CLIENTS], NUM_CLIENTS)
+    solo = run_streams(tiny_server.grpc_url, requests, 1)
+    before = footprint(tiny_server)
+
+    together = run_streams(tiny_server.grpc_url, requests, NUM_CLIENTS)
+
+    for request, alone, answer in zip(requests, solo, together, strict=True):
+        assert answer.error is None
+        assert answer.output_ids == alone.output_ids
+        assert answer.text == alone.text
+        reasons = [response["finish_reason"][0].decode() for response in answer.responses]
+        assert reasons[:-1] == [""] * (len(reasons) - 1)
+        assert reasons[-1] == ("length" if len(answer.output_ids) == request["max_tokens"] else "stop")
+        assert sum(int(each["num_output_tokens"][0]) for each in answer.responses) == len(answer.output_ids)
+    deadline = time.monotonic() + 5
+    while blocks_in_use(read_metrics(tiny_server.metrics_url)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert blocks_in_use(read_metrics(tiny_server.metrics_url)) == 0
+    assert footprint(tiny_server) == before
