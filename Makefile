@@ -1,0 +1,44 @@
+# What a newcomer types. Every target first makes .venv ready: see tools/bootstrap.py.
+#
+#   make demo    PROMPT="The capital of France is" MAX_TOKENS=32 TEMPERATURE=0 MODEL=/path
+#   make serve   MODEL=/path HOST=0.0.0.0 HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002
+#                PREFILL_DEVICES=cuda:0 DECODE_DEVICES=cuda:1
+#
+# Variables reach the programs through the environment.
+
+PYTHON := .venv/bin/python
+# A shim may refuse to run, so the first that does.
+ANY_PYTHON := $(shell for python in python3 python3.12 python3.11 python3.10 /usr/bin/python3; do \
+                "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
+BOOTSTRAP := @$(or $(ANY_PYTHON),python3) tools/bootstrap.py
+export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT PREFILL_DEVICES DECODE_DEVICES PROMPT MAX_TOKENS TEMPERATURE
+
+.PHONY: help demo serve test check clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+	@echo "  make test    the whole test suite"
+	@echo "  make check   lint, formatting and types"
+	@echo "  make clean   remove .venv and what tools leave behind; the model in the user's cache stays"
+
+demo:
+	$(BOOTSTRAP) run
+	@$(PYTHON) -m tools.demo
+
+serve:
+	$(BOOTSTRAP) run
+	@$(PYTHON) -m tools.serve
+
+test:
+	$(BOOTSTRAP) test
+	$(PYTHON) -m pytest
+
+check:
+	$(BOOTSTRAP) check
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+clean:
+	rm -rf .venv *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -exec rm -rf {} +
