@@ -4,10 +4,12 @@ free --allocate, extend--> sequence --reassign--> transfer --free--> free
                               |------------------free-------------->|
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import KeysView, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 from ensemble.errors import InternalError
+
+Place: TypeAlias = Literal["device", "host", "out", "in"]  # "out" and "in": being copied, blocks on both sides
 
 
 class Owner(NamedTuple):
@@ -36,6 +38,13 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> int:
         return len(self._free)
+
+    @property
+    def owners(self) -> KeysView[Owner]:
+        return self._owned.keys()
+
+    def __contains__(self, owner: Owner) -> bool:
+        return owner in self._owned
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -90,3 +99,65 @@ class BlockManager:
         if not 0 <= num_blocks <= len(self._free):
             raise OutOfBlocks(owner, num_blocks, len(self._free))
         return [self._free.pop() for _ in range(num_blocks)]
+
+
+class SwappableBlocks:
+    """Blocks of sequences on the device and in the host pool. A copy holds its blocks on both sides until it ends."""
+
+    def __init__(self, device: BlockManager, host: BlockManager) -> None:
+        self.device = device
+        self.host = host
+        self._copying: dict[Owner, Literal["out", "in"]] = {}
+
+    @property
+    def num_returning_blocks(self) -> int:
+        """Device blocks that become free when the copies under way have ended."""
+        return sum(len(self.device.blocks_of(owner)) for owner, way in self._copying.items() if way == "out")
+
+    def place_of(self, owner: Owner) -> Place | None:
+        """Where the sequence's KV is; None for an owner that holds nothing."""
+        if owner in self._copying:
+            return self._copying[owner]
+        if owner in self.device:
+            return "device"
+        return "host" if owner in self.host else None
+
+    def begin_swap_out(self, owner: Owner, num_blocks: int) -> tuple[list[int], list[int]]:
+        """Returns the device blocks to copy, the owner's first `num_blocks`, and the host blocks to copy them to."""
+        self._expect(owner, "device")
+        host_block_ids = self.host.allocate(owner, num_blocks)
+        self._copying[owner] = "out"
+        return list(self.device.blocks_of(owner)[:num_blocks]), host_block_ids
+
+    def begin_swap_in(self, owner: Owner, num_blocks: int) -> tuple[list[int], list[int]]:
+        """Allocates `num_blocks` on the device. Returns the host blocks to copy, and the device blocks to fill."""
+        self._expect(owner, "host")
+        device_block_ids = self.device.allocate(owner, num_blocks)
+        self._copying[owner] = "in"
+        host_block_ids = list(self.host.blocks_of(owner))
+        return host_block_ids, device_block_ids[: len(host_block_ids)]
+
+    def end_swap(self, owner: Owner) -> None:
+        """The copy's event has completed: the side it came from is free."""
+        way = self._copying.pop(owner, None)
+        if way is None:
+            raise InternalError(f"{owner.kind} {owner.id} is not being copied")
+        (self.device if way == "out" else self.host).free(owner)
+
+    def free(self, owner: Owner) -> None:
+        """Takes back the blocks of a sequence that is not being copied."""
+        place = self.place_of(owner)
+        if place not in ("device", "host"):
+            raise InternalError(f"{owner.kind} {owner.id} cannot be freed: it is at {place}")
+        (self.device if place == "device" else self.host).free(owner)
+
+    def check_integrity(self) -> None:
+        """Raises InternalError unless both pools are whole and an owner is on both sides exactly while it is copied."""
+        self.device.check_integrity()
+        self.host.check_integrity()
+        if {owner for owner in self.device.owners if owner in self.host} != self._copying.keys():
+            raise InternalError("a sequence is on the device and in the host pool without being copied")
+
+    def _expect(self, owner: Owner, place: Place) -> None:
+        if self.place_of(owner) != place:
+            raise InternalError(f"{owner.kind} {owner.id} is at {self.place_of(owner)}, not at {place}")

@@ -3,7 +3,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ensemble.cache.block_manager import BlockManager, OutOfBlocks, Owner
+from ensemble.cache.block_manager import BlockManager, OutOfBlocks, Owner, SwappableBlocks
 from ensemble.errors import InternalError
 
 NUM_BLOCKS = 12
@@ -120,3 +120,39 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 TestBlockManager = BlockManagerMachine.TestCase
 TestBlockManager.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_copy_holds_its_blocks_on_both_sides_until_it_ends():
+    blocks = SwappableBlocks(BlockManager(4, block_size=16), BlockManager(4, block_size=16))
+    owner = Owner("sequence", 1)
+    device_ids = blocks.device.allocate(owner, 3)
+    source, destination = blocks.begin_swap_out(owner, 2)  # the third block has nothing in it yet
+    assert source == device_ids[:2] and len(destination) == 2
+    assert (blocks.place_of(owner), blocks.num_returning_blocks) == ("out", 3)
+    assert (blocks.device.num_free_blocks, blocks.host.num_free_blocks) == (1, 2)
+    with pytest.raises(InternalError):
+        blocks.free(owner)
+    with pytest.raises(InternalError):
+        blocks.begin_swap_in(owner, 3)
+    blocks.end_swap(owner)
+    assert (blocks.place_of(owner), blocks.device.num_free_blocks) == ("host", 4)
+    source, destination = blocks.begin_swap_in(owner, 3)
+    assert len(source) == len(destination) == 2 and blocks.device.num_free_blocks == 1
+    blocks.check_integrity()
+    blocks.end_swap(owner)
+    assert (blocks.place_of(owner), blocks.host.num_free_blocks) == ("device", 4)
+    blocks.free(owner)
+    assert blocks.place_of(owner) is None
+    with pytest.raises(InternalError):
+        blocks.end_swap(owner)
+    blocks.check_integrity()
+
+
+def test_a_full_host_pool_refuses_and_nothing_has_changed():
+    blocks = SwappableBlocks(BlockManager(4, block_size=16), BlockManager(1, block_size=16))
+    owner = Owner("sequence", 1)
+    blocks.device.allocate(owner, 2)
+    with pytest.raises(OutOfBlocks):
+        blocks.begin_swap_out(owner, 2)
+    assert blocks.place_of(owner) == "device"
+    blocks.check_integrity()

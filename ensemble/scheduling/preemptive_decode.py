@@ -1,0 +1,166 @@
+"""Decode under a policy, with more sequences than the device's pool holds: the rest waits in the host pool."""
+
+from dataclasses import dataclass, field
+
+from ensemble.cache.block_manager import Owner, SwappableBlocks
+from ensemble.errors import InternalError
+from ensemble.request import Sequence
+from ensemble.scheduling.decode_policies import DecodePolicy
+from ensemble.scheduling.swapping import Footprint, Memory, plan_iteration
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Copies block i of the source's list to block i of the destination's; report its end to `swap_ended`."""
+
+    request_id: int
+    source_block_ids: list[int]
+    destination_block_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """One iteration: start the swaps on their side streams, run the batch, then report it to `ran`."""
+
+    run: list[Sequence] = field(default_factory=list)
+    swap_out: list[Swap] = field(default_factory=list)
+    swap_in: list[Swap] = field(default_factory=list)
+
+
+class PreemptiveDecodeScheduler:
+    """Which sequences run and where their KV is.
+
+    It owns the blocks of its sequences, `Owner("sequence", request_id)` in both pools, and keeps `Sequence.block_ids`
+    true. `now` is in seconds and does not go back.
+    """
+
+    def __init__(
+        self, blocks: SwappableBlocks, policy: DecodePolicy, *, max_num_seqs: int, headroom_blocks: int = 0
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.headroom_blocks = max(headroom_blocks, max_num_seqs)  # each of the batch may need a block in an iteration
+        self._policy = policy
+        self._sequences: dict[int, Sequence] = {}
+        self._footprints: dict[int, Footprint] = {}
+        self._removed: set[int] = set()  # gone, but still being copied
+        self._running: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._sequences
+
+    @property
+    def num_swapped_seqs(self) -> int:
+        """Sequences that are not wholly on the device."""
+        return sum(footprint.place != "device" for footprint in self._footprints.values())
+
+    def add(self, sequence: Sequence, now: float, *, priority: int = 0, join_cost_s: float = 0.0) -> None:
+        """A sequence joins whose KV has arrived in the blocks it owns on the device."""
+        request_id = sequence.request_id
+        if request_id in self._sequences or request_id in self._removed:
+            raise InternalError(f"request {request_id} already decodes")
+        self._sequences[request_id] = sequence
+        self._footprints[request_id] = Footprint(request_id, "device", 0, 0, 0)
+        self._measure(request_id)
+        self._policy.add(sequence, now, priority, join_cost_s)
+
+    def next_plan(self, now: float, num_wanted_blocks: int = 0) -> DecodePlan:
+        """Decides the next iteration. `num_wanted_blocks` are needed by sequences that wait to be pulled in."""
+        order = [self._footprints[request_id] for request_id in self._policy.order(now)]
+        memory = Memory(
+            self.blocks.device.num_blocks,
+            self.blocks.device.num_free_blocks,
+            self.blocks.num_returning_blocks,
+            self.blocks.host.num_free_blocks,
+            num_wanted_blocks,
+        )
+        plan = plan_iteration(order, memory, self.max_num_seqs, self.headroom_blocks)
+        for request_id in plan.run:
+            self._grow(request_id)
+        self._running = plan.run
+        return DecodePlan(
+            [self._sequences[request_id] for request_id in plan.run],
+            [self._swap_out(request_id) for request_id in plan.swap_out],
+            [self._swap_in(request_id) for request_id in plan.swap_in],
+        )
+
+    def ran(self, seconds: float, now: float) -> None:
+        """The planned batch has run, took `seconds`, and its tokens are committed to the sequences."""
+        running = [request_id for request_id in self._running if request_id in self._sequences]
+        self._running = []
+        self._policy.ran(running, seconds, now)
+        for request_id in running:
+            self._measure(request_id)
+
+    def swap_ended(self, request_id: int) -> bool:
+        """The copy's event has completed. True if the sequence was removed meanwhile: now all its blocks are free."""
+        owner = Owner("sequence", request_id)
+        self.blocks.end_swap(owner)
+        if request_id in self._removed:
+            self._removed.remove(request_id)
+            self.blocks.free(owner)
+            return True
+        footprint = self._footprints[request_id]
+        footprint.place = "host" if footprint.place == "out" else "device"
+        self._measure(request_id)
+        return False
+
+    def remove(self, request_id: int) -> bool:
+        """Ends a sequence. True if its blocks are free now; False if that waits for the end of a copy."""
+        del self._sequences[request_id]
+        self._policy.remove(request_id)
+        place = self._footprints.pop(request_id).place
+        if place in ("out", "in"):
+            self._removed.add(request_id)
+            return False
+        self.blocks.free(Owner("sequence", request_id))
+        return True
+
+    def check_integrity(self) -> None:
+        """Raises InternalError if the books contradict each other."""
+        self.blocks.check_integrity()
+        for request_id, footprint in self._footprints.items():
+            owner = Owner("sequence", request_id)
+            if self.blocks.place_of(owner) != footprint.place:
+                raise InternalError(f"request {request_id} is taken to be at {footprint.place}")
+            if footprint.place == "device" and list(self.blocks.device.blocks_of(owner)) != (
+                self._sequences[request_id].block_ids
+            ):
+                raise InternalError(f"request {request_id} has a block table that is not true")
+
+    def _measure(self, request_id: int) -> None:
+        sequence, footprint = self._sequences[request_id], self._footprints[request_id]
+        device = self.blocks.device
+        num_blocks = device.blocks_for(sequence.num_tokens)  # the next iteration stores the last token's KV
+        num_held_blocks = len(sequence.block_ids)
+        footprint.num_growth_blocks = max(0, num_blocks - num_held_blocks) if footprint.place == "device" else 0
+        footprint.num_blocks = num_held_blocks if footprint.place == "device" else num_blocks
+        footprint.num_host_blocks = device.blocks_for(sequence.num_computed_tokens)
+
+    def _grow(self, request_id: int) -> None:
+        footprint = self._footprints[request_id]
+        if footprint.num_growth_blocks > 0:
+            block_ids = self.blocks.device.extend(Owner("sequence", request_id), footprint.num_growth_blocks)
+            self._sequences[request_id].block_ids += block_ids
+            footprint.num_blocks += footprint.num_growth_blocks
+            footprint.num_growth_blocks = 0
+
+    def _swap_out(self, request_id: int) -> Swap:
+        footprint = self._footprints[request_id]
+        source, destination = self.blocks.begin_swap_out(Owner("sequence", request_id), footprint.num_host_blocks)
+        footprint.place = "out"
+        self._sequences[request_id].block_ids = []
+        self._measure(request_id)
+        return Swap(request_id, source, destination)
+
+    def _swap_in(self, request_id: int) -> Swap:
+        footprint = self._footprints[request_id]
+        owner = Owner("sequence", request_id)
+        source, destination = self.blocks.begin_swap_in(owner, footprint.num_blocks)
+        footprint.place = "in"
+        self._sequences[request_id].block_ids = list(self.blocks.device.blocks_of(owner))
+        self._measure(request_id)
+        return Swap(request_id, source, destination)

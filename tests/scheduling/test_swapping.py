@@ -1,0 +1,212 @@
+"""Preemption and swapping against a fake engine that really keeps KV: every slot holds (request, position).
+
+A copy moves its data only when it ends, so a block that is reused or read too early shows as wrong KV.
+"""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
+from ensemble.request import Request, SamplingParams, Sequence
+from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.scheduling.preemptive_decode import PreemptiveDecodeScheduler
+from ensemble.scheduling.swapping import Footprint, Memory, plan_iteration
+
+BLOCK_SIZE = 2
+NUM_BLOCKS = 10
+NUM_HOST_BLOCKS = 30
+MAX_NUM_SEQS = 3
+
+
+class SwapStorm(RuleBasedStateMachine):
+    policy = "mlfq"
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = SwappableBlocks(BlockManager(NUM_BLOCKS, BLOCK_SIZE), BlockManager(NUM_HOST_BLOCKS, BLOCK_SIZE))
+        policy = make_decode_policy(DecodePolicySettings(self.policy, quantum_s=0.01, starvation_s=0.5))
+        self.scheduler = PreemptiveDecodeScheduler(self.blocks, policy, max_num_seqs=MAX_NUM_SEQS, headroom_blocks=2)
+        self.device = [[None] * BLOCK_SIZE for _ in range(NUM_BLOCKS)]
+        self.host = [[None] * BLOCK_SIZE for _ in range(NUM_HOST_BLOCKS)]
+        self.sequences = {}
+        self.copies = {}  # request_id |-> (swap, source pool, destination pool)
+        self.num_requests = 0
+        self.now = 0.0
+
+    def write(self, sequence, position):
+        block_id = sequence.block_ids[position // BLOCK_SIZE]
+        self.device[block_id][position % BLOCK_SIZE] = (sequence.request_id, position)
+
+    def check_kv(self, sequence):
+        for position in range(sequence.num_computed_tokens):
+            block_id = sequence.block_ids[position // BLOCK_SIZE]
+            assert self.device[block_id][position % BLOCK_SIZE] == (sequence.request_id, position)
+
+    def max_blocks(self, request):
+        return -(-request.max_num_kv_tokens // BLOCK_SIZE)
+
+    @rule(
+        prompt_len=st.integers(1, 6),
+        max_tokens=st.integers(2, 14),
+        priority=st.integers(0, 2),
+        join_cost_s=st.sampled_from([0.0, 0.01, 0.05]),
+    )
+    def join(self, prompt_len, max_tokens, priority, join_cost_s):
+        sampling = SamplingParams(max_tokens=max_tokens)
+        request = Request(request_id=self.num_requests, prompt_token_ids=[1] * prompt_len, sampling=sampling)
+        lives = [self.max_blocks(request)] + [self.max_blocks(each.request) for each in self.sequences.values()]
+        num_prompt_blocks = self.blocks.device.blocks_for(prompt_len)
+        if (
+            sum(lives) + max(lives) > NUM_BLOCKS + NUM_HOST_BLOCKS
+            or num_prompt_blocks > self.blocks.device.num_free_blocks
+        ):
+            return
+        self.num_requests += 1
+        sequence = Sequence(request, [1], prompt_len)
+        sequence.block_ids = self.blocks.device.allocate(Owner("sequence", request.request_id), num_prompt_blocks)
+        for position in range(prompt_len):
+            self.write(sequence, position)
+        self.sequences[request.request_id] = sequence
+        self.scheduler.add(sequence, self.now, priority=priority, join_cost_s=join_cost_s)
+
+    @rule(
+        seconds=st.sampled_from([0.002, 0.02, 0.3]),
+        num_wanted_blocks=st.sampled_from([0, 0, 4]),
+        num_iterations=st.integers(1, 5),
+    )
+    def iterate(self, seconds, num_wanted_blocks, num_iterations):
+        for _ in range(num_iterations):
+            self.run_iteration(seconds, num_wanted_blocks)
+
+    def run_iteration(self, seconds, num_wanted_blocks):
+        plan = self.scheduler.next_plan(self.now, num_wanted_blocks)
+        moving = [swap.request_id for swap in plan.swap_out + plan.swap_in]
+        assert len(plan.run) <= MAX_NUM_SEQS
+        assert not (plan.swap_out and plan.swap_in)
+        assert len({*moving, *(sequence.request_id for sequence in plan.run), *self.copies}) == (
+            len(moving) + len(plan.run) + len(self.copies)
+        )
+        for swap in plan.swap_out:
+            self.copies[swap.request_id] = swap, self.device, self.host
+        for swap in plan.swap_in:
+            self.copies[swap.request_id] = swap, self.host, self.device
+        self.now += seconds
+        for sequence in plan.run:
+            self.check_kv(sequence)
+            self.write(sequence, sequence.num_tokens - 1)
+            sequence.num_computed_tokens += 1
+            sequence.append(1, frozenset())
+        self.scheduler.ran(seconds, self.now)
+        for sequence in plan.run:
+            if sequence.is_finished:
+                assert self.scheduler.remove(sequence.request_id)
+                del self.sequences[sequence.request_id]
+        return plan
+
+    @precondition(lambda self: self.copies)
+    @rule(data=st.data())
+    def end_copy(self, data):
+        self.end(data.draw(st.sampled_from(sorted(self.copies))))
+
+    def end(self, request_id):
+        swap, source, destination = self.copies.pop(request_id)
+        for source_id, destination_id in zip(swap.source_block_ids, swap.destination_block_ids, strict=True):
+            destination[destination_id][:] = source[source_id]
+        assert self.scheduler.swap_ended(request_id) == (request_id not in self.sequences)
+
+    @precondition(lambda self: self.num_requests % 3 == 2 and self.sequences)  # seldom enough for pressure to build up
+    @rule(data=st.data())
+    def cancel(self, data):
+        request_id = data.draw(st.sampled_from(sorted(self.sequences)))
+        del self.sequences[request_id]
+        assert self.scheduler.remove(request_id) == (request_id not in self.copies)
+
+    @invariant()
+    def books_agree(self):
+        self.scheduler.check_integrity()
+        assert len(self.scheduler) == len(self.sequences)
+
+    def teardown(self):
+        """Everything ends, at most one idle pass between two that do something."""
+        num_idle = 0
+        while self.sequences or self.copies:
+            for request_id in sorted(self.copies):
+                self.end(request_id)
+            plan = self.run_iteration(0.02, 0)
+            num_idle = 0 if plan.run or plan.swap_in or plan.swap_out else num_idle + 1
+            assert num_idle < 2 or not self.sequences, "nothing can move any more"
+            self.books_agree()
+        assert self.blocks.device.num_free_blocks == NUM_BLOCKS
+        assert self.blocks.host.num_free_blocks == NUM_HOST_BLOCKS
+
+
+@pytest.mark.parametrize("name", ["fcfs", "srpt", "priority", "mlfq", "sj-mlfq"])
+def test_swap_storm(name):
+    machine = type("Machine", (SwapStorm,), {"policy": name})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=60, stateful_step_count=60, deadline=None, derandomize=True)
+    )
+
+
+def on_device(request_id, num_blocks, growth=0):
+    return Footprint(request_id, "device", num_blocks, growth, num_blocks)
+
+
+def on_host(request_id, num_blocks):
+    return Footprint(request_id, "host", num_blocks, 0, num_blocks)
+
+
+def test_room_for_the_one_due_next_is_made_ahead_of_need():
+    """Sequence 9 came to the front while it is on the host: the last in line makes room, the others run on."""
+    order = [on_host(9, 6), on_device(1, 10), on_device(2, 10), on_device(3, 10)]
+    memory = Memory(num_blocks=32, num_free_blocks=2, num_returning_blocks=0, num_free_host_blocks=50)
+    plan = plan_iteration(order, memory, max_num_seqs=4, headroom=4)
+    assert (plan.run, plan.swap_out, plan.swap_in) == ([1, 2], [3], [])
+    copying = [on_host(9, 6), on_device(1, 10), on_device(2, 10), Footprint(3, "out", 10, 0, 10)]
+    memory = Memory(num_blocks=32, num_free_blocks=2, num_returning_blocks=10, num_free_host_blocks=40)
+    plan = plan_iteration(copying, memory, max_num_seqs=4, headroom=4)
+    assert (plan.run, plan.swap_out, plan.swap_in) == ([1, 2], [], [])
+    swapped = [on_host(9, 6), on_device(1, 10), on_device(2, 10), on_host(3, 10)]
+    memory = Memory(num_blocks=32, num_free_blocks=12, num_returning_blocks=0, num_free_host_blocks=40)
+    plan = plan_iteration(swapped, memory, max_num_seqs=4, headroom=4)
+    assert (plan.run, plan.swap_out, plan.swap_in) == ([1, 2], [], [9])
+
+
+def test_headroom_is_kept_at_the_cost_of_those_not_due():
+    order = [on_device(1, 15), on_device(2, 14), on_device(3, 2)]
+    memory = Memory(num_blocks=32, num_free_blocks=1, num_returning_blocks=0, num_free_host_blocks=50)
+    assert plan_iteration(order, memory, max_num_seqs=2, headroom=2).swap_out == [3]
+    assert plan_iteration(order[:2], memory, max_num_seqs=2, headroom=2).swap_out == []
+
+
+def test_a_batch_that_cannot_grow_loses_its_last_member():
+    order = [on_device(1, 4, growth=1), on_device(2, 4), on_device(3, 4)]
+    memory = Memory(num_blocks=13, num_free_blocks=0, num_returning_blocks=0, num_free_host_blocks=50)
+    plan = plan_iteration(order, memory, max_num_seqs=3, headroom=0)
+    assert (plan.run, plan.swap_out) == ([2], [3])
+
+
+def test_a_full_host_pool_stops_nothing_but_swapping():
+    order = [on_device(1, 5, growth=1), on_device(2, 5), on_device(3, 6)]
+    memory = Memory(num_blocks=16, num_free_blocks=0, num_returning_blocks=0, num_free_host_blocks=3)
+    plan = plan_iteration(order, memory, max_num_seqs=3, headroom=2)
+    assert (plan.run, plan.swap_out, plan.swap_in) == ([2, 3], [], [])
+
+
+def test_sequences_return_in_order_and_not_for_a_moment_only():
+    memory = Memory(num_blocks=80, num_free_blocks=30, num_returning_blocks=0, num_free_host_blocks=50)
+    order = [on_device(1, 10), on_host(2, 24), on_host(3, 1)]
+    assert plan_iteration(order, memory, max_num_seqs=2, headroom=10).swap_in == []  # 3 may not overtake 2
+    order = [on_device(1, 10), on_host(2, 12), on_host(3, 1)]
+    assert plan_iteration(order, memory, max_num_seqs=2, headroom=10).swap_in == [2]  # 3 is not due: twice the headroom
+
+
+def test_the_headroom_is_used_rather_than_that_nothing_runs():
+    waiting = on_host(1, 14)
+    memory = Memory(num_blocks=16, num_free_blocks=1, num_returning_blocks=0, num_free_host_blocks=0)
+    plan = plan_iteration([waiting, on_device(2, 15, growth=1)], memory, max_num_seqs=2, headroom=2)
+    assert plan.run == [2]  # the host pool is full: it runs on, until it ends and makes room
+    memory = Memory(num_blocks=16, num_free_blocks=16, num_returning_blocks=0, num_free_host_blocks=0)
+    assert plan_iteration([on_host(1, 16)], memory, max_num_seqs=2, headroom=2).swap_in == [1]
