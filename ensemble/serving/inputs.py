@@ -59,7 +59,7 @@ def parse_request(tensors: Tensors, request_id: int, tokenizer: Tokenizer, limit
         token_ids = tokenizer.encode(text)
     else:
         raise InvalidRequest("text_input", None, "give text_input or input_ids")
-    _check_prompt("input_ids" if "input_ids" in tensors else "text_input", token_ids, sampling.max_tokens, limits)
+    _check_prompt("input_ids" if text is None else "text_input", token_ids, sampling.max_tokens, limits)
     request = Request(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
     return ClientRequest(request, options, text)
 

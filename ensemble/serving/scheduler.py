@@ -51,10 +51,10 @@ class Scheduler:
 
     def close(self) -> None:
         self._closing.set()
-        if self._orchestrator is not None:
-            self._orchestrator.close()
         if self._metrics is not None:
             self._metrics.close()
+        if self._orchestrator is not None:
+            self._orchestrator.close()
         self._senders.close()
 
     def _started(self) -> Orchestrator:

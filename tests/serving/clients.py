@@ -68,14 +68,12 @@ class StreamClient:
         self._client.start_stream(self._receive)
 
     def send(self, model: str, request_id: str, **values: Any) -> None:
+        self.send_inputs(model, request_id, make_inputs(batched=model == "ensemble", **values))
+
+    def send_inputs(self, model: str, request_id: str, inputs: list[grpc.InferInput]) -> None:
         self.answers[request_id] = Answer()
         self._open += 1
-        self._client.async_stream_infer(
-            model,
-            make_inputs(batched=model == "ensemble", **values),
-            request_id=request_id,
-            enable_empty_final_response=True,
-        )
+        self._client.async_stream_infer(model, inputs, request_id=request_id, enable_empty_final_response=True)
 
     def wait(self, timeout_s: float = 120.0) -> dict[str, Answer]:
         for _ in range(self._open):

@@ -10,7 +10,8 @@ from ensemble.engine.engine import load_engine
 from ensemble.request import Request, SamplingParams
 from tests.checkpoints import make_tiny_llama, make_tiny_opt
 from tests.serving.clients import StreamClient
-from tests.serving.conftest import deploy, greedy_by_transformers
+from tests.serving.deployments import deploy
+from tests.serving.oracle import greedy_by_transformers
 from tools.offline import generate
 from tools.triton_server import TritonServer
 
