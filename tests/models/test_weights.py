@@ -15,9 +15,12 @@ from ensemble.models.spec import load_model_spec
 CPU = torch.device("cpu")
 
 
-def load(path, dtype=torch.float32, **config):
-    model = load_model(load_model_spec(path), ModelConfig(path=path, **config), CPU, dtype)
-    return dict(model.named_weights())
+def load_tiny_model(path, dtype=torch.float64, **config):
+    return load_model(load_model_spec(path), ModelConfig(path=path, **config), CPU, dtype)
+
+
+def load(path, dtype=torch.float64, **config):
+    return dict(load_tiny_model(path, dtype, **config).named_weights())
 
 
 def rewrite(path, change):
@@ -29,7 +32,7 @@ def rewrite(path, change):
 def assert_same(weights, others):
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
+        assert torch.equal(weight, others[name].to(weight.dtype)), name
 
 
 @pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_opt])
@@ -57,6 +60,17 @@ def test_weights_are_converted_to_the_model_s_dtype(tmp_path):
     halves = load(tmp_path, torch.bfloat16)
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(halves[name], tensor.bfloat16()), name
+
+
+@pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_opt])
+def test_single_precision_products_are_those_of_double_precision(tmp_path, make):
+    """On a CPU the weights of float32 models are kept in another order."""
+    make(tmp_path, **({"attention_bias": True} if make is make_tiny_llama else {"word_embed_proj_dim": 32}))
+    single, double = load_tiny_model(tmp_path, torch.float32), load_tiny_model(tmp_path, torch.float64)
+    assert len(single.linears()) == len(double.linears()) >= 9
+    for ours, exact in zip(single.linears(), double.linears(), strict=True):
+        x = torch.randn(5, exact.weight.shape[1], dtype=torch.float64)
+        torch.testing.assert_close(ours(x.float()), exact(x).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_weight_is_named(tmp_path):
