@@ -1,9 +1,9 @@
 """Attention of one new token per sequence over the paged KV pool.
 
 The time is that of reading the keys and values: sum(context_len) * 2 * Hkv * D * itemsize bytes. To keep a GPU busy
-with few sequences, a context is split over several programs (flash decoding), whose partial results a second kernel
-combines. The grid depends on the batch size alone; how many of its splits a sequence uses is decided on the device from
-the context length, so a captured graph serves any lengths.
+with few or uneven sequences, a context is split over several programs (flash decoding); of the programs of one sequence
+and KV head, the last to finish combines their partial results. The grid depends on the batch size alone; how many
+splits a sequence uses is decided on the device, so a captured graph serves any lengths.
 """
 
 import math
@@ -17,26 +17,82 @@ from torch.nn import functional as F
 from kernels.backend import uses_triton
 
 _MAX_SPLITS = 64
-_NUM_PROGRAMS = 1024  # wanted: about eight per multiprocessor of an H100
+_WANTED_PROGRAMS = 512  # below this the grid gets room for splits
+_BUSY_PROGRAMS = 256  # of equal length that fill an H100: two on each of 132 multiprocessors
 
 
 @triton.jit
-def _tiles_per_split(context_len, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, SPLITS: tl.constexpr):
+def _splits(
+    context_lens,  # [B] int32
+    context_len,
+    batch_size,
+    max_splits,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BUSY_PROGRAMS: tl.constexpr,
+):
+    """(splits that this sequence uses, tiles in each): about BUSY_PROGRAMS equal shares of the whole batch's tokens."""
+    lens = tl.zeros([128], tl.int32)
+    for start in range(0, batch_size, 128):
+        seqs = start + tl.arange(0, 128)
+        lens += tl.load(context_lens + seqs, mask=seqs < batch_size, other=0)
+    share = tl.cdiv(tl.sum(lens, 0) * NUM_KV_HEADS, BUSY_PROGRAMS * BLOCK_N)
     num_tiles = tl.cdiv(context_len, BLOCK_N)
-    return tl.maximum(tl.cdiv(num_tiles, SPLITS), MIN_TILES)
+    num_splits = tl.minimum(tl.cdiv(num_tiles, tl.maximum(share, 1)), max_splits)
+    tiles_per_split = tl.cdiv(num_tiles, tl.maximum(num_splits, 1))
+    return tl.cdiv(num_tiles, tl.maximum(tiles_per_split, 1)), tiles_per_split
 
 
-@triton.jit(do_not_specialize=["block_tables_stride"])
+@triton.jit
+def _combine(
+    partial_out,  # [B, Hq, max_splits, D] fp32
+    partial_lse,  # [B, Hq, max_splits] fp32
+    first_row,  # index of the group's first row in [B, Hq]
+    num_splits,
+    max_splits,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The splits' results weighted by their sums of exponentials, [BLOCK_G, BLOCK_D]."""
+    group = tl.arange(0, BLOCK_G)
+    dims = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_G], tl.float32)
+    row_max = tl.full([BLOCK_G], -1e30, tl.float32)
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        used = (group < GROUP)[:, None] & (splits < num_splits)[None, :]
+        rows = (first_row + group)[:, None] * max_splits + splits[None, :]
+        lse = tl.load(partial_lse + rows, mask=used, other=float("-inf"), cache_modifier=".cg")
+        pointers = partial_out + rows[:, :, None] * D + dims[None, None, :]
+        inside = used[:, :, None] & (dims < D)[None, None, :]
+        partial = tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(row_max, tl.max(lse, 1))
+        weights = tl.exp2(lse - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        acc = acc * rescale[:, None] + tl.sum(partial * weights[:, :, None], 1)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_max = new_max
+    return acc / tl.maximum(row_sum, 1e-30)[:, None]
+
+
+@triton.jit(do_not_specialize=["block_tables_stride", "batch_size"])
 def _decode_attention_kernel(
     q,  # [B, Hq, D]
     kv_cache,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
     block_tables,  # [B, max_blocks] int32
     context_lens,  # [B] int32
-    out,  # [B, Hq, D], contiguous; with splits fp32 [B, Hq, SPLITS, D]
-    partial_lse,  # [B, Hq, SPLITS] fp32, log2 of the sums of exponentials
+    out,  # [B, Hq, D], contiguous
+    counters,  # [B, Hkv] int32, 0 before and after
+    partial_lse,  # [B, Hq, max_splits] fp32, log2 of the sums of exponentials
+    partial_out,  # [B, Hq, max_splits, D] fp32
     q_stride,
     block_stride,
     block_tables_stride,
+    batch_size,
     scale_log2,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
@@ -45,20 +101,24 @@ def _decode_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BUSY_PROGRAMS: tl.constexpr,
 ):
-    """Grid [SPLITS, Hkv, B]. A program's rows are the query heads of its KV head, padded to what tl.dot takes."""
-    split = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    seq = tl.program_id(2).to(tl.int64)
+    """Grid [Hkv, B, max_splits]. A program's rows are the query heads of its KV head, padded to what tl.dot takes."""
+    kv_head = tl.program_id(0)
+    seq = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    max_splits = tl.num_programs(2)
     context_len = tl.load(context_lens + seq)
-    length = _tiles_per_split(context_len, BLOCK_N, MIN_TILES, SPLITS) * BLOCK_N
-    start = split * length
-    end = tl.minimum(start + length, context_len)
-    if (start >= end) & (split > 0):
+    num_splits, tiles_per_split = _splits(
+        context_lens, context_len, batch_size, max_splits, NUM_KV_HEADS, BLOCK_N, BUSY_PROGRAMS
+    )
+    if (split >= num_splits) & (split > 0):
         return
 
+    start = split * tiles_per_split * BLOCK_N
+    end = tl.minimum(start + tiles_per_split * BLOCK_N, context_len)
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + rows
@@ -86,42 +146,46 @@ def _decode_attention_kernel(
         v = tl.load(v_cache + offsets, mask=loaded, other=0.0)
         acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         row_max = new_max
-
     result = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
-    row = (seq * (NUM_KV_HEADS * GROUP) + heads) * SPLITS + split
-    tl.store(out + row[:, None] * D + dims[None, :], result.to(out.dtype.element_ty), mask=inside)
-    if SPLITS > 1:
-        tl.store(partial_lse + row, row_max + tl.log2(row_sum), mask=rows < GROUP)
 
-
-@triton.jit
-def _combine_kernel(
-    partial_out,  # [B, Hq, SPLITS, D] fp32
-    partial_lse,  # [B, Hq, SPLITS] fp32
-    context_lens,  # [B] int32
-    out,  # [B, Hq, D], contiguous
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Grid [Hq, B]."""
-    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    context_len = tl.load(context_lens + tl.program_id(1))
-    length = _tiles_per_split(context_len, BLOCK_N, MIN_TILES, SPLITS) * BLOCK_N
-    splits = tl.arange(0, SPLITS)
-    dims = tl.arange(0, BLOCK_D)
-    is_used = splits * length < context_len
-    lse = tl.load(partial_lse + row * SPLITS + splits, mask=is_used, other=float("-inf"))
-    weights = tl.exp2(lse - tl.maximum(tl.max(lse, 0), -1e30))
-    inside = is_used[:, None] & (dims < D)[None, :]
-    partial = tl.load(partial_out + (row * SPLITS + splits)[:, None] * D + dims[None, :], mask=inside, other=0.0)
-    result = tl.sum(partial * weights[:, None], 0) / tl.maximum(tl.sum(weights, 0), 1e-30)
-    tl.store(out + row * D + dims, result.to(out.dtype.element_ty), mask=dims < D)
+    first_row = seq * (NUM_KV_HEADS * GROUP) + kv_head * GROUP
+    if num_splits <= 1:
+        tl.store(out + (first_row + rows)[:, None] * D + dims[None, :], result.to(out.dtype.element_ty), mask=inside)
+    else:
+        partial_rows = (first_row + rows) * max_splits + split
+        tl.store(partial_out + partial_rows[:, None] * D + dims[None, :], result, mask=inside)
+        tl.store(partial_lse + partial_rows, row_max + tl.log2(row_sum), mask=rows < GROUP)
+        tl.debug_barrier()  # the atomic of one thread publishes the stores of all
+        counter = counters + seq * NUM_KV_HEADS + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1:
+            combined = _combine(
+                partial_out, partial_lse, first_row, num_splits, max_splits, GROUP, D, BLOCK_G, BLOCK_S, BLOCK_D
+            )
+            group = tl.arange(0, BLOCK_G)
+            pointers = out + (first_row + group)[:, None] * D + dims[None, :]
+            kept = (group < GROUP)[:, None] & (dims < D)[None, :]
+            tl.store(pointers, combined.to(out.dtype.element_ty), mask=kept)
+            tl.store(counter, 0)
 
 
 def decode_attention_reference(
+    q: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:
+    """Rows of like length, to a factor of two, are padded to the longest of them: padding all to one would move and
+    multiply mostly padding where one context is long."""
+    rows_by_size: dict[int, list[int]] = {}
+    for row, context_len in enumerate(context_lens.tolist()):
+        rows_by_size.setdefault(context_len.bit_length(), []).append(row)
+    if len(rows_by_size) == 1:
+        return _padded_decode_attention(q, kv_cache, block_tables, context_lens, scale)
+    out = torch.empty_like(q)
+    for rows in rows_by_size.values():
+        ids = torch.tensor(rows, device=q.device)
+        out[ids] = _padded_decode_attention(q[ids], kv_cache, block_tables[ids], context_lens[ids], scale)
+    return out
+
+
+def _padded_decode_attention(
     q: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
 ) -> Tensor:
     block_size = kv_cache.shape[3]
@@ -143,24 +207,31 @@ def decode_attention_reference(
     return out
 
 
-def _tile(dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(BLOCK_N, MIN_TILES, num_warps, num_stages), as measured on an H100."""
-    return (32, 4, 4, 2) if dtype == torch.float32 else (64, 2, 4, 3)
-
-
-def _num_splits(batch_size: int, num_kv_heads: int) -> int:
+def _max_splits(batch_size: int, num_kv_heads: int) -> int:
     """Splits per sequence and KV head that the grid has room for: a power of two."""
-    wanted = triton.cdiv(_NUM_PROGRAMS, batch_size * num_kv_heads)
+    if batch_size * num_kv_heads >= _WANTED_PROGRAMS:
+        return 1
+    wanted = triton.cdiv(_WANTED_PROGRAMS, batch_size * num_kv_heads)
     return min(int(triton.next_power_of_2(wanted)), _MAX_SPLITS)
+
+
+def _workspace_sizes(batch_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> list[int]:
+    """Elements of the counters, the sums and the partial outputs."""
+    num_rows = batch_size * num_heads * _max_splits(batch_size, num_kv_heads)
+    return [batch_size * num_kv_heads, num_rows, num_rows * head_dim]
 
 
 def decode_workspace(
     max_batch_size: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
 ) -> Tensor:
-    """Room for the partial results of any batch of up to `max_batch_size`: fp32, one dimension."""
+    """Room for the partial results of any batch of up to `max_batch_size`: fp32, one dimension.
+
+    Launches that may run at the same time need a workspace each.
+    """
     batch_sizes = range(1, max_batch_size + 1)
-    rows = max(batch_size * _num_splits(batch_size, num_kv_heads) for batch_size in batch_sizes) * num_heads
-    return torch.empty(rows * (head_dim + 1), dtype=torch.float32, device=device)
+    sizes = [_workspace_sizes(batch_size, num_heads, num_kv_heads, head_dim) for batch_size in batch_sizes]
+    num_counters = sizes[-1][0]
+    return torch.zeros(num_counters + max(sum(rest) for _, *rest in sizes), dtype=torch.float32, device=device)
 
 
 def decode_attention(
@@ -177,49 +248,36 @@ def decode_attention(
     batch_size, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     group = num_heads // num_kv_heads
-    splits = _num_splits(batch_size, num_kv_heads)
-    block_n, min_tiles, num_warps, num_stages = _tile(q.dtype)
-    block_d = triton.next_power_of_2(head_dim)
+    block_g = triton.next_power_of_2(group)
+    if workspace is None:
+        workspace = decode_workspace(batch_size, num_heads, num_kv_heads, head_dim, q.device)
+    num_counters, num_rows, _ = _workspace_sizes(batch_size, num_heads, num_kv_heads, head_dim)
     out = q.new_empty(q.shape)
-    partial_out = partial_lse = out
-    if splits > 1:
-        if workspace is None:
-            workspace = decode_workspace(batch_size, num_heads, num_kv_heads, head_dim, q.device)
-        num_rows = batch_size * num_heads * splits
-        partial_out, partial_lse = workspace[: num_rows * head_dim], workspace[num_rows * head_dim :]
-    _decode_attention_kernel[(splits, num_kv_heads, batch_size)](
+    _decode_attention_kernel[(num_kv_heads, batch_size, _max_splits(batch_size, num_kv_heads))](
         q,
         kv_cache,
         block_tables,
         context_lens,
-        partial_out,
-        partial_lse,
+        out,
+        workspace[:num_counters].view(torch.int32),
+        workspace[-num_rows:],
+        workspace[-num_rows * (head_dim + 1) :],
         q.stride(0),
         kv_cache.stride(0),
         block_tables.stride(0),
+        batch_size,
         scale * math.log2(math.e),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         D=head_dim,
         BLOCK_SIZE=block_size,
-        BLOCK_M=max(triton.next_power_of_2(group), 16),
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        MIN_TILES=min_tiles,
-        SPLITS=splits,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        BLOCK_M=max(block_g, 16),
+        BLOCK_N=32 if q.dtype == torch.float32 else 64,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_G=block_g,
+        BLOCK_S=max(64 // block_g, 1),
+        BUSY_PROGRAMS=_BUSY_PROGRAMS,
+        num_warps=4,
+        num_stages=2 if q.dtype == torch.float32 else 3,
     )
-    if splits > 1:
-        _combine_kernel[(num_heads, batch_size)](
-            partial_out,
-            partial_lse,
-            context_lens,
-            out,
-            D=head_dim,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            MIN_TILES=min_tiles,
-            SPLITS=splits,
-        )
     return out

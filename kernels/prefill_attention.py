@@ -5,6 +5,9 @@
 
 Keys and values of the new tokens are in the pool already.
 FLOPs: 4 * Hq * D * sum(query_len * (prefix + query_len / 2)).
+
+A tile of 64 keys lies in one block if the block size is a multiple of 64, and is then loaded by the tensor memory
+accelerator; smaller blocks are gathered row by row, which costs a tenth of the speed.
 """
 
 import math
@@ -25,32 +28,41 @@ def _attend(
     row_max,  # [BLOCK_M] fp32, in units of log2
     q,  # [BLOCK_M, BLOCK_D]
     last_visible,  # [BLOCK_M] int32, the last position each row sees
-    k_cache,  # of one head: [num_blocks, BLOCK_SIZE, D]
-    v_cache,
+    kv,  # the cache: a pointer, or with IS_TILED a descriptor of it as rows of D
+    k_start,  # where the head's keys start in a block, in elements or rows
+    v_start,
     block_table,  # [max_blocks] int32
     start,  # positions [start, end)
     end,
     context_len,
-    block_stride,
+    block_stride,  # in elements or rows
     scale_log2,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_TILED: tl.constexpr,  # a tile of BLOCK_N keys lies in one block
     MASKED: tl.constexpr,  # False: every row sees all positions
 ):
     """One pass of online softmax (Dao et al., 2022) over a range of positions."""
     dims = tl.arange(0, BLOCK_D)
+    columns = start + tl.arange(0, BLOCK_N)
+    if not IS_TILED:
+        next_ids = tl.load(block_table + columns // BLOCK_SIZE, mask=columns < context_len, other=0)
     for tile in range(start, end, BLOCK_N):
         columns = tile + tl.arange(0, BLOCK_N)
-        inside = (dims < D)[None, :]
-        if MASKED:
-            block_ids = tl.load(block_table + columns // BLOCK_SIZE, mask=columns < context_len, other=0)
-            inside = inside & (columns < context_len)[:, None]
+        if IS_TILED:
+            row = tl.load(block_table + tile // BLOCK_SIZE) * block_stride + tile % BLOCK_SIZE
+            k = kv.load([row + k_start, 0])
         else:
-            block_ids = tl.load(block_table + columns // BLOCK_SIZE)
-        offsets = (block_ids.to(tl.int64) * block_stride + columns % BLOCK_SIZE * D)[:, None] + dims[None, :]
-        k = tl.load(k_cache + offsets, mask=inside, other=0.0)
+            block_ids = next_ids.to(tl.int64)
+            ahead = columns + BLOCK_N  # a tile early, so that no load waits for its address
+            next_ids = tl.load(block_table + ahead // BLOCK_SIZE, mask=ahead < context_len, other=0)
+            inside = (dims < D)[None, :]
+            if MASKED:
+                inside = inside & (columns < context_len)[:, None]
+            offsets = (block_ids * block_stride + columns % BLOCK_SIZE * D)[:, None] + dims[None, :]
+            k = tl.load(kv + k_start + offsets, mask=inside, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(columns[None, :] <= last_visible[:, None], scores, float("-inf"))
@@ -58,13 +70,18 @@ def _attend(
         probs = tl.exp2(scores * scale_log2 - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(probs, 1)
-        v = tl.load(v_cache + offsets, mask=inside, other=0.0)
+        if IS_TILED:
+            v = kv.load([row + v_start, 0])
+            if MASKED:  # unused slots may hold NaN, and 0 * NaN is NaN
+                v = tl.where((columns < context_len)[:, None], v, 0.0)
+        else:
+            v = tl.load(kv + v_start + offsets, mask=inside, other=0.0)
         acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         row_max = new_max
     return acc, row_sum, row_max
 
 
-@triton.jit(do_not_specialize=["block_tables_stride", "num_seqs"])
+@triton.jit(do_not_specialize=["block_tables_stride", "num_seqs", "num_blocks"])
 def _prefill_attention_kernel(
     q,  # [T, Hq, D]
     kv_cache,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
@@ -76,6 +93,7 @@ def _prefill_attention_kernel(
     block_stride,
     block_tables_stride,
     num_seqs,
+    num_blocks,
     scale_log2,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
@@ -84,16 +102,17 @@ def _prefill_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_TILED: tl.constexpr,
 ):
-    """Grid [T // BLOCK_Q + S, Hkv]: at least one program per BLOCK_Q queries of a sequence and KV head.
+    """Grid [Hkv, T // BLOCK_Q + S]: at least one program per BLOCK_Q queries of a sequence and KV head.
 
     A program's rows are its queries times the query heads of its KV head. Blocks of sequence s are numbered from
     cu_seqlens_q[s] // BLOCK_Q + s, which leaves room for all of them whatever the lengths; the last ones, with the
     most keys to read, start first.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    index = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    index = tl.num_programs(1) - 1 - tl.program_id(1)
+    kv_head = tl.program_id(0)
 
     seq = 0
     after = num_seqs
@@ -125,17 +144,26 @@ def _prefill_attention_kernel(
     end = tl.minimum(first_position + BLOCK_Q, context_len)
     end_of_full_tiles = (first_position + 1) // BLOCK_N * BLOCK_N
     last_visible = tl.minimum(context_len - query_len + queries, context_len - 1)
-    k_cache = kv_cache + kv_head * (BLOCK_SIZE * D)
-    v_cache = k_cache + NUM_KV_HEADS * BLOCK_SIZE * D
+    if IS_TILED:
+        row_stride = block_stride // D
+        num_rows = (num_blocks - 1) * row_stride + 2 * NUM_KV_HEADS * BLOCK_SIZE
+        kv = tl.make_tensor_descriptor(kv_cache, [num_rows, D], [D, 1], [BLOCK_N, BLOCK_D])
+        k_start = kv_head * BLOCK_SIZE
+        v_start = k_start + NUM_KV_HEADS * BLOCK_SIZE
+        block_stride = row_stride
+    else:
+        kv = kv_cache
+        k_start = kv_head * (BLOCK_SIZE * D)
+        v_start = k_start + NUM_KV_HEADS * BLOCK_SIZE * D
     block_table = block_tables + seq * block_tables_stride
     # fmt: off
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q_rows, last_visible, k_cache, v_cache, block_table, 0, end_of_full_tiles,
-        context_len, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, MASKED=False,
+        acc, row_sum, row_max, q_rows, last_visible, kv, k_start, v_start, block_table, 0, end_of_full_tiles,
+        context_len, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, IS_TILED, MASKED=False,
     )
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q_rows, last_visible, k_cache, v_cache, block_table, end_of_full_tiles, end,
-        context_len, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, MASKED=True,
+        acc, row_sum, row_max, q_rows, last_visible, kv, k_start, v_start, block_table, end_of_full_tiles, end,
+        context_len, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, IS_TILED, MASKED=True,
     )
     # fmt: on
     pointers = out + (tokens * (NUM_KV_HEADS * GROUP) + heads)[:, None] * D + dims[None, :]
@@ -173,13 +201,19 @@ def prefill_attention_reference(
     return out
 
 
-def _tile(dtype: torch.dtype, head_dim: int, max_rows: int) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages), as measured on an H100."""
+def _tile(dtype: torch.dtype, block_size: int, max_rows: int) -> tuple[int, int, int, bool]:
+    """(BLOCK_M, BLOCK_N, num_warps, IS_TILED), as measured on an H100."""
     if dtype == torch.float32:
-        return 32, 32, 4, 2
+        return 32, 32, 4, False
+    is_tiled = block_size % 64 == 0
     if max_rows <= 64:
-        return 64, 64, 4, 3
-    return 128, 64, 8, 3
+        return 64, 64, 4, is_tiled
+    return 128, 64, 4 if is_tiled else 8, is_tiled
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory in which the kernel puts its descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def prefill_attention(
@@ -197,11 +231,12 @@ def prefill_attention(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     group = num_heads // num_kv_heads
-    block_m, block_n, num_warps, num_stages = _tile(q.dtype, head_dim, max_seqlen_q * group)
+    block_m, block_n, num_warps, is_tiled = _tile(q.dtype, block_size, max_seqlen_q * group)
     block_m = max(block_m, triton.next_power_of_2(group))
     num_seqs = len(context_lens)
     out = q.new_empty(q.shape)
-    _prefill_attention_kernel[(num_tokens // (block_m // group) + num_seqs, num_kv_heads)](
+    triton.set_allocator(_allocate)
+    _prefill_attention_kernel[(num_kv_heads, num_tokens // (block_m // group) + num_seqs)](
         q,
         kv_cache,
         block_tables,
@@ -212,6 +247,7 @@ def prefill_attention(
         kv_cache.stride(0),
         block_tables.stride(0),
         num_seqs,
+        len(kv_cache),
         scale * math.log2(math.e),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -220,7 +256,8 @@ def prefill_attention(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=triton.next_power_of_2(head_dim),
+        IS_TILED=is_tiled,
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=2 if q.dtype == torch.float32 else 3,
     )
     return out

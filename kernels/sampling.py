@@ -209,7 +209,7 @@ def _sample_kernel(
         lane_id = tl.zeros([BLOCK], tl.int32) + token_id
         for start in range(0, V, BLOCK):
             values = _load_logits(row_logits, start, V, BLOCK)
-            perturbed = values / temperature + _gumbel_noise(seed, position, start, BLOCK)
+            perturbed = values * inverse_temperature + _gumbel_noise(seed, position, start, BLOCK)
             perturbed = tl.where(_ordered_bits(values) >= lowest, perturbed, float("-inf"))
             lane_id = tl.where(perturbed > lane_max, start + tl.arange(0, BLOCK), lane_id)
             lane_max = tl.maximum(perturbed, lane_max)
@@ -277,7 +277,7 @@ def sample_reference(
     drawn = logits[rows].to(compute_dtype(logits.dtype))
     threshold = keep_threshold_reference(drawn, temperatures[rows], top_ks[rows], top_ps[rows], min_ps[rows])
     noise = gumbel_noise_reference(seeds[rows], positions[rows], logits.shape[1], drawn.dtype)
-    perturbed = drawn / temperatures[rows, None] + noise
+    perturbed = drawn * temperatures[rows, None].to(drawn.dtype).reciprocal() + noise
     token_ids[rows] = perturbed.masked_fill(drawn < threshold, -torch.inf).argmax(dim=1)
     return token_ids
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.backend import uses_triton
 from kernels.rope import apply_rope_reference
 
-_HEADS_PER_PROGRAM = 8
+_HEADS_PER_PROGRAM = 16
 
 
 @triton.jit

@@ -23,11 +23,11 @@ def run(q, cache, scale, workspace=None):
     return decode_attention(q, cache.kv_cache, cache.block_tables, cache.lens, scale, workspace)
 
 
-@pytest.fixture(params=[1, 64], ids=["one_split", "many_splits"])
+@pytest.fixture(params=[1, 8], ids=["one_split", "many_splits"])
 def splits(request, monkeypatch):
-    """Fixes how many splits the grid has room for; short contexts leave most of 64 empty."""
-    monkeypatch.setattr(module, "_num_splits", lambda batch_size, num_kv_heads: request.param)
-    return request.param
+    """Fixes how many splits the grid has room for, and makes sequences use them; short ones leave most empty."""
+    monkeypatch.setattr(module, "_max_splits", lambda batch_size, num_kv_heads: request.param)
+    monkeypatch.setattr(module, "_BUSY_PROGRAMS", 2**20)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
@@ -68,11 +68,11 @@ def test_a_sequence_does_not_depend_on_its_place(splits, device):
     assert torch.equal(run(q[order], cache, 0.1), out[order])
 
 
-def test_workspace_serves_every_smaller_batch(device):
+def test_workspace_serves_every_smaller_batch(device, monkeypatch):
+    monkeypatch.setattr(module, "_WANTED_PROGRAMS", 8)
     torch.manual_seed(0)
     workspace = decode_workspace(3, 4, 2, 64, device)
-    for lens in ([300], [300, 20], [5, 300, 170]):
-        workspace.fill_(torch.nan)
+    for lens in ([300], [300, 20], [5, 300, 170], [300]):
         cache = PagedCache(lens, 2, 64, 16, torch.float16, device)
         q = new_queries(len(lens), 4, 64, torch.float16, device)
         check_against_sdpa(run(q, cache, 0.1, workspace), q, cache, 0.1)
