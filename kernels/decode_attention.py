@@ -195,12 +195,16 @@ def _padded_decode_attention(
         return torch.zeros_like(q)
     in_use = torch.arange(num_blocks, device=q.device) * block_size < context_lens[:, None]
     block_ids = torch.where(in_use, block_tables[:, :num_blocks], 0)
-    k, v = (kv_cache[block_ids, i].transpose(1, 2).flatten(2, 3)[:, :, :max_context_len] for i in (0, 1))
+    # Gathered with the heads in front, so that one copy makes each head's context contiguous.
+    heads_first = kv_cache.permute(1, 2, 0, 3, 4)  # [2, num_kv_heads, num_blocks, block_size, head_dim]
+    k, v = (heads_first[i][:, block_ids].flatten(2, 3)[:, :, :max_context_len] for i in (0, 1))
     mask = None
     if int(context_lens.min()) < max_context_len:
-        mask = (torch.arange(max_context_len, device=q.device) < context_lens[:, None])[:, None, None]
-        v = v.masked_fill(~mask.transpose(2, 3), 0)  # unused slots may hold NaN, and 0 * NaN is NaN
-        k = k.masked_fill(~mask.transpose(2, 3), 0)
+        mask = torch.arange(max_context_len, device=q.device) < context_lens[:, None]
+        for each in (k, v):  # unused slots may hold NaN, and 0 * NaN is NaN
+            each.masked_fill_(~mask[None, :, :, None], 0)
+        mask = mask[:, None, None]
+    k, v = k.transpose(0, 1), v.transpose(0, 1)
     out = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=True)[:, :, 0]
     if mask is not None:
         out = out.masked_fill((context_lens == 0)[:, None, None], 0)
