@@ -98,7 +98,11 @@ class BlockManager:
     def _take(self, owner: Owner, num_blocks: int) -> list[int]:
         if not 0 <= num_blocks <= len(self._free):
             raise OutOfBlocks(owner, num_blocks, len(self._free))
-        return [self._free.pop() for _ in range(num_blocks)]
+        first = len(self._free) - num_blocks
+        block_ids = self._free[first:]
+        del self._free[first:]
+        block_ids.reverse()
+        return block_ids
 
 
 class SwappableBlocks:
@@ -122,15 +126,16 @@ class SwappableBlocks:
             return "device"
         return "host" if owner in self.host else None
 
-    def begin_swap_out(self, owner: Owner, num_blocks: int) -> tuple[list[int], list[int]]:
-        """Returns the device blocks to copy, the owner's first `num_blocks`, and the host blocks to copy them to."""
+    def begin_swap_out(self, owner: Owner) -> tuple[list[int], list[int]]:
+        """Returns the device blocks to copy, and the host blocks to copy them to."""
         self._expect(owner, "device")
-        host_block_ids = self.host.allocate(owner, num_blocks)
+        device_block_ids = list(self.device.blocks_of(owner))
+        host_block_ids = self.host.allocate(owner, len(device_block_ids))
         self._copying[owner] = "out"
-        return list(self.device.blocks_of(owner)[:num_blocks]), host_block_ids
+        return device_block_ids, host_block_ids
 
     def begin_swap_in(self, owner: Owner, num_blocks: int) -> tuple[list[int], list[int]]:
-        """Allocates `num_blocks` on the device. Returns the host blocks to copy, and the device blocks to fill."""
+        """Allocates `num_blocks`, for what is on the host and for growth. Returns the host blocks and where they go."""
         self._expect(owner, "host")
         device_block_ids = self.device.allocate(owner, num_blocks)
         self._copying[owner] = "in"

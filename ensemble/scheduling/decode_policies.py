@@ -35,7 +35,7 @@ class DecodePolicy(Protocol):
     def remove(self, request_id: int) -> None: ...
 
     def ran(self, request_ids: Iterable[int], seconds: float, now: float) -> None:
-        """These sequences, in batch order, were in an iteration that took `seconds` and ended `now`."""
+        """These sequences, in batch order, got a token in an iteration that took `seconds` and ended `now`."""
 
     def order(self, now: float) -> list[int]:
         """All sequences by request_id, the one to run first at the front."""
@@ -76,22 +76,25 @@ class KeyPolicy:
         self._key = key
         self._quantum_s = quantum_s
         self._starvation_s = starvation_s
-        self._sequences: dict[int, tuple[Sequence, int]] = {}  # request_id |-> (sequence, priority), by joining
+        self._sequences: dict[int, tuple[Sequence, int]] = {}  # request_id |-> (sequence, priority)
+        self._keys: dict[int, int] = {}  # request_id |-> key, by joining
         self._boosts: dict[int, float] = {}  # request_id |-> seconds left before all others, by starvation
         self._idle = _IdleClock()
 
     def add(self, sequence: Sequence, now: float, priority: int, join_cost_s: float) -> None:
         self._sequences[sequence.request_id] = (sequence, priority)
+        self._keys[sequence.request_id] = self._key(sequence, priority)
         self._idle.reset(sequence.request_id, now)
 
     def remove(self, request_id: int) -> None:
-        del self._sequences[request_id]
+        del self._sequences[request_id], self._keys[request_id]
         self._boosts.pop(request_id, None)
         self._idle.remove(request_id)
 
     def ran(self, request_ids: Iterable[int], seconds: float, now: float) -> None:
         for request_id in request_ids:
             self._idle.reset(request_id, now)
+            self._keys[request_id] = self._key(*self._sequences[request_id])
             if request_id in self._boosts:
                 self._boosts[request_id] -= seconds
                 if self._boosts[request_id] <= 0:
@@ -100,12 +103,8 @@ class KeyPolicy:
     def order(self, now: float) -> list[int]:
         for request_id in self._idle.take_idle(now, self._starvation_s):
             self._boosts.setdefault(request_id, self._quantum_s)
-        keys = {
-            request_id: self._key(sequence, priority)
-            for request_id, (sequence, priority) in self._sequences.items()
-            if request_id not in self._boosts
-        }
-        return [*self._boosts, *sorted(keys, key=keys.__getitem__)]
+        by_key = sorted(self._keys, key=self._keys.__getitem__)
+        return [*self._boosts, *(request_id for request_id in by_key if request_id not in self._boosts)]
 
 
 class FeedbackQueuePolicy:

@@ -63,8 +63,8 @@ class PreemptiveDecodeScheduler:
         if request_id in self._sequences or request_id in self._removed:
             raise InternalError(f"request {request_id} already decodes")
         self._sequences[request_id] = sequence
-        self._footprints[request_id] = Footprint(request_id, "device", 0, 0, 0)
-        self._measure(request_id)
+        self._footprints[request_id] = Footprint(request_id, "device", len(sequence.block_ids), 0)
+        self._measure_growth(request_id)
         self._policy.add(sequence, now, priority, join_cost_s)
 
     def next_plan(self, now: float, num_wanted_blocks: int = 0) -> DecodePlan:
@@ -93,7 +93,7 @@ class PreemptiveDecodeScheduler:
         self._running = []
         self._policy.ran(running, seconds, now)
         for request_id in running:
-            self._measure(request_id)
+            self._measure_growth(request_id)
 
     def swap_ended(self, request_id: int) -> bool:
         """The copy's event has completed. True if the sequence was removed meanwhile: now all its blocks are free."""
@@ -105,7 +105,6 @@ class PreemptiveDecodeScheduler:
             return True
         footprint = self._footprints[request_id]
         footprint.place = "host" if footprint.place == "out" else "device"
-        self._measure(request_id)
         return False
 
     def remove(self, request_id: int) -> bool:
@@ -131,14 +130,11 @@ class PreemptiveDecodeScheduler:
             ):
                 raise InternalError(f"request {request_id} has a block table that is not true")
 
-    def _measure(self, request_id: int) -> None:
-        sequence, footprint = self._sequences[request_id], self._footprints[request_id]
-        device = self.blocks.device
-        num_blocks = device.blocks_for(sequence.num_tokens)  # the next iteration stores the last token's KV
-        num_held_blocks = len(sequence.block_ids)
-        footprint.num_growth_blocks = max(0, num_blocks - num_held_blocks) if footprint.place == "device" else 0
-        footprint.num_blocks = num_held_blocks if footprint.place == "device" else num_blocks
-        footprint.num_host_blocks = device.blocks_for(sequence.num_computed_tokens)
+    def _measure_growth(self, request_id: int) -> None:
+        """The next iteration stores the KV of the last token."""
+        footprint = self._footprints[request_id]
+        num_blocks = self.blocks.device.blocks_for(self._sequences[request_id].num_tokens)
+        footprint.num_growth_blocks = max(0, num_blocks - footprint.num_blocks)
 
     def _grow(self, request_id: int) -> None:
         footprint = self._footprints[request_id]
@@ -150,10 +146,11 @@ class PreemptiveDecodeScheduler:
 
     def _swap_out(self, request_id: int) -> Swap:
         footprint = self._footprints[request_id]
-        source, destination = self.blocks.begin_swap_out(Owner("sequence", request_id), footprint.num_host_blocks)
+        source, destination = self.blocks.begin_swap_out(Owner("sequence", request_id))
         footprint.place = "out"
+        footprint.num_blocks += footprint.num_growth_blocks
+        footprint.num_growth_blocks = 0
         self._sequences[request_id].block_ids = []
-        self._measure(request_id)
         return Swap(request_id, source, destination)
 
     def _swap_in(self, request_id: int) -> Swap:
@@ -162,5 +159,4 @@ class PreemptiveDecodeScheduler:
         source, destination = self.blocks.begin_swap_in(owner, footprint.num_blocks)
         footprint.place = "in"
         self._sequences[request_id].block_ids = list(self.blocks.device.blocks_of(owner))
-        self._measure(request_id)
         return Swap(request_id, source, destination)

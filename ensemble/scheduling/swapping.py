@@ -27,7 +27,6 @@ class Footprint:
     place: Place
     num_blocks: int  # held on the device; on the host: to be held on the device when it comes back
     num_growth_blocks: int  # lacking for the next iteration; none on the host
-    num_host_blocks: int  # taken on the host, or to be taken there
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +106,10 @@ def _victims(candidates: Sequence[Footprint], num_missing_blocks: int, num_free_
     for each in reversed(candidates):
         if num_missing_blocks <= 0:
             break
-        if each.place == "device" and each.num_host_blocks <= num_free_host_blocks:
+        if each.place == "device" and each.num_blocks <= num_free_host_blocks:
             victims.append(each)
             num_missing_blocks -= each.num_blocks
-            num_free_host_blocks -= each.num_host_blocks
+            num_free_host_blocks -= each.num_blocks
     return victims
 
 

@@ -125,18 +125,18 @@ TestBlockManager.settings = settings(max_examples=60, stateful_step_count=30, de
 def test_a_copy_holds_its_blocks_on_both_sides_until_it_ends():
     blocks = SwappableBlocks(BlockManager(4, block_size=16), BlockManager(4, block_size=16))
     owner = Owner("sequence", 1)
-    device_ids = blocks.device.allocate(owner, 3)
-    source, destination = blocks.begin_swap_out(owner, 2)  # the third block has nothing in it yet
-    assert source == device_ids[:2] and len(destination) == 2
-    assert (blocks.place_of(owner), blocks.num_returning_blocks) == ("out", 3)
-    assert (blocks.device.num_free_blocks, blocks.host.num_free_blocks) == (1, 2)
+    device_ids = blocks.device.allocate(owner, 2)
+    source, destination = blocks.begin_swap_out(owner)
+    assert source == device_ids and len(destination) == 2
+    assert (blocks.place_of(owner), blocks.num_returning_blocks) == ("out", 2)
+    assert (blocks.device.num_free_blocks, blocks.host.num_free_blocks) == (2, 2)
     with pytest.raises(InternalError):
         blocks.free(owner)
     with pytest.raises(InternalError):
         blocks.begin_swap_in(owner, 3)
     blocks.end_swap(owner)
     assert (blocks.place_of(owner), blocks.device.num_free_blocks) == ("host", 4)
-    source, destination = blocks.begin_swap_in(owner, 3)
+    source, destination = blocks.begin_swap_in(owner, 3)  # one more, to grow
     assert len(source) == len(destination) == 2 and blocks.device.num_free_blocks == 1
     blocks.check_integrity()
     blocks.end_swap(owner)
@@ -153,6 +153,6 @@ def test_a_full_host_pool_refuses_and_nothing_has_changed():
     owner = Owner("sequence", 1)
     blocks.device.allocate(owner, 2)
     with pytest.raises(OutOfBlocks):
-        blocks.begin_swap_out(owner, 2)
+        blocks.begin_swap_out(owner)
     assert blocks.place_of(owner) == "device"
     blocks.check_integrity()

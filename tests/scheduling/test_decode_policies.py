@@ -113,6 +113,7 @@ def test_srpt_runs_the_one_with_the_fewest_tokens_left():
         policy.add(sequence, 0.0, priority=0, join_cost_s=0.0)
     assert policy.order(0.0) == [1, 2, 0]
     sequences[0].output_token_ids += [1] * 6
+    policy.ran([0], 0.1, 0.1)
     assert policy.order(0.0) == [0, 1, 2]
     policy.remove(0)
     assert policy.order(0.0) == [1, 2]

@@ -151,11 +151,11 @@ def test_swap_storm(name):
 
 
 def on_device(request_id, num_blocks, growth=0):
-    return Footprint(request_id, "device", num_blocks, growth, num_blocks)
+    return Footprint(request_id, "device", num_blocks, growth)
 
 
 def on_host(request_id, num_blocks):
-    return Footprint(request_id, "host", num_blocks, 0, num_blocks)
+    return Footprint(request_id, "host", num_blocks, 0)
 
 
 def test_room_for_the_one_due_next_is_made_ahead_of_need():
@@ -164,7 +164,7 @@ def test_room_for_the_one_due_next_is_made_ahead_of_need():
     memory = Memory(num_blocks=32, num_free_blocks=2, num_returning_blocks=0, num_free_host_blocks=50)
     plan = plan_iteration(order, memory, max_num_seqs=4, headroom=4)
     assert (plan.run, plan.swap_out, plan.swap_in) == ([1, 2], [3], [])
-    copying = [on_host(9, 6), on_device(1, 10), on_device(2, 10), Footprint(3, "out", 10, 0, 10)]
+    copying = [on_host(9, 6), on_device(1, 10), on_device(2, 10), Footprint(3, "out", 10, 0)]
     memory = Memory(num_blocks=32, num_free_blocks=2, num_returning_blocks=10, num_free_host_blocks=40)
     plan = plan_iteration(copying, memory, max_num_seqs=4, headroom=4)
     assert (plan.run, plan.swap_out, plan.swap_in) == ([1, 2], [], [])
