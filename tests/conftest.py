@@ -1,6 +1,7 @@
 """What every test relies on: where there is no GPU, GPU tests are skipped and Triton kernels can be interpreted."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,3 +19,11 @@ def _needs_gpu(request: pytest.FixtureRequest) -> None:
         pytest.skip("needs a CUDA GPU")
     if request.node.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The default model, downloaded and converted at its first use."""
+    from tools.default_model import ensure_default_model
+
+    return ensure_default_model()

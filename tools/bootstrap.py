@@ -210,9 +210,10 @@ def install(extra: str) -> None:
     if downloads:
         total = sum(sizes_mib(downloads))
         print(f"Installing {len(downloads)} packages: {total:.0f} MiB, less what pip has cached", flush=True)
-    pip("install", *project, *chosen_torch)
+    quiet = [] if downloads else ["--quiet"]
+    pip("install", *quiet, *project, *chosen_torch)
     if server:
-        pip("install", *server)
+        pip("install", *quiet, *server)
 
 
 def pip_version() -> tuple[int, int]:

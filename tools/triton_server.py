@@ -39,7 +39,7 @@ ERROR_MARK = "distserve: error: "  # the reason of a failed start
 SHM = Path("/dev/shm")
 # Runs a program that is terminated when the thread that started it is gone, however it ended (PR_SET_PDEATHSIG).
 RUN_UNTIL_PARENT_ENDS = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
-STOP_S = 5.0  # from SIGTERM until nothing is left
+STOP_S = 4.0  # from SIGTERM until what is left is killed
 
 Progress = Callable[[str], None]
 
@@ -116,7 +116,7 @@ class TritonServer:
     """One server process with its stubs and workers, as a context manager that starts it.
 
     `start` returns at once; `wait_ready` returns when every model is ready. `stop` leaves no process, no run
-    directory and no shared memory, within STOP_S. Ports are free ones unless given.
+    directory and no shared memory. Ports are free ones unless given.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class TritonServer:
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(STOP_S - 1)
+                self._process.wait(STOP_S - 0.5)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

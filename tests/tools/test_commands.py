@@ -1,0 +1,105 @@
+"""What an operator types: `tools.serve`, `tools.demo`, `tools.client`, as programs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import make_tiny_llama
+from tools.triton_server import Ports, session_pids
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def environment(model: Path, tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "MODEL": str(model)}
+
+
+def run(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *arguments], env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.server
+def test_serve_prints_a_line_that_works_when_pasted_and_ctrl_c_ends_it(environment: dict[str, str]) -> None:
+    ports = Ports.free()
+    environment |= {name: str(getattr(ports, name.split("_")[0].lower())) for name in ("HTTP_PORT", "GRPC_PORT")}
+    environment["METRICS_PORT"] = str(ports.metrics)
+    command = [sys.executable, "-m", "tools.serve", "--kv-cache-bytes", str(16 << 20)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as serve:
+        assert serve.stdout is not None
+        curl = next(line for line in serve.stdout if line.startswith("curl "))
+        answer = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60).stdout
+        children = Path(f"/proc/{serve.pid}/task/{serve.pid}/children").read_text().split()
+        client = run(
+            "tools.client", "Hello", "--url", f"http://127.0.0.1:{ports.http}", "--max-tokens", "4", env=environment
+        )
+        started = time.monotonic()
+        serve.send_signal(signal.SIGINT)
+        assert serve.wait(30) == 0
+        assert time.monotonic() - started < 5
+    assert json.loads(answer)["text_output"]
+    assert client.returncode == 0 and client.stdout.strip()
+    assert not [pid for child in children for pid in session_pids(int(child))]
+
+
+@pytest.mark.server
+def test_demo_streams_an_answer_and_says_where_the_time_went(environment: dict[str, str]) -> None:
+    environment |= {"PROMPT": 'It\'s a "prompt" with $signs', "MAX_TOKENS": "9"}
+    result = run("tools.demo", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert 'It\'s a "prompt" with $signs' in result.stdout
+    assert re.search(r"Tokens +\d+ in, [1-9] out \(finish reason: (length|stop)\)", result.stdout)
+    times = dict(re.findall(r"^ *(\w+) +([\d.]+) ms", result.stdout, re.MULTILINE))
+    parts = sum(float(times[name]) for name in ("front", "queue", "prefill", "bridge", "handoff", "decode", "back"))
+    assert parts == pytest.approx(float(times["total"]), abs=1.0)
+    assert 0 < float(times["TTFT"]) <= float(times["total"])
+    assert result.stdout.rstrip().endswith("Server stopped")
+
+
+@pytest.mark.server
+def test_demo_fails_when_the_answer_does_not_come(environment: dict[str, str]) -> None:
+    result = run("tools.demo", "--max-tokens", "0", env=environment)
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: .*max_tokens.*\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/model"], "/no/such/model: no such directory"),
+        (["--http-port", "many"], "--http-port"),
+        (["--dtype", "int8"], "model.dtype = 'int8'"),
+        (["--deployment", "/no/such/file"], "/no/such/file: No such file"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_an_operators_error_is_one_line(environment: dict[str, str], arguments: list[str], message: str) -> None:
+    result = run("tools.serve", *arguments, env=environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert re.fullmatch(r"error: .*\n", result.stderr)
+    assert result.stdout == ""
+
+
+@pytest.mark.server
+def test_a_stage_that_cannot_start_is_one_line_too(environment: dict[str, str]) -> None:
+    result = run("tools.serve", "--kv-cache-bytes", "64", env=environment)
+    assert result.returncode == 1
+    assert re.search(r"\Aerror: .*too small for one block.*\Z", result.stderr.splitlines()[-1])
+
+
+def test_client_without_a_server_is_one_line(environment: dict[str, str]) -> None:
+    ports = Ports.free()
+    result = run("tools.client", "Hello", "--url", f"http://127.0.0.1:{ports.http}", env=environment)
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: http://127\.0\.0\.1:\d+: .*refused.*\n", result.stderr)

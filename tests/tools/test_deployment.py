@@ -1,0 +1,80 @@
+"""From flags to a deployment: defaults by the machine's GPUs, and errors that name what is wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ensemble.errors import ConfigError
+from tests.checkpoints import make_tiny_llama
+from tools.deployment import make_deployment
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "prefill", "decode", "share"),
+    [
+        (0, "cpu", "cpu", 0.45),
+        (1, "cuda:0", "cuda:0", 0.45),
+        (2, "cuda:0", "cuda:1", 0.9),
+        (8, "cuda:0", "cuda:1", 0.9),
+    ],
+)
+def test_default_devices(
+    model: Path, monkeypatch: pytest.MonkeyPatch, num_gpus: int, prefill: str, decode: str, share: float
+) -> None:
+    with_gpus(monkeypatch, num_gpus)
+    deployment = make_deployment({"model.path": model})
+    assert (deployment.prefill.devices, deployment.decode.devices) == ([prefill], [decode])
+    assert deployment.prefill.gpu_memory_utilization == pytest.approx(share)
+
+
+def test_workers_divide_the_gpus_they_share(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 3)
+    fields = {"model.path": model, "prefill.devices": ["cuda:0"], "decode.devices": ["cuda:0", "cuda:0", "cuda:2"]}
+    assert make_deployment(fields).decode.gpu_memory_utilization == pytest.approx(0.3)
+    fields["prefill.devices"] = ["cuda:1"]
+    assert make_deployment(fields).prefill.gpu_memory_utilization == pytest.approx(0.9)
+
+
+def test_flags_go_over_the_file(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    file = tmp_path / "deployment.yaml"
+    file.write_text(
+        f"model: {{path: {model}, dtype: float64}}\nprefill: {{devices: [cpu, cpu]}}\n"
+        "decode: {devices: [cpu], max_num_seqs: 7}\nblock_size: 32\n"
+    )
+    deployment = make_deployment({"decode.max_num_seqs": 9, "model.dtype": None}, file)
+    assert deployment.decode.max_num_seqs == 9
+    assert deployment.model.dtype == "float64"
+    assert deployment.prefill.num_replicas == 2
+    assert deployment.block_size == 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 12}, "block_size 12 is not a power of two"),
+        ({"prefill.devices": ["gpu"]}, "prefill.devices.0 = 'gpu'"),
+        ({"decode.devices": ["cuda:1"]}, "device cuda:1: this machine has 1"),
+        ({"model.path": "/no such model"}, "/no such model: no such directory"),
+        ({"model.max_model_len": 10**6}, "max_model_len = 1000000"),
+        ({"decode.gpu_memory_utilization": 1.5}, "decode.gpu_memory_utilization = 1.5"),
+    ],
+)
+def test_errors_name_the_field(
+    model: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object], message: str
+) -> None:
+    with_gpus(monkeypatch, 1)
+    with pytest.raises(ConfigError) as caught:
+        make_deployment({"model.path": model, **fields})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

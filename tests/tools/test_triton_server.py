@@ -1,0 +1,189 @@
+"""The life of a Triton server: start, ready, early death with its reason, and an end that leaves nothing."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from ensemble.config import Deployment
+from tools.triton_server import SHM, Ports, ServerError, TritonServer, session_pids
+
+pytestmark = pytest.mark.server
+
+CONFIG = """
+backend: "python"
+max_batch_size: 0
+input [{ name: "x" data_type: TYPE_INT32 dims: [-1] }]
+output [{ name: "y" data_type: TYPE_INT32 dims: [-1] }]
+"""
+DOUBLE = """
+import os, subprocess, sys
+import triton_python_backend_utils as pb_utils
+from ensemble.config import Deployment
+
+class TritonPythonModel:
+    def initialize(self, args):
+        Deployment.from_environment()
+        subprocess.Popen(["sleep", "600"])  # a worker that does not end by itself
+        print("distserve: loading", file=sys.stderr, flush=True)
+
+    def execute(self, requests):
+        inputs = [pb_utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", 2 * x)]) for x in inputs]
+"""
+FAILING = """
+import os, sys
+class TritonPythonModel:
+    def initialize(self, args):
+        {failure}
+    def execute(self, requests):
+        return []
+"""
+
+
+def make_repository(folder: Path, source: str) -> Path:
+    (folder / "double/1").mkdir(parents=True)
+    (folder / "double/config.pbtxt").write_text(CONFIG)
+    (folder / "double/1/model.py").write_text(source)
+    return folder
+
+
+@pytest.fixture
+def deployment() -> Deployment:
+    stage = {"devices": ["cpu"]}
+    return Deployment.parse({"model": {"path": "/unused"}, "prefill": stage, "decode": stage})
+
+
+def double(server: TritonServer, values: list[int]) -> list[int]:
+    tensor = {"name": "x", "datatype": "INT32", "shape": [len(values)], "data": values}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    with urllib.request.urlopen(f"{server.http_url}/v2/models/double/infer", body, timeout=30) as response:
+        return list(json.load(response)["outputs"][0]["data"])
+
+
+def traces(run_dir: Path) -> list[Path]:
+    """What a server has left on this machine."""
+    return [path for path in [run_dir, *SHM.iterdir()] if run_dir.name in path.name and path.exists()]
+
+
+def test_serves_and_leaves_nothing(tmp_path: Path, deployment: Deployment) -> None:
+    repository = make_repository(tmp_path / "a model repository", DOUBLE)
+    seen: list[str] = []
+    with TritonServer(deployment, model_repository=repository, log_path=tmp_path / "log") as server:
+        server.wait_ready(seen.append, timeout_s=120)
+        assert double(server, [1, 2, 3]) == [2, 4, 6]
+        with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
+            assert b"nv_inference_request_success" in response.read()
+        run_dir, pid = server.run_dir, server.pid
+        assert run_dir.stat().st_mode & 0o777 == 0o700
+        assert len(str(run_dir)) < 60
+        assert len(list(session_pids(pid))) >= 3  # the server, its stub, the worker
+        assert len(traces(run_dir)) >= 2
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
+    assert seen == ["loading"]
+    assert not list(session_pids(pid))
+    assert not traces(run_dir)
+    server.stop()  # safe to repeat
+
+
+def test_a_killed_server_leaves_nothing_either(tmp_path: Path, deployment: Deployment) -> None:
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    with TritonServer(deployment, model_repository=repository) as server:
+        server.wait_ready(timeout_s=120)
+        run_dir, pid = server.run_dir, server.pid
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+    assert not list(session_pids(pid))
+    assert not traces(run_dir)
+
+
+def test_two_servers_at_once(tmp_path: Path, deployment: Deployment) -> None:
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    servers = [TritonServer(deployment, model_repository=repository) for _ in range(2)]
+    with servers[0] as first, servers[1] as second:
+        first.wait_ready(timeout_s=120)
+        second.wait_ready(timeout_s=120)
+        assert double(first, [1]) == double(second, [1]) == [2]
+        first.stop()
+        assert double(second, [4]) == [8]
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (
+            "print(\"distserve: error: model.path = 'x': no such directory\", file=sys.stderr); sys.exit(1)",
+            r"model\.path = 'x': no such directory",
+        ),
+        ('raise ValueError("what is wrong")', r"failed to load 'double' version 1: .*ValueError: what is wrong.*"),
+        ("os._exit(3)", r"failed to load 'double' version 1: .*"),
+    ],
+)
+def test_an_early_end_is_told_in_one_line(tmp_path: Path, deployment: Deployment, failure: str, reason: str) -> None:
+    repository = make_repository(tmp_path / "models", FAILING.format(failure=failure))
+    with (
+        TritonServer(deployment, model_repository=repository) as server,
+        pytest.raises(ServerError) as caught,
+    ):
+        server.wait_ready(timeout_s=120)
+    assert re.fullmatch(reason, str(caught.value))
+
+
+def test_a_port_in_use_is_named(tmp_path: Path, deployment: Deployment) -> None:
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        free = Ports.free()
+        server = TritonServer(deployment, model_repository=repository, ports=Ports(free.http, port, free.metrics))
+        with pytest.raises(ServerError, match=f"port {port} is in use"):
+            server.start()
+
+
+def test_free_ports_are_three_that_can_be_bound() -> None:
+    for _ in range(50):
+        ports = Ports.free()
+        numbers = {ports.http, ports.grpc, ports.metrics}
+        assert len(numbers) == 3
+        for number in numbers:
+            with socket.create_server(("127.0.0.1", number)):
+                pass
+
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from ensemble.config import Deployment
+from tools.triton_server import TritonServer
+stage = {"devices": ["cpu"]}
+deployment = Deployment.parse({"model": {"path": "/unused"}, "prefill": stage, "decode": stage})
+server = TritonServer(deployment, model_repository=Path(sys.argv[1]))
+server.start()
+server.wait_ready()
+print(server.pid, server.run_dir, flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "models", DOUBLE.replace('subprocess.Popen(["sleep", "600"])', "pass"))
+    command = [sys.executable, "-c", STARTER, str(repository)]
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        environment = {**os.environ, "TMPDIR": folder}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as starter:
+            assert starter.stdout is not None
+            pid = int(starter.stdout.readline().split()[0])
+            starter.kill()
+        deadline = time.monotonic() + 20
+        while list(session_pids(pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert not list(session_pids(pid))
