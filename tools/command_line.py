@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from ensemble.errors import DistServeError
+from tools.cache import DownloadError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -23,7 +24,7 @@ def run(main: Callable[..., Any]) -> None:
         typer.main.get_command(app).main(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except (DistServeError, OSError) as error:
+    except (DistServeError, DownloadError, OSError) as error:
         sys.exit(f"error: {error}")
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error has one

