@@ -1,0 +1,253 @@
+"""Serves OPT-1.3b- and SmolLM2-shaped models (dummy weights) disaggregated on GPUs; compares with the offline engine.
+
+    python -m tools.gpu_smoke --output docs/results/gpu-smoke.json
+    python -m tools.gpu_smoke --prefill-device cuda:0 --decode-device cuda:1
+
+The Triton server runs one prefill and one decode worker; KV goes over by CUDA IPC. Greedy tokens in fp32 (TF32 off)
+must equal the offline engine's on the same GPU up to the first where its two best log-probabilities are closer than
+1e-3.
+"""
+
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tritonclient.grpc as grpc
+import typer
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ensemble.config import Deployment
+from ensemble.engine.batch import Batch, PrefillRow, prepare_step
+from ensemble.engine.engine import Engine, load_engine
+from ensemble.request import Request, SamplingParams, Sequence
+from tools.offline import generate
+from tools.results import write_results
+from tools.triton_server import TritonServer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "vocab_size": 49152,
+        "eos_token_id": 2,
+    },
+    "OPT-1.3b": {
+        "architectures": ["OPTForCausalLM"],
+        "hidden_size": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "word_embed_proj_dim": 2048,
+        "max_position_embeddings": 2048,
+        "do_layer_norm_before": True,
+        "activation_function": "relu",
+        "vocab_size": 50272,
+        "eos_token_id": 2,
+    },
+}
+MARGIN = 1e-3
+BLOCK_SIZE = 16
+
+
+def write_model_dir(path: Path, config: dict[str, Any]) -> None:
+    """config.json and a byte-level tokenizer of the right size: what `load_format: dummy` needs."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    vocabulary |= {f"token{index}": index for index in range(len(alphabet), config["vocab_size"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def make_requests(count: int, vocab_size: int, max_tokens: int) -> list[Request]:
+    rng = random.Random(0)
+    lengths = [1, 15, 16, 17, 500, 1000] + [rng.randint(1, 400) for _ in range(count)]
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return [
+        Request(
+            request_id=index,
+            prompt_token_ids=[rng.randrange(vocab_size) for _ in range(length)],
+            sampling=sampling,
+        )
+        for index, length in enumerate(lengths[:count])
+    ]
+
+
+def serve(server: TritonServer, requests: list[Request]) -> tuple[list[list[int]], dict[str, list[int]], float]:
+    """All requests at once on one gRPC stream: output ids, the timelines' figures, and the seconds it took."""
+    client = grpc.InferenceServerClient(server.grpc_url)
+    output_ids: list[list[int]] = [[] for _ in requests]
+    metrics: dict[str, list[int]] = {}
+    errors: list[Exception] = []
+    num_open = len(requests)
+
+    def receive(result: Any, error: Exception | None) -> None:
+        nonlocal num_open
+        if error is not None:
+            errors.append(error)
+            num_open = 0
+            return
+        response = result.get_response()
+        for output in response.outputs:
+            values = result.as_numpy(output.name)
+            if output.name == "output_ids":
+                output_ids[int(response.id)] += values.tolist()
+            elif output.name != "text_output":
+                metrics.setdefault(output.name, []).append(int(values[0]))
+        num_open -= response.parameters["triton_final_response"].bool_param
+
+    client.start_stream(receive)
+    start = time.perf_counter()
+    for request in requests:
+        values = {
+            "input_ids": np.array(request.prompt_token_ids, np.int32),
+            "max_tokens": np.array([request.sampling.max_tokens], np.int32),
+            "temperature": np.zeros(1, np.float32),
+            "ignore_eos": np.ones(1, bool),
+            "stream": np.ones(1, bool),
+            "return_output_ids": np.ones(1, bool),
+            "return_perf_metrics": np.ones(1, bool),
+        }
+        inputs = []
+        for name, array in values.items():
+            dtype = {"int32": "INT32", "float32": "FP32", "bool": "BOOL"}[array.dtype.name]
+            tensor = grpc.InferInput(name, list(array.shape), dtype)
+            tensor.set_data_from_numpy(array)
+            inputs.append(tensor)
+        client.async_stream_infer(
+            "scheduler", inputs, request_id=str(request.request_id), enable_empty_final_response=True
+        )
+    deadline = time.monotonic() + 120
+    while num_open > 0 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    seconds = time.perf_counter() - start
+    client.stop_stream()
+    if errors:
+        raise errors[0]
+    return output_ids, metrics, seconds
+
+
+@torch.inference_mode()
+def margin(engine: Engine, request: Request, output_ids: list[int]) -> float:
+    """Difference of the two best log-probabilities of the token after prompt + output_ids, by the offline engine."""
+    token_ids = request.prompt_token_ids + output_ids
+    sequence = Sequence(Request(request_id=0, prompt_token_ids=token_ids, sampling=request.sampling))
+    sequence.block_ids = list(range(engine.blocks.blocks_for(len(token_ids))))
+    runner = engine.runner
+    step = prepare_step(
+        Batch([PrefillRow(sequence, 0, len(token_ids))]), BLOCK_SIZE, engine.eos_token_ids, engine.pool.tensor.device
+    )
+    hidden = runner.model.forward(step.token_ids, step.positions, runner.kv_pool, step.attention)
+    best = torch.log_softmax(runner.model.compute_logits(hidden[-1:]).float(), -1).topk(2).values[0]
+    return float(best[0] - best[1])
+
+
+def compare(engine: Engine, requests: list[Request], served: list[list[int]]) -> tuple[int, int, list[str]]:
+    """(outputs equal to the last token, outputs equal up to a near tie, faults)."""
+    alone = generate(engine, requests)
+    num_equal, num_near_ties, faults = 0, 0, []
+    for request, output in zip(requests, served, strict=True):
+        expected = alone[request.request_id].output_token_ids
+        if output == expected:
+            num_equal += 1
+            continue
+        first = next((i for i, (a, b) in enumerate(zip(output, expected, strict=False)) if a != b), len(output))
+        near = len(output) == len(expected) and margin(engine, request, expected[:first]) < MARGIN
+        num_near_ties += near
+        if not near:
+            faults.append(f"request {request.request_id}: token {first} of {len(output)}")
+    return num_equal, num_near_ties, faults
+
+
+def run_shape(name: str, deployment: Deployment, requests: list[Request], log: Path) -> list[dict[str, Any]]:
+    start = time.perf_counter()
+    with TritonServer(deployment, log_path=log) as server:
+        server.wait_ready(timeout_s=200)
+        ready_s = time.perf_counter() - start
+        serve(server, requests)  # compiles kernels
+        served, metrics, seconds = serve(server, requests)
+    device = torch.device(deployment.decode.devices[0])
+    engine = load_engine(deployment, deployment.decode, device)
+    num_equal, num_near_ties, faults = compare(engine, requests, served)
+    del engine
+    torch.cuda.empty_cache()
+    moved, copy_ns = sum(metrics["kv_transfer_bytes"]), sum(metrics["kv_transfer_time_ns"])
+    first_ns = [
+        first - arrival
+        for first, arrival in zip(metrics["first_token_time_ns"], metrics["arrival_time_ns"], strict=True)
+    ]
+    num_tokens = sum(map(len, served))
+    whole = {"goal": len(requests), "met": not faults and num_equal + num_near_ties == len(requests)}
+    return [
+        {"name": f"{name}: outputs equal to tools.offline", "value": num_equal, "unit": "requests"},
+        {
+            "name": f"{name}: equal, or up to a near tie",
+            "value": num_equal + num_near_ties,
+            "unit": "requests",
+            **whole,
+        },
+        {"name": f"{name}: faults", "value": faults, "unit": "", "goal": [], "met": not faults},
+        {"name": f"{name}: KV moved by CUDA IPC", "value": moved, "unit": "bytes", "goal": 1, "met": moved > 0},
+        {"name": f"{name}: KV copy rate", "value": round(moved / copy_ns, 2), "unit": "GB/s"},
+        {"name": f"{name}: output tokens", "value": round(num_tokens / seconds), "unit": "tokens/s"},
+        {"name": f"{name}: TTFT, mean", "value": round(sum(first_ns) / len(first_ns) / 1e6, 1), "unit": "ms"},
+        {"name": f"{name}: start to ready", "value": round(ready_s, 1), "unit": "s"},
+    ]
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
+    prefill_device: str = "cuda:0",
+    decode_device: str = "cuda:0",
+    dtype: str = "float32",
+    num_requests: int = 32,
+    max_tokens: int = 64,
+    log_dir: Annotated[Path | None, typer.Option(help="keeps the server's logs here")] = None,
+) -> None:
+    """Runs both shapes; exit status 1 if an output differs."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    console, rows = Console(), []
+    logs = log_dir or Path(tempfile.mkdtemp(prefix="gpu-smoke-"))
+    for name, config in SHAPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model"
+            write_model_dir(path, config)
+            share = 0.3 if prefill_device == decode_device else 0.6
+            deployment = Deployment.parse(
+                {
+                    "model": {"path": path, "dtype": dtype, "load_format": "dummy"},
+                    "prefill": {"devices": [prefill_device], "gpu_memory_utilization": share},
+                    "decode": {"devices": [decode_device], "gpu_memory_utilization": share},
+                    "block_size": BLOCK_SIZE,
+                }
+            )
+            requests = make_requests(num_requests, config["vocab_size"], max_tokens)
+            rows += run_shape(name, deployment, requests, logs / f"{name}.log")
+    for row in rows:
+        console.print(f"{row['name']:50} {row['value']} {row['unit']}", highlight=False)
+    if output is not None:
+        write_results(output, rows)
+    if not all(row.get("met", True) for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,48 @@
+"""The one form of docs/results/*.json: where, with what, of which commit, by which command, and the rows."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "numpy", "nvidia-pytriton", "tritonclient")
+
+
+def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows: each has name, value, unit, and goal and met, None where there is no goal."""
+    command = ["python", "-m", f"tools.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    result = {
+        "device": device_name(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": commit(),
+        "command": " ".join(command),
+        "rows": [{"goal": None, "met": None} | row for row in rows],
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} x {platform.machine()} CPU"
+
+
+def commit() -> str:
+    """The commit that is measured: COMMIT where the checkout has no history, as on a machine it was copied to."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
