@@ -13,11 +13,11 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture(autouse=True)
-def _needs_gpu(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not HAS_GPU:
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips before any fixture is set up."""
+    if item.get_closest_marker("gpu") and not HAS_GPU:
         pytest.skip("needs a CUDA GPU")
-    if request.node.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
+    if item.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
 
 

@@ -4,8 +4,12 @@
     tokens  |<- chunk ->|<-- chunk -->|..|<- 1 ->|<- 1 ->|..       the order of every tensor below
 
 A prefill row that reaches the end of its prompt, and every decode row, samples one token.
+
+A step may be prepared while the step before it still runs. Its decode rows then have one token more than their
+sequences know of: an unread token, which so far is on the device only.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ensemble.engine.sampler import Draw, Mask, Penalties, SamplingInput, sampling_arrays
+from ensemble.engine.sampler import SamplingInput, Unread, sampling_arrays, sampling_input, unread_arrays
 from ensemble.models.layers import AttentionMetadata
 from ensemble.request import Sequence
 
@@ -59,19 +63,27 @@ class StepInput:
     """A batch as tensors on the device."""
 
     token_ids: Tensor  # [T] int64
+    unread: Unread | None  # what is still to be filled into token_ids
     positions: Tensor  # [T] int64
     attention: AttentionMetadata
     sampled_tokens: Tensor  # [S] int64, indices into the T tokens
     sampling: SamplingInput
 
 
-def prepare_step(batch: Batch, block_size: int, eos_token_ids: frozenset[int], device: torch.device) -> StepInput:
+def prepare_step(
+    batch: Batch,
+    block_size: int,
+    eos_token_ids: frozenset[int],
+    device: torch.device,
+    unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
+) -> StepInput:
     """Builds a step's tensors; on a GPU they come in one copy from pinned memory."""
-    arrays = {"tokens": _token_arrays(batch, block_size)} | sampling_arrays(batch.sampled, eos_token_ids)
+    arrays = _token_arrays(batch, block_size, unread_rows) | sampling_arrays(batch.sampled, eos_token_ids, unread_rows)
     tensors = to_device(arrays, device)
     tokens = tensors["tokens"]
     return StepInput(
         token_ids=tokens["token_ids"],
+        unread=Unread(**tensors["unread"]) if "unread" in tensors else None,
         positions=tokens["positions"],
         sampled_tokens=tokens["sampled_tokens"],
         attention=AttentionMetadata(
@@ -82,20 +94,17 @@ def prepare_step(batch: Batch, block_size: int, eos_token_ids: frozenset[int], d
             context_lens=tokens["context_lens"],
             block_tables=tokens["block_tables"],
         ),
-        sampling=SamplingInput(
-            draw=Draw(**tensors["draw"]) if "draw" in tensors else None,
-            mask=Mask(**tensors["mask"]) if "mask" in tensors else None,
-            penalties=Penalties(**tensors["penalties"]) if "penalties" in tensors else None,
-        ),
+        sampling=sampling_input(tensors),
     )
 
 
-def _token_arrays(batch: Batch, block_size: int) -> dict[str, Array]:
+def _token_arrays(batch: Batch, block_size: int, unread_rows: Mapping[int, int]) -> dict[str, dict[str, Array]]:
     lengths = [row.length for row in batch.prefills]
     cu_seqlens = np.cumsum([0, *lengths])
     num_prefill_tokens, num_tokens = int(cu_seqlens[-1]), int(cu_seqlens[-1]) + len(batch.decodes)
     sequences = [row.sequence for row in batch.prefills] + batch.decodes
-    context_lens = [row.end for row in batch.prefills] + [sequence.num_tokens for sequence in batch.decodes]
+    context_lens = [row.end for row in batch.prefills]
+    context_lens += [sequence.num_tokens + (sequence.request_id in unread_rows) for sequence in batch.decodes]
     block_tables = np.zeros((len(sequences), -(-max(context_lens) // block_size)), dtype=np.int32)
     for table, sequence, context_len in zip(block_tables, sequences, context_lens, strict=True):
         num_blocks = -(-context_len // block_size)
@@ -112,15 +121,25 @@ def _token_arrays(batch: Batch, block_size: int) -> dict[str, Array]:
     row_of_token = np.repeat(np.arange(len(sequences)), lengths + [1] * len(batch.decodes))
     blocks = block_tables[row_of_token, positions // block_size].astype(np.int64)
     ends = [end - 1 for row, end in zip(batch.prefills, cu_seqlens[1:].tolist(), strict=True) if row.finishes_prompt]
-    return {
-        "token_ids": token_ids,
-        "positions": positions,
-        "slot_mapping": blocks * block_size + positions % block_size,
-        "cu_seqlens_q": cu_seqlens.astype(np.int32),
-        "context_lens": np.array(context_lens, dtype=np.int32),
-        "block_tables": block_tables,
-        "sampled_tokens": np.array([*ends, *range(num_prefill_tokens, num_tokens)], dtype=np.int64),
+    groups = {
+        "tokens": {
+            "token_ids": token_ids,
+            "positions": positions,
+            "slot_mapping": blocks * block_size + positions % block_size,
+            "cu_seqlens_q": cu_seqlens.astype(np.int32),
+            "context_lens": np.array(context_lens, dtype=np.int32),
+            "block_tables": block_tables,
+            "sampled_tokens": np.array([*ends, *range(num_prefill_tokens, num_tokens)], dtype=np.int64),
+        }
     }
+    unread = [
+        (num_prefill_tokens + row, unread_rows[sequence.request_id])
+        for row, sequence in enumerate(batch.decodes)
+        if sequence.request_id in unread_rows
+    ]
+    if unread:
+        groups["unread"] = unread_arrays(unread)
+    return groups
 
 
 def to_device(groups: dict[str, dict[str, Array]], device: torch.device) -> dict[str, dict[str, Tensor]]:

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from ensemble.config import ModelConfig
-from ensemble.engine.batch import Batch, StepInput, prepare_step
-from ensemble.engine.sampler import sample_tokens
+from ensemble.engine.batch import Batch, PrefillRow, StepInput, prepare_step, to_device
+from ensemble.engine.decode_graphs import DecodeGraphs
+from ensemble.engine.sampler import sample_tokens, sampling_arrays, sampling_input
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
 from ensemble.models.spec import ModelSpec
 from ensemble.models.weights import fill_with_random_weights, load_weights
+from ensemble.request import Request, SamplingParams, Sequence
 from kernels.gather_rows import gather_rows
 
 Model = Llama | Opt
@@ -40,6 +42,29 @@ def load_model(spec: ModelSpec, model_config: ModelConfig, device: torch.device,
     return model
 
 
+class StepHandle:
+    """A launched step. Its tokens are on their way to the host."""
+
+    def __init__(self, sampled: Tensor, sequences: list[Sequence]) -> None:
+        self.sampled = sampled  # [S] int64, on the device
+        self.rows = {sequence.request_id: row for row, sequence in enumerate(sequences)}
+        self.is_read = False
+        self._host, self._copied = sampled, None
+        if sampled.is_cuda:
+            self._host = torch.empty(sampled.shape, dtype=sampled.dtype, pin_memory=True)
+            self._host.copy_(sampled, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def token_ids(self) -> list[int]:
+        """Waits for the step. One token id for each of `batch.sampled`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self.is_read = True
+        token_ids: list[int] = self._host.tolist()
+        return token_ids
+
+
 class ModelRunner:
     """Runs one model over one KV pool, `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`."""
 
@@ -47,21 +72,86 @@ class ModelRunner:
         self.model = model
         self.kv_pool = kv_pool
         self.block_size = block_size
+        self._graphs: DecodeGraphs | None = None
+        self._last: StepHandle | None = None
+
+    def run(self, batch: Batch) -> list[int]:
+        """Runs a step: `launch` and `token_ids` in one."""
+        return self.launch(batch).token_ids()
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[int]:
-        """One token id for each prefill row that finishes its prompt, in order, then one for each decode row.
+    def launch(self, batch: Batch) -> StepHandle:
+        """Starts a step that gives one token to each of `batch.sampled`; on a GPU it returns ahead of the step.
 
         A row's sequence holds enough blocks for the step's tokens; a decode row's KV is complete but for its last
-        token, whose keys and values this step stores.
+        token, whose keys and values this step stores. Tokens that are read are committed to their sequences before
+        the next launch. The step before may be unread: its tokens are then taken on the device, and a sequence that
+        they turn out to end has run one step too many, which its blocks must allow for.
         """
-        step = prepare_step(batch, self.block_size, self.model.spec.eos_token_ids, self.kv_pool.device)
-        hidden = self.model.forward(step.token_ids, step.positions, self.kv_pool, step.attention)
-        return self._sample(hidden, step)
+        before = self._last if self._last is not None and not self._last.is_read else None
+        unread_rows, sampled_before = (before.rows, before.sampled) if before is not None else ({}, None)
+        if self._graphs is not None and not batch.prefills and len(batch.decodes) <= self._graphs.max_num_seqs:
+            logits = self._graphs.run(batch.decodes, unread_rows, sampled_before)
+            arrays = sampling_arrays(batch.decodes, self.model.spec.eos_token_ids, unread_rows)
+            sampling = sampling_input(to_device(arrays, self.kv_pool.device))
+        else:
+            step = prepare_step(batch, self.block_size, self.model.spec.eos_token_ids, self.kv_pool.device, unread_rows)
+            logits, sampling = self._forward(step, sampled_before), step.sampling
+        if logits.shape[0] > 0:
+            sampled = sample_tokens(logits, sampling, sampled_before)
+        else:
+            sampled = torch.empty(0, dtype=torch.int64, device=self.kv_pool.device)
+        self._last = StepHandle(sampled, batch.sampled)
+        return self._last
 
-    def _sample(self, hidden: Tensor, step: StepInput) -> list[int]:
+    def _forward(self, step: StepInput, sampled_before: Tensor | None) -> Tensor:
+        """Logits of the tokens that are sampled from."""
+        if step.unread is not None and sampled_before is not None:
+            step.unread.fill(step.token_ids, sampled_before)
+        hidden = self.model.forward(step.token_ids, step.positions, self.kv_pool, step.attention)
         if step.sampled_tokens.shape[0] == 0:
-            return []
-        logits = self.model.compute_logits(gather_rows(hidden, step.sampled_tokens))
-        token_ids: list[int] = sample_tokens(logits, step.sampling).tolist()
-        return token_ids
+            return hidden[:0]
+        return self.model.compute_logits(gather_rows(hidden, step.sampled_tokens))
+
+    @torch.inference_mode()
+    def warm_up(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """Before the first request, on a GPU: compiles every kernel, captures the decode graphs, takes the memory
+        that the largest step needs. Overwrites what is in the pool.
+        """
+        if self.kv_pool.device.type != "cuda":
+            return
+        for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
+            self.run(batch)
+        self._graphs = DecodeGraphs(self.model, self.kv_pool, self.block_size, max_num_seqs, max_model_len)
+        for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
+            if not batch.prefills:
+                self.run(batch)
+
+
+def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size: int) -> list[Batch]:
+    """Batches that between them take every path: chunks, mixed steps, all ways of sampling, the largest step."""
+
+    def sequence(prompt_len: int, sampling: SamplingParams) -> Sequence:
+        request = Request(request_id=-1, prompt_token_ids=[0] * prompt_len, sampling=sampling)
+        return Sequence(request, output_token_ids=[0], block_ids=[0] * (-(-(prompt_len + 1) // block_size)))
+
+    def prefill(prompt_len: int, start: int = 0) -> PrefillRow:
+        return PrefillRow(sequence(prompt_len, greedy), start, prompt_len - start)
+
+    longest = min(max_num_batched_tokens, max_model_len - 1)
+    greedy = SamplingParams(max_tokens=2, temperature=0)
+    drawn = SamplingParams(max_tokens=2, temperature=1, top_k=5, top_p=0.9, min_p=0.1, min_tokens=2)
+    penalised = SamplingParams(max_tokens=2, temperature=0, repetition_penalty=1.1)
+    decodes = [
+        Batch(decodes=[sequence(7, sampling)] * num_rows)
+        for sampling in (greedy, drawn, penalised)
+        for num_rows in (1, 2, 16)
+    ]
+    chunks = [prefill(length) for length in (1, 2, 16, 17)] + [prefill(32, start=16)]
+    num_longest = max_num_batched_tokens // longest
+    return [
+        Batch(prefills=[prefill(longest) for _ in range(num_longest)]),
+        *(Batch(prefills=[chunk]) for chunk in chunks),
+        Batch(prefills=chunks, decodes=[sequence(16, greedy)]),
+        *decodes,
+    ]

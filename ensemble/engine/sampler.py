@@ -4,6 +4,7 @@ Nothing is kept between steps: what a step needs follows from the sequences, so 
 engines at any step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,17 @@ from kernels.penalties import apply_penalties, mask_tokens
 from kernels.sampling import greedy, sample
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Tokens that so far are on the device only: `target[slots] = sampled by the step before[sources]`."""
+
+    slots: Tensor  # [U] int64
+    sources: Tensor  # [U] int64
+
+    def fill(self, target: Tensor, sampled_before: Tensor) -> None:
+        target.index_copy_(0, self.slots, sampled_before.index_select(0, self.sources))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +70,18 @@ class SamplingInput:
     draw: Draw | None
     mask: Mask | None
     penalties: Penalties | None
+    unread: Unread | None  # what is still to be filled into penalties.token_ids
 
 
 def sample_tokens(
     logits: Tensor,  # [S, V], may be overwritten
     inputs: SamplingInput,
+    sampled_before: Tensor | None,  # tokens of the step before, for those that are unread
 ) -> Tensor:  # [S] int64
     """One token id per row."""
     if inputs.penalties is not None:
+        if inputs.unread is not None and sampled_before is not None:
+            inputs.unread.fill(inputs.penalties.token_ids, sampled_before)
         _penalise(logits, inputs.penalties)
     if inputs.mask is not None:
         mask_tokens(logits, inputs.mask.rows, inputs.mask.token_ids)
@@ -75,8 +91,12 @@ def sample_tokens(
     return sample(logits, draw.temperatures, draw.top_ks, draw.top_ps, draw.min_ps, draw.seeds, draw.positions)
 
 
-def sampling_arrays(sequences: list[Sequence], eos_token_ids: frozenset[int]) -> dict[str, dict[str, Array]]:
-    """The fields of `draw`, `mask` and `penalties`, as far as a sequence uses them."""
+def sampling_arrays(
+    sequences: list[Sequence],
+    eos_token_ids: frozenset[int],
+    unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
+) -> dict[str, dict[str, Array]]:
+    """The fields of `draw`, `mask`, `penalties` and `unread`, as far as a sequence uses them."""
     groups: dict[str, dict[str, Array]] = {}
     params = [sequence.sampling for sequence in sequences]
     if any(p.temperature > 0 for p in params):
@@ -86,9 +106,10 @@ def sampling_arrays(sequences: list[Sequence], eos_token_ids: frozenset[int]) ->
             "top_ps": np.array([p.top_p for p in params], dtype=np.float32),
             "min_ps": np.array([p.min_p for p in params], dtype=np.float32),
             "seeds": np.array([p.seed for p in params], dtype=np.uint64).view(np.int64),
-            "positions": np.array([sequence.num_tokens for sequence in sequences], dtype=np.int64),
+            "positions": np.array([s.num_tokens + (s.request_id in unread_rows) for s in sequences], dtype=np.int64),
         }
-    masked = [row for row, s in enumerate(sequences) if len(s.output_token_ids) < s.sampling.min_tokens]
+    num_outputs = [len(s.output_token_ids) + (s.request_id in unread_rows) for s in sequences]
+    masked = [row for row, p in enumerate(params) if num_outputs[row] < p.min_tokens]
     if masked and eos_token_ids:
         groups["mask"] = {
             "rows": np.repeat(np.array(masked, dtype=np.int64), len(eos_token_ids)),
@@ -96,24 +117,57 @@ def sampling_arrays(sequences: list[Sequence], eos_token_ids: frozenset[int]) ->
         }
     penalised = [row for row, p in enumerate(params) if _has_penalties(p)]
     if penalised:
-        groups["penalties"] = _penalty_arrays(sequences, penalised)
+        groups |= _penalty_arrays(sequences, penalised, unread_rows)
     return groups
 
 
-def _penalty_arrays(sequences: list[Sequence], penalised: list[int]) -> dict[str, Array]:
+def _penalty_arrays(
+    sequences: list[Sequence], penalised: list[int], unread_rows: Mapping[int, int]
+) -> dict[str, dict[str, Array]]:
     params = [sequence.sampling for sequence in sequences]
     state_ids = np.full(len(sequences), -1, dtype=np.int64)
     state_ids[penalised] = np.arange(len(penalised))
-    num_tokens = [(sequences[row].prompt_len, len(sequences[row].output_token_ids)) for row in penalised]
-    token_ids = [sequences[row].token_ids(0, sequences[row].num_tokens) for row in penalised]
-    return {
-        "state_ids": state_ids,
-        "repetition": np.array([p.repetition_penalty for p in params], dtype=np.float32),
-        "presence": np.array([p.presence_penalty for p in params], dtype=np.float32),
-        "frequency": np.array([p.frequency_penalty for p in params], dtype=np.float32),
-        "num_tokens": np.array(num_tokens, dtype=np.int64),
-        "token_ids": np.concatenate([np.array(ids, dtype=np.int64) for ids in token_ids]),
+    num_tokens: list[tuple[int, int]] = []
+    token_ids: list[int] = []
+    unread: list[tuple[int, int]] = []
+    for row in penalised:
+        sequence = sequences[row]
+        known = sequence.request.prompt_token_ids + sequence.output_token_ids
+        source = unread_rows.get(sequence.request_id)
+        if source is not None:
+            unread.append((len(token_ids) + len(known), source))
+            known.append(0)
+        token_ids += known
+        num_tokens.append((sequence.prompt_len, len(known) - sequence.prompt_len))
+    groups: dict[str, dict[str, Array]] = {
+        "penalties": {
+            "state_ids": state_ids,
+            "repetition": np.array([p.repetition_penalty for p in params], dtype=np.float32),
+            "presence": np.array([p.presence_penalty for p in params], dtype=np.float32),
+            "frequency": np.array([p.frequency_penalty for p in params], dtype=np.float32),
+            "num_tokens": np.array(num_tokens, dtype=np.int64),
+            "token_ids": np.array(token_ids, dtype=np.int64),
+        }
     }
+    if unread:
+        groups["unread_penalised"] = unread_arrays(unread)
+    return groups
+
+
+def sampling_input(tensors: dict[str, dict[str, Tensor]]) -> SamplingInput:
+    """From the groups of `sampling_arrays`, brought to the device."""
+    return SamplingInput(
+        draw=Draw(**tensors["draw"]) if "draw" in tensors else None,
+        mask=Mask(**tensors["mask"]) if "mask" in tensors else None,
+        penalties=Penalties(**tensors["penalties"]) if "penalties" in tensors else None,
+        unread=Unread(**tensors["unread_penalised"]) if "unread_penalised" in tensors else None,
+    )
+
+
+def unread_arrays(slots_and_sources: list[tuple[int, int]]) -> dict[str, Array]:
+    """The fields of `Unread`."""
+    slots, sources = np.array(slots_and_sources, dtype=np.int64).T
+    return {"slots": np.ascontiguousarray(slots), "sources": np.ascontiguousarray(sources)}
 
 
 def _has_penalties(params: SamplingParams) -> bool:

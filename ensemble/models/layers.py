@@ -32,6 +32,7 @@ class AttentionMetadata:
     cu_seqlens_q: Tensor  # [S_p + 1] int32
     context_lens: Tensor  # [S_p + S_d] int32, this step's tokens included
     block_tables: Tensor  # [S_p + S_d, max_blocks] int32
+    decode_workspace: Tensor | None = None  # of kernels.decode_attention; None allocates one per launch
 
     @property
     def num_prefills(self) -> int:
@@ -61,7 +62,8 @@ def paged_attention(
         )
     if split < num_tokens:
         block_tables, context_lens = metadata.block_tables[rows:], metadata.context_lens[rows:]
-        parts.append(decode_attention(q[split:], kv_cache, block_tables, context_lens, scale))
+        workspace = metadata.decode_workspace
+        parts.append(decode_attention(q[split:], kv_cache, block_tables, context_lens, scale, workspace))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(num_tokens, -1)
 

@@ -169,6 +169,54 @@ def test_seeded_samples_depend_on_the_request_alone(llama):
     assert len({tuple(output) for output in outputs}) == 3
 
 
+def run_ahead(runner: ModelRunner, sequences: list[Sequence], seed: int) -> None:
+    """Every step is launched before the tokens of the one before it are read, as an engine does that never idles."""
+    rng = random.Random(seed)
+    handle = batch = None
+    while True:
+        is_sampling = {id(sequence) for sequence in batch.sampled} if batch else set()
+        running = [s for s in sequences if s.request.max_num_tokens - s.num_tokens > (id(s) in is_sampling)]
+        chosen = rng.sample(running, rng.randint(1, len(running))) if running else []
+        prefills, decodes = [], [sequence for sequence in chosen if sequence.is_prefilled]
+        for sequence in chosen:
+            if not sequence.is_prefilled:
+                start = sequence.num_computed_tokens
+                prefills.append(PrefillRow(sequence, start, rng.randint(1, sequence.prompt_len - start)))
+        next_batch = Batch(prefills, decodes) if chosen else None
+        next_handle = runner.launch(next_batch) if next_batch else None
+        for row in prefills:
+            row.sequence.num_computed_tokens = row.end
+        if handle is not None:
+            for sequence, token_id in zip(batch.sampled, handle.token_ids(), strict=True):
+                sequence.append(token_id, frozenset())
+        handle, batch = next_handle, next_batch
+        if handle is None:
+            return
+
+
+def test_steps_launched_ahead_give_the_same_tokens(llama):
+    """Also where the next token depends on the unread one: seeds by position, min_tokens, penalties."""
+    runner = make_runner(llama)
+    vocab_size = runner.model.spec.vocab_size
+    runner.model.spec = replace(runner.model.spec, eos_token_ids=frozenset(range(0, vocab_size, 2)))
+    prompts = random_prompts(vocab_size)
+    limits = {"max_tokens": NUM_OUTPUT_TOKENS, "min_tokens": 5}
+    sampling = [
+        SamplingParams(**limits, temperature=0),
+        SamplingParams(**limits, seed=7),
+        SamplingParams(**limits, temperature=0, repetition_penalty=2.0),
+        SamplingParams(**limits, temperature=0, frequency_penalty=2.0, presence_penalty=1.0),
+        SamplingParams(**limits, seed=8, repetition_penalty=1.3),
+        SamplingParams(max_tokens=3, temperature=0),
+    ]
+    whole = make_sequences(prompts, sampling)
+    run_whole(runner, whole)
+    for seed in (1, 2, 3):
+        ahead = make_sequences(prompts, sampling, seed)
+        run_ahead(runner, ahead, seed)
+        assert [sequence.output_token_ids for sequence in ahead] == [sequence.output_token_ids for sequence in whole]
+
+
 def test_end_of_sequence_is_not_sampled_before_min_tokens(tmp_path):
     """With the only likely token as EOS, it comes exactly when min_tokens allows it."""
     path = make_tiny_llama(tmp_path, tie_word_embeddings=True)
