@@ -13,9 +13,9 @@ Place: TypeAlias = Literal["device", "host", "out", "in"]  # "out" and "in": bei
 
 
 class Owner(NamedTuple):
-    """A sequence (by request_id), or a transfer (by transfer_id): blocks under lease until the copy is acknowledged."""
+    """A sequence (by request_id), a transfer (by transfer_id: under lease until acknowledged), or the prefix cache."""
 
-    kind: Literal["sequence", "transfer"]
+    kind: Literal["sequence", "transfer", "prefix"]
     id: int
 
 

@@ -1,11 +1,12 @@
 """The bridge between prefill and decode, and the decode replicas' credit.
 
 promised (in prefill) --arrive--> bridge --next_submission--> decode --released--> gone
-[counted against decode's headroom] [source's blocks leased]  [blocks for its whole life held at one replica]
+[counted against decode's headroom] [source's blocks leased]  [blocks held at one replica]
 """
 
-from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
 
 from ensemble.errors import InternalError, InvalidRequest
 from ensemble.request import Request
@@ -15,15 +16,65 @@ from ensemble.workers.messages import KVHandoff, SubmitDecode
 Cancelled: TypeAlias = tuple[Literal["promised"]] | tuple[Literal["bridge"], KVHandoff] | tuple[Literal["decode"], int]
 
 
-class DecodeAdmission:
-    """Bounds what prefill runs ahead of decode, and binds finished prompts to decode replicas, in order of arrival."""
+class _Need(NamedTuple):
+    """Blocks of a request in decode."""
 
-    def __init__(self, *, block_size: int, max_num_bridge_seqs: int) -> None:
+    expected: int  # at the length its output is expected to have
+    life: int  # at the length where it has to end
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One decode replica. With a host pool it takes what is expected to fit, else only what fits in any case."""
+
+    num_blocks: int
+    num_host_blocks: int
+    credits: Credits
+    lives: dict[int, int] = field(default_factory=dict)  # request_id |-> blocks for its whole life
+
+    def price(self, need: _Need) -> int:
+        return min(need.expected, self.credits.num_blocks) if self.num_host_blocks else need.life
+
+    def fits(self, need: _Need) -> bool:
+        if not self.credits.fits(self.price(need)):
+            return False
+        if not self.num_host_blocks or not self.lives:
+            return True
+        # Room for the longest twice over: then whichever sequence lacks a block, another one can be swapped out.
+        longest = max(need.life, *self.lives.values())
+        return sum(self.lives.values()) + need.life + longest <= self.num_blocks + self.num_host_blocks
+
+    def hold(self, request_id: int, need: _Need) -> None:
+        self.credits.hold(request_id, self.price(need))
+        self.lives[request_id] = need.life
+
+    def release(self, request_id: int) -> None:
+        self.credits.release(request_id)
+        del self.lives[request_id]
+
+
+class DecodeAdmission:
+    """Bounds what prefill runs ahead of decode, and binds finished prompts to decode replicas, in order of arrival.
+
+    Replicas with a host pool are filled by `expected_kv_tokens` (what a request will hold in the end) up to `watermark`
+    below their pool, as far as every sequence can be brought to its end by swapping; others by what requests may hold.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        max_num_bridge_seqs: int,
+        expected_kv_tokens: Callable[[Request], int] | None = None,
+        watermark: float = 0.0,
+    ) -> None:
         self.block_size = block_size
         self.max_num_bridge_seqs = max_num_bridge_seqs
-        self._replicas: dict[int, Credits] = {}
+        self.watermark = watermark  # share of a pool
+        self._expected_kv_tokens = expected_kv_tokens
+        self._replicas: dict[int, _Replica] = {}
         self._pool_blocks: dict[int, int] = {}  # replica |-> pool size, kept while it is down
-        self._promised: dict[int, int] = {}  # request_id |-> blocks it will need; in prefill or in the bridge
+        self._promised: dict[int, _Need] = {}  # request_id |-> what it will need; in prefill or in the bridge
         self._bridge: dict[int, KVHandoff] = {}  # request_id |-> hand-off, in order of arrival
         self._replica_of: dict[int, int] = {}  # request_id |-> replica, from submission until the release
         self._num_promised_blocks = 0
@@ -48,10 +99,10 @@ class DecodeAdmission:
 
     @property
     def num_free_blocks(self) -> int:
-        return sum(credits.free_blocks for credits in self._replicas.values())
+        return sum(replica.credits.free_blocks for replica in self._replicas.values())
 
     def blocks_for(self, request: Request) -> int:
-        """Blocks that the request holds in decode: enough for its whole life, so that decode never runs out."""
+        """Blocks that the request holds in decode if it runs to its limit."""
         return -(-request.max_num_kv_tokens // self.block_size)
 
     def check(self, request: Request) -> None:
@@ -64,11 +115,13 @@ class DecodeAdmission:
                 f"the decode pool holds {limit * self.block_size} tokens",
             )
 
-    def replica_up(self, replica: int, num_blocks: int, max_num_seqs: int) -> None:
-        """Takes a replica with an empty pool into service."""
+    def replica_up(self, replica: int, num_blocks: int, max_num_seqs: int, num_host_blocks: int = 0) -> None:
+        """Takes a replica with empty pools into service."""
         if replica in self._replicas:
             raise InternalError(f"decode replica {replica} is already up")
-        self._replicas[replica] = Credits(num_blocks, max_num_seqs)
+        num_reserved_blocks = int(self.watermark * num_blocks) if num_host_blocks else 0
+        credits = Credits(num_blocks - num_reserved_blocks, max_num_seqs)
+        self._replicas[replica] = _Replica(num_blocks, num_host_blocks, credits)
         self._pool_blocks[replica] = num_blocks
 
     def replica_down(self, replica: int) -> list[int]:
@@ -76,16 +129,17 @@ class DecodeAdmission:
         gone = self._replicas.pop(replica, None)
         if gone is None:
             return []
-        for request_id in gone.request_ids:
+        for request_id in gone.lives:
             del self._replica_of[request_id]
-        return gone.request_ids
+        return list(gone.lives)
 
     def may_start(self, request: Request) -> bool:
         """Whether prefill may start it: decode has room for it beside all that is promised, or the bridge has."""
         if request.sampling.max_tokens == 1 or self.num_promised_seqs < self.max_num_bridge_seqs:
             return True
-        num_free_seqs = sum((credits.max_num_seqs or 0) - credits.num_seqs for credits in self._replicas.values())
-        num_blocks = self._num_promised_blocks + self.blocks_for(request)
+        ledgers = [replica.credits for replica in self._replicas.values()]
+        num_free_seqs = sum((credits.max_num_seqs or 0) - credits.num_seqs for credits in ledgers)
+        num_blocks = self._num_promised_blocks + self._need(request).expected
         return num_blocks <= self.num_free_blocks and self.num_promised_seqs < num_free_seqs
 
     def promise(self, request: Request) -> None:
@@ -94,8 +148,9 @@ class DecodeAdmission:
             return
         if request.request_id in self._promised or request.request_id in self._replica_of:
             raise InternalError(f"request {request.request_id} is already promised")
-        self._promised[request.request_id] = self.blocks_for(request)
-        self._num_promised_blocks += self._promised[request.request_id]
+        need = self._need(request)
+        self._promised[request.request_id] = need
+        self._num_promised_blocks += need.expected
 
     def try_promise(self, request: Request) -> bool:
         """`may_start`, and if so `promise`: what PrefillScheduler.next_batch asks."""
@@ -106,7 +161,8 @@ class DecodeAdmission:
 
     def withdraw(self, request_id: int) -> None:
         """Forgets a request that ended before submission. Not promised is fine: its only token needed none."""
-        self._num_promised_blocks -= self._promised.pop(request_id, 0)
+        if request_id in self._promised:
+            self._num_promised_blocks -= self._promised.pop(request_id).expected
         self._bridge.pop(request_id, None)
 
     def arrive(self, handoff: KVHandoff) -> None:
@@ -136,12 +192,12 @@ class DecodeAdmission:
 
     def released(self, replica: int, request_ids: Iterable[int]) -> None:
         """The replica has freed the blocks of these requests. Requests that it does not hold are ignored."""
-        credits = self._replicas.get(replica)
-        if credits is None:
+        state = self._replicas.get(replica)
+        if state is None:
             return
         for request_id in request_ids:
-            if request_id in credits:
-                credits.release(request_id)
+            if request_id in state.lives:
+                state.release(request_id)
                 del self._replica_of[request_id]
 
     def cancel(self, request_id: int) -> Cancelled | None:
@@ -162,22 +218,30 @@ class DecodeAdmission:
     def check_integrity(self) -> None:
         """Raises InternalError if the books contradict each other."""
         holders: dict[int, int] = {}
-        for replica, credits in self._replicas.items():
-            credits.check_integrity()
-            holders.update((request_id, replica) for request_id in credits.request_ids)
+        for replica, state in self._replicas.items():
+            state.credits.check_integrity()
+            holders.update((request_id, replica) for request_id in state.credits.request_ids)
+            if state.lives.keys() != set(state.credits.request_ids):
+                raise InternalError(f"decode replica {replica} has two lists of what runs there")
         if holders != self._replica_of:
             raise InternalError("requests in decode and holders of credit differ")
         if not self._bridge.keys() <= self._promised.keys() or self._promised.keys() & holders.keys():
             raise InternalError("a request is in two places between prefill and decode")
-        if sum(self._promised.values()) != self._num_promised_blocks:
+        if sum(need.expected for need in self._promised.values()) != self._num_promised_blocks:
             raise InternalError(f"{self._num_promised_blocks} blocks counted as promised")
 
-    def _best_replica(self, num_blocks: int) -> int | None:
-        fitting = [replica for replica, credits in self._replicas.items() if credits.fits(num_blocks)]
-        return max(fitting, key=lambda replica: self._replicas[replica].free_blocks, default=None)
+    def _need(self, request: Request) -> _Need:
+        life = self.blocks_for(request)
+        if self._expected_kv_tokens is None or not any(each.num_host_blocks for each in self._replicas.values()):
+            return _Need(life, life)
+        return _Need(min(life, -(-self._expected_kv_tokens(request) // self.block_size)), life)
+
+    def _best_replica(self, need: _Need) -> int | None:
+        fitting = [replica for replica, state in self._replicas.items() if state.fits(need)]
+        return max(fitting, key=lambda replica: self._replicas[replica].credits.free_blocks, default=None)
 
     def _submit(self, request_id: int, replica: int) -> None:
-        num_blocks = self._promised[request_id]
+        need = self._promised[request_id]
         self.withdraw(request_id)
-        self._replicas[replica].hold(request_id, num_blocks)
+        self._replicas[replica].hold(request_id, need)
         self._replica_of[request_id] = replica

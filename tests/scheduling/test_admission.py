@@ -125,3 +125,46 @@ def test_a_request_no_pool_could_hold_is_refused(make_request):
     with pytest.raises(InvalidRequest, match=r"max_tokens = 42.*40 tokens"):
         admission.check(make_request(0, 20, max_tokens=22))
     admission.check(make_request(0, 100, max_tokens=1))
+
+
+def test_with_a_host_pool_expected_growth_is_admitted(make_request, make_handoff):
+    """4 blocks at full length, 2 expected: twice as many come in, less the watermark, as without a host pool."""
+    requests = [make_request(request_id, 4, max_tokens=13) for request_id in range(20)]
+    num_admitted = {}
+    for num_host_blocks in (0, 100):
+        admission = DecodeAdmission(
+            block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=lambda request: 8, watermark=0.1
+        )
+        admission.replica_up(0, 20, 100, num_host_blocks)
+        for request in requests:
+            promise(admission, request)
+            admission.arrive(make_handoff(request))
+        submission = admission.next_submission()
+        num_admitted[num_host_blocks] = len(submission.handoffs)
+        admission.check_integrity()
+        admission.released(0, request_ids(submission))
+        assert admission.num_decode_seqs == 0
+        assert admission.num_free_blocks == (18 if num_host_blocks else 20)
+    assert num_admitted == {0: 5, 100: 9}
+
+
+def test_a_small_host_pool_slows_admission(make_request, make_handoff):
+    """All that are admitted can be brought to their end: at full length, the longest twice, they fit both pools."""
+    admission = DecodeAdmission(block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=lambda request: 4)
+    admission.replica_up(0, 20, 100, num_host_blocks=8)
+    for request_id in range(20):
+        request = make_request(request_id, 4, max_tokens=13)
+        promise(admission, request)
+        admission.arrive(make_handoff(request))
+    assert len(admission.next_submission().handoffs) == 6
+
+
+def test_a_request_as_large_as_the_pool_runs_alone(make_request, make_handoff):
+    admission = DecodeAdmission(
+        block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=lambda request: 80, watermark=0.2
+    )
+    admission.replica_up(0, 20, 100, num_host_blocks=8)
+    request = make_request(0, 40, max_tokens=41)
+    promise(admission, request)
+    admission.arrive(make_handoff(request))
+    assert request_ids(admission.next_submission()) == [0]

@@ -1,0 +1,31 @@
+"""What the prefill replicas' prefix caches hold, as far as their events have told: a guess that the engine confirms."""
+
+from collections.abc import Iterable, Sequence
+
+
+class PrefixIndex:
+    """Hashes of cached blocks by replica (see cache/prefix_cache.py). A lookup costs O(blocks of the prompt)."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self._hashes: dict[int, set[bytes]] = {}
+
+    def update(self, replica: int, stored: Iterable[bytes], evicted: Iterable[bytes]) -> None:
+        """Applies an event of a replica."""
+        hashes = self._hashes.setdefault(replica, set())
+        hashes.difference_update(evicted)
+        hashes.update(stored)
+
+    def replica_down(self, replica: int) -> None:
+        """Its cache is gone."""
+        self._hashes.pop(replica, None)
+
+    def num_cached_tokens(self, replica: int, hashes: Sequence[bytes], prompt_len: int) -> int:
+        """Tokens of a prompt, given by the hashes of its full blocks, that the replica has; the last one never."""
+        known = self._hashes.get(replica, frozenset())
+        num_blocks = next((index for index, each in enumerate(hashes) if each not in known), len(hashes))
+        return min(num_blocks * self.block_size, prompt_len - 1)
+
+    def best(self, hashes: Sequence[bytes], prompt_len: int) -> int:
+        """The most tokens of a prompt that any replica has: what `Hints.num_cached_tokens` is to say."""
+        return max((self.num_cached_tokens(replica, hashes, prompt_len) for replica in self._hashes), default=0)

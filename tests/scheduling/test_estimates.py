@@ -1,0 +1,17 @@
+import pytest
+
+from ensemble.scheduling.estimates import OutputEstimate
+
+
+def test_the_whole_output_is_expected_until_requests_have_finished(make_request):
+    assert OutputEstimate().num_kv_tokens(make_request(0, 10, max_tokens=100)) == 109
+
+
+def test_what_requests_used_lately_is_expected_of_the_next(make_request):
+    estimate = OutputEstimate()
+    for _ in range(500):
+        estimate.observe(make_request(0, 10, max_tokens=100), num_output_tokens=25)
+    assert estimate.num_kv_tokens(make_request(1, 10, max_tokens=1000)) == pytest.approx(259, abs=2)
+    for _ in range(500):
+        estimate.observe(make_request(0, 10, max_tokens=100), num_output_tokens=100)
+    assert estimate.used_share == pytest.approx(1.0, abs=0.01)

@@ -1,0 +1,32 @@
+from ensemble.cache.block_manager import BlockManager, Owner
+from ensemble.cache.prefix_cache import PrefixCache, block_hashes
+from ensemble.scheduling.prefix_index import PrefixIndex
+
+B = 4
+
+
+def test_the_index_says_what_the_caches_would_find():
+    caches = {replica: PrefixCache(BlockManager(4, B)) for replica in (0, 1)}
+    index = PrefixIndex(B)
+    prompts = [[token] * 12 for token in (1, 2, 3)] + [[1] * 8 + [2] * 5, [3] * 7]
+    for request_id, prompt in enumerate(prompts * 2):
+        cache, replica = caches[request_id % 2], request_id % 2
+        owner = Owner("sequence", request_id)
+        cache.allocate(owner, prompt, cache.blocks.blocks_for(len(prompt)))
+        cache.commit(owner, len(prompt))
+        cache.free(owner)
+        index.update(replica, *cache.take_events())
+        for other in prompts:
+            hashes = block_hashes(other, B)
+            found = {replica: cache.num_cached_tokens(other) for replica, cache in caches.items()}
+            assert {replica: index.num_cached_tokens(replica, hashes, len(other)) for replica in found} == found
+            assert index.best(hashes, len(other)) == max(found.values())
+
+
+def test_a_lost_replica_holds_nothing():
+    index = PrefixIndex(B)
+    hashes = block_hashes([1] * 8, B)
+    index.update(0, hashes, [])
+    assert index.best(hashes, 9) == 8
+    index.replica_down(0)
+    assert index.best(hashes, 9) == 0
