@@ -253,6 +253,9 @@ def plan_torch(project: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def has_gpu() -> bool:
+    """Whether to install for a GPU; an NVIDIA container is, though none may be there while its image is built."""
+    if CONTAINER_SERVER.exists():
+        return True
     if glob.glob("/dev/nvidia[0-9]*"):
         return True
     program = shutil.which("nvidia-smi")

@@ -1,0 +1,42 @@
+"""What the documents name exists."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "docs/architecture.md")}
+
+
+def table_paths(text: str) -> list[str]:
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_in_the_tables_exists(document: str) -> None:
+    paths = table_paths(DOCUMENTS[document])
+    assert len(paths) >= 6
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files(document: str) -> None:
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[document]) if "://" not in target]
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_exist(document: str) -> None:
+    text = DOCUMENTS[document]
+    modules = set(re.findall(r"python -m (tools\.\w+)", text))
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make (demo|serve|test|check|clean|help)\b", text)) <= targets
+
+
+def test_every_model_of_the_repository_is_in_the_table() -> None:
+    named = set(table_paths(DOCUMENTS["docs/architecture.md"]))
+    models = {f"model_repository/{path.name}" for path in (ROOT / "model_repository").iterdir() if path.is_dir()}
+    assert models <= named
