@@ -1,6 +1,6 @@
 """What the prefill replicas' prefix caches hold, as far as their events have told: a guess that the engine confirms."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 
 class PrefixIndex:
@@ -22,7 +22,7 @@ class PrefixIndex:
 
     def num_cached_tokens(self, replica: int, hashes: Sequence[bytes], prompt_len: int) -> int:
         """Tokens of a prompt, given by the hashes of its full blocks, that the replica has; the last one never."""
-        known = self._hashes.get(replica, frozenset())
+        known: Set[bytes] = self._hashes.get(replica, frozenset())
         num_blocks = next((index for index, each in enumerate(hashes) if each not in known), len(hashes))
         return min(num_blocks * self.block_size, prompt_len - 1)
 

@@ -1,7 +1,10 @@
-"""Preemption and swapping against a fake engine that really keeps KV: every slot holds (request, position).
+"""Admission, preemption and swapping against a fake engine that really keeps KV: every slot holds (request, position).
 
-A copy moves its data only when it ends, so a block that is reused or read too early shows as wrong KV.
+A copy moves its data only when it ends, so a block that is reused or read too early shows as wrong KV. Outputs run
+three times as long as admission expects, and still everything that was admitted ends.
 """
+
+from collections import deque
 
 import pytest
 from hypothesis import settings
@@ -10,9 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.request import Request, SamplingParams, Sequence
+from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
 from ensemble.scheduling.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.scheduling.swapping import Footprint, Memory, plan_iteration
+from ensemble.workers.messages import KVHandoff
 
 BLOCK_SIZE = 2
 NUM_BLOCKS = 10
@@ -31,9 +36,17 @@ class SwapStorm(RuleBasedStateMachine):
         self.device = [[None] * BLOCK_SIZE for _ in range(NUM_BLOCKS)]
         self.host = [[None] * BLOCK_SIZE for _ in range(NUM_HOST_BLOCKS)]
         self.sequences = {}
+        self.hints = {}  # request_id |-> arguments for the policy
         self.copies = {}  # request_id |-> (swap, source pool, destination pool)
         self.num_requests = 0
         self.now = 0.0
+        self.admission = DecodeAdmission(
+            block_size=BLOCK_SIZE,
+            max_num_bridge_seqs=50,
+            expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 3,
+        )
+        self.admission.replica_up(0, NUM_BLOCKS, 50, NUM_HOST_BLOCKS)
+        self.submitted = deque()  # admitted, waiting for blocks to be pulled into
 
     def write(self, sequence, position):
         block_id = sequence.block_ids[position // BLOCK_SIZE]
@@ -44,44 +57,62 @@ class SwapStorm(RuleBasedStateMachine):
             block_id = sequence.block_ids[position // BLOCK_SIZE]
             assert self.device[block_id][position % BLOCK_SIZE] == (sequence.request_id, position)
 
-    def max_blocks(self, request):
-        return -(-request.max_num_kv_tokens // BLOCK_SIZE)
-
     @rule(
         prompt_len=st.integers(1, 6),
         max_tokens=st.integers(2, 14),
         priority=st.integers(0, 2),
         join_cost_s=st.sampled_from([0.0, 0.01, 0.05]),
     )
-    def join(self, prompt_len, max_tokens, priority, join_cost_s):
+    def arrive(self, prompt_len, max_tokens, priority, join_cost_s):
         sampling = SamplingParams(max_tokens=max_tokens)
         request = Request(request_id=self.num_requests, prompt_token_ids=[1] * prompt_len, sampling=sampling)
-        lives = [self.max_blocks(request)] + [self.max_blocks(each.request) for each in self.sequences.values()]
-        num_prompt_blocks = self.blocks.device.blocks_for(prompt_len)
-        if (
-            sum(lives) + max(lives) > NUM_BLOCKS + NUM_HOST_BLOCKS
-            or num_prompt_blocks > self.blocks.device.num_free_blocks
-        ):
+        self.admission.check(request)
+        if not self.admission.try_promise(request):
             return
+        self.hints[self.num_requests] = {"priority": priority, "join_cost_s": join_cost_s}
         self.num_requests += 1
-        sequence = Sequence(request, [1], prompt_len)
-        sequence.block_ids = self.blocks.device.allocate(Owner("sequence", request.request_id), num_prompt_blocks)
-        for position in range(prompt_len):
-            self.write(sequence, position)
-        self.sequences[request.request_id] = sequence
-        self.scheduler.add(sequence, self.now, priority=priority, join_cost_s=join_cost_s)
+        block_ids = list(range(self.blocks.device.blocks_for(prompt_len)))
+        self.admission.arrive(
+            KVHandoff(
+                transfer_id=request.request_id,
+                source="ipc://p",
+                request=request,
+                output_token_ids=[1],
+                num_kv_tokens=prompt_len,
+                block_ids=block_ids,
+            )
+        )
+
+    def pull(self):
+        """Returns the blocks that the first sequence which still waits needs."""
+        while (submission := self.admission.next_submission()) is not None:
+            self.submitted.extend(handoff.request for handoff in submission.handoffs)
+        while self.submitted:
+            request = self.submitted[0]
+            num_blocks = self.blocks.device.blocks_for(request.prompt_len)
+            if num_blocks > self.blocks.device.num_free_blocks:
+                return num_blocks
+            self.submitted.popleft()
+            sequence = Sequence(request, [1], request.prompt_len)
+            sequence.block_ids = self.blocks.device.allocate(Owner("sequence", request.request_id), num_blocks)
+            for position in range(request.prompt_len):
+                self.write(sequence, position)
+            self.sequences[request.request_id] = sequence
+            self.scheduler.add(sequence, self.now, **self.hints[request.request_id])
+        return 0
 
     @rule(
         seconds=st.sampled_from([0.002, 0.02, 0.3]),
-        num_wanted_blocks=st.sampled_from([0, 0, 4]),
+        makes_room=st.booleans(),
         num_iterations=st.integers(1, 5),
     )
-    def iterate(self, seconds, num_wanted_blocks, num_iterations):
+    def iterate(self, seconds, makes_room, num_iterations):
         for _ in range(num_iterations):
-            self.run_iteration(seconds, num_wanted_blocks)
+            self.run_iteration(seconds, makes_room)
 
-    def run_iteration(self, seconds, num_wanted_blocks):
-        plan = self.scheduler.next_plan(self.now, num_wanted_blocks)
+    def run_iteration(self, seconds, makes_room):
+        num_wanted_blocks = self.pull()
+        plan = self.scheduler.next_plan(self.now, num_wanted_blocks if makes_room else 0)
         moving = [swap.request_id for swap in plan.swap_out + plan.swap_in]
         assert len(plan.run) <= MAX_NUM_SEQS
         assert not (plan.swap_out and plan.swap_in)
@@ -102,8 +133,13 @@ class SwapStorm(RuleBasedStateMachine):
         for sequence in plan.run:
             if sequence.is_finished:
                 assert self.scheduler.remove(sequence.request_id)
-                del self.sequences[sequence.request_id]
+                self.leave(sequence.request_id)
         return plan
+
+    def leave(self, request_id):
+        del self.sequences[request_id]
+        if request_id not in self.copies:
+            self.admission.released(0, [request_id])
 
     @precondition(lambda self: self.copies)
     @rule(data=st.data())
@@ -115,28 +151,31 @@ class SwapStorm(RuleBasedStateMachine):
         for source_id, destination_id in zip(swap.source_block_ids, swap.destination_block_ids, strict=True):
             destination[destination_id][:] = source[source_id]
         assert self.scheduler.swap_ended(request_id) == (request_id not in self.sequences)
+        if request_id not in self.sequences:
+            self.admission.released(0, [request_id])
 
     @precondition(lambda self: self.num_requests % 3 == 2 and self.sequences)  # seldom enough for pressure to build up
     @rule(data=st.data())
     def cancel(self, data):
         request_id = data.draw(st.sampled_from(sorted(self.sequences)))
-        del self.sequences[request_id]
         assert self.scheduler.remove(request_id) == (request_id not in self.copies)
+        self.leave(request_id)
 
     @invariant()
     def books_agree(self):
         self.scheduler.check_integrity()
+        self.admission.check_integrity()
         assert len(self.scheduler) == len(self.sequences)
 
     def teardown(self):
         """Everything ends, at most one idle pass between two that do something."""
         num_idle = 0
-        while self.sequences or self.copies:
+        while self.sequences or self.copies or self.submitted or self.admission.num_bridge_seqs:
             for request_id in sorted(self.copies):
                 self.end(request_id)
-            plan = self.run_iteration(0.02, 0)
+            plan = self.run_iteration(0.02, makes_room=False)
             num_idle = 0 if plan.run or plan.swap_in or plan.swap_out else num_idle + 1
-            assert num_idle < 2 or not self.sequences, "nothing can move any more"
+            assert num_idle < 2, "nothing can move any more"
             self.books_agree()
         assert self.blocks.device.num_free_blocks == NUM_BLOCKS
         assert self.blocks.host.num_free_blocks == NUM_HOST_BLOCKS
