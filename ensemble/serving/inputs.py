@@ -27,6 +27,7 @@ class OutputOptions:
     return_num_output_tokens: bool = False
     return_output_ids: bool = False
     return_perf_metrics: bool = False
+    return_cancel_handle: bool = False  # for `postprocess`, never for clients
 
 
 @dataclass(frozen=True, slots=True)

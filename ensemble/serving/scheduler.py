@@ -11,13 +11,12 @@ import numpy.typing as npt
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError
 from ensemble.models.spec import load_model_spec
+from ensemble.serving.cancels import CHECK_INTERVAL_S, CancelReceiver
 from ensemble.serving.inputs import ModelLimits, parse_request
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.orchestrator import CallModel, Orchestrator
 from ensemble.serving.streams import ClientCall, ClientStream, SenderPool
 from ensemble.tokenizer import Tokenizer
-
-CANCEL_CHECK_INTERVAL_S = 0.1
 
 
 class Scheduler:
@@ -34,6 +33,7 @@ class Scheduler:
         self._request_ids = itertools.count()
         self._senders = SenderPool(on_failure=self._send_failed)
         self._orchestrator: Orchestrator | None = None
+        self._cancels = CancelReceiver(self._cancel)
         self._closing = threading.Event()
 
     def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -46,8 +46,9 @@ class Scheduler:
         except Exception as error:
             call.send_error(InternalError(f"{type(error).__name__}: {error}"))
             return
-        stream = ClientStream(call, client_request, self._tokenizer)
-        self._started().submit(client_request.request, stream)
+        request = client_request.request
+        stream = ClientStream(call, client_request, self._tokenizer, self._cancels.handle_for(request.request_id))
+        self._started().submit(request, stream)
 
     def close(self) -> None:
         self._closing.set()
@@ -55,6 +56,7 @@ class Scheduler:
             self._metrics.close()
         if self._orchestrator is not None:
             self._orchestrator.close()
+        self._cancels.close()
         self._senders.close()
 
     def _started(self) -> Orchestrator:
@@ -77,10 +79,13 @@ class Scheduler:
             started = time.monotonic()
             for stream in self._orchestrator.live_streams():
                 if stream.is_cancelled():
-                    self._orchestrator.cancel(stream.request_id)
-            self._closing.wait(max(0.0, CANCEL_CHECK_INTERVAL_S - (time.monotonic() - started)))
+                    self._cancel(stream.request_id)
+            self._closing.wait(max(0.0, CHECK_INTERVAL_S - (time.monotonic() - started)))
 
     def _send_failed(self, stream: ClientStream, error: Exception) -> None:
         """The client is gone, or our answer is faulty: either way nobody reads on."""
+        self._cancel(stream.request_id)
+
+    def _cancel(self, request_id: int) -> None:
         if self._orchestrator is not None:
-            self._orchestrator.cancel(stream.request_id)
+            self._orchestrator.cancel(request_id)

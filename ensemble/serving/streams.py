@@ -55,7 +55,9 @@ class Timeline:
 class ClientStream:
     """One client's answer in the making."""
 
-    def __init__(self, call: ClientCall, client_request: ClientRequest, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, call: ClientCall, client_request: ClientRequest, tokenizer: Tokenizer, cancel_handle: str = ""
+    ) -> None:
         self._call = call
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
@@ -63,6 +65,7 @@ class ClientStream:
         self._request = client_request.request
         self._options = client_request.options
         self._tokenizer = tokenizer
+        self._cancel_handle = cancel_handle
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._prompt_text = client_request.prompt_text
         self._lock = threading.Lock()
@@ -146,6 +149,8 @@ class ClientStream:
             outputs["num_output_tokens"] = np.array([len(self._token_ids)], np.int32)
         if options.return_output_ids:
             outputs["output_ids"] = np.array(self._token_ids, np.int32)
+        if options.return_cancel_handle:
+            outputs["cancel_handle"] = np.array([self._cancel_handle.encode()], dtype=object)
         if options.return_perf_metrics and is_last:
             outputs |= self._perf_metrics()
         return outputs

@@ -1,12 +1,27 @@
-"""The shell of the `postprocess` model: the scheduler's outputs under the ensemble's names."""
+"""The shell of the `postprocess` model: the scheduler's outputs under the ensemble's names, and the client's cancel."""
 
 import triton_python_backend_utils as pb_utils
 
+from ensemble.serving.cancels import CancelSender
+
+CANCEL_HANDLE = "scheduler_cancel_handle"
+
 
 class TritonPythonModel:
+    def initialize(self, args):
+        self.cancels = CancelSender()
+
     def execute(self, requests):
-        return [pb_utils.InferenceResponse([rename(tensor) for tensor in request.inputs()]) for request in requests]
+        return [self.pass_on(request) for request in requests]
 
+    def pass_on(self, request):
+        tensors = {tensor.name(): tensor for tensor in request.inputs()}
+        handle = tensors.pop(CANCEL_HANDLE).as_numpy()[0].decode()
+        self.cancels.check(handle, request.is_cancelled)
+        outputs = [
+            pb_utils.Tensor(name.removeprefix("scheduler_"), tensor.as_numpy()) for name, tensor in tensors.items()
+        ]
+        return pb_utils.InferenceResponse(outputs)
 
-def rename(tensor):
-    return pb_utils.Tensor(tensor.name().removeprefix("scheduler_"), tensor.as_numpy())
+    def finalize(self):
+        self.cancels.close()

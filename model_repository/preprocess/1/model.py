@@ -22,5 +22,8 @@ class TritonPythonModel:
         except DistServeError as error:
             code = getattr(pb_utils.TritonError, error.code)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
-        input_ids = np.array(self.tokenizer.encode(text), np.int32)
-        return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", input_ids)])
+        outputs = {
+            "input_ids": np.array(self.tokenizer.encode(text), np.int32),
+            "return_cancel_handle": np.ones(1, bool),
+        }
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])

@@ -35,7 +35,10 @@ def call_stage(stage, payload):
         requested_output_names=["ANSWER"],
         inputs=[pb_utils.Tensor("CALL", np.frombuffer(payload, np.uint8))],
     )
-    response = request.exec()
+    try:
+        response = request.exec()
+    except pb_utils.TritonModelException as error:  # the server is stopping
+        raise InternalError(str(error)) from None
     if response.has_error():
         raise InternalError(response.error().message())
     return pb_utils.get_output_tensor_by_name(response, "ANSWER").as_numpy().tobytes()

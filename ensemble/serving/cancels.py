@@ -1,0 +1,74 @@
+"""How a client's cancel reaches the scheduler: asked of the Triton server, or told by `postprocess`.
+
+A cancelled ensemble request is seen by the steps that are executed after the cancel, never by the decoupled step that
+runs: `postprocess` sees it, and tells the scheduler over a socket whose address, with the stream's number, the
+scheduler put among its outputs (`cancel_handle`).
+"""
+
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import zmq
+
+CHECK_INTERVAL_S = 0.1  # asking whether a request is cancelled is a round trip to the Triton server
+MAX_REMEMBERED = 8192
+
+
+class CancelReceiver:
+    """The scheduler's end: `on_cancel(request_id)` is called on a thread of its own."""
+
+    def __init__(self, on_cancel: Callable[[int], None]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="distserve-cancel-")  # mode 0700
+        self._address = f"ipc://{self._folder.name}/socket"
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.bind(self._address)
+        self._on_cancel = on_cancel
+        self._thread = threading.Thread(target=self._run, name="cancel-receiver", daemon=True)
+        self._thread.start()
+
+    def handle_for(self, request_id: int) -> str:
+        return f"{request_id}@{self._address}"
+
+    def close(self) -> None:
+        self._context.term()  # the thread closes its socket
+        self._thread.join(timeout=1.0)
+        self._folder.cleanup()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._on_cancel(int(self._socket.recv()))
+        except zmq.ContextTerminated:
+            self._socket.close(linger=0)
+
+
+class CancelSender:
+    """`postprocess`'s end, on its one thread: asks at most every CHECK_INTERVAL_S for each stream."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._next_check: OrderedDict[str, float] = OrderedDict()  # handle |-> time; oldest first
+
+    def check(self, handle: str, is_cancelled: Callable[[], bool]) -> None:
+        """Tells the scheduler if the stream's client is gone."""
+        now = time.monotonic()
+        if now < self._next_check.get(handle, 0.0):
+            return
+        self._next_check[handle] = now + CHECK_INTERVAL_S
+        self._next_check.move_to_end(handle)
+        if len(self._next_check) > MAX_REMEMBERED:
+            self._next_check.popitem(last=False)
+        if is_cancelled():
+            request_id, _, address = handle.partition("@")
+            if address not in self._sockets:
+                self._sockets[address] = self._context.socket(zmq.PUSH)
+                self._sockets[address].connect(address)
+            self._sockets[address].send(request_id.encode())
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
