@@ -24,7 +24,7 @@ def test_every_path_in_the_tables_exists(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_to_files(document: str) -> None:
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[document]) if "://" not in target]
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    assert [target for target in targets if not ((ROOT / document).parent / target).exists()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
