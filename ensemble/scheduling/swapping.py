@@ -6,7 +6,6 @@ decision is data, and keeps these rules:
 - a pass swaps out or swaps in, never both, so no sequence goes both ways in it;
 - swapping out is proactive: it keeps `headroom` blocks free for the next iterations, and makes room for due sequences
   on the host, at the cost of those that are not due (whole sequences, from the order's end);
-- only if due sequences cannot grow even so, one of them goes, the last one first;
 - sequences come back in order, leaving the headroom; those that are not due leave it twice, so that the growth of the
   batch does not push them out again.
 """
@@ -64,10 +63,8 @@ def plan_iteration(order: Sequence[Footprint], memory: Memory, max_num_seqs: int
     )
     num_due_blocks = sum(each.num_blocks for each in due if each.place == "host")
     target = headroom + num_lacking_blocks + num_due_blocks + memory.num_wanted_blocks
-    num_coming_blocks = num_free_blocks + memory.num_returning_blocks
-    victims = _victims(others, target - num_coming_blocks, memory.num_free_host_blocks)
-    if not victims and num_lacking_blocks > num_coming_blocks:
-        victims = _victims(due[1:], num_lacking_blocks - num_coming_blocks, memory.num_free_host_blocks)
+    num_missing_blocks = target - num_free_blocks - memory.num_returning_blocks
+    victims = _victims(others, num_missing_blocks, memory.num_free_host_blocks)
     if victims:
         leaving = [each.request_id for each in victims]
         run = [each.request_id for each in batch if each.request_id not in leaving]

@@ -21,20 +21,22 @@ from ensemble.workers.messages import KVHandoff
 
 BLOCK_SIZE = 2
 NUM_BLOCKS = 10
-NUM_HOST_BLOCKS = 30
 MAX_NUM_SEQS = 3
 
 
 class SwapStorm(RuleBasedStateMachine):
     policy = "mlfq"
+    num_host_blocks = 30
 
     def __init__(self):
         super().__init__()
-        self.blocks = SwappableBlocks(BlockManager(NUM_BLOCKS, BLOCK_SIZE), BlockManager(NUM_HOST_BLOCKS, BLOCK_SIZE))
+        self.blocks = SwappableBlocks(
+            BlockManager(NUM_BLOCKS, BLOCK_SIZE), BlockManager(self.num_host_blocks, BLOCK_SIZE)
+        )
         policy = make_decode_policy(DecodePolicySettings(self.policy, quantum_s=0.01, starvation_s=0.5))
         self.scheduler = PreemptiveDecodeScheduler(self.blocks, policy, max_num_seqs=MAX_NUM_SEQS, headroom_blocks=2)
         self.device = [[None] * BLOCK_SIZE for _ in range(NUM_BLOCKS)]
-        self.host = [[None] * BLOCK_SIZE for _ in range(NUM_HOST_BLOCKS)]
+        self.host = [[None] * BLOCK_SIZE for _ in range(self.num_host_blocks)]
         self.sequences = {}
         self.hints = {}  # request_id |-> arguments for the policy
         self.copies = {}  # request_id |-> (swap, source pool, destination pool)
@@ -45,7 +47,7 @@ class SwapStorm(RuleBasedStateMachine):
             max_num_bridge_seqs=50,
             expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 3,
         )
-        self.admission.replica_up(0, NUM_BLOCKS, 50, NUM_HOST_BLOCKS)
+        self.admission.replica_up(0, NUM_BLOCKS, 50, self.num_host_blocks)
         self.submitted = deque()  # admitted, waiting for blocks to be pulled into
 
     def write(self, sequence, position):
@@ -178,12 +180,13 @@ class SwapStorm(RuleBasedStateMachine):
             assert num_idle < 2, "nothing can move any more"
             self.books_agree()
         assert self.blocks.device.num_free_blocks == NUM_BLOCKS
-        assert self.blocks.host.num_free_blocks == NUM_HOST_BLOCKS
+        assert self.blocks.host.num_free_blocks == self.num_host_blocks
 
 
+@pytest.mark.parametrize("num_host_blocks", [8, 30])
 @pytest.mark.parametrize("name", ["fcfs", "srpt", "priority", "mlfq", "sj-mlfq"])
-def test_swap_storm(name):
-    machine = type("Machine", (SwapStorm,), {"policy": name})
+def test_swap_storm(name, num_host_blocks):
+    machine = type("Machine", (SwapStorm,), {"policy": name, "num_host_blocks": num_host_blocks})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=60, stateful_step_count=60, deadline=None, derandomize=True)
     )
@@ -220,9 +223,9 @@ def test_headroom_is_kept_at_the_cost_of_those_not_due():
     assert plan_iteration(order[:2], memory, max_num_seqs=2, headroom=2).swap_out == []
 
 
-def test_a_batch_that_cannot_grow_loses_its_last_member():
+def test_a_batch_that_has_outgrown_the_pool_loses_its_last_member():
     order = [on_device(1, 4, growth=1), on_device(2, 4), on_device(3, 4)]
-    memory = Memory(num_blocks=13, num_free_blocks=0, num_returning_blocks=0, num_free_host_blocks=50)
+    memory = Memory(num_blocks=12, num_free_blocks=0, num_returning_blocks=0, num_free_host_blocks=50)
     plan = plan_iteration(order, memory, max_num_seqs=3, headroom=0)
     assert (plan.run, plan.swap_out) == ([2], [3])
 
