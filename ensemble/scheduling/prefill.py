@@ -21,7 +21,8 @@ class _Prompt:
     """A prompt that has begun at a replica and has tokens left to dispatch."""
 
     request: Request
-    num_dispatched_tokens: int = 0
+    num_dispatched_tokens: int  # or taken to be in the replica's prefix cache
+    has_begun: bool = False
 
     @property
     def num_left_tokens(self) -> int:
@@ -30,7 +31,8 @@ class _Prompt:
     def next_chunk(self, length: int) -> PrefillChunk:
         start = self.num_dispatched_tokens
         self.num_dispatched_tokens += length
-        request = self.request if start == 0 else None
+        request = None if self.has_begun else self.request
+        self.has_begun = True
         return PrefillChunk(request_id=self.request.request_id, start=start, length=length, request=request)
 
 
@@ -59,12 +61,18 @@ class PrefillScheduler:
         max_queue_tokens: int,
         policy: QueuePolicy | None = None,
         max_long_tokens: int | None = None,
+        num_cached_tokens: Callable[[int, Request], int] = lambda replica, request: 0,
     ) -> None:
+        """`num_cached_tokens(replica, request)`: how much of a prompt, never all, the replica is taken to have cached.
+
+        The first chunk starts there; a replica that finds less computes the difference with it.
+        """
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens  # token budget of a batch
         self.max_num_seqs = max_num_seqs  # chunks in a batch
         self.max_batches_in_flight = max_batches_in_flight  # per replica
         self.max_long_tokens = max_long_tokens  # of a batch, for prompts longer than that while shorter ones wait
+        self._num_cached_tokens = num_cached_tokens
         self._waiting = WaitingQueue(max_queue_requests, max_queue_tokens, policy, max_long_tokens)
         self._replicas: dict[int, _Replica] = {}
         self._pool_blocks: dict[int, int] = {}  # replica |-> pool size, kept while it is down
@@ -120,12 +128,21 @@ class PrefillScheduler:
     def next_batch(self, now: float, may_start: Callable[[Request], bool]) -> PrefillBatch | None:
         """The next batch for the least loaded replica that can run one; None if nothing can run now.
 
+        What a replica has cached of the request to start next counts as load that it does not have.
+
         `may_start` is asked last, when everything else allows a new request to start: answering True starts it. The
         head of the queue waits for blocks, nothing overtakes it. Prompts that have begun go on first, but those longer
         than `max_long_tokens` take no more than that of a batch as long as shorter ones can use the rest. A prompt's
         next chunk may follow while the one before is in flight, because a replica runs its batches in order.
         """
-        for replica, state in sorted(self._replicas.items(), key=lambda item: item[1].num_outstanding_tokens):
+        head = self._waiting.head(now)
+
+        def load(replica: int) -> int:
+            num_cached_tokens = 0 if head is None else self._num_cached_tokens(replica, head)
+            return self._replicas[replica].num_outstanding_tokens - num_cached_tokens
+
+        for replica in sorted(self._replicas, key=load):
+            state = self._replicas[replica]
             if len(state.batches) >= self.max_batches_in_flight:
                 continue
             chunks = self._chunks(replica, state, now, may_start)
@@ -233,7 +250,7 @@ class PrefillScheduler:
         self._waiting.start(request_id, now)
         state.credits.hold(request_id, self._blocks_for(request))
         self._replica_of[request_id] = replica
-        state.prompts[request_id] = _Prompt(request)
+        state.prompts[request_id] = _Prompt(request, self._num_cached_tokens(replica, request))
         return state.prompts[request_id]
 
     def _fits(self, state: _Replica, request: Request) -> bool:

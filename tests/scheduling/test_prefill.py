@@ -191,3 +191,25 @@ def test_the_policy_chooses_who_starts(make_request):
         order.append(batch.chunks[0].request_id)
         scheduler.batch_done(0, batch.batch_id)
     assert order == [1, 0, 2]  # 4 + 5 < 0 + 10 < 11: a class is worth 5 s of waiting
+
+
+def test_a_prompt_goes_where_its_prefix_is_cached_and_costs_only_the_rest(make_request):
+    scheduler = make_scheduler(num_cached_tokens=lambda replica, request: 24 if replica == 1 else 0)
+    for replica in range(3):
+        scheduler.replica_up(replica, num_blocks=100)
+    for request_id in range(3):
+        scheduler.add(make_request(request_id, 30), now=0.0)
+    first = scheduler.next_batch(0.0, always)
+    assert first.replica == 1 and spans(first) == [(0, 24, 6), (1, 24, 6), (2, 24, 6)]
+    assert all(chunk.request is not None for chunk in first.chunks)
+
+
+def test_a_cached_prefix_does_not_outweigh_any_load(make_request):
+    scheduler = make_scheduler(num_cached_tokens=lambda replica, request: 8 if replica == 1 else 0)
+    for replica in range(2):
+        scheduler.replica_up(replica, num_blocks=100)
+    scheduler.add(make_request(0, 40), now=0.0)
+    assert spans(scheduler.next_batch(0.0, always)) == [(0, 8, 32)]
+    scheduler.add(make_request(1, 20), now=0.0)
+    second = scheduler.next_batch(0.0, always)
+    assert second.replica == 0 and spans(second) == [(1, 0, 20)]
