@@ -1,9 +1,10 @@
 """Attention of one new token per sequence over the paged KV pool.
 
 The time is that of reading the keys and values: sum(context_len) * 2 * Hkv * D * itemsize bytes. To keep a GPU busy
-with few or uneven sequences, a context is split over several programs (flash decoding); of the programs of one sequence
-and KV head, the last to finish combines their partial results. The grid depends on the batch size alone; how many
-splits a sequence uses is decided on the device, so a captured graph serves any lengths.
+with few or uneven sequences, long contexts are split over several programs (flash decoding); of the programs of one
+sequence and KV head, the last to finish combines their partial results.
+
+How contexts are split is planned on the device, once for all layers of a step: see decode_plan.py.
 """
 
 import math
@@ -15,57 +16,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.backend import uses_triton
+from kernels.decode_plan import ITEM_SIZE, DecodeWorkspace, decode_workspace, list_length, plan_decode
 
-_MAX_SPLITS = 64
-_WANTED_PROGRAMS = 512  # below this the grid gets room for splits
-_BUSY_PROGRAMS = 256  # of equal length that fill an H100: two on each of 132 multiprocessors
-
-
-@triton.jit
-def _splits(
-    context_lens,  # [B] int32
-    context_len,
-    batch_size,
-    max_splits,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BUSY_PROGRAMS: tl.constexpr,
-):
-    """(splits that this sequence uses, tiles in each): about BUSY_PROGRAMS equal shares of the whole batch's tokens."""
-    lens = tl.zeros([128], tl.int32)
-    for start in range(0, batch_size, 128):
-        seqs = start + tl.arange(0, 128)
-        lens += tl.load(context_lens + seqs, mask=seqs < batch_size, other=0)
-    share = tl.cdiv(tl.sum(lens, 0) * NUM_KV_HEADS, BUSY_PROGRAMS * BLOCK_N)
-    num_tiles = tl.cdiv(context_len, BLOCK_N)
-    num_splits = tl.minimum(tl.cdiv(num_tiles, tl.maximum(share, 1)), max_splits)
-    tiles_per_split = tl.cdiv(num_tiles, tl.maximum(num_splits, 1))
-    return tl.cdiv(num_tiles, tl.maximum(tiles_per_split, 1)), tiles_per_split
+_ITEM = tl.constexpr(ITEM_SIZE)
 
 
 @triton.jit
 def _combine(
-    partial_out,  # [B, Hq, max_splits, D] fp32
-    partial_lse,  # [B, Hq, max_splits] fp32
-    first_row,  # index of the group's first row in [B, Hq]
-    num_splits,
-    max_splits,
+    partial_out,  # [num_items, Hq, D] fp32
+    partial_lse,  # [num_items, Hq] fp32
+    first_item,
+    count,
+    first_head,
+    NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The splits' results weighted by their sums of exponentials, [BLOCK_G, BLOCK_D]."""
+    """The items' results weighted by their sums of exponentials, [BLOCK_G, BLOCK_D]."""
     group = tl.arange(0, BLOCK_G)
     dims = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
     row_max = tl.full([BLOCK_G], -1e30, tl.float32)
-    for start in range(0, num_splits, BLOCK_S):
-        splits = start + tl.arange(0, BLOCK_S)
-        used = (group < GROUP)[:, None] & (splits < num_splits)[None, :]
-        rows = (first_row + group)[:, None] * max_splits + splits[None, :]
+    for start in range(0, count, BLOCK_S):
+        index = start + tl.arange(0, BLOCK_S)
+        used = (group < GROUP)[:, None] & (index < count)[None, :]
+        rows = (first_item + index)[None, :] * NUM_HEADS + (first_head + group)[:, None]
         lse = tl.load(partial_lse + rows, mask=used, other=float("-inf"), cache_modifier=".cg")
         pointers = partial_out + rows[:, :, None] * D + dims[None, None, :]
         inside = used[:, :, None] & (dims < D)[None, None, :]
@@ -79,20 +58,19 @@ def _combine(
     return acc / tl.maximum(row_sum, 1e-30)[:, None]
 
 
-@triton.jit(do_not_specialize=["block_tables_stride", "batch_size"])
+@triton.jit(do_not_specialize=["block_tables_stride"])
 def _decode_attention_kernel(
     q,  # [B, Hq, D]
     kv_cache,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
     block_tables,  # [B, max_blocks] int32
-    context_lens,  # [B] int32
+    items,  # [num_items, _ITEM] int32
     out,  # [B, Hq, D], contiguous
     counters,  # [B, Hkv] int32, 0 before and after
-    partial_lse,  # [B, Hq, max_splits] fp32, log2 of the sums of exponentials
-    partial_out,  # [B, Hq, max_splits, D] fp32
+    partial_lse,  # [num_items, Hq] fp32, log2 of the sums of exponentials
+    partial_out,  # [num_items, Hq, D] fp32
     q_stride,
     block_stride,
     block_tables_stride,
-    batch_size,
     scale_log2,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
@@ -103,22 +81,17 @@ def _decode_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BUSY_PROGRAMS: tl.constexpr,
 ):
-    """Grid [Hkv, B, max_splits]. A program's rows are the query heads of its KV head, padded to what tl.dot takes."""
+    """Grid [Hkv, num_items]. A program's rows are the query heads of its KV head, padded to what tl.dot takes."""
     kv_head = tl.program_id(0)
-    seq = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    max_splits = tl.num_programs(2)
-    context_len = tl.load(context_lens + seq)
-    num_splits, tiles_per_split = _splits(
-        context_lens, context_len, batch_size, max_splits, NUM_KV_HEADS, BLOCK_N, BUSY_PROGRAMS
-    )
-    if (split >= num_splits) & (split > 0):
+    item = tl.program_id(1)
+    item_fields = items + item * _ITEM
+    seq = tl.load(item_fields).to(tl.int64)
+    if seq < 0:
         return
+    start, end = tl.load(item_fields + 1), tl.load(item_fields + 2)
+    first_item, count = tl.load(item_fields + 3), tl.load(item_fields + 4)
 
-    start = split * tiles_per_split * BLOCK_N
-    end = tl.minimum(start + tiles_per_split * BLOCK_N, context_len)
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + rows
@@ -148,21 +121,23 @@ def _decode_attention_kernel(
         row_max = new_max
     result = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
 
-    first_row = seq * (NUM_KV_HEADS * GROUP) + kv_head * GROUP
-    if num_splits <= 1:
-        tl.store(out + (first_row + rows)[:, None] * D + dims[None, :], result.to(out.dtype.element_ty), mask=inside)
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    if count == 1:
+        pointers = out + (seq * NUM_HEADS + heads)[:, None] * D + dims[None, :]
+        tl.store(pointers, result.to(out.dtype.element_ty), mask=inside)
     else:
-        partial_rows = (first_row + rows) * max_splits + split
+        partial_rows = item * NUM_HEADS + heads
         tl.store(partial_out + partial_rows[:, None] * D + dims[None, :], result, mask=inside)
         tl.store(partial_lse + partial_rows, row_max + tl.log2(row_sum), mask=rows < GROUP)
         tl.debug_barrier()  # the atomic of one thread publishes the stores of all
         counter = counters + seq * NUM_KV_HEADS + kv_head
-        if tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
+            first_head = kv_head * GROUP
             combined = _combine(
-                partial_out, partial_lse, first_row, num_splits, max_splits, GROUP, D, BLOCK_G, BLOCK_S, BLOCK_D
+                partial_out, partial_lse, first_item, count, first_head, NUM_HEADS, GROUP, D, BLOCK_G, BLOCK_S, BLOCK_D
             )
             group = tl.arange(0, BLOCK_G)
-            pointers = out + (first_row + group)[:, None] * D + dims[None, :]
+            pointers = out + (seq * NUM_HEADS + first_head + group)[:, None] * D + dims[None, :]
             kept = (group < GROUP)[:, None] & (dims < D)[None, :]
             tl.store(pointers, combined.to(out.dtype.element_ty), mask=kept)
             tl.store(counter, 0)
@@ -211,40 +186,13 @@ def _padded_decode_attention(
     return out
 
 
-def _max_splits(batch_size: int, num_kv_heads: int) -> int:
-    """Splits per sequence and KV head that the grid has room for: a power of two."""
-    if batch_size * num_kv_heads >= _WANTED_PROGRAMS:
-        return 1
-    wanted = triton.cdiv(_WANTED_PROGRAMS, batch_size * num_kv_heads)
-    return min(int(triton.next_power_of_2(wanted)), _MAX_SPLITS)
-
-
-def _workspace_sizes(batch_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> list[int]:
-    """Elements of the counters, the sums and the partial outputs."""
-    num_rows = batch_size * num_heads * _max_splits(batch_size, num_kv_heads)
-    return [batch_size * num_kv_heads, num_rows, num_rows * head_dim]
-
-
-def decode_workspace(
-    max_batch_size: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
-) -> Tensor:
-    """Room for the partial results of any batch of up to `max_batch_size`: fp32, one dimension.
-
-    Launches that may run at the same time need a workspace each.
-    """
-    batch_sizes = range(1, max_batch_size + 1)
-    sizes = [_workspace_sizes(batch_size, num_heads, num_kv_heads, head_dim) for batch_size in batch_sizes]
-    num_counters = sizes[-1][0]
-    return torch.zeros(num_counters + max(sum(rest) for _, *rest in sizes), dtype=torch.float32, device=device)
-
-
 def decode_attention(
     q: Tensor,  # [B, Hq, D], any row stride, heads side by side
     kv_cache: Tensor,  # [num_blocks, 2, Hkv, block_size, D]
     block_tables: Tensor,  # [B, max_blocks] int32; entries beyond a context are not read
     context_lens: Tensor,  # [B] int32, the new token included; 0 marks a padding row, whose output is 0
     scale: float,
-    workspace: Tensor | None = None,  # of decode_workspace, for a CUDA graph; None allocates one
+    workspace: DecodeWorkspace | None = None,  # with the plan for these context_lens; None makes one
 ) -> Tensor:  # [B, Hq, D]
     """Attention of each sequence's newest token over its whole context. Hq is a multiple of Hkv."""
     if not uses_triton(q):
@@ -255,21 +203,20 @@ def decode_attention(
     block_g = triton.next_power_of_2(group)
     if workspace is None:
         workspace = decode_workspace(batch_size, num_heads, num_kv_heads, head_dim, q.device)
-    num_counters, num_rows, _ = _workspace_sizes(batch_size, num_heads, num_kv_heads, head_dim)
+        plan_decode(workspace, context_lens)
     out = q.new_empty(q.shape)
-    _decode_attention_kernel[(num_kv_heads, batch_size, _max_splits(batch_size, num_kv_heads))](
+    _decode_attention_kernel[(num_kv_heads, list_length(batch_size, num_kv_heads))](
         q,
         kv_cache,
         block_tables,
-        context_lens,
+        workspace.items,
         out,
-        workspace[:num_counters].view(torch.int32),
-        workspace[-num_rows:],
-        workspace[-num_rows * (head_dim + 1) :],
+        workspace.counters,
+        workspace.partial_lse,
+        workspace.partial_out,
         q.stride(0),
         kv_cache.stride(0),
         block_tables.stride(0),
-        batch_size,
         scale * math.log2(math.e),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -280,7 +227,6 @@ def decode_attention(
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_G=block_g,
         BLOCK_S=max(64 // block_g, 1),
-        BUSY_PROGRAMS=_BUSY_PROGRAMS,
         num_warps=4,
         num_stages=2 if q.dtype == torch.float32 else 3,
     )

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from kernels.backend import uses_triton
 
+_FEW_ROWS = 2 * 132 * 128  # of which tiles of 128 make less than two programs per multiprocessor of an H100
+
 
 @triton.jit
 def _attend(
@@ -201,12 +203,15 @@ def prefill_attention_reference(
     return out
 
 
-def _tile(dtype: torch.dtype, block_size: int, max_rows: int) -> tuple[int, int, int, bool]:
-    """(BLOCK_M, BLOCK_N, num_warps, IS_TILED), as measured on an H100."""
+def _tile(dtype: torch.dtype, block_size: int, max_rows: int, all_rows: int) -> tuple[int, int, int, bool]:
+    """(BLOCK_M, BLOCK_N, num_warps, IS_TILED), as measured on an H100.
+
+    `max_rows` are the packed rows of the longest sequence, `all_rows` those of the batch and of all KV heads.
+    """
     if dtype == torch.float32:
         return 32, 32, 4, False
     is_tiled = block_size % 64 == 0
-    if max_rows <= 64:
+    if max_rows <= 64 or all_rows <= _FEW_ROWS:
         return 64, 64, 4, is_tiled
     return 128, 64, 4 if is_tiled else 8, is_tiled
 
@@ -231,7 +236,7 @@ def prefill_attention(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     group = num_heads // num_kv_heads
-    block_m, block_n, num_warps, is_tiled = _tile(q.dtype, block_size, max_seqlen_q * group)
+    block_m, block_n, num_warps, is_tiled = _tile(q.dtype, block_size, max_seqlen_q * group, num_tokens * num_heads)
     block_m = max(block_m, triton.next_power_of_2(group))
     num_seqs = len(context_lens)
     out = q.new_empty(q.shape)

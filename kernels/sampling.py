@@ -5,8 +5,7 @@ Gumbel-max:
 
     token = argmax over the kept tokens of  logit / temperature - log(E),    E exponential, so -log(E) is Gumbel
 
-The noise is a function of (seed, position, token id) alone, independent of batch and slot: Philox 4x32-10 (Salmon et
-al., 2011) with key = seed (low, high word), counter = (token_id >> 2, position, 0, 0), output number token_id & 3.
+The noise is a function of (seed, position, token id) alone (gumbel_noise.py), independent of batch and slot.
 
 What is kept; every rule is a threshold on the logit, so tied tokens share their fate:
 
@@ -25,14 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import compute_dtype, uses_triton
+from kernels.gumbel_noise import gumbel_noise, gumbel_noise_reference
 
 _BLOCK = 8192  # logits of a row in registers at a time
 _NUM_WARPS = 16
 _LOW_BITS = {torch.float16: 13, torch.bfloat16: 16, torch.float32: 0}  # of a logit in fp32, that tell nothing
-
-_PHILOX_KEY = (0x9E3779B9, 0xBB67AE85)
-_PHILOX_ROUND = (0xD2511F53, 0xCD9E8D57)
-_WORD = 0xFFFFFFFF
 
 
 @triton.jit
@@ -132,20 +128,6 @@ def _threshold(
 
 
 @triton.jit
-def _gumbel_noise(seed, position, start, BLOCK: tl.constexpr):
-    """Noise of tokens [start, start + BLOCK); start is a multiple of 4."""
-    counters = start // 4 + tl.arange(0, BLOCK // 4)
-    zeros = tl.zeros([BLOCK // 4], tl.int32)
-    word_0, word_1, word_2, word_3 = tl.philox(seed, counters, zeros + position.to(tl.int32), zeros, zeros)
-    words = tl.reshape(tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)), [BLOCK])
-    uniform = tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-    # -log(1 - u): near 0 the subtraction would lose the bits that decide the largest noise
-    series = uniform * (1.0 + uniform * (0.5 + uniform * 0.3333333333333333))
-    exponential = tl.where(uniform < 0.015625, series, -tl.log(1.0 - uniform))
-    return -tl.log(exponential)
-
-
-@triton.jit
 def _greedy_kernel(
     logits,  # [S, V]
     out,  # [S] int64
@@ -209,33 +191,12 @@ def _sample_kernel(
         lane_id = tl.zeros([BLOCK], tl.int32) + token_id
         for start in range(0, V, BLOCK):
             values = _load_logits(row_logits, start, V, BLOCK)
-            perturbed = values * inverse_temperature + _gumbel_noise(seed, position, start, BLOCK)
+            perturbed = values * inverse_temperature + gumbel_noise(seed, position, start, BLOCK)
             perturbed = tl.where(_ordered_bits(values) >= lowest, perturbed, float("-inf"))
             lane_id = tl.where(perturbed > lane_max, start + tl.arange(0, BLOCK), lane_id)
             lane_max = tl.maximum(perturbed, lane_max)
         token_id = _argmax(lane_max, lane_id)
     tl.store(out + row, token_id.to(tl.int64))
-
-
-def philox_reference(seeds: Tensor, positions: Tensor, num_words: int) -> Tensor:
-    """Random 32-bit words, as int64 [S, num_words]: word t of row s is that of token t."""
-    num_counters = -(-num_words // 4)
-    c0 = torch.arange(num_counters, device=seeds.device).expand(len(seeds), -1)
-    c1 = (positions & _WORD)[:, None].expand_as(c0)
-    c2 = c3 = torch.zeros_like(c0)
-    k0, k1 = seeds[:, None] & _WORD, (seeds[:, None] >> 32) & _WORD
-    for _ in range(10):
-        low, high = c0 * _PHILOX_ROUND[0], c2 * _PHILOX_ROUND[1]  # 64-bit products; their bits survive the wrap
-        c0, c1 = (high >> 32 & _WORD) ^ c1 ^ k0, high & _WORD
-        c2, c3 = (low >> 32 & _WORD) ^ c3 ^ k1, low & _WORD
-        k0, k1 = (k0 + _PHILOX_KEY[0]) & _WORD, (k1 + _PHILOX_KEY[1]) & _WORD
-    return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :num_words]
-
-
-def gumbel_noise_reference(seeds: Tensor, positions: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    words = philox_reference(seeds, positions, vocab_size).to(dtype)
-    uniform = ((words + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
 
 
 def keep_threshold_reference(

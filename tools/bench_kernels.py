@@ -24,7 +24,7 @@ from torch import Tensor
 from tools.kernel_cases import GROUPS, Case, Run
 
 TARGET_US = 2000.0  # length of a replay
-REPLAYS = 7
+REPLAYS = 5
 
 
 def capture(run: Run, num_inputs: int) -> tuple[torch.cuda.CUDAGraph, int]:

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.activation import bias_activation, silu_and_mul
 from kernels.block_copy import copy_blocks
-from kernels.decode_attention import decode_attention, decode_workspace
+from kernels.decode_attention import decode_attention
+from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.embedding import embed
 from kernels.layer_norm import add_layer_norm
 from kernels.prefill_attention import prefill_attention
@@ -109,6 +110,7 @@ def decode(num_heads: int, num_kv_heads: int, lens: list[int], block_size: int) 
     q = randn(len(lens), num_heads, HEAD_DIM)
     context_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
     workspace = decode_workspace(len(lens), num_heads, num_kv_heads, HEAD_DIM, "cuda")
+    plan_decode(workspace, context_lens)
     libraries: dict[str, Run] = {}
     is_even = len(set(lens)) == 1
     if is_even:

@@ -2,8 +2,9 @@ import pytest
 import torch
 from oracle import PagedCache, attention, check
 
-from kernels import decode_attention as module
-from kernels.decode_attention import decode_attention, decode_workspace
+from kernels import decode_plan
+from kernels.decode_attention import decode_attention
+from kernels.decode_plan import decode_workspace, plan_decode
 
 HEADS = [(4, 4, 64), (6, 2, 80), (4, 1, 96), (5, 1, 128), (8, 1, 64)]  # query heads, KV heads, head_dim
 
@@ -23,11 +24,10 @@ def run(q, cache, scale, workspace=None):
     return decode_attention(q, cache.kv_cache, cache.block_tables, cache.lens, scale, workspace)
 
 
-@pytest.fixture(params=[1, 8], ids=["one_split", "many_splits"])
+@pytest.fixture(params=[1, 2**10], ids=["whole", "split"])
 def splits(request, monkeypatch):
-    """Fixes how many splits the grid has room for, and makes sequences use them; short ones leave most empty."""
-    monkeypatch.setattr(module, "_max_splits", lambda batch_size, num_kv_heads: request.param)
-    monkeypatch.setattr(module, "_BUSY_PROGRAMS", 2**20)
+    """Contexts in one piece each, or in as many as they have tiles."""
+    monkeypatch.setattr(decode_plan, "_PROGRAMS", request.param)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
@@ -68,14 +68,15 @@ def test_a_sequence_does_not_depend_on_its_place(splits, device):
     assert torch.equal(run(q[order], cache, 0.1), out[order])
 
 
-def test_workspace_serves_every_smaller_batch(device, monkeypatch):
-    monkeypatch.setattr(module, "_WANTED_PROGRAMS", 8)
+def test_workspace_serves_every_smaller_batch(device):
     torch.manual_seed(0)
     workspace = decode_workspace(3, 4, 2, 64, device)
     for lens in ([300], [300, 20], [5, 300, 170], [300]):
         cache = PagedCache(lens, 2, 64, 16, torch.float16, device)
         q = new_queries(len(lens), 4, 64, torch.float16, device)
-        check_against_sdpa(run(q, cache, 0.1, workspace), q, cache, 0.1)
+        plan_decode(workspace, cache.lens)
+        for _ in range(2):  # every layer of a step
+            check_against_sdpa(run(q, cache, 0.1, workspace), q, cache, 0.1)
 
 
 @pytest.mark.gpu
@@ -99,9 +100,10 @@ def test_a_captured_graph_serves_changed_lengths(batch_size, device):
     lens = torch.randint(1, 1500, (batch_size,)).tolist()
     cache = PagedCache(lens, 8, 128, 16, torch.bfloat16, device)
     q = new_queries(batch_size, 16, 128, torch.bfloat16, device)
-    run(q, cache, 0.1, workspace)
+    run(q, cache, 0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        plan_decode(workspace, cache.lens)
         out = run(q, cache, 0.1, workspace)
     for divisor in (1, 3, 10_000):
         cache.lens.copy_(torch.tensor(lens, device=device) // divisor)
