@@ -123,7 +123,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     Console(width=150).print(table)
 
 
-def commit() -> str:
+def current_commit() -> str:
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
 
@@ -131,6 +131,7 @@ def commit() -> str:
 def main(
     output: Annotated[Path | None, typer.Option(help="Where to write the results as JSON.")] = None,
     only: Annotated[list[str] | None, typer.Option(help=f"Groups to run: {', '.join(GROUPS)}. Default: all.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit that is measured. Default: git's HEAD.")] = None,
 ) -> None:
     """Times every Triton kernel on the current GPU."""
     torch.manual_seed(0)
@@ -151,7 +152,7 @@ def main(
         result = {
             "device": device,
             "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
-            "commit": commit(),
+            "commit": commit or current_commit(),
             "command": " ".join(["python", "-m", "tools.bench_kernels", *sys.argv[1:]]),
             "rows": [{"goal": None, "met": None, **row} for row in ceiling_rows] + rows,
         }
