@@ -144,7 +144,7 @@ def _token_arrays(batch: Batch, block_size: int, unread_rows: Mapping[int, int])
 
 def to_device(groups: dict[str, dict[str, Array]], device: torch.device) -> dict[str, dict[str, Tensor]]:
     """The arrays as tensors of the same shapes and dtypes; to a GPU in one asynchronous copy."""
-    if device.type == "cpu":
+    if device.type == "cpu" or not groups:
         return {group: {name: torch.from_numpy(a) for name, a in arrays.items()} for group, arrays in groups.items()}
     flat = [array for arrays in groups.values() for array in arrays.values()]
     offsets = [0, *np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in flat]).tolist()]

@@ -17,7 +17,7 @@ from ensemble.models.layers import AttentionMetadata
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
 from ensemble.request import Sequence
-from kernels.decode_attention import decode_workspace
+from kernels.decode_plan import decode_workspace, plan_decode
 
 
 def graph_batch_sizes(max_num_seqs: int) -> list[int]:
@@ -135,4 +135,5 @@ class DecodeGraphs:
             block_tables=inputs.block_tables[:size],
             decode_workspace=self._workspace,
         )
+        plan_decode(self._workspace, attention.context_lens)
         return model.compute_logits(model.forward(inputs.token_ids[:size], inputs.positions[:size], kv_pool, attention))

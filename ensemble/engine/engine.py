@@ -1,6 +1,10 @@
 """One engine step: run a batch, commit its tokens. Scheduling is the caller's, so that the same engine serves the
 prefill worker, the decode worker and `tools.offline`.
+
+On a GPU a step may be launched before the tokens of the one before are read: the host prepares while the GPU works.
 """
+
+from dataclasses import dataclass
 
 import torch
 
@@ -8,14 +12,21 @@ from ensemble.cache.block_manager import BlockManager
 from ensemble.cache.kv_pool import KVLayout, KVPool
 from ensemble.config import Deployment, StageConfig
 from ensemble.engine.batch import Batch
-from ensemble.engine.model_runner import ModelRunner, load_model, resolve_dtype
+from ensemble.engine.model_runner import Model, ModelRunner, StepHandle, load_model, resolve_dtype
 from ensemble.errors import ConfigError
 from ensemble.models.spec import ModelSpec, load_model_spec
 from ensemble.request import Sequence
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
-# CUDA graphs, cuBLAS workspaces and the allocator's slack come after the pool is sized.
-GPU_RESERVE_BYTES = 1 << 30
+GPU_RESERVE_BYTES = 1 << 30  # CUDA's own context, cuBLAS workspaces and decode graphs, which come beside the pool
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way. Its blocks are in use until it has been committed."""
+
+    batch: Batch
+    handle: StepHandle
 
 
 class Engine:
@@ -28,47 +39,84 @@ class Engine:
         self.blocks = BlockManager(pool.num_blocks, pool.layout.block_size)
         self.eos_token_ids = frozenset(spec.eos_token_ids)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `launch` returns before the step has run; on a CPU it does not."""
+        return self.pool.tensor.is_cuda
+
     def step(self, batch: Batch) -> list[Sequence]:
         """Runs the batch and commits it. Returns the sequences that got a token, in batch order."""
-        token_ids = self.runner.run(batch)
+        return self.commit(self.launch(batch))
+
+    def launch(self, batch: Batch) -> Launched:
+        """Starts a step. At most one launched step may be uncommitted at that time."""
+        launched = Launched(batch, self.runner.launch(batch))
         for row in batch.prefills:
-            row.sequence.num_computed_tokens = row.start + row.length
-        for sequence in batch.decodes:
+            row.sequence.num_computed_tokens = row.end
+        return launched
+
+    def commit(self, launched: Launched) -> list[Sequence]:
+        """Waits for the step and gives each live sequence its token; those that have ended meanwhile get none."""
+        token_ids = launched.handle.token_ids()
+        for sequence in launched.batch.decodes:
             sequence.num_computed_tokens += 1
-        for sequence, token_id in zip(batch.sampled, token_ids, strict=True):
+        live = [
+            (sequence, token_id)
+            for sequence, token_id in zip(launched.batch.sampled, token_ids, strict=True)
+            if not sequence.is_finished
+        ]
+        for sequence, token_id in live:
             sequence.append(token_id, self.eos_token_ids)
-        return batch.sampled
+        return [sequence for sequence, _ in live]
 
 
-def load_engine(deployment: Deployment, stage: StageConfig, device: torch.device) -> Engine:
-    """Loads the model and takes the pool's memory. Raises ConfigError or ModelError in one line."""
+def load_engine(
+    deployment: Deployment, stage: StageConfig, device: torch.device, max_num_batched_tokens: int | None = None
+) -> Engine:
+    """Loads the model, takes the pool's memory, and on a GPU compiles kernels and captures graphs.
+
+    `max_num_batched_tokens` is the largest prefill batch to come, the deployment's budget by default. Raises
+    ConfigError or ModelError in one line.
+    """
     spec = load_model_spec(deployment.model.path)
-    deployment.model.limit_model_len(spec.max_model_len)
+    max_model_len = deployment.model.limit_model_len(spec.max_model_len)
+    max_num_batched_tokens = max_num_batched_tokens or deployment.prefill.max_num_batched_tokens
     dtype = resolve_dtype(deployment.model, spec, device)
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise ConfigError(f"devices = {device}: this machine has {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
-    model = load_model(spec, deployment.model, device, dtype)
     layout = KVLayout(spec.num_layers, spec.num_kv_heads, deployment.block_size, spec.head_dim, dtype)
     try:
-        pool = KVPool(layout, layout.num_blocks_in(kv_cache_bytes(stage, device)), device)
-    except (torch.OutOfMemoryError, MemoryError, OSError) as error:
-        raise ConfigError(f"kv_cache_bytes: no memory for the KV pool on {device}: {error}") from None
-    return Engine(spec, ModelRunner(model, pool.tensor, deployment.block_size), pool)
+        model = load_model(spec, deployment.model, device, dtype)
+        num_bytes = stage.kv_cache_bytes or default_kv_cache_bytes(model, layout, stage, device, max_num_batched_tokens)
+        pool = KVPool(layout, layout.num_blocks_in(num_bytes), device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = str(error).partition(". ")[0]
+        raise ConfigError(f"{device} has no memory for the model and its KV pool: {reason}") from None
+    runner = ModelRunner(model, pool.tensor, deployment.block_size)
+    runner.warm_up(stage.max_num_seqs, max_num_batched_tokens, max_model_len)
+    return Engine(spec, runner, pool)
 
 
-def kv_cache_bytes(stage: StageConfig, device: torch.device) -> int:
-    """The pool's size in bytes: as configured, or on a GPU what the stage's share leaves after the weights."""
-    if stage.kv_cache_bytes is not None:
-        return stage.kv_cache_bytes
+def default_kv_cache_bytes(
+    model: Model, layout: KVLayout, stage: StageConfig, device: torch.device, max_num_batched_tokens: int
+) -> int:
+    """The pool's size where none is configured: on a GPU what the stage's share leaves beside weights and activations.
+
+    Activations are measured by a pass of the largest prefill batch. Another process's memory does not count: two
+    stages on one GPU are told apart by their shares alone.
+    """
     if device.type == "cpu":
         return DEFAULT_CPU_KV_CACHE_BYTES
+    one_block = torch.zeros(1, *layout.block_shape, dtype=layout.dtype, device=device)
+    ModelRunner(model, one_block, layout.block_size).run_largest(max_num_batched_tokens)
+    used = torch.cuda.max_memory_reserved(device) + GPU_RESERVE_BYTES
     total = torch.cuda.get_device_properties(device).total_memory
-    available = int(total * stage.gpu_memory_utilization) - torch.cuda.memory_reserved(device) - GPU_RESERVE_BYTES
-    if available <= 0:
+    available = int(total * stage.gpu_memory_utilization) - used
+    if available < layout.block_bytes:
         raise ConfigError(
-            f"gpu_memory_utilization = {stage.gpu_memory_utilization}: the weights leave nothing of this share of"
-            f" {device}'s {total >> 20} MiB for the KV pool"
+            f"gpu_memory_utilization = {stage.gpu_memory_utilization}: weights and activations take {used >> 20} MiB"
+            f" of this share of {device}'s {total >> 20} MiB and leave nothing for the KV pool"
         )
     return available

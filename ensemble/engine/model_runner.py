@@ -1,5 +1,6 @@
 """`ModelRunner`: runs batches on one device. It reads sequences and never changes them; the engine commits tokens."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,11 +10,13 @@ from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow, StepInput, prepare_step, to_device
 from ensemble.engine.decode_graphs import DecodeGraphs
 from ensemble.engine.sampler import sample_tokens, sampling_arrays, sampling_input
+from ensemble.models.layers import AttentionMetadata
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
 from ensemble.models.spec import ModelSpec
 from ensemble.models.weights import fill_with_random_weights, load_weights
 from ensemble.request import Request, SamplingParams, Sequence
+from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.gather_rows import gather_rows
 
 Model = Llama | Opt
@@ -108,10 +111,27 @@ class ModelRunner:
         """Logits of the tokens that are sampled from."""
         if step.unread is not None and sampled_before is not None:
             step.unread.fill(step.token_ids, sampled_before)
-        hidden = self.model.forward(step.token_ids, step.positions, self.kv_pool, step.attention)
+        attention = self._with_decode_plan(step.attention) if self.kv_pool.is_cuda else step.attention
+        hidden = self.model.forward(step.token_ids, step.positions, self.kv_pool, attention)
         if step.sampled_tokens.shape[0] == 0:
             return hidden[:0]
         return self.model.compute_logits(gather_rows(hidden, step.sampled_tokens))
+
+    def run_largest(self, max_num_batched_tokens: int) -> None:
+        """Runs a prefill batch of that many tokens, to see the memory that it takes. Overwrites block 0."""
+        longest = min(max_num_batched_tokens, self.model.spec.max_model_len - 1)
+        self.run(_largest_batch(max_num_batched_tokens, longest, self.block_size))
+
+    def _with_decode_plan(self, attention: AttentionMetadata) -> AttentionMetadata:
+        decode_lens = attention.context_lens[attention.num_prefills :]
+        if decode_lens.shape[0] == 0:
+            return attention
+        spec = self.model.spec
+        workspace = decode_workspace(
+            decode_lens.shape[0], spec.num_heads, spec.num_kv_heads, spec.head_dim, decode_lens.device
+        )
+        plan_decode(workspace, decode_lens)
+        return replace(attention, decode_workspace=workspace)
 
     @torch.inference_mode()
     def warm_up(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
@@ -130,15 +150,7 @@ class ModelRunner:
 
 def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size: int) -> list[Batch]:
     """Batches that between them take every path: chunks, mixed steps, all ways of sampling, the largest step."""
-
-    def sequence(prompt_len: int, sampling: SamplingParams) -> Sequence:
-        request = Request(request_id=-1, prompt_token_ids=[0] * prompt_len, sampling=sampling)
-        return Sequence(request, output_token_ids=[0], block_ids=[0] * (-(-(prompt_len + 1) // block_size)))
-
-    def prefill(prompt_len: int, start: int = 0) -> PrefillRow:
-        return PrefillRow(sequence(prompt_len, greedy), start, prompt_len - start)
-
-    longest = min(max_num_batched_tokens, max_model_len - 1)
+    sequence = partial(_warm_up_sequence, block_size=block_size)
     greedy = SamplingParams(max_tokens=2, temperature=0)
     drawn = SamplingParams(max_tokens=2, temperature=1, top_k=5, top_p=0.9, min_p=0.1, min_tokens=2)
     penalised = SamplingParams(max_tokens=2, temperature=0, repetition_penalty=1.1)
@@ -147,11 +159,23 @@ def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size
         for sampling in (greedy, drawn, penalised)
         for num_rows in (1, 2, 16)
     ]
-    chunks = [prefill(length) for length in (1, 2, 16, 17)] + [prefill(32, start=16)]
-    num_longest = max_num_batched_tokens // longest
+    chunks = [PrefillRow(sequence(length, greedy), 0, length) for length in (1, 2, 16, 17)]
+    chunks.append(PrefillRow(sequence(32, greedy), 16, 16))
     return [
-        Batch(prefills=[prefill(longest) for _ in range(num_longest)]),
+        _largest_batch(max_num_batched_tokens, min(max_num_batched_tokens, max_model_len - 1), block_size),
         *(Batch(prefills=[chunk]) for chunk in chunks),
         Batch(prefills=chunks, decodes=[sequence(16, greedy)]),
         *decodes,
     ]
+
+
+def _largest_batch(max_num_batched_tokens: int, longest: int, block_size: int) -> Batch:
+    greedy = SamplingParams(max_tokens=2, temperature=0)
+    sequences = [_warm_up_sequence(longest, greedy, block_size) for _ in range(max_num_batched_tokens // longest)]
+    return Batch(prefills=[PrefillRow(sequence, 0, longest) for sequence in sequences])
+
+
+def _warm_up_sequence(prompt_len: int, sampling: SamplingParams, block_size: int) -> Sequence:
+    """A sequence of token 0 in block 0."""
+    request = Request(request_id=-1, prompt_token_ids=[0] * prompt_len, sampling=sampling)
+    return Sequence(request, output_token_ids=[0], block_ids=[0] * (-(-(prompt_len + 1) // block_size)))

@@ -1,5 +1,8 @@
 """The decode worker: pulls handed-off KV, then decodes every sequence that has arrived, all in each iteration.
 
+On a GPU each step is launched before the tokens of the one before are read. A sequence that those tokens end has then
+run a step too many: its last token is dropped, and its blocks are freed only when that step has run.
+
 SubmitDecode --> blocks reserved --> pull --copy completed: TransferDone to the source--> running --> finished
                                       |                                                      |
                                       +---- CancelRequests (acts when the copy has ended) ---+--> blocks free
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 
 from ensemble.cache.block_manager import Owner
 from ensemble.engine.batch import Batch
-from ensemble.engine.engine import Engine
+from ensemble.engine.engine import Engine, Launched
 from ensemble.request import FinishReason, Sequence
 from ensemble.scheduling.decode import DecodeScheduler
 from ensemble.transfer.puller import Pull, make_puller
@@ -45,10 +48,13 @@ class DecodeWorker:
         self._scheduler = DecodeScheduler(max_num_seqs)
         self._arrivals: dict[int, _Arrival] = {}  # request_id |-> being pulled
         self._running: dict[int, Sequence] = {}
+        self._launched: Launched | None = None  # a step whose tokens have not been read
+        self._launched_ids: set[int] = set()  # its request ids
+        self._ended_early: set[int] = set()  # ended while in a launched step: freed when that has run
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or self._puller.num_in_flight > 0
+        return bool(self._running) or self._launched is not None or self._puller.num_in_flight > 0
 
     def handle(self, command: Command) -> list[WorkerEvent]:
         match command:
@@ -62,12 +68,16 @@ class DecodeWorker:
                 raise TypeError("a decode worker was sent PrefillBatch")
 
     def step(self) -> list[WorkerEvent]:
-        """Lets arrived sequences join, then runs one iteration of all that are running."""
+        """Lets arrived sequences join, launches an iteration, and commits the one before (on a CPU: this one)."""
         events = self._join()
-        running = self._scheduler.next_batch()
-        if running:
-            return events + self._iterate(running)
-        if not events:
+        batch = [sequence for sequence in self._scheduler.next_batch() if not self._is_at_its_end(sequence)]
+        launched = self.engine.launch(Batch([], batch)) if batch else None
+        if self.engine.runs_ahead:
+            launched, self._launched = self._launched, launched
+            self._launched_ids = {sequence.request_id for sequence in batch}
+        if launched is not None:
+            events += self._commit(launched)
+        elif not batch and not events:
             self._puller.wait(1e-3)
         return events
 
@@ -110,24 +120,35 @@ class DecodeWorker:
             events.append(Joined(request_ids=joined, transfer_s=seconds, transfer_bytes=num_bytes))
         return events + self._released(released)
 
-    def _iterate(self, running: list[Sequence]) -> list[WorkerEvent]:
-        sampled = self.engine.step(Batch([], running))
+    def _is_at_its_end(self, sequence: Sequence) -> bool:
+        """Whether the unread token of the launched step is the last that the sequence may have."""
+        num_output_tokens = len(sequence.output_token_ids) + (sequence.request_id in self._launched_ids)
+        return num_output_tokens >= sequence.sampling.max_tokens
+
+    def _commit(self, step: Launched) -> list[WorkerEvent]:
+        sampled = self.engine.commit(step)
+        in_step = {sequence.request_id for sequence in step.batch.decodes}
+        released = [self._free(request_id) for request_id in self._ended_early & in_step]
+        self._ended_early -= in_step
         finished: dict[int, FinishReason] = {
             sequence.request_id: sequence.finish_reason for sequence in sampled if sequence.finish_reason is not None
         }
+        for request_id in finished:
+            released += self._leave(request_id)
         tokens = StepTokens(
             request_ids=[sequence.request_id for sequence in sampled],
             token_ids=[sequence.last_token_id for sequence in sampled],
             finished=finished,
         )
-        return [tokens, *self._released([self._leave(request_id) for request_id in finished])]
+        return [tokens, *self._released(released)]
 
     def _cancel(self, request_ids: list[int]) -> list[WorkerEvent]:
         released = []
         for request_id in request_ids:
             arrival = self._arrivals.get(request_id)
             if request_id in self._running:
-                released.append(self._leave(request_id))
+                self._running[request_id].finish_reason = "cancelled"
+                released += self._leave(request_id)
             elif arrival is not None and arrival.is_copying:
                 arrival.is_cancelled = True  # the source's blocks are being read: the copy ends first
             elif arrival is not None:
@@ -136,10 +157,14 @@ class DecodeWorker:
                 released.append(self._free(request_id))
         return self._released(released)
 
-    def _leave(self, request_id: int) -> int:
+    def _leave(self, request_id: int) -> list[int]:
+        """Takes a sequence out of the batch; its id if its blocks are free now, not only after the launched step."""
         del self._running[request_id]
         self._scheduler.remove(request_id)
-        return self._free(request_id)
+        if request_id in self._launched_ids:
+            self._ended_early.add(request_id)
+            return []
+        return [self._free(request_id)]
 
     def _free(self, request_id: int) -> int:
         self.engine.blocks.free(Owner("sequence", request_id))

@@ -8,10 +8,11 @@ reader acknowledges its copy.
 
 import time
 from collections import deque
+from dataclasses import dataclass
 
 from ensemble.cache.block_manager import Owner
 from ensemble.engine.batch import Batch, PrefillRow
-from ensemble.engine.engine import Engine
+from ensemble.engine.engine import Engine, Launched
 from ensemble.request import Sequence
 from ensemble.workers.messages import (
     CancelRequests,
@@ -26,6 +27,13 @@ from ensemble.workers.messages import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _LaunchedBatch:
+    batch_id: int
+    start: float
+    step: Launched | None  # None: all of it was cancelled
+
+
 class PrefillWorker:
     """Decides nothing: the scheduler's credit says what fits. `peer_address` goes into the hand-off messages."""
 
@@ -33,6 +41,7 @@ class PrefillWorker:
         self.engine = engine
         self._peer_address = peer_address
         self._batches: deque[PrefillBatch] = deque()
+        self._launched: _LaunchedBatch | None = None
         self._sequences: dict[int, Sequence] = {}  # request_id |-> a prompt in prefill
         self._leases: dict[int, int] = {}  # transfer_id |-> request_id
         self._transfers: dict[int, int] = {}  # request_id |-> transfer_id, the inverse
@@ -40,7 +49,7 @@ class PrefillWorker:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._batches)
+        return bool(self._batches) or self._launched is not None
 
     def handle(self, command: Command) -> list[WorkerEvent]:
         match command:
@@ -53,17 +62,28 @@ class PrefillWorker:
                 raise TypeError("a prefill worker was sent SubmitDecode")
 
     def step(self) -> list[WorkerEvent]:
-        """Runs the oldest batch."""
-        batch = self._batches.popleft()
-        start = time.perf_counter()
+        """Launches the oldest batch, and answers the one launched before; on a CPU, and at the last, the same one."""
+        launched = self._launch(self._batches.popleft()) if self._batches else None
+        if launched is not None and self.engine.runs_ahead and (self._batches or self._launched):
+            launched, self._launched = self._launched, launched
+        elif launched is None:
+            launched, self._launched = self._launched, None
+        return self._answer(launched) if launched is not None else []
+
+    def _launch(self, batch: PrefillBatch) -> _LaunchedBatch:
         rows = [
             PrefillRow(self._sequences[chunk.request_id], chunk.start, chunk.length)
             for chunk in batch.chunks
             if chunk.request_id in self._sequences  # else cancelled meanwhile
         ]
-        sampled = self.engine.step(Batch(rows, [])) if rows else []
+        start = time.perf_counter()
+        return _LaunchedBatch(batch.batch_id, start, self.engine.launch(Batch(rows, [])) if rows else None)
+
+    def _answer(self, launched: _LaunchedBatch) -> list[WorkerEvent]:
+        sampled = self.engine.commit(launched.step) if launched.step is not None else []
         results = [self._leave_prefill(sequence) for sequence in sampled]
-        answer = PrefillAnswer(batch_id=batch.batch_id, results=results, compute_s=time.perf_counter() - start)
+        seconds = time.perf_counter() - launched.start
+        answer = PrefillAnswer(batch_id=launched.batch_id, results=results, compute_s=seconds)
         return [answer, *self._released([result.request_id for result in results if result.handoff is None])]
 
     def end_leases(self, transfer_ids: list[int]) -> list[WorkerEvent]:
@@ -113,7 +133,9 @@ class PrefillWorker:
     def _cancel(self, request_ids: list[int]) -> list[WorkerEvent]:
         released: list[int] = []
         for request_id in request_ids:
-            if self._sequences.pop(request_id, None) is not None:
+            sequence = self._sequences.pop(request_id, None)
+            if sequence is not None:
+                sequence.finish_reason = "cancelled"
                 self.engine.blocks.free(Owner("sequence", request_id))
                 released.append(request_id)
             elif request_id in self._transfers:

@@ -38,7 +38,9 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(stage.num_threads or cpu_threads(deployment))
     try:
-        engine = load_engine(deployment, stage, device)
+        # A decode worker's steps are as long as its batch; only prefill needs room for the token budget.
+        max_num_batched_tokens = None if stage_name == "prefill" else stage.max_num_seqs
+        engine = load_engine(deployment, stage, device, max_num_batched_tokens)
     except ConfigError as error:
         stage_socket.send(encode(LoadFailed(reason=str(error))))
         context.term()  # returns when the message is out

@@ -44,10 +44,14 @@ def footprint(server: TritonServer) -> dict[str, Any]:
     }
 
 
+def in_use(server: TritonServer) -> float:
+    return blocks_in_use(read_metrics(server.metrics_url))
+
+
 def test_64_streams_are_complete_equal_to_their_solo_runs_and_leave_nothing(tiny_server: TritonServer) -> None:
     requests = workload()
     # Warm-up: every thread pool of the server has grown to its size. One client after the other gives the solo runs.
-    run_streams(tiny_server.grpc_url, requests[:NUM_CLIENTS], NUM_CLIENTS)
+    run_streams(tiny_server.grpc_url, requests, NUM_CLIENTS)
     solo = run_streams(tiny_server.grpc_url, requests, 1)
     before = footprint(tiny_server)
 
@@ -62,7 +66,7 @@ def test_64_streams_are_complete_equal_to_their_solo_runs_and_leave_nothing(tiny
         assert reasons[-1] == ("length" if len(answer.output_ids) == request["max_tokens"] else "stop")
         assert sum(int(each["num_output_tokens"][0]) for each in answer.responses) == len(answer.output_ids)
     deadline = time.monotonic() + 5
-    while blocks_in_use(read_metrics(tiny_server.metrics_url)) and time.monotonic() < deadline:
+    while (in_use(tiny_server), footprint(tiny_server)) != (0, before) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert blocks_in_use(read_metrics(tiny_server.metrics_url)) == 0
+    assert in_use(tiny_server) == 0
     assert footprint(tiny_server) == before
