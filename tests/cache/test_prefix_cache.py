@@ -218,4 +218,4 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
 
 TestPrefixCache = PrefixCacheMachine.TestCase
-TestPrefixCache.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPrefixCache.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

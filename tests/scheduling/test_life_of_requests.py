@@ -309,5 +309,5 @@ def test_life_of_requests(name, max_long_tokens):
 
     Machine.max_long_tokens = max_long_tokens
     run_state_machine_as_test(
-        Machine, settings=settings(max_examples=60, stateful_step_count=60, deadline=None, derandomize=True)
+        Machine, settings=settings(max_examples=40, stateful_step_count=60, deadline=None, derandomize=True)
     )

@@ -67,7 +67,7 @@ operations = st.lists(
 
 @pytest.mark.parametrize("name", ["fcfs", "sjf", "priority", "edf"])
 @given(operations=operations, data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_the_head_is_the_one_the_definition_names(name, operations, data):
     queue, oracle, now = make_queue(name, long_prompt_len=LONG), Oracle(name), 0.0
     for request_id, (operation, wait_s, prompt_len, hints) in enumerate(operations):

@@ -188,7 +188,7 @@ class SwapStorm(RuleBasedStateMachine):
 def test_swap_storm(name, num_host_blocks):
     machine = type("Machine", (SwapStorm,), {"policy": name, "num_host_blocks": num_host_blocks})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=60, stateful_step_count=60, deadline=None, derandomize=True)
+        machine, settings=settings(max_examples=30, stateful_step_count=50, deadline=None, derandomize=True)
     )
 
 
