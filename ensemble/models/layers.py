@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.decode_attention import decode_attention
+from kernels.decode_plan import DecodeWorkspace
 from kernels.prefill_attention import prefill_attention
 
 Empty = Callable[..., Tensor]  # torch.empty with device and dtype bound
@@ -32,7 +33,7 @@ class AttentionMetadata:
     cu_seqlens_q: Tensor  # [S_p + 1] int32
     context_lens: Tensor  # [S_p + S_d] int32, this step's tokens included
     block_tables: Tensor  # [S_p + S_d, max_blocks] int32
-    decode_workspace: Tensor | None = None  # of kernels.decode_attention; None allocates one per launch
+    decode_workspace: DecodeWorkspace | None = None  # with the plan for the decode rows; None: every layer makes one
 
     @property
     def num_prefills(self) -> int:

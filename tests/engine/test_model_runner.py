@@ -47,6 +47,15 @@ CHECKPOINTS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models: several threads would only wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="module", params=CHECKPOINTS)
 def checkpoint(request, tmp_path_factory) -> Path:
     make, overrides = CHECKPOINTS[request.param]
