@@ -89,7 +89,7 @@ def _decode_attention_kernel(
     seq = tl.load(item_fields).to(tl.int64)
     if seq < 0:
         return
-    start, end = tl.load(item_fields + 1), tl.load(item_fields + 2)
+    start, end = tl.multiple_of(tl.load(item_fields + 1), BLOCK_N), tl.load(item_fields + 2)
     first_item, count = tl.load(item_fields + 3), tl.load(item_fields + 4)
 
     rows = tl.arange(0, BLOCK_M)

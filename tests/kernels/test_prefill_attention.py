@@ -2,6 +2,7 @@ import pytest
 import torch
 from oracle import PagedCache, attention, check
 
+from kernels import prefill_attention as module
 from kernels.prefill_attention import prefill_attention
 
 HEADS = [(4, 4, 64), (6, 2, 80), (4, 1, 96), (5, 1, 128), (8, 1, 64)]  # query heads, KV heads, head_dim
@@ -28,6 +29,12 @@ def check_against_sdpa(outs, queries, cache, scale):
             check(out, lambda q, k, v: attention(q, k, v, scale), q, k, v)
 
 
+@pytest.fixture(params=[0, 2**31], ids=["large_tiles", "small_tiles"])
+def tiles(request, monkeypatch):
+    """Tiles as for a batch that fills the GPU, or one that does not."""
+    monkeypatch.setattr(module, "_FEW_ROWS", request.param)
+
+
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
 def test_whole_prompts_around_a_block(num_heads, num_kv_heads, head_dim, dtype, device):
     torch.manual_seed(0)
@@ -38,7 +45,7 @@ def test_whole_prompts_around_a_block(num_heads, num_kv_heads, head_dim, dtype, 
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS[:3])
-def test_chunks_after_a_cached_prefix_and_empty_queries(num_heads, num_kv_heads, head_dim, dtype, device):
+def test_chunks_after_a_cached_prefix_and_empty_queries(num_heads, num_kv_heads, head_dim, tiles, dtype, device):
     torch.manual_seed(0)
     lens, query_lens = [150, 33, 70, 16, 129], [1, 0, 20, 16, 90]
     cache = PagedCache(lens, num_kv_heads, head_dim, 16, dtype, device)
@@ -47,7 +54,7 @@ def test_chunks_after_a_cached_prefix_and_empty_queries(num_heads, num_kv_heads,
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 64, 256])
-def test_block_sizes(block_size, device):
+def test_block_sizes(block_size, tiles, device):
     torch.manual_seed(0)
     lens = [70, 130]
     cache = PagedCache(lens, 2, 64, block_size, torch.float16, device)
@@ -81,12 +88,13 @@ def test_a_sequence_does_not_depend_on_its_batch(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(8, 8), (16, 2), (12, 4), (5, 1)])
-def test_long_mixed_batches(num_heads, num_kv_heads, head_dim, dtype, device):
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(12, 12), (16, 2), (12, 4), (15, 3)])
+def test_long_mixed_batches(num_heads, num_kv_heads, head_dim, block_size, dtype, device):
     torch.manual_seed(0)
     lens, query_lens = [2048, 700, 1300, 1, 513, 999], [2048, 1, 300, 1, 513, 128]
-    cache = PagedCache(lens, num_kv_heads, head_dim, 16, dtype, device)
+    cache = PagedCache(lens, num_kv_heads, head_dim, block_size, dtype, device)
     queries = new_queries(query_lens, num_heads, head_dim, dtype, device)
     outs = run(cache, queries, head_dim**-0.5)
     check_against_sdpa(outs, queries, cache, head_dim**-0.5)
