@@ -55,9 +55,9 @@ class Tokenizer:
         except Exception as error:  # what the library raises has no class of its own
             raise ModelError(f"model {path}: tokenizer cannot be read: {' '.join(str(error).split())}") from None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the model's prompts start or end with, such as BOS."""
-        token_ids: list[int] = self._backend.encode(text).ids
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, by default with the special tokens that the model's texts start or end with, such as BOS."""
+        token_ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

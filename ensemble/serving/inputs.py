@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ensemble.chat import ChatTemplate
 from ensemble.errors import InvalidRequest
 from ensemble.request import Request, SamplingParams
 from ensemble.tokenizer import Tokenizer
 
+MAX_STOP_WORDS = 64
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 
@@ -45,24 +47,52 @@ class ClientRequest:
     request: Request
     options: OutputOptions
     prompt_text: str | None  # None when the client sent token ids alone
+    stop_strings: tuple[str, ...] = ()
 
 
-def parse_request(tensors: Tensors, request_id: int, tokenizer: Tokenizer, limits: ModelLimits) -> ClientRequest:
+def parse_request(
+    tensors: Tensors, request_id: int, tokenizer: Tokenizer, chat: ChatTemplate, limits: ModelLimits
+) -> ClientRequest:
     """Validates the tensors of one request. Raises InvalidRequest."""
     options = OutputOptions(
         **{name: bool(_scalar(tensors, name)) for name in OutputOptions.__slots__ if name in tensors}
     )
     sampling = parse_sampling(tensors)
-    text = parse_text(tensors["text_input"]) if "text_input" in tensors else None
-    if "input_ids" in tensors:
+    field = next((name for name in ("messages", "text_input") if name in tensors), "input_ids")
+    if "input_ids" in tensors:  # from a client, or from `preprocess`, beside the text that they were made of
         token_ids = [int(token_id) for token_id in tensors["input_ids"].reshape(-1)]
-    elif text is not None:
-        token_ids = tokenizer.encode(text)
+        text = parse_text(tensors["text_input"]) if "text_input" in tensors else None
     else:
-        raise InvalidRequest("text_input", None, "give text_input or input_ids")
-    _check_prompt("input_ids" if text is None else "text_input", token_ids, sampling.max_tokens, limits)
+        token_ids, text = parse_prompt(tensors, tokenizer, chat)
+    _check_prompt(field, token_ids, sampling.max_tokens, limits)
     request = Request(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
-    return ClientRequest(request, options, text)
+    return ClientRequest(request, options, text, parse_stop_words(tensors))
+
+
+def parse_prompt(tensors: Tensors, tokenizer: Tokenizer, chat: ChatTemplate) -> tuple[list[int], str]:
+    """Token ids and text of the prompt that text_input or messages give. Raises InvalidRequest.
+
+    text_input is continued as it is, after the special tokens that start the model's texts; a chat template writes
+    all special tokens itself.
+    """
+    if "messages" in tensors and "text_input" in tensors:
+        raise InvalidRequest("messages", "given beside text_input", "one of the two")
+    if "messages" in tensors:
+        text = chat.render(parse_text(tensors["messages"], "messages"))
+        return tokenizer.encode(text, add_special_tokens=False), text
+    if "text_input" not in tensors:
+        raise InvalidRequest("text_input", None, "give text_input, messages or input_ids")
+    text = parse_text(tensors["text_input"])
+    return tokenizer.encode(text), text
+
+
+def parse_stop_words(tensors: Tensors) -> tuple[str, ...]:
+    """The stop strings. Raises InvalidRequest for an empty one and for more than MAX_STOP_WORDS."""
+    if "stop_words" not in tensors:
+        return ()
+    words = tensors["stop_words"].reshape(-1)
+    _check("stop_words", f"{words.size} strings", words.size <= MAX_STOP_WORDS, f"at most {MAX_STOP_WORDS}")
+    return tuple(parse_text(words[index : index + 1], f"stop_words[{index}]") for index in range(words.size))
 
 
 def parse_text(tensor: npt.NDArray[Any], field: str = "text_input") -> str:

@@ -126,6 +126,10 @@ class Orchestrator:
         """Ends a request wherever it is; its client gets CANCELLED."""
         self._inbox.put(lambda: self._fail(request_id, Cancelled("the client cancelled the request")))
 
+    def stop(self, request_id: int) -> None:
+        """Ends a request whose answer is complete: a stop string was met."""
+        self._inbox.put(lambda: self._stop(request_id))
+
     def live_streams(self) -> list[ClientStream]:
         return list(self._streams.copy().values())
 
@@ -258,9 +262,22 @@ class Orchestrator:
 
     def _fail(self, request_id: int, error: DistServeError) -> None:
         """Ends a live request with an error, wherever it is, and has its blocks freed."""
+        stream = self._withdraw(request_id)
+        if stream is not None:
+            self._refuse(stream, error)
+
+    def _stop(self, request_id: int) -> None:
+        stream = self._withdraw(request_id)
+        if stream is not None:
+            stream.timeline.last_token_ns = time.time_ns()
+            stream.num_output_tokens = stream.num_sent_tokens
+            self._ended(stream, "stop", is_error=False)
+
+    def _withdraw(self, request_id: int) -> ClientStream | None:
+        """Takes a live request out, wherever it is, and has its blocks freed; None if it has ended already."""
         stream = self._streams.pop(request_id, None)
         if stream is None:
-            return
+            return None
         where = self.admission.cancel(request_id)
         if where is not None and where[0] == "decode":
             self._send("decode", CancelRequests(replica=where[1], request_ids=[request_id]))
@@ -268,7 +285,7 @@ class Orchestrator:
             prefill_replica = self.prefill.cancel(request_id)
             if isinstance(prefill_replica, int):
                 self._send("prefill", CancelRequests(replica=prefill_replica, request_ids=[request_id]))
-        self._refuse(stream, error)
+        return stream
 
     def _fail_all(self, error: DistServeError) -> None:
         for request_id in list(self._streams):

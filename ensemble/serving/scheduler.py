@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError
 from ensemble.models.spec import load_model_spec
@@ -29,9 +30,10 @@ class Scheduler:
         self._make_family = make_family  # None: metrics are off
         self._metrics: Metrics | None = None
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
+        self._chat = ChatTemplate.from_dir(deployment.model.path)
         self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
         self._request_ids = itertools.count()
-        self._senders = SenderPool(on_failure=self._send_failed)
+        self._senders = SenderPool(self._stopped, self._send_failed)
         self._orchestrator: Orchestrator | None = None
         self._cancels = CancelReceiver(self._cancel)
         self._closing = threading.Event()
@@ -39,7 +41,7 @@ class Scheduler:
     def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
         """Takes one request; every outcome, errors too, goes to `call`."""
         try:
-            client_request = parse_request(tensors, next(self._request_ids), self._tokenizer, self._limits)
+            client_request = parse_request(tensors, next(self._request_ids), self._tokenizer, self._chat, self._limits)
         except DistServeError as error:
             call.send_error(error)
             return
@@ -81,6 +83,10 @@ class Scheduler:
                 if stream.is_cancelled():
                     self._cancel(stream.request_id)
             self._closing.wait(max(0.0, CHECK_INTERVAL_S - (time.monotonic() - started)))
+
+    def _stopped(self, stream: ClientStream) -> None:
+        if self._orchestrator is not None:
+            self._orchestrator.stop(stream.request_id)
 
     def _send_failed(self, stream: ClientStream, error: Exception) -> None:
         """The client is gone, or our answer is faulty: either way nobody reads on."""

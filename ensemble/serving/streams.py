@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from ensemble.errors import DistServeError
 from ensemble.request import FinishReason
 from ensemble.serving.inputs import ClientRequest
+from ensemble.serving.stop_strings import StopStrings
 from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
 
 MAX_TOKENS_PER_RESPONSE = 8
@@ -52,6 +54,14 @@ class Timeline:
     decode_replica: int = -1  # -1: ended with its first token
 
 
+class Progress(Enum):
+    """What `send_next` leaves to do."""
+
+    SENT = "nothing until more tokens come"
+    MORE_PENDING = "send again"
+    STOPPED = "a stop string was met: whoever makes the tokens has to be told"
+
+
 class ClientStream:
     """One client's answer in the making."""
 
@@ -68,6 +78,8 @@ class ClientStream:
         self._cancel_handle = cancel_handle
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._prompt_text = client_request.prompt_text
+        self._stop_strings = StopStrings(client_request.stop_strings)
+        self._is_stopped = False  # by a stop string
         self._lock = threading.Lock()
         self._pending: deque[int] = deque()
         self._finish_reason: FinishReason | None = None
@@ -77,6 +89,7 @@ class ClientStream:
         self._text = ""  # not yet sent
         self._token_ids: list[int] = []  # not yet sent
         self.num_output_tokens = 0
+        self.num_sent_tokens = 0  # those that the client's answer was made of
 
     @property
     def request_id(self) -> int:
@@ -109,30 +122,45 @@ class ClientStream:
         with self._call_lock:
             return not self._is_closed and self._call.is_cancelled()
 
-    def send_next(self) -> bool:
-        """Sends one response of what is pending, if it shows anything. True if more is pending."""
+    def send_next(self) -> Progress:
+        """Sends one response of what is pending, if it shows anything."""
         with self._lock:
             limit = MAX_TOKENS_PER_RESPONSE if self._options.stream else len(self._pending)
             token_ids = [self._pending.popleft() for _ in range(min(limit, len(self._pending)))]
-            is_last = self._finish_reason is not None and not self._pending
+            has_all = self._finish_reason is not None and not self._pending
             error = self._error
-            self._is_queued = bool(self._pending) and error is None
+            self._is_queued = bool(self._pending) and error is None and not self._is_closed
+        if self._is_closed:
+            return Progress.SENT  # what came after the stop string
         if error is not None:
             with self._call_lock:
                 self._is_closed = True
                 self._call.send_error(error)
-            return False
-        self._text += self._detokenizer.push(token_ids)
-        self._token_ids += token_ids
-        if is_last:
-            self._text += self._detokenizer.flush()
+            return Progress.SENT
+        self._read(token_ids, has_all)
+        is_last = has_all or self._is_stopped
         if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
             with self._call_lock:
                 self._is_closed = is_last
                 self._call.send(outputs, final=is_last)
             self._text, self._token_ids, self._is_first = "", [], False
-        return self._is_queued
+        if self._is_stopped:
+            return Progress.STOPPED
+        return Progress.MORE_PENDING if self._is_queued else Progress.SENT
+
+    def _read(self, token_ids: list[int], has_all: bool) -> None:
+        """Tokens to text, up to a stop string; what comes after it is not counted."""
+        for token_id in token_ids:
+            self._token_ids.append(token_id)
+            self.num_sent_tokens += 1
+            text, self._is_stopped = self._stop_strings.push(self._detokenizer.push([token_id]))
+            self._text += text
+            if self._is_stopped:
+                return
+        if has_all:
+            text, self._is_stopped = self._stop_strings.push(self._detokenizer.flush())
+            self._text += text + self._stop_strings.flush()
 
     def _outputs(self, is_last: bool) -> Outputs:
         options, text = self._options, self._text
@@ -141,7 +169,7 @@ class ClientStream:
             text = (self._tokenizer.decode(self._request.prompt_token_ids) if prompt is None else prompt) + text
         outputs: Outputs = {"text_output": np.array([text.encode()], dtype=object)}
         if options.return_finish_reason:
-            reason = self._finish_reason if is_last else None
+            reason = ("stop" if self._is_stopped else self._finish_reason) if is_last else None
             outputs["finish_reason"] = np.array([(reason or "").encode()], dtype=object)
         if options.return_num_input_tokens:
             outputs["num_input_tokens"] = np.array([self._request.prompt_len], np.int32)
@@ -174,10 +202,16 @@ class ClientStream:
 
 
 class SenderPool:
-    """The threads that send. `num_sent` counts responses."""
+    """The threads that send. The callbacks are called on them."""
 
-    def __init__(self, num_threads: int = 2, on_failure: Callable[[ClientStream, Exception], None] | None = None):
+    def __init__(
+        self,
+        on_stopped: Callable[[ClientStream], None],
+        on_failure: Callable[[ClientStream, Exception], None],
+        num_threads: int = 2,
+    ) -> None:
         self._queues: list[queue.SimpleQueue[ClientStream | None]] = [queue.SimpleQueue() for _ in range(num_threads)]
+        self._on_stopped = on_stopped
         self._on_failure = on_failure
         self._threads = [
             threading.Thread(target=self._run, args=(each,), name=f"sender-{i}", daemon=True)
@@ -207,8 +241,11 @@ class SenderPool:
     def _run(self, streams: "queue.SimpleQueue[ClientStream | None]") -> None:
         while (stream := streams.get()) is not None:
             try:
-                if stream.send_next():
-                    streams.put(stream)
-            except Exception as error:
-                if self._on_failure is not None:
-                    self._on_failure(stream, error)
+                progress = stream.send_next()
+            except Exception as error:  # of the Triton server, or a fault of ours: it ends this stream alone
+                self._on_failure(stream, error)
+                continue
+            if progress is Progress.MORE_PENDING:
+                streams.put(stream)
+            elif progress is Progress.STOPPED:
+                self._on_stopped(stream)

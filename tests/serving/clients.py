@@ -13,6 +13,8 @@ from tritonclient.utils import InferenceServerException
 
 DTYPES = {
     "text_input": "BYTES",
+    "messages": "BYTES",
+    "stop_words": "BYTES",
     "input_ids": "INT32",
     "max_tokens": "INT32",
     "min_tokens": "INT32",

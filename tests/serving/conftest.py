@@ -7,7 +7,6 @@ import pytest
 
 from tests.checkpoints import make_tiny_llama
 from tests.serving.deployments import deploy
-from tools.default_model import ensure_default_model
 from tools.triton_server import TritonServer
 
 
@@ -15,12 +14,6 @@ from tools.triton_server import TritonServer
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaMA with grouped-query attention."""
     return make_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
-
-
-@pytest.fixture(scope="session")
-def smollm2_dir() -> Path:
-    """The default model, downloaded and converted at its first use."""
-    return ensure_default_model()
 
 
 @pytest.fixture(scope="session")
