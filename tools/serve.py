@@ -14,7 +14,8 @@ from typer import Option
 from tools.cache import cache_dir
 from tools.command_line import run
 from tools.deployment import make_deployment
-from tools.triton_server import Ports, ServerError, TritonServer
+from tools.installation import ServerError
+from tools.triton_server import Ports, TritonServer
 
 CURL = """curl -s {url}/v2/models/ensemble/generate \
 -d '{{"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""

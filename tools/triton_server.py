@@ -1,7 +1,6 @@
 """Starts, watches and stops the real Triton server: used by `tools.serve`, `tools.demo` and the tests alike.
 
-The program is the container's where there is one, else that of the nvidia-pytriton wheel. Everything a server leaves
-on disk lies in one private run directory, which `stop` removes:
+Everything a server leaves on disk lies in one private run directory, which `stop` removes:
 
     /tmp/distserve-XXXXXXXX/     mode 0700; the server's TMPDIR, short because sockets' paths are limited to 107 bytes
         deployment.yaml          what the models read
@@ -11,7 +10,6 @@ on disk lies in one private run directory, which `stop` removes:
 """
 
 import contextlib
-import ctypes
 import os
 import random
 import shutil
@@ -19,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.error
@@ -30,10 +27,9 @@ from pathlib import Path
 from types import TracebackType
 
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
-from ensemble.errors import DistServeError
+from tools.installation import Installation, ServerError, find_libpython
 
 MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
-CONTAINER_SERVER = Path("/opt/tritonserver")
 MARK = "distserve: "  # of lines in the server's log that are for the operator
 ERROR_MARK = "distserve: error: "  # the reason of a failed start
 SHM = Path("/dev/shm")
@@ -42,10 +38,6 @@ RUN_UNTIL_PARENT_ENDS = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15);
 STOP_S = 4.0  # from SIGTERM until what is left is killed
 
 Progress = Callable[[str], None]
-
-
-class ServerError(DistServeError):
-    """The server cannot be started, or ended before it was ready; the message is the operator's one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,43 +65,6 @@ def port_is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class Installation:
-    """The files of one Triton server."""
-
-    server: Path
-    backend_files: tuple[Path, ...]  # what backends/python must hold
-
-    @classmethod
-    def find(cls) -> "Installation":
-        """The container's server, else the wheel's. Raises ServerError."""
-        server = CONTAINER_SERVER / "bin/tritonserver"
-        if server.exists():
-            return cls(server, tuple((CONTAINER_SERVER / "backends/python").iterdir()))
-        wheel = Path(sysconfig.get_path("purelib")) / "pytriton/tritonserver"
-        if not wheel.exists():
-            raise ServerError("no Triton server: neither an NVIDIA Triton container nor the nvidia-pytriton wheel")
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
-        if not stub.exists():
-            raise ServerError(f"the nvidia-pytriton wheel has no Python backend stub for Python {version}")
-        names = ("libtriton_python.so", "triton_python_backend_utils.py")
-        return cls(wheel / "bin/tritonserver", (*(wheel / "backends/python" / name for name in names), stub))
-
-
-def find_libpython() -> Path | None:
-    """The shared library of this interpreter, which the stub loads; None if it is on the loader's own path already."""
-    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
-    folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64"]
-    found = next((path for folder in folders if folder and (path := Path(folder) / name).exists()), None)
-    if found is None:
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            raise ServerError(f"{name} is missing, which the server's Python stub loads: see `make serve`") from None
-    return found
 
 
 class TritonServer:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from ensemble.config import Deployment
-from tools.triton_server import SHM, Ports, ServerError, TritonServer, session_pids
+from tools.installation import Installation, ServerError
+from tools.triton_server import SHM, Ports, TritonServer, session_pids
 
 pytestmark = pytest.mark.server
 
@@ -137,6 +138,27 @@ def test_an_early_end_is_told_in_one_line(tmp_path: Path, deployment: Deployment
     ):
         server.wait_ready(timeout_s=120)
     assert re.fullmatch(reason, str(caught.value))
+
+
+def test_the_environment_may_name_another_server(
+    tmp_path: Path, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a copy of the same one, laid out as a server that somebody has built."""
+    installed = Installation.find()
+    program, backend = tmp_path / "tritonserver", tmp_path / "backends/python"
+    program.symlink_to(installed.server)
+    backend.mkdir(parents=True)
+    for file in installed.backend_files:
+        (backend / file.name).symlink_to(file)
+    monkeypatch.setenv("TRITONSERVER", str(program))
+    monkeypatch.setenv("TRITON_BACKENDS", str(backend.parent))
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    with TritonServer(deployment, model_repository=repository) as server:
+        server.wait_ready(timeout_s=120)
+        assert double(server, [21]) == [42]
+    monkeypatch.setenv("TRITON_BACKENDS", str(tmp_path / "absent"))
+    with pytest.raises(ServerError, match="absent"):
+        Installation.find()
 
 
 def test_a_port_in_use_is_named(tmp_path: Path, deployment: Deployment) -> None:
