@@ -73,9 +73,9 @@ def warm_runner(request, tmp_path_factory) -> ModelRunner:
     else:
         make_tiny_opt(path, hidden_size=256, num_attention_heads=4, word_embed_proj_dim=256)
     spec, device = load_model_spec(path), torch.device("cuda", 0)
-    model = load_model(spec, ModelConfig(path=path), device, torch.float16)
+    model = load_model(spec, ModelConfig(path=path), device, torch.float32)
     shape = (1024, spec.num_layers, 2, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
-    runner = ModelRunner(model, torch.zeros(shape, dtype=torch.float16, device=device), BLOCK_SIZE)
+    runner = ModelRunner(model, torch.zeros(shape, dtype=torch.float32, device=device), BLOCK_SIZE)
     runner.warm_up(MAX_NUM_SEQS, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN)
     return runner
 
@@ -108,7 +108,7 @@ def generate(runner: ModelRunner, sequences: list[Sequence], is_ahead: bool) -> 
         sequence.append(token_id, frozenset())
     waiting = None
     for step in range(23):
-        rows = sequences[step % 5 :] if step > 15 else sequences
+        rows = sequences[step % len(sequences) :] if step > 15 else sequences
         batch = Batch(decodes=rows)
         handle = runner.launch(batch)
         if waiting is not None:
@@ -130,8 +130,9 @@ def test_graphs_give_the_tokens_of_eager_steps(warm_runner, num_sequences):
     eager_runner = ModelRunner(warm_runner.model, warm_runner.kv_pool, BLOCK_SIZE)
     eager = generate(eager_runner, mixed_sequences(num_sequences), is_ahead=False)
     assert ahead == graphed
-    same = sum(a == b for ours, theirs in zip(graphed, eager, strict=True) for a, b in zip(ours, theirs, strict=True))
-    assert same >= 0.9 * 24 * num_sequences, "padding changes rounding, which may change a token, but not many"
+    pairs = [pair for ours, theirs in zip(graphed, eager, strict=True) for pair in zip(ours, theirs, strict=True)]
+    same = sum(ours == theirs for ours, theirs in pairs)
+    assert same >= 0.95 * len(pairs), "padding changes rounding, which may change a token, but not many"
 
 
 @pytest.mark.gpu

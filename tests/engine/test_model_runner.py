@@ -67,13 +67,14 @@ def llama(tmp_path_factory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("llama"))
 
 
-def make_runner(path: Path) -> ModelRunner:
+def make_runner(path: Path, device: str = "cpu", dtype: str = "float64") -> ModelRunner:
+    """Over a pool of NaN, so that reading a slot that was not written shows."""
     spec = load_model_spec(path)
-    config = ModelConfig(path=path, dtype="float64")
-    device = torch.device("cpu")
+    config = ModelConfig(path=path, dtype=dtype)
+    device = torch.device(device)
     dtype = resolve_dtype(config, spec, device)
     pool_shape = (NUM_BLOCKS, spec.num_layers, 2, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
-    kv_pool = torch.full(pool_shape, torch.nan, dtype=dtype)
+    kv_pool = torch.full(pool_shape, torch.nan, dtype=dtype, device=device)
     return ModelRunner(load_model(spec, config, device, dtype), kv_pool, BLOCK_SIZE)
 
 
@@ -154,6 +155,36 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint):
         mixed = make_sequences(prompts, sampling, seed)
         run_at_random(runner, mixed, seed)
         assert [sequence.output_token_ids for sequence in mixed] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa-3-heads", "opt", "opt-350m"])
+def test_greedy_tokens_on_a_gpu_are_those_of_transformers(tmp_path, name):
+    """In float32, to the first token where the two best are closer than 1e-3: rounding may choose there."""
+    make, overrides = CHECKPOINTS[name]
+    path = make(tmp_path, **overrides)
+    runner = make_runner(path, device="cuda:0", dtype="float32")
+    prompts = random_prompts(runner.model.spec.vocab_size)
+    expected = transformers_greedy(path, prompts, NUM_OUTPUT_TOKENS)
+    certain = [certain_length(path, prompt, tokens) for prompt, tokens in zip(prompts, expected, strict=True)]
+    assert sum(certain) > NUM_OUTPUT_TOKENS * len(prompts) / 2
+    for seed in (1, 2):
+        sequences = make_sequences(prompts, [SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, temperature=0)] * 6, seed)
+        run_at_random(runner, sequences, seed)
+        for sequence, tokens, length in zip(sequences, expected, certain, strict=True):
+            assert sequence.output_token_ids[:length] == tokens[:length]
+
+
+def certain_length(path: Path, prompt: list[int], output: list[int]) -> int:
+    """Tokens of the oracle's output before the first whose lead over the next best is below 1e-3."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    with torch.no_grad():
+        log_probs = model(torch.tensor([prompt + output]), use_cache=False).logits[0].log_softmax(-1)
+    best, second = log_probs[len(prompt) - 1 : -1].topk(2).values.unbind(1)
+    close = (best - second < 1e-3).nonzero()
+    return int(close[0]) if len(close) else len(output)
 
 
 def test_seeded_samples_depend_on_the_request_alone(llama):
