@@ -33,19 +33,21 @@ from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.serving.metrics import Ended, Gauges, Labels
 from ensemble.serving.streams import ClientStream, SenderPool
 from ensemble.workers.messages import (
+    AttachPeer,
     CancelRequests,
     Command,
+    Detached,
+    DetachPeer,
     Events,
     Joined,
     Poll,
     PrefillAnswer,
-    PrefillBatch,
     Released,
     ReplicaDown,
     ReplicaUp,
     RequestFailed,
+    StartWorker,
     StepTokens,
-    SubmitDecode,
     WorkerEvent,
     decode_stage_answer,
     encode,
@@ -64,6 +66,7 @@ class _Replica:
     """The scheduler's end of the numbered command channel to one life of a worker."""
 
     epoch: int
+    peer_address: str
     num_blocks: int
     num_free_blocks: int  # as the worker said last
     next_number: int = 0
@@ -98,6 +101,8 @@ class Orchestrator:
             block_size=deployment.block_size, max_num_bridge_seqs=deployment.prefill.max_num_bridge_seqs
         )
         self._replicas: dict[tuple[StageName, int], _Replica] = {}  # those that are up
+        # Dead prefill workers' addresses |-> (replica, decode replicas that have yet to close their mapping)
+        self._detaching: dict[str, tuple[int, set[int]]] = {}
         self._down_reasons: dict[StageName, str] = {}
         self._streams: dict[int, ClientStream] = {}  # request_id |-> live request
         self._early: list[tuple[Request, ClientStream]] = []  # came before the stages reported for the first time
@@ -209,6 +214,8 @@ class Orchestrator:
                     self._on_joined(event)
                 case RequestFailed(request_id=request_id, message=message):
                     self._fail(request_id, InternalError(message))
+                case Detached(address=address):
+                    self._detached(address, replica)
                 case ReplicaUp():
                     self._replica_up(stage, event)
                 case ReplicaDown(epoch=epoch, reason=reason):
@@ -310,13 +317,18 @@ class Orchestrator:
         return gauges
 
     def _replica_up(self, stage: StageName, up: ReplicaUp) -> None:
-        self._replicas[stage, up.replica] = _Replica(up.epoch, up.num_blocks, up.num_blocks)
+        self._replicas[stage, up.replica] = _Replica(up.epoch, up.peer_address, up.num_blocks, up.num_blocks)
         self._down_reasons.pop(stage, None)
         if stage == "prefill":
             for request_id in self.prefill.replica_up(up.replica, up.num_blocks):
                 self._fail(request_id, InvalidRequest("text_input", "prompt", "no prefill pool holds it"))
         else:
             self.admission.replica_up(up.replica, up.num_blocks, up.max_num_seqs)
+        for (each, index), other in self._replicas.items():
+            if stage == "prefill" and each == "decode":
+                self._send("decode", AttachPeer(replica=index, address=up.peer_address))
+            elif stage == "decode" and each == "prefill":
+                self._send("decode", AttachPeer(replica=up.replica, address=other.peer_address))
         early, self._early = self._early, []
         for request, stream in early:
             self._arrive(request, stream)
@@ -325,14 +337,34 @@ class Orchestrator:
         known = self._replicas.get((stage, replica))
         if known is None or known.epoch != epoch:
             return
-        del self._replicas[stage, replica]
+        peer_address = self._replicas.pop((stage, replica)).peer_address
+        if stage == "prefill":
+            self._detaching[peer_address] = (replica, {index for each, index in self._replicas if each == "decode"})
+            for index in self._detaching[peer_address][1].copy():
+                self._send("decode", DetachPeer(replica=index, address=peer_address))
+            self._detached(peer_address)
+        else:
+            for address in list(self._detaching):
+                self._detached(address, replica)
         error = StageUnavailable(stage, reason)
         lost = (self.prefill if stage == "prefill" else self.admission).replica_down(replica)
         for request_id in lost:
             self._fail(request_id, error)
         if not any(each == stage for each, _ in self._replicas):
             self._down_reasons[stage] = reason
-            self._fail_all(error)
+            for stream in self.live_streams():
+                if not stream.timeline.first_scheduled_ns:  # queued; what is under way does without the dead stage
+                    self._fail(stream.request_id, error)
+
+    def _detached(self, address: str, decode_replica: int | None = None) -> None:
+        """A decode replica maps the dead prefill worker's pool no more; after the last one it may start again."""
+        if address not in self._detaching:
+            return
+        prefill_replica, readers = self._detaching[address]
+        readers.discard(-1 if decode_replica is None else decode_replica)
+        if not readers:
+            del self._detaching[address]
+            self._commands.submit(self._call_model, "prefill", encode(StartWorker(replica=prefill_replica)))
 
     # ---- calls into the stages
 
@@ -344,7 +376,7 @@ class Orchestrator:
         replica.next_number += 1
         self._commands.submit(self._call, stage, command)
 
-    def _call(self, stage: StageName, command: PrefillBatch | SubmitDecode | CancelRequests) -> None:
+    def _call(self, stage: StageName, command: Command) -> None:
         """On a command thread. A prefill batch's call returns when the batch has run."""
         try:
             answer = decode_stage_answer(self._call_model(stage, encode(command)))

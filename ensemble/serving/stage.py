@@ -30,6 +30,7 @@ from ensemble.workers.messages import (
     PrefillBatch,
     ReplicaDown,
     ReplicaUp,
+    StartWorker,
     WorkerEvent,
     decode_stage_call,
     decode_worker_event,
@@ -38,6 +39,7 @@ from ensemble.workers.messages import (
 from ensemble.workers.supervisor import Supervisor
 
 Reply = Callable[[bytes | DistServeError], None]
+MAX_DETACH_S = 5.0  # a dead worker's readers have this long to close their mappings before it is started again
 ERROR_MARK = "distserve: error:"  # tools.serve shows what follows as the reason of a failed start
 
 
@@ -87,6 +89,11 @@ class Stage:
             self.close()
             print(f"{ERROR_MARK} {reason}", file=sys.stderr, flush=True)
             raise ConfigError(reason)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether any replica serves."""
+        return any(replica.up is not None for replica in self._replicas)
 
     def handle(self, payload: bytes, reply: Reply) -> None:
         """Takes one encoded StageCall; `reply` is called once, later, from the stage's thread."""
@@ -144,6 +151,9 @@ class Stage:
             return
         if isinstance(call, Poll):
             replica.polls.append((time.monotonic() + call.max_wait_s, reply))
+        elif isinstance(call, StartWorker):
+            self._supervisor.allow(call.replica)
+            reply(encode(Accepted()))
         elif replica.up is None or call.epoch != replica.epoch:
             reply(StageUnavailable(self.name, f"replica {call.replica} is not up (epoch {call.epoch})"))
         else:
@@ -175,6 +185,11 @@ class Stage:
             case ReplicaUp():
                 replica.up, replica.epoch, replica.next_number = event, epoch, 0
                 replica.outbox.append(event)
+                print(
+                    f"distserve: {self.name} replica {index}: up, {event.num_blocks} KV blocks",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if all(each.up is not None for each in self._replicas):
                     self._all_up.set()
             case _:
@@ -187,7 +202,7 @@ class Stage:
             self._load_failure = self._load_failure or f"{self.name} replica {index}: {how} while loading"
             self._all_up.set()
             return
-        delay = self._supervisor.restart_later(index)
+        delay = self._supervisor.restart_later(index, MAX_DETACH_S if self.name == "prefill" else 0.0)
         print(
             f"distserve: {self.name} replica {index}: {how}; next start in {delay:.1f} s", file=sys.stderr, flush=True
         )

@@ -17,8 +17,11 @@ from ensemble.request import FinishReason, Sequence
 from ensemble.scheduling.decode import DecodeScheduler
 from ensemble.transfer.puller import Pull, make_puller
 from ensemble.workers.messages import (
+    AttachPeer,
     CancelRequests,
     Command,
+    Detached,
+    DetachPeer,
     Joined,
     KVHandoff,
     PrefillBatch,
@@ -64,6 +67,11 @@ class DecodeWorker:
                 return []
             case CancelRequests(request_ids=request_ids):
                 return self._cancel(request_ids)
+            case AttachPeer(address=address):
+                self.peers.attach(address)
+                return []
+            case DetachPeer(address=address):
+                return self._detach(address)
             case PrefillBatch():
                 raise TypeError("a decode worker was sent PrefillBatch")
 
@@ -156,6 +164,16 @@ class DecodeWorker:
                 self.peers.acknowledge(arrival.handoff)
                 released.append(self._free(request_id))
         return self._released(released)
+
+    def _detach(self, address: str) -> list[WorkerEvent]:
+        """Gives up what has not arrived from a dead source, lets its copies end, and closes the mapping."""
+        lost = [request_id for request_id, each in self._arrivals.items() if each.handoff.source == address]
+        events = self._cancel(lost)
+        while any(request_id in self._arrivals for request_id in lost):
+            self._puller.wait(1e-3)
+            events += self._join()
+        self.peers.detach(address)
+        return [*events, Detached(address=address)]
 
     def _leave(self, request_id: int) -> list[int]:
         """Takes a sequence out of the batch; its id if its blocks are free now, not only after the launched step."""

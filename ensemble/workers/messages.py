@@ -74,6 +74,24 @@ class CancelRequests(_Command, frozen=True, kw_only=True):
     request_ids: list[int]
 
 
+class AttachPeer(_Command, frozen=True, kw_only=True):
+    """A prefill worker serves: its readers map its pool now, so that the first hand-off need not wait for it."""
+
+    address: str  # of its peer socket
+
+
+class DetachPeer(_Command, frozen=True, kw_only=True):
+    """A prefill worker has died: its readers close their mapping of its pool and say so by Detached."""
+
+    address: str  # of its peer socket
+
+
+class StartWorker(_Message, frozen=True, kw_only=True):
+    """A dead worker's pool is mapped by nobody any more: the next life of its replica may start. Answered at once."""
+
+    replica: int
+
+
 class Poll(_Message, frozen=True, kw_only=True):
     """Parked until the replica has events, at most `max_wait_s`."""
 
@@ -81,8 +99,8 @@ class Poll(_Message, frozen=True, kw_only=True):
     max_wait_s: float = 1.0
 
 
-Command: TypeAlias = PrefillBatch | SubmitDecode | CancelRequests
-StageCall: TypeAlias = Command | Poll
+Command: TypeAlias = PrefillBatch | SubmitDecode | CancelRequests | AttachPeer | DetachPeer
+StageCall: TypeAlias = Command | StartWorker | Poll
 
 
 # ---- worker events
@@ -140,12 +158,19 @@ class ReplicaUp(_Message, frozen=True, kw_only=True):
     num_blocks: int
     max_num_seqs: int
     pid: int
+    peer_address: str  # where others attach its pool; only a prefill worker's is in use
 
 
 class ReplicaDown(_Message, frozen=True, kw_only=True):
     replica: int
     epoch: int
     reason: str
+
+
+class Detached(_Message, frozen=True, kw_only=True):
+    """The pool of the peer at this address is mapped here no more."""
+
+    address: str
 
 
 class LoadFailed(_Message, frozen=True, kw_only=True):
@@ -155,7 +180,7 @@ class LoadFailed(_Message, frozen=True, kw_only=True):
 
 
 WorkerEvent: TypeAlias = (
-    PrefillAnswer | StepTokens | Joined | Released | RequestFailed | ReplicaUp | ReplicaDown | LoadFailed
+    PrefillAnswer | StepTokens | Joined | Released | RequestFailed | Detached | ReplicaUp | ReplicaDown | LoadFailed
 )
 
 

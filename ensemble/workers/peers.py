@@ -102,6 +102,13 @@ class Peers:
         """Ends the lease on the source's blocks. Called exactly once for each hand-off received."""
         self._sockets[handoff.source].send(encode(TransferDone(transfer_ids=[handoff.transfer_id])))
 
+    def detach(self, address: str) -> None:
+        """Forgets a source, and closes the mapping of its pool: the caller holds no view of it any more."""
+        self._pools.pop(address, None)
+        socket = self._sockets.pop(address, None)
+        if socket is not None:
+            socket.close(linger=0)
+
     def close(self) -> None:
         """Closes the sockets and the mappings."""
         for socket in self._sockets.values():

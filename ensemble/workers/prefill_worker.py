@@ -15,8 +15,10 @@ from ensemble.engine.batch import Batch, PrefillRow
 from ensemble.engine.engine import Engine, Launched
 from ensemble.request import Sequence
 from ensemble.workers.messages import (
+    AttachPeer,
     CancelRequests,
     Command,
+    DetachPeer,
     KVHandoff,
     PrefillAnswer,
     PrefillBatch,
@@ -58,8 +60,8 @@ class PrefillWorker:
                 return []
             case CancelRequests(request_ids=request_ids):
                 return self._cancel(request_ids)
-            case SubmitDecode():
-                raise TypeError("a prefill worker was sent SubmitDecode")
+            case SubmitDecode() | AttachPeer() | DetachPeer():
+                raise TypeError(f"a prefill worker was sent {type(command).__name__}")
 
     def step(self) -> list[WorkerEvent]:
         """Launches the oldest batch, and answers the one launched before; on a CPU, and at the last, the same one."""

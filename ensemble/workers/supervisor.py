@@ -33,6 +33,7 @@ class Supervisor:
         self._next_epoch = [0] * num_replicas
         self._backoff_s = [MIN_BACKOFF_S] * num_replicas
         self._restart_at: dict[int, float] = {}
+        self._not_before: dict[int, float] = {}
         for replica in range(num_replicas):
             self._start(replica)
 
@@ -68,12 +69,21 @@ class Supervisor:
         """When (time.monotonic()) the next lives begin."""
         return list(self._restart_at.values())
 
-    def restart_later(self, replica: int) -> float:
-        """Schedules the next life and returns the delay in seconds; it doubles while lives are short."""
+    def restart_later(self, replica: int, max_extra_s: float = 0.0) -> float:
+        """Schedules the next life and returns the delay in seconds; it doubles while lives are short.
+
+        The start waits for `allow`, for `max_extra_s` beyond the delay at most.
+        """
         delay = self._backoff_s[replica]
         self._backoff_s[replica] = min(2 * delay, MAX_BACKOFF_S)
-        self._restart_at[replica] = time.monotonic() + delay
+        self._not_before[replica] = time.monotonic() + delay
+        self._restart_at[replica] = time.monotonic() + delay + max_extra_s
         return delay
+
+    def allow(self, replica: int) -> None:
+        """Nothing stands in the way of the replica's next life but its delay."""
+        if replica in self._restart_at:
+            self._restart_at[replica] = self._not_before[replica]
 
     def start_due(self) -> None:
         """Starts the workers whose delay has passed."""

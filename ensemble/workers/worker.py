@@ -51,6 +51,7 @@ def main() -> None:
         num_blocks=engine.pool.num_blocks,
         max_num_seqs=stage.max_num_seqs,
         pid=os.getpid(),
+        peer_address=peer_address,
     )
     if stage_name == "prefill":
         server = PeerServer(context, peer_address, engine.pool)

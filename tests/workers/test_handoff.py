@@ -146,9 +146,7 @@ def test_tokens_equal_those_of_one_engine_and_every_block_comes_back(
 ) -> None:
     requests = make_requests(12, temperature)
     alone: Engine = load_engine(deployment, deployment.decode, CPU)
-    expected = {
-        request_id: sequence.output_token_ids for request_id, sequence in generate(alone, requests).items()
-    }
+    expected = {request_id: sequence.output_token_ids for request_id, sequence in generate(alone, requests).items()}
 
     pair.prefill.handle(whole_prompts(requests))
     prefill_events = pair.run_prefill()

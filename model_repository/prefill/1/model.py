@@ -31,5 +31,8 @@ class TritonPythonModel:
             payload = pb_utils.get_input_tensor_by_name(request, "CALL").as_numpy().tobytes()
             self.stage.handle(payload, reply_by(request.get_response_sender()))
 
+    def is_ready(self):  # asked by servers from release 26.03 on
+        return self.stage.is_up
+
     def finalize(self):
         self.stage.close()
