@@ -95,7 +95,7 @@ class Linear:
         return F.linear(x, self.weight, bias)
 
     def pack(self) -> None:
-        """Brings the loaded weight into the CPU library's own order.
+        """Brings the loaded weight into oneDNN's own order; `named_weights`, which is for loading, ends with that.
 
         Measured on an AMD EPYC, one thread, SmolLM2's shapes: 1.9 times faster than F.linear at batch 1, 3.3 at 8.
         """
