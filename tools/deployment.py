@@ -12,6 +12,7 @@ from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
 from tools.default_model import ensure_default_model
 
+GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 64, 16  # tokens; on a GPU attention reads whole tiles (docs/results/kernels.md)
 GPU_SHARE = 0.9  # of a device's memory, divided among the workers on it
 
 
@@ -30,6 +31,8 @@ def make_deployment(fields: Mapping[str, object | None], file: Path | None = Non
     stages = (raw["prefill"], raw["decode"])
     for stage, device in zip(stages, default_devices(torch.cuda.device_count()), strict=True):
         stage.setdefault("devices", [device])
+    on_gpus = any(device.startswith("cuda") for stage in stages for device in stage["devices"])
+    raw.setdefault("block_size", GPU_BLOCK_SIZE if on_gpus else CPU_BLOCK_SIZE)
     workers = Counter(device for stage in stages for device in stage["devices"])
     for stage in stages:
         stage.setdefault("gpu_memory_utilization", GPU_SHARE / max(workers[device] for device in stage["devices"]))

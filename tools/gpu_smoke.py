@@ -61,7 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 MARGIN = 1e-3
-BLOCK_SIZE = 16
+BLOCK_SIZE = 64
 
 
 def write_model_dir(path: Path, config: dict[str, Any]) -> None:
@@ -152,9 +152,8 @@ def margin(engine: Engine, request: Request, output_ids: list[int]) -> float:
     sequence = Sequence(Request(request_id=0, prompt_token_ids=token_ids, sampling=request.sampling))
     sequence.block_ids = list(range(engine.blocks.blocks_for(len(token_ids))))
     runner = engine.runner
-    step = prepare_step(
-        Batch([PrefillRow(sequence, 0, len(token_ids))]), BLOCK_SIZE, engine.eos_token_ids, engine.pool.tensor.device
-    )
+    batch = Batch([PrefillRow(sequence, 0, len(token_ids))])
+    step = prepare_step(batch, runner.block_size, engine.eos_token_ids, engine.pool.tensor.device, {})
     hidden = runner.model.forward(step.token_ids, step.positions, runner.kv_pool, step.attention)
     best = torch.log_softmax(runner.model.compute_logits(hidden[-1:]).float(), -1).topk(2).values[0]
     return float(best[0] - best[1])
