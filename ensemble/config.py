@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ensemble.errors import ConfigError
+from ensemble.scheduling.decode_policies import DecodePolicyName
 
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
@@ -54,6 +55,23 @@ class PrefillConfig(StageConfig):
     max_num_bridge_seqs: int = Field(default=32, ge=1)  # prefilled or in prefill beyond what decode has room for
 
 
+class DecodeConfig(StageConfig):
+    """With a host pool, more sequences are taken than the device's pool may hold to their ends: some are swapped."""
+
+    policy: DecodePolicyName = "fcfs"
+    quantum_s: float = Field(default=0.05, gt=0)  # of the first level of mlfq; of a turn after starvation elsewhere
+    starvation_s: float = Field(default=3.0, gt=0)  # who has not run for so long runs next
+    max_num_resident_seqs: int | None = Field(default=None, ge=1)  # running, waiting and swapped; None: max_num_seqs
+    host_kv_bytes: int = Field(default=0, ge=0)  # of the host pool, for each replica; 0: nothing is swapped
+    headroom_blocks: int = Field(default=0, ge=0)  # kept free for the next iterations; at least one for each of a batch
+    watermark: float = Field(default=0.01, ge=0, lt=1)  # share of the pool that admission by expected length leaves
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that a replica takes: running, waiting and swapped."""
+        return self.max_num_resident_seqs or self.max_num_seqs
+
+
 class SchedulerConfig(_Frozen):
     policy: Literal["fcfs"] = "fcfs"
     max_queue_requests: int = Field(default=4096, ge=1)
@@ -65,7 +83,7 @@ class Deployment(_Frozen):
 
     model: ModelConfig
     prefill: PrefillConfig
-    decode: StageConfig
+    decode: DecodeConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     block_size: int = Field(default=16, ge=1, le=256)
 

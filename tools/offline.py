@@ -22,7 +22,6 @@ from ensemble.engine.batch import Batch, PrefillRow
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError, DistServeError, InvalidRequest
 from ensemble.request import Request, SamplingParams, Sequence
-from ensemble.scheduling.decode import DecodeScheduler
 from ensemble.tokenizer import Tokenizer
 
 
@@ -40,20 +39,20 @@ def generate(
     """
     waiting = deque(requests)
     prompts: deque[Sequence] = deque()  # have blocks, and prompt tokens left to compute
-    running = DecodeScheduler(max_num_seqs)
+    running: dict[int, Sequence] = {}  # by request_id
     done: dict[int, Sequence] = {}
-    while waiting or prompts or len(running):
+    while waiting or prompts or running:
         while waiting and len(prompts) + len(running) < max_num_seqs:
             num_blocks = engine.blocks.blocks_for(waiting[0].max_num_kv_tokens)
             if num_blocks > engine.blocks.num_free_blocks:
-                if not prompts and not len(running):
+                if not prompts and not running:
                     limit = engine.pool.num_blocks * engine.pool.layout.block_size
                     raise InvalidRequest("prompt + max_tokens", waiting[0].max_num_tokens, f"the pool holds {limit}")
                 break
             sequence = Sequence(waiting.popleft())
             sequence.block_ids = engine.blocks.allocate(Owner("sequence", sequence.request_id), num_blocks)
             prompts.append(sequence)
-        decodes = running.next_batch()
+        decodes = list(running.values())
         rows, budget = [], max_num_batched_tokens
         while prompts and budget > 0:
             sequence = prompts[0]
@@ -65,11 +64,11 @@ def generate(
             prompts.popleft()
         for sequence in engine.step(Batch(rows, decodes)):
             if sequence.is_finished:
-                running.remove(sequence.request_id)
+                running.pop(sequence.request_id, None)
                 engine.blocks.free(Owner("sequence", sequence.request_id))
                 done[sequence.request_id] = sequence
-            elif sequence.request_id not in running:
-                running.add(sequence)
+            else:
+                running[sequence.request_id] = sequence
             on_token(sequence)
     return done
 

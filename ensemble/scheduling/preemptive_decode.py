@@ -6,7 +6,7 @@ from ensemble.cache.block_manager import Owner, SwappableBlocks
 from ensemble.errors import InternalError
 from ensemble.request import Sequence
 from ensemble.scheduling.decode_policies import DecodePolicy
-from ensemble.scheduling.swapping import Footprint, Memory, plan_iteration
+from ensemble.scheduling.swapping import Footprint, Memory, limit_headroom, plan_iteration
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class PreemptiveDecodeScheduler:
     """Which sequences run and where their KV is.
 
     It owns the blocks of its sequences, `Owner("sequence", request_id)` in both pools, and keeps `Sequence.block_ids`
-    true. `now` is in seconds and does not go back.
+    true. `now` is in seconds and does not go back. Without a host pool, nothing is ever swapped: what was added has to
+    fit the device's pool to its end.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class PreemptiveDecodeScheduler:
     ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
-        self.headroom_blocks = max(headroom_blocks, max_num_seqs)  # each of the batch may need a block in an iteration
+        # Each of the batch may need a block in an iteration; where nothing can be swapped, those are there anyway.
+        self.headroom_blocks = max(headroom_blocks, max_num_seqs) if blocks.host.num_blocks else 0
         self._policy = policy
         self._sequences: dict[int, Sequence] = {}
         self._footprints: dict[int, Footprint] = {}
+        self._retired: set[int] = set()  # out of the order, their blocks read by a launched iteration
         self._removed: set[int] = set()  # gone, but still being copied
         self._running: list[int] = []
 
@@ -57,10 +60,15 @@ class PreemptiveDecodeScheduler:
         """Sequences that are not wholly on the device."""
         return sum(footprint.place != "device" for footprint in self._footprints.values())
 
+    def has_room_for(self, num_blocks: int) -> bool:
+        """Whether a sequence of `num_blocks` may be brought onto the device: beside others it leaves the headroom."""
+        headroom = limit_headroom(self.headroom_blocks, self.blocks.device.num_blocks) if self._sequences else 0
+        return num_blocks + headroom <= self.blocks.device.num_free_blocks
+
     def add(self, sequence: Sequence, now: float, *, priority: int = 0, join_cost_s: float = 0.0) -> None:
         """A sequence joins whose KV has arrived in the blocks it owns on the device."""
         request_id = sequence.request_id
-        if request_id in self._sequences or request_id in self._removed:
+        if request_id in self._sequences or request_id in self._retired or request_id in self._removed:
             raise InternalError(f"request {request_id} already decodes")
         self._sequences[request_id] = sequence
         self._footprints[request_id] = Footprint(request_id, "device", len(sequence.block_ids), 0)
@@ -87,13 +95,25 @@ class PreemptiveDecodeScheduler:
             [self._swap_in(request_id) for request_id in plan.swap_in],
         )
 
-    def ran(self, seconds: float, now: float) -> None:
-        """The planned batch has run, took `seconds`, and its tokens are committed to the sequences."""
+    def ran(self, seconds: float, now: float, num_unread_tokens: int = 0) -> None:
+        """The planned batch has run and took `seconds`, or has been launched and is taken to.
+
+        `num_unread_tokens`, of each of its sequences, are not committed yet: 1 where the next iteration is planned
+        before the tokens of this one are read.
+        """
         running = [request_id for request_id in self._running if request_id in self._sequences]
         self._running = []
         self._policy.ran(running, seconds, now)
         for request_id in running:
-            self._measure_growth(request_id)
+            self._measure_growth(request_id, num_unread_tokens)
+
+    def retire(self, request_id: int) -> None:
+        """Ends a sequence on the device that a launched iteration still uses: `remove` it when that has run."""
+        if self._footprints[request_id].place != "device":
+            raise InternalError(f"request {request_id} cannot be retired: it is not on the device")
+        del self._sequences[request_id], self._footprints[request_id]
+        self._policy.remove(request_id)
+        self._retired.add(request_id)
 
     def swap_ended(self, request_id: int) -> bool:
         """The copy's event has completed. True if the sequence was removed meanwhile: now all its blocks are free."""
@@ -109,6 +129,10 @@ class PreemptiveDecodeScheduler:
 
     def remove(self, request_id: int) -> bool:
         """Ends a sequence. True if its blocks are free now; False if that waits for the end of a copy."""
+        if request_id in self._retired:
+            self._retired.remove(request_id)
+            self.blocks.free(Owner("sequence", request_id))
+            return True
         del self._sequences[request_id]
         self._policy.remove(request_id)
         place = self._footprints.pop(request_id).place
@@ -130,10 +154,10 @@ class PreemptiveDecodeScheduler:
             ):
                 raise InternalError(f"request {request_id} has a block table that is not true")
 
-    def _measure_growth(self, request_id: int) -> None:
+    def _measure_growth(self, request_id: int, num_unread_tokens: int = 0) -> None:
         """The next iteration stores the KV of the last token."""
         footprint = self._footprints[request_id]
-        num_blocks = self.blocks.device.blocks_for(self._sequences[request_id].num_tokens)
+        num_blocks = self.blocks.device.blocks_for(self._sequences[request_id].num_tokens + num_unread_tokens)
         footprint.num_growth_blocks = max(0, num_blocks - footprint.num_blocks)
 
     def _grow(self, request_id: int) -> None:

@@ -48,9 +48,14 @@ class IterationPlan:
     swap_in: list[int] = field(default_factory=list)
 
 
+def limit_headroom(headroom: int, num_blocks: int) -> int:
+    """The headroom that a pool of `num_blocks` can spare."""
+    return min(headroom, num_blocks // _MAX_HEADROOM)
+
+
 def plan_iteration(order: Sequence[Footprint], memory: Memory, max_num_seqs: int, headroom: int) -> IterationPlan:
     """Decides the next iteration of the sequences in `order`, the one to run first at the front."""
-    headroom = min(headroom, memory.num_blocks // _MAX_HEADROOM)
+    headroom = limit_headroom(headroom, memory.num_blocks)
     num_due = _num_due(order, memory.num_blocks - headroom, max_num_seqs)
     due, others = order[:num_due], order[num_due:]
     batch = _fill_batch(due, others, memory.num_free_blocks, max_num_seqs, headroom)

@@ -25,7 +25,7 @@ _WAIT_S = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 Kind = Literal["counter", "gauge", "histogram"]
 MakeFamily = Callable[[str, str, Kind], Any]  # name, description, kind -> a family of the Triton server's metrics API
 Labels: TypeAlias = tuple[tuple[str, str], ...]
-Gauges = Mapping[tuple[str, Labels], float]  # (name, labels) |-> value
+Gauges = Mapping[tuple[str, Labels], float]  # (name, labels) |-> value; of counters, the total so far
 
 _DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "vllm:prompt_tokens_total": ("counter", "Prompt tokens of requests whose prefill has finished"),
@@ -40,6 +40,9 @@ _DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "distserve:kv_transfer_time_seconds": ("histogram", "The copy of a sequence's KV blocks"),
     "vllm:num_requests_waiting": ("gauge", "Requests in the prefill queue"),
     "vllm:num_requests_running": ("gauge", "Requests in prefill, bridge and decode"),
+    "vllm:num_requests_swapped": ("gauge", "Requests whose KV is in a decode replica's host pool, or on the way"),
+    "vllm:num_preemptions_total": ("counter", "Sequences swapped out in the midst of decode"),
+    "distserve:swap_bytes_total": ("counter", "KV moved between device and host pools, by direction"),
     "distserve:num_requests_bridge": ("gauge", "Prefilled requests that wait for a decode replica"),
     "distserve:kv_blocks": ("gauge", "Blocks of a replica's KV pool"),
     "distserve:kv_blocks_free": ("gauge", "Free blocks of a replica's KV pool, as its worker reported last"),
@@ -74,6 +77,7 @@ class Metrics:
             name: make_family(name, description, kind) for name, (kind, description) in _DESCRIPTIONS.items()
         }
         self._metrics: dict[tuple[str, Labels], Any] = {}
+        self._counted: dict[tuple[str, Labels], float] = {}  # what the counters read from `read_gauges` stand at
         self._read_gauges = read_gauges
         self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -101,7 +105,11 @@ class Metrics:
             for (name, labels), value in totals.items():
                 self._metric(name, labels).increment(value)
             for (name, labels), level in self._read_gauges().items():
-                self._metric(name, labels).set(level)
+                if _DESCRIPTIONS[name][0] == "gauge":
+                    self._metric(name, labels).set(level)
+                else:
+                    self._metric(name, labels).increment(level - self._counted.get((name, labels), 0))
+                    self._counted[name, labels] = level
 
     def _metric(self, name: str, labels: Labels) -> Any:
         if (name, labels) not in self._metrics:

@@ -11,6 +11,7 @@ putting a function into the inbox.
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ensemble.errors import (
 )
 from ensemble.request import FinishReason, Request
 from ensemble.scheduling.admission import DecodeAdmission
+from ensemble.scheduling.estimates import OutputEstimate
 from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.serving.metrics import Ended, Gauges, Labels
 from ensemble.serving.streams import ClientStream, SenderPool
@@ -48,6 +50,7 @@ from ensemble.workers.messages import (
     RequestFailed,
     StartWorker,
     StepTokens,
+    SwapReport,
     WorkerEvent,
     decode_stage_answer,
     encode,
@@ -69,6 +72,7 @@ class _Replica:
     peer_address: str
     num_blocks: int
     num_free_blocks: int  # as the worker said last
+    num_swapped_seqs: int = 0  # as the worker said last
     next_number: int = 0
 
 
@@ -97,14 +101,19 @@ class Orchestrator:
             max_queue_requests=deployment.scheduler.max_queue_requests,
             max_queue_tokens=deployment.scheduler.max_queue_tokens,
         )
+        self._output_estimate = OutputEstimate()
         self.admission = DecodeAdmission(
-            block_size=deployment.block_size, max_num_bridge_seqs=deployment.prefill.max_num_bridge_seqs
+            block_size=deployment.block_size,
+            max_num_bridge_seqs=deployment.prefill.max_num_bridge_seqs,
+            expected_kv_tokens=self._output_estimate.num_kv_tokens,
+            watermark=deployment.decode.watermark,
         )
         self._replicas: dict[tuple[StageName, int], _Replica] = {}  # those that are up
         # Dead prefill workers' addresses |-> (replica, decode replicas that have yet to close their mapping)
         self._detaching: dict[str, tuple[int, set[int]]] = {}
         self._down_reasons: dict[StageName, str] = {}
         self._streams: dict[int, ClientStream] = {}  # request_id |-> live request
+        self._totals: Counter[tuple[str, Labels]] = Counter()  # of what the workers counted
         self._early: list[tuple[Request, ClientStream]] = []  # came before the stages reported for the first time
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -212,6 +221,8 @@ class Orchestrator:
                         self._replicas[stage, replica].num_free_blocks = num_free_blocks
                 case Joined():
                     self._on_joined(event)
+                case SwapReport():
+                    self._on_swaps(replica, event)
                 case RequestFailed(request_id=request_id, message=message):
                     self._fail(request_id, InternalError(message))
                 case Detached(address=address):
@@ -250,6 +261,13 @@ class Orchestrator:
                 timeline.decode_joined_ns = now
                 timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
 
+    def _on_swaps(self, replica: int, report: SwapReport) -> None:
+        if ("decode", replica) in self._replicas:
+            self._replicas["decode", replica].num_swapped_seqs = report.num_swapped_seqs
+        self._totals["vllm:num_preemptions_total", ()] += report.num_preemptions
+        for direction, num_bytes in (("out", report.bytes_out), ("in", report.bytes_in)):
+            self._totals["distserve:swap_bytes_total", (("direction", direction),)] += num_bytes
+
     def _emit(self, request_id: int, token_id: int, finish_reason: FinishReason | None) -> None:
         stream = self._streams[request_id]
         if finish_reason is not None:
@@ -257,6 +275,7 @@ class Orchestrator:
             del self._streams[request_id]
         self._senders.push(stream, token_id, finish_reason)
         if finish_reason is not None:
+            self._output_estimate.observe(stream.request, stream.num_output_tokens)
             self._ended(stream, finish_reason, is_error=False)
 
     def _refuse(self, stream: ClientStream, error: DistServeError) -> None:
@@ -306,6 +325,8 @@ class Orchestrator:
             ("vllm:num_requests_waiting", ()): self.prefill.num_waiting,
             ("vllm:num_requests_running", ()): len(self._streams) - self.prefill.num_waiting,
             ("distserve:num_requests_bridge", ()): self.admission.num_bridge_seqs,
+            ("vllm:num_requests_swapped", ()): sum(each.num_swapped_seqs for each in self._replicas.values()),
+            **self._totals,
         }
         for stage, num_replicas in self._num_replicas.items():
             for index in range(num_replicas):
@@ -323,7 +344,7 @@ class Orchestrator:
             for request_id in self.prefill.replica_up(up.replica, up.num_blocks):
                 self._fail(request_id, InvalidRequest("text_input", "prompt", "no prefill pool holds it"))
         else:
-            self.admission.replica_up(up.replica, up.num_blocks, up.max_num_seqs)
+            self.admission.replica_up(up.replica, up.num_blocks, up.max_num_seqs, up.num_host_blocks)
         for (each, index), other in self._replicas.items():
             if stage == "prefill" and each == "decode":
                 self._send("decode", AttachPeer(replica=index, address=up.peer_address))

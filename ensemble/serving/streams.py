@@ -72,7 +72,7 @@ class ClientStream:
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
         self.timeline = Timeline(arrival_ns=time.time_ns())
-        self._request = client_request.request
+        self.request = client_request.request
         self._options = client_request.options
         self._tokenizer = tokenizer
         self._cancel_handle = cancel_handle
@@ -93,11 +93,11 @@ class ClientStream:
 
     @property
     def request_id(self) -> int:
-        return self._request.request_id
+        return self.request.request_id
 
     @property
     def num_prompt_tokens(self) -> int:
-        return self._request.prompt_len
+        return self.request.prompt_len
 
     def push(self, token_id: int, finish_reason: FinishReason | None) -> bool:
         """Adds a token. True if the stream has to be queued at its sender."""
@@ -166,13 +166,13 @@ class ClientStream:
         options, text = self._options, self._text
         if self._is_first and not options.exclude_input_in_output:
             prompt = self._prompt_text
-            text = (self._tokenizer.decode(self._request.prompt_token_ids) if prompt is None else prompt) + text
+            text = (self._tokenizer.decode(self.request.prompt_token_ids) if prompt is None else prompt) + text
         outputs: Outputs = {"text_output": np.array([text.encode()], dtype=object)}
         if options.return_finish_reason:
             reason = ("stop" if self._is_stopped else self._finish_reason) if is_last else None
             outputs["finish_reason"] = np.array([(reason or "").encode()], dtype=object)
         if options.return_num_input_tokens:
-            outputs["num_input_tokens"] = np.array([self._request.prompt_len], np.int32)
+            outputs["num_input_tokens"] = np.array([self.request.prompt_len], np.int32)
         if options.return_num_output_tokens:
             outputs["num_output_tokens"] = np.array([len(self._token_ids)], np.int32)
         if options.return_output_ids:

@@ -1,20 +1,25 @@
-"""The decode worker: pulls handed-off KV, then decodes every sequence that has arrived, all in each iteration.
+"""The decode worker: pulls handed-off KV as blocks come free, then decodes under a policy, swapping where it says so.
 
 On a GPU each step is launched before the tokens of the one before are read. A sequence that those tokens end has then
 run a step too many: its last token is dropped, and its blocks are freed only when that step has run.
 
-SubmitDecode --> blocks reserved --> pull --copy completed: TransferDone to the source--> running --> finished
-                                      |                                                      |
-                                      +---- CancelRequests (acts when the copy has ended) ---+--> blocks free
+SubmitDecode --> waits for blocks --> pull --copy completed: TransferDone to the source--> decode <--> swapped
+                      |                |                                                     |            |
+                      +---- CancelRequests or the last token: when its copy or step has ended, blocks are free
 """
 
+import time
 from dataclasses import dataclass
 
-from ensemble.cache.block_manager import Owner
+from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
+from ensemble.cache.swapper import Swapper, make_host_pool
+from ensemble.config import DecodeConfig
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
+from ensemble.errors import ConfigError
 from ensemble.request import FinishReason, Sequence
-from ensemble.scheduling.decode import DecodeScheduler
+from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.scheduling.preemptive_decode import DecodePlan, PreemptiveDecodeScheduler
 from ensemble.transfer.puller import Pull, make_puller
 from ensemble.workers.messages import (
     AttachPeer,
@@ -28,6 +33,7 @@ from ensemble.workers.messages import (
     Released,
     StepTokens,
     SubmitDecode,
+    SwapReport,
     WorkerEvent,
 )
 from ensemble.workers.peers import Peers
@@ -44,29 +50,52 @@ class _Arrival:
 
 
 class DecodeWorker:
-    def __init__(self, engine: Engine, peers: Peers, max_num_seqs: int) -> None:
+    """Raises ConfigError if the host pool cannot be had."""
+
+    def __init__(self, engine: Engine, peers: Peers, config: DecodeConfig) -> None:
         self.engine = engine
         self.peers = peers
-        self._puller = make_puller(engine.pool.tensor)
-        self._scheduler = DecodeScheduler(max_num_seqs)
-        self._arrivals: dict[int, _Arrival] = {}  # request_id |-> being pulled
-        self._running: dict[int, Sequence] = {}
+        layout, pool = engine.pool.layout, engine.pool.tensor
+        self.num_host_blocks = config.host_kv_bytes // layout.block_bytes
+        if config.host_kv_bytes and not self.num_host_blocks:
+            raise ConfigError(f"host_kv_bytes = {config.host_kv_bytes}: a block has {layout.block_bytes} bytes")
+        self.blocks = SwappableBlocks(engine.blocks, BlockManager(self.num_host_blocks, layout.block_size))
+        self._puller = make_puller(pool)
+        self._swapper = Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
+        settings = DecodePolicySettings(config.policy, config.quantum_s, config.starvation_s)
+        self._scheduler = PreemptiveDecodeScheduler(
+            self.blocks,
+            make_decode_policy(settings),
+            max_num_seqs=config.max_num_seqs,
+            headroom_blocks=config.headroom_blocks,
+        )
+        # Under fcfs an arrival comes after all that are here: none of them makes room for it.
+        self._makes_room = config.policy != "fcfs"
+        self._num_wanted_blocks = 0  # by the arrival that waits for blocks
+        self._arrivals: dict[int, _Arrival] = {}  # request_id |-> waiting for blocks, or being pulled
+        self._running: dict[int, Sequence] = {}  # request_id |-> has joined and is not removed
         self._launched: Launched | None = None  # a step whose tokens have not been read
         self._launched_ids: set[int] = set()  # its request ids
-        self._ended_early: set[int] = set()  # ended while in a launched step: freed when that has run
+        self._reported = SwapReport(num_swapped_seqs=0, num_preemptions=0, bytes_out=0, bytes_in=0)  # all in all
+        self._num_preemptions = 0
+        self._swap_bytes = {"out": 0, "in": 0}
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or self._launched is not None or self._puller.num_in_flight > 0
+        copies = self._puller.num_in_flight + self._swapper.num_in_flight
+        return len(self._scheduler) > 0 or self._launched is not None or copies > 0
 
     def handle(self, command: Command) -> list[WorkerEvent]:
         match command:
             case SubmitDecode(handoffs=handoffs):
                 for handoff in handoffs:
                     self._receive(handoff)
+                self.start_pulls()
                 return []
             case CancelRequests(request_ids=request_ids):
-                return self._cancel(request_ids)
+                events = self._cancel(request_ids)
+                self.start_pulls()
+                return events
             case AttachPeer(address=address):
                 self.peers.attach(address)
                 return []
@@ -77,38 +106,44 @@ class DecodeWorker:
 
     def step(self) -> list[WorkerEvent]:
         """Lets arrived sequences join, launches an iteration, and commits the one before (on a CPU: this one)."""
-        events = self._join()
-        batch = [sequence for sequence in self._scheduler.next_batch() if not self._is_at_its_end(sequence)]
-        launched = self.engine.launch(Batch([], batch)) if batch else None
+        start = time.monotonic()
+        events = self._join() + self._end_swaps()
+        plan = self._scheduler.next_plan(start, self._num_wanted_blocks if self._makes_room else 0)
+        self._start_swaps(plan)
+        launched = self.engine.launch(Batch([], plan.run)) if plan.run else None
         if self.engine.runs_ahead:
             launched, self._launched = self._launched, launched
-            self._launched_ids = {sequence.request_id for sequence in batch}
+            self._launched_ids = {sequence.request_id for sequence in plan.run}
         if launched is not None:
             events += self._commit(launched)
-        elif not batch and not events:
-            self._puller.wait(1e-3)
-        return events
+        elif not plan.run and not events:
+            self._wait_for_copy()
+        now = time.monotonic()
+        self._scheduler.ran(now - start, now, num_unread_tokens=int(self.engine.runs_ahead))
+        self._retire_those_at_their_end()
+        self.start_pulls()
+        return events + self._swap_report()
 
     def start_pulls(self) -> None:
-        """Starts the copies whose source pools have been mapped by now."""
-        for arrival in self._arrivals.values():
-            pool = self.peers.pool(arrival.handoff.source)
+        """Starts the copies whose source pools have been mapped and for which there are blocks, in order of arrival."""
+        self._num_wanted_blocks = 0
+        for request_id, arrival in self._arrivals.items():
+            pool, handoff = self.peers.pool(arrival.handoff.source), arrival.handoff
             if arrival.is_copying or pool is None:
                 continue
+            num_blocks = self.engine.blocks.blocks_for(handoff.num_kv_tokens)
+            if not self._scheduler.has_room_for(num_blocks):
+                self._num_wanted_blocks = num_blocks
+                return
             arrival.is_copying = True
-            handoff, block_ids = arrival.handoff, arrival.sequence.block_ids
-            source_block_ids = handoff.block_ids[: self.engine.blocks.blocks_for(handoff.num_kv_tokens)]
-            self._puller.start(
-                Pull(handoff.request.request_id, pool, source_block_ids, block_ids[: len(source_block_ids)])
-            )
+            block_ids = self.engine.blocks.allocate(Owner("sequence", request_id), num_blocks)
+            arrival.sequence.block_ids = block_ids
+            self._puller.start(Pull(request_id, pool, handoff.block_ids[:num_blocks], list(block_ids)))
 
     def _receive(self, handoff: KVHandoff) -> None:
         sequence = Sequence(handoff.request, list(handoff.output_token_ids), handoff.num_kv_tokens)
-        num_blocks = self.engine.blocks.blocks_for(handoff.request.max_num_kv_tokens)
-        sequence.block_ids = self.engine.blocks.allocate(Owner("sequence", sequence.request_id), num_blocks)
         self._arrivals[sequence.request_id] = _Arrival(sequence, handoff)
         self.peers.attach(handoff.source)
-        self.start_pulls()
 
     def _join(self) -> list[WorkerEvent]:
         joined, seconds, num_bytes, released = [], [], [], []
@@ -116,10 +151,16 @@ class DecodeWorker:
             arrival = self._arrivals.pop(pull.request_id)
             self.peers.acknowledge(arrival.handoff)
             if arrival.is_cancelled:
-                released.append(self._free(pull.request_id))
+                self.engine.blocks.free(Owner("sequence", pull.request_id))
+                released.append(pull.request_id)
                 continue
             self._running[pull.request_id] = arrival.sequence
-            self._scheduler.add(arrival.sequence)
+            self._scheduler.add(
+                arrival.sequence,
+                time.monotonic(),
+                priority=arrival.sequence.request.priority,
+                join_cost_s=pull.seconds + self._swapper.swap_in_s(len(pull.target_block_ids)),
+            )
             joined.append(pull.request_id)
             seconds.append(pull.seconds)
             num_bytes.append(pull.num_bytes)
@@ -128,27 +169,48 @@ class DecodeWorker:
             events.append(Joined(request_ids=joined, transfer_s=seconds, transfer_bytes=num_bytes))
         return events + self._released(released)
 
-    def _is_at_its_end(self, sequence: Sequence) -> bool:
-        """Whether the unread token of the launched step is the last that the sequence may have."""
-        num_output_tokens = len(sequence.output_token_ids) + (sequence.request_id in self._launched_ids)
-        return num_output_tokens >= sequence.sampling.max_tokens
+    def _start_swaps(self, plan: DecodePlan) -> None:
+        """Before the planned batch is launched, so that a copy out waits for the steps that wrote its blocks alone."""
+        for swap in plan.swap_out:
+            self._swapper.start(swap, "out")
+        for swap in plan.swap_in:
+            self._swapper.start(swap, "in")
+        self._num_preemptions += len(plan.swap_out)
+
+    def _end_swaps(self) -> list[WorkerEvent]:
+        released = []
+        for swapped in self._swapper.completed():
+            self._swap_bytes[swapped.way] += swapped.num_blocks * self.engine.pool.layout.block_bytes
+            if self._scheduler.swap_ended(swapped.request_id):
+                released.append(swapped.request_id)
+        return self._released(released)
+
+    def _wait_for_copy(self) -> None:
+        if self._swapper.num_in_flight:
+            self._swapper.wait(1e-3)
+        else:
+            self._puller.wait(1e-3)
 
     def _commit(self, step: Launched) -> list[WorkerEvent]:
         sampled = self.engine.commit(step)
-        in_step = {sequence.request_id for sequence in step.batch.decodes}
-        released = [self._free(request_id) for request_id in self._ended_early & in_step]
-        self._ended_early -= in_step
+        ended = [sequence.request_id for sequence in step.batch.decodes if sequence.is_finished]
         finished: dict[int, FinishReason] = {
             sequence.request_id: sequence.finish_reason for sequence in sampled if sequence.finish_reason is not None
         }
-        for request_id in finished:
-            released += self._leave(request_id)
         tokens = StepTokens(
             request_ids=[sequence.request_id for sequence in sampled],
             token_ids=[sequence.last_token_id for sequence in sampled],
             finished=finished,
         )
-        return [tokens, *self._released(released)]
+        return [tokens, *self._released([request_id for request_id in ended if self._leave(request_id)])]
+
+    def _retire_those_at_their_end(self) -> None:
+        """Sequences whose unread token is the last that they may have run no further."""
+        for request_id in self._launched_ids:
+            sequence = self._running[request_id]
+            is_at_its_end = len(sequence.output_token_ids) + 1 >= sequence.sampling.max_tokens
+            if is_at_its_end and request_id in self._scheduler:
+                self._scheduler.retire(request_id)
 
     def _cancel(self, request_ids: list[int]) -> list[WorkerEvent]:
         released = []
@@ -156,14 +218,15 @@ class DecodeWorker:
             arrival = self._arrivals.get(request_id)
             if request_id in self._running:
                 self._running[request_id].finish_reason = "cancelled"
-                released += self._leave(request_id)
+                if self._leave(request_id):
+                    released.append(request_id)
             elif arrival is not None and arrival.is_copying:
                 arrival.is_cancelled = True  # the source's blocks are being read: the copy ends first
             elif arrival is not None:
                 del self._arrivals[request_id]
                 self.peers.acknowledge(arrival.handoff)
-                released.append(self._free(request_id))
-        return self._released(released)
+                released.append(request_id)
+        return self._released(released) + self._swap_report()
 
     def _detach(self, address: str) -> list[WorkerEvent]:
         """Gives up what has not arrived from a dead source, lets its copies end, and closes the mapping."""
@@ -175,20 +238,36 @@ class DecodeWorker:
         self.peers.detach(address)
         return [*events, Detached(address=address)]
 
-    def _leave(self, request_id: int) -> list[int]:
-        """Takes a sequence out of the batch; its id if its blocks are free now, not only after the launched step."""
-        del self._running[request_id]
-        self._scheduler.remove(request_id)
+    def _leave(self, request_id: int) -> bool:
+        """Ends a sequence; True if its blocks are free now, not only after the launched step or a copy."""
         if request_id in self._launched_ids:
-            self._ended_early.add(request_id)
-            return []
-        return [self._free(request_id)]
-
-    def _free(self, request_id: int) -> int:
-        self.engine.blocks.free(Owner("sequence", request_id))
-        return request_id
+            if request_id in self._scheduler:
+                self._scheduler.retire(request_id)
+            return False
+        del self._running[request_id]
+        return self._scheduler.remove(request_id)
 
     def _released(self, request_ids: list[int]) -> list[WorkerEvent]:
         if not request_ids:
             return []
         return [Released(request_ids=request_ids, num_free_blocks=self.engine.blocks.num_free_blocks)]
+
+    def _swap_report(self) -> list[WorkerEvent]:
+        """What is new since the last report."""
+        before = self._reported
+        self._reported = SwapReport(
+            num_swapped_seqs=self._scheduler.num_swapped_seqs,
+            num_preemptions=self._num_preemptions,
+            bytes_out=self._swap_bytes["out"],
+            bytes_in=self._swap_bytes["in"],
+        )
+        if self._reported == before:
+            return []
+        return [
+            SwapReport(
+                num_swapped_seqs=self._reported.num_swapped_seqs,
+                num_preemptions=self._reported.num_preemptions - before.num_preemptions,
+                bytes_out=self._reported.bytes_out - before.bytes_out,
+                bytes_in=self._reported.bytes_in - before.bytes_in,
+            )
+        ]

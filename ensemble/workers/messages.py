@@ -144,6 +144,15 @@ class Released(_Message, frozen=True, kw_only=True):
     num_free_blocks: int
 
 
+class SwapReport(_Message, frozen=True, kw_only=True):
+    """What a decode worker has swapped since its last report."""
+
+    num_swapped_seqs: int  # now in the host pool, or on the way
+    num_preemptions: int  # sequences swapped out
+    bytes_out: int  # of completed copies
+    bytes_in: int
+
+
 class RequestFailed(_Message, frozen=True, kw_only=True):
     request_id: int
     code: ErrorCode
@@ -156,7 +165,8 @@ class ReplicaUp(_Message, frozen=True, kw_only=True):
     replica: int
     epoch: int
     num_blocks: int
-    max_num_seqs: int
+    num_host_blocks: int  # of a decode replica's host pool; 0: it does not swap
+    max_num_seqs: int  # of a decode replica: running, waiting and swapped
     pid: int
     peer_address: str  # where others attach its pool; only a prefill worker's is in use
 
@@ -180,7 +190,16 @@ class LoadFailed(_Message, frozen=True, kw_only=True):
 
 
 WorkerEvent: TypeAlias = (
-    PrefillAnswer | StepTokens | Joined | Released | RequestFailed | Detached | ReplicaUp | ReplicaDown | LoadFailed
+    PrefillAnswer
+    | StepTokens
+    | Joined
+    | Released
+    | SwapReport
+    | RequestFailed
+    | Detached
+    | ReplicaUp
+    | ReplicaDown
+    | LoadFailed
 )
 
 

@@ -14,7 +14,7 @@ import threading
 import torch
 import zmq
 
-from ensemble.config import Deployment
+from ensemble.config import DecodeConfig, Deployment
 from ensemble.engine.engine import load_engine
 from ensemble.errors import ConfigError
 from ensemble.workers.decode_worker import DecodeWorker
@@ -41,6 +41,11 @@ def main() -> None:
         # A decode worker's steps are as long as its batch; only prefill needs room for the token budget.
         max_num_batched_tokens = None if stage_name == "prefill" else stage.max_num_seqs
         engine = load_engine(deployment, stage, device, max_num_batched_tokens)
+        worker: PrefillWorker | DecodeWorker
+        if stage_name == "prefill":
+            worker = PrefillWorker(engine, peer_address)
+        else:
+            worker = DecodeWorker(engine, Peers(context, device), deployment.decode)
     except ConfigError as error:
         stage_socket.send(encode(LoadFailed(reason=str(error))))
         context.term()  # returns when the message is out
@@ -49,17 +54,18 @@ def main() -> None:
         replica=int(replica),
         epoch=int(epoch),
         num_blocks=engine.pool.num_blocks,
-        max_num_seqs=stage.max_num_seqs,
+        num_host_blocks=worker.num_host_blocks if isinstance(worker, DecodeWorker) else 0,
+        max_num_seqs=stage.num_places if isinstance(stage, DecodeConfig) else stage.max_num_seqs,
         pid=os.getpid(),
         peer_address=peer_address,
     )
-    if stage_name == "prefill":
+    if isinstance(worker, PrefillWorker):
         server = PeerServer(context, peer_address, engine.pool)
         stage_socket.send(encode(up))
-        serve_prefill(PrefillWorker(engine, peer_address), stage_socket, server)
+        serve_prefill(worker, stage_socket, server)
     else:
         stage_socket.send(encode(up))
-        serve_decode(DecodeWorker(engine, Peers(context, device), deployment.decode.max_num_seqs), stage_socket)
+        serve_decode(worker, stage_socket)
 
 
 def serve_prefill(worker: PrefillWorker, stage: zmq.Socket[bytes], server: PeerServer) -> None:
