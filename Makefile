@@ -13,11 +13,12 @@ ANY_PYTHON := $(shell for python in python3 python3.12 python3.11 python3.10 /us
 BOOTSTRAP := @$(or $(ANY_PYTHON),python3) tools/bootstrap.py
 export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT PREFILL_DEVICES DECODE_DEVICES PROMPT MAX_TOKENS TEMPERATURE
 
-.PHONY: help demo serve test check clean
+.PHONY: help demo serve test soak check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 	@echo "  make test    the whole test suite"
+	@echo "  make soak    ten minutes of mixed load, cancels and killed workers; nothing may be left over"
 	@echo "  make check   lint, formatting and types"
 	@echo "  make clean   remove .venv and what tools leave behind; the model in the user's cache stays"
 
@@ -32,6 +33,10 @@ serve:
 test:
 	$(BOOTSTRAP) test
 	$(PYTHON) -m pytest
+
+soak:
+	$(BOOTSTRAP) test
+	$(PYTHON) -m tools.soak --output docs/results/soak.json
 
 check:
 	$(BOOTSTRAP) check
