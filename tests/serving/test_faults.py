@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,9 +129,15 @@ def test_prefill_worker_killed(server: TritonServer) -> None:
     assert_nothing_in_use(server)
 
 
+def health(server: TritonServer) -> int:
+    command = [sys.executable, "-m", "tools.client", "--health", "--metrics-url", server.metrics_url]
+    return subprocess.run(command, timeout=30, check=False).returncode
+
+
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_requests_are_refused_at_once_while_a_stage_is_down(server: TritonServer, stage: str) -> None:
     kill_worker(server, stage)
+    wait_until(lambda: health(server) == 0, 5.0)
     refused = 0
     up = f'distserve:replica_up{{model="scheduler",replica="0",stage="{stage}",version="1"}}'
     was_down = False
@@ -143,6 +151,7 @@ def test_requests_are_refused_at_once_while_a_stage_is_down(server: TritonServer
             refused += 1
         was_down = was_down or read_metrics(server.metrics_url).get(up) == 0
         if refused and was_down:
+            assert health(server) == 1
             break
         time.sleep(0.05)
     assert refused

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_tiny_llama
-from tools.triton_server import Ports, session_pids
+from tools.client import generate_stream
+from tools.deployment import make_deployment
+from tools.triton_server import Ports, TritonServer, session_pids
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,26 @@ def test_serve_prints_a_line_that_works_when_pasted_and_ctrl_c_ends_it(environme
     assert json.loads(answer)["text_output"]
     assert client.returncode == 0 and client.stdout.strip()
     assert not [pid for child in children for pid in session_pids(int(child))]
+
+
+@pytest.mark.server
+def test_chat_keeps_the_conversation(smollm2_dir: Path) -> None:
+    with TritonServer(make_deployment({"model.path": smollm2_dir})) as server:
+        server.wait_ready(timeout_s=120)
+        command = [sys.executable, "-m", "tools.client", "--url", server.http_url, "--max-tokens", "40"]
+        asked = ["My name is Ada. Say hello.", "What is my name?"]
+        result = subprocess.run(
+            command, input="\n".join(asked), capture_output=True, text=True, timeout=120, check=True
+        )
+        first, second, _ = result.stdout.removeprefix("> ").split("\n> ")
+        messages = [
+            {"role": "user", "content": asked[0]},
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": asked[1]},
+        ]
+        answer = generate_stream(server.http_url, messages=json.dumps(messages), max_tokens=40, temperature=0)
+        assert second == "".join(outputs["text_output"] for outputs in answer)
+        assert second != first
 
 
 @pytest.mark.server
