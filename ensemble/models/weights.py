@@ -1,11 +1,14 @@
-"""Weights into a model: from safetensors, each tensor read once and straight to the device, or random.
+"""Weights into a model: from a checkpoint, each tensor read once and through a mapping of its file, or random.
 
-Checkpoints of OPT exist with and without the prefixes `model.` and `decoder.`; names are compared without them.
+safetensors files are read straight to the device. PyTorch's `.bin` files are unpickled as tensors and nothing else, so
+that a file cannot run code. Checkpoints of OPT exist with and without the prefixes `model.` and `decoder.`; names are
+compared without them.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,8 +17,7 @@ from torch import Tensor
 
 from ensemble.errors import ModelError
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
+_CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")  # by preference; with `.index.json`, one of several files
 
 
 def load_weights(
@@ -24,26 +26,22 @@ def load_weights(
     device: torch.device,
 ) -> None:
     """Fills every tensor. Raises ModelError naming the weight that is missing or has another shape."""
-    key_of, file_of = _read_index(path)
-    wanted: dict[str, list[tuple[str, Tensor]]] = {}  # file |-> (key, tensor) in it
+    file_of = _find_weights(path)
+    key_of = {_without_prefixes(key): key for key in file_of}
+    wanted: dict[str, dict[str, Tensor]] = {}  # file |-> key in it |-> tensor to fill
     for name, tensor in named_weights:
         key = key_of.get(_without_prefixes(name))
         if key is None:
             raise ModelError(f"model {path}: weight {name} is missing")
-        wanted.setdefault(file_of[key], []).append((key, tensor))
-    for file, entries in wanted.items():
-        try:
-            with safe_open(path / file, framework="pt", device=str(device)) as checkpoint:
-                for key, tensor in entries:
-                    shape = tuple(checkpoint.get_slice(key).get_shape())
-                    if shape != tuple(tensor.shape):
-                        raise ModelError(
-                            f"model {path}: weight {key} in {file} has shape {shape},"
-                            f" config.json asks for {tuple(tensor.shape)}"
-                        )
-                    tensor.copy_(checkpoint.get_tensor(key))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"model {path}: {file} cannot be read: {' '.join(str(error).split())}") from None
+        wanted.setdefault(file_of[key], {})[key] = tensor
+    for file, tensors in wanted.items():
+        for key, weight in _read(path / file, tensors.keys(), device):
+            if weight.shape != tensors[key].shape:
+                raise ModelError(
+                    f"model {path}: weight {key} in {file} has shape {tuple(weight.shape)},"
+                    f" config.json asks for {tuple(tensors[key].shape)}"
+                )
+            tensors[key].copy_(weight)
 
 
 def fill_with_random_weights(named_weights: Iterable[tuple[str, Tensor]], seed: int, device: torch.device) -> None:
@@ -59,23 +57,61 @@ def fill_with_random_weights(named_weights: Iterable[tuple[str, Tensor]], seed: 
         tensor.normal_(1.0 if is_norm else 0.0, 0.02, generator=generator)
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns name without prefixes |-> key, and key |-> file."""
+def _find_weights(path: Path) -> dict[str, str]:
+    """Returns key |-> file."""
+    for name in _CHECKPOINTS:
+        index = path / f"{name}.index.json"
+        if index.exists():
+            try:
+                return {str(key): str(file) for key, file in json.loads(index.read_text())["weight_map"].items()}
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise ModelError(f"{index}: cannot be read: {_one_line(error)}") from None
+        if (path / name).exists():
+            return dict.fromkeys(_keys(path / name), name)
+    raise ModelError(f"model path {path}: has neither {' nor '.join(_CHECKPOINTS)}, nor an index of several")
+
+
+def _keys(file: Path) -> list[str]:
+    if file.suffix == ".bin":
+        return list(_load_pickled(file))
     try:
-        if (path / _INDEX_FILE).exists():
-            file_of = {str(key): str(file) for key, file in _read_weight_map(path).items()}
-        elif (path / _SINGLE_FILE).exists():
-            with safe_open(path / _SINGLE_FILE, framework="pt") as checkpoint:
-                file_of = dict.fromkeys(checkpoint.keys(), _SINGLE_FILE)
-        else:
-            raise ModelError(f"model path {path}: has neither {_SINGLE_FILE} nor {_INDEX_FILE}")
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {path}: weights cannot be read: {' '.join(str(error).split())}") from None
-    return {_without_prefixes(key): key for key in file_of}, file_of
+        with safe_open(file, framework="pt") as checkpoint:
+            return list(checkpoint.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: cannot be read: {_one_line(error)}") from None
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    return dict(json.loads((path / _INDEX_FILE).read_text())["weight_map"])
+def _read(file: Path, keys: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    if file.suffix == ".bin":
+        tensors = _load_pickled(file)
+        for key in keys:
+            if key not in tensors:
+                raise ModelError(f"{file}: has no weight {key}, which the index says it has")
+            yield key, tensors[key]
+        return
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as checkpoint:
+            for key in keys:
+                yield key, checkpoint.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: cannot be read: {_one_line(error)}") from None
+
+
+def _load_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin` file, still on disk: their pages are read when they are copied."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # torch's own advice is to trust the file
+        raise ModelError(f"{file}: refused: it is no pickle of tensors alone, and any other could run code") from None
+    except (RuntimeError, OSError) as error:
+        raise ModelError(f"{file}: cannot be read: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: holds a {type(content).__name__}, not names and tensors")
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _without_prefixes(name: str) -> str:

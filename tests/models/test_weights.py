@@ -1,16 +1,23 @@
 """Loading: every published form of a checkpoint gives the same model; what does not fit is named."""
 
 import json
+import os
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import make_tiny_llama, make_tiny_opt
 from safetensors.torch import load_file, save_file
 
-from ensemble.config import ModelConfig
+from ensemble.config import Deployment, ModelConfig
+from ensemble.engine.engine import load_engine
 from ensemble.engine.model_runner import load_model
 from ensemble.errors import ModelError
 from ensemble.models.spec import load_model_spec
+from ensemble.models.weights import load_weights
+from ensemble.request import Request, SamplingParams
+from tools.offline import generate
 
 CPU = torch.device("cpu")
 
@@ -27,6 +34,20 @@ def rewrite(path, change):
     """Replaces the checkpoint by `change` of its tensors."""
     file = path / "model.safetensors"
     save_file(change(load_file(file)), file)
+
+
+def write_bin(path, num_shards=1):
+    """Replaces model.safetensors by what older releases of transformers wrote."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    if num_shards == 1:
+        torch.save(tensors, path / "pytorch_model.bin")
+        return
+    names = [f"pytorch_model-{index + 1:05d}-of-{num_shards:05d}.bin" for index in range(num_shards)]
+    weight_map = {key: names[index % num_shards] for index, key in enumerate(tensors)}
+    for name in names:
+        torch.save({key: tensors[key] for key in tensors if weight_map[key] == name}, path / name)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def assert_same(weights, others):
@@ -46,6 +67,76 @@ def test_shards_are_read_through_the_index(tmp_path):
     make_tiny_llama(tmp_path / "many", max_shard_size="100KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     assert_same(load(tmp_path / "many"), load(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_opt])
+def test_bin_files_are_read_as_safetensors_are(tmp_path, make, num_shards):
+    expected, expected_tokens = load(make(tmp_path)), greedy_tokens(tmp_path)
+    write_bin(tmp_path, num_shards)
+    assert_same(load(tmp_path), expected)
+    assert greedy_tokens(tmp_path) == expected_tokens
+
+
+def greedy_tokens(path):
+    stage = {"devices": ["cpu"], "kv_cache_bytes": 1 << 20}
+    model = {"path": path, "dtype": "float64"}
+    deployment = Deployment.parse({"model": model, "prefill": stage, "decode": stage})
+    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    request = Request(request_id=0, prompt_token_ids=[5, 80, 30, 120], sampling=sampling)
+    return generate(load_engine(deployment, deployment.decode, CPU), [request])[0].output_token_ids
+
+
+def test_safetensors_are_preferred(tmp_path):
+    expected = load(make_tiny_llama(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
+    assert_same(load(tmp_path), expected)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_loading_takes_no_second_copy_of_the_weights_in_memory(tmp_path, suffix):
+    names, shape = [f"weight.{index}" for index in range(8)], (2048, 2048)  # 16 MiB each
+    save_file({name: torch.randn(shape) for name in names}, tmp_path / "model.safetensors")
+    if suffix == "bin":
+        write_bin(tmp_path)
+    weights = {name: torch.empty(shape) for name in names}
+    before, peak, is_done = private_bytes(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not is_done.wait(0.001):
+            peak = max(peak, private_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    load_weights(tmp_path, weights.items(), CPU)
+    is_done.set()
+    watcher.join()
+    assert 120 << 20 < max(peak, private_bytes()) - before < 160 << 20
+
+
+def private_bytes():
+    """Memory of this process that is no file's."""
+    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("stolen",)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_pickle_that_would_run_code_is_refused_in_one_line(tmp_path, monkeypatch, num_shards):
+    monkeypatch.chdir(tmp_path)
+    make_tiny_llama(tmp_path)
+    write_bin(tmp_path, num_shards)
+    file = next(iter(sorted(tmp_path.glob("*.bin"))))
+    torch.save(torch.load(file) | {"extra": Malicious()}, file)
+    with pytest.raises(ModelError, match=f"{file.name}: refused: it is no pickle of tensors alone") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "stolen").exists()
 
 
 @pytest.mark.parametrize("removed", ["model.", "model.decoder."])
@@ -73,37 +164,61 @@ def test_single_precision_products_are_those_of_double_precision(tmp_path, make)
         torch.testing.assert_close(ours(x.float()), exact(x).float(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_missing_weight_is_named(tmp_path):
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_missing_weight_is_named(tmp_path, suffix):
     make_tiny_llama(tmp_path)
     rewrite(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if "layers.1.mlp.up_proj" not in n})
+    if suffix == "bin":
+        write_bin(tmp_path)
     with pytest.raises(ModelError, match=r"weight model\.layers\.1\.mlp\.up_proj\.weight is missing"):
         load(tmp_path)
 
 
-def test_a_weight_of_another_shape_is_named(tmp_path):
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_weight_of_another_shape_is_named(tmp_path, file):
     make_tiny_llama(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors | {"model.layers.0.self_attn.k_proj.weight": torch.zeros(32, 63)})
-    with pytest.raises(ModelError, match=r"k_proj\.weight in model\.safetensors has shape \(32, 63\).*\(32, 64\)"):
+    if file.endswith("bin"):
+        write_bin(tmp_path)
+    with pytest.raises(ModelError, match=rf"k_proj\.weight in {file} has shape \(32, 63\).*\(32, 64\)"):
         load(tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_read_is_named_in_one_line(tmp_path):
-    make_tiny_llama(tmp_path, max_shard_size="100KB")
-    index = tmp_path / "model.safetensors.index.json"
-    shard = sorted(set(json.loads(index.read_text())["weight_map"].values()))[0]
-    (tmp_path / shard).write_bytes(b"no safetensors")
-    with pytest.raises(ModelError, match=f"{shard} cannot be read") as error:
-        load(tmp_path)
-    assert "\n" not in str(error.value)
-    (tmp_path / shard).unlink()
-    with pytest.raises(ModelError, match=f"{shard} cannot be read"):
-        load(tmp_path)
-    index.write_text("{}")
-    with pytest.raises(ModelError, match="weights cannot be read"):
-        load(tmp_path)
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_checkpoint_that_cannot_be_read_is_named_in_one_line(tmp_path, suffix):
+    make_tiny_llama(tmp_path, **({"max_shard_size": "100KB"} if suffix == "safetensors" else {}))
+    if suffix == "bin":
+        write_bin(tmp_path, num_shards=3)
+    index = next(tmp_path.glob("*.index.json"))
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shard = tmp_path / sorted(weight_map.values())[0]
+    others = {key: file for key, file in weight_map.items() if file != shard.name}
+    index.write_text(json.dumps({"weight_map": weight_map | {next(iter(others)): shard.name}}))
+    assert next(iter(others)) in refusal(tmp_path, shard.name)
+    for content in (b"no tensors", shard.read_bytes()[:-50], b""):
+        shard.write_bytes(content)
+        assert f"{shard}: cannot be read: " in refusal(tmp_path, shard.name)
+    shard.unlink()
+    assert f"{shard}: cannot be read: " in refusal(tmp_path, shard.name)
+    for content in ("{}", "[]", "{", '{"weight_map": 1}'):
+        index.write_text(content)
+        assert f"{index}: cannot be read: " in refusal(tmp_path, index.name)
     index.unlink()
-    with pytest.raises(ModelError, match="has neither"):
-        load(tmp_path)
+    assert "has neither model.safetensors nor pytorch_model.bin" in refusal(tmp_path, "model path")
+
+
+def refusal(path, named):
+    with pytest.raises(ModelError, match=named) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_bin_file_without_names_is_refused(tmp_path):
+    make_tiny_llama(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save([torch.zeros(3)], tmp_path / "pytorch_model.bin")
+    assert "holds a list" in refusal(tmp_path, "pytorch_model.bin")
 
 
 def test_dummy_weights_need_no_file_and_are_a_function_of_seed_and_name(tmp_path):
