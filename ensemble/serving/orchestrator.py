@@ -297,6 +297,7 @@ class Orchestrator:
         if stream is not None:
             stream.timeline.last_token_ns = time.time_ns()
             stream.num_output_tokens = stream.num_sent_tokens
+            self._output_estimate.observe(stream.request, stream.num_output_tokens)
             self._ended(stream, "stop", is_error=False)
 
     def _withdraw(self, request_id: int) -> ClientStream | None:

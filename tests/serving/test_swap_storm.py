@@ -1,0 +1,99 @@
+"""200 requests through the whole server with a decode pool so small that sequences are swapped all the time."""
+
+import random
+import string
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from ensemble.engine.engine import load_engine
+from ensemble.request import Request, SamplingParams
+from ensemble.scheduling.decode_policies import DecodePolicyName
+from tests.serving.clients import blocks_in_use, read_metrics, run_streams
+from tests.serving.deployments import deploy
+from tools.offline import generate
+from tools.triton_server import TritonServer
+
+pytestmark = pytest.mark.server
+
+NUM_REQUESTS, NUM_CLIENTS = 200, 40
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 8  # layers, key and value, KV heads, tokens, head_dim, float64
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    rng = random.Random(13)
+    return [
+        Request(
+            request_id=index,
+            prompt_token_ids=[rng.randrange(3, 380) for _ in range(rng.randint(1, 48))],
+            sampling=SamplingParams(
+                max_tokens=rng.choice([1, 20, 60, 90]),
+                temperature=float(index % 2),
+                seed=index,
+                ignore_eos=index % 3 == 0,
+            ),
+        )
+        for index in range(NUM_REQUESTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path, requests: list[Request]) -> list[list[int]]:
+    """What the engine says without a server, and with room for all."""
+    deployment = deploy(tiny_llama)
+    done = generate(load_engine(deployment, deployment.decode, torch.device("cpu")), requests)
+    return [done[request.request_id].output_token_ids for request in requests]
+
+
+def as_inputs(request: Request) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
+        "input_ids": request.prompt_token_ids,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "ignore_eos": sampling.ignore_eos,
+        "return_output_ids": True,
+    }
+
+
+def total(metrics: dict[str, float], name: str, label: str = "") -> float:
+    return sum(value for sample, value in metrics.items() if sample.startswith(name + "{") and label in sample)
+
+
+def end_early(server: TritonServer) -> None:
+    """Outputs that end far before their limit: of those that come next, more are admitted than there is room for."""
+    request = {"text_input": "x", "max_tokens": 90, "stop_words": list(string.ascii_letters + " .,")}
+    run_streams(server.grpc_url, [request | {"seed": seed} for seed in range(80)], NUM_CLIENTS)
+
+
+@pytest.mark.parametrize("policy", get_args(DecodePolicyName))
+def test_outputs_are_those_of_an_unconstrained_run_and_both_pools_are_empty_at_the_end(
+    policy: str, requests: list[Request], expected: list[list[int]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    decode = {
+        "policy": policy,
+        "quantum_s": 0.02,
+        "starvation_s": 0.5,
+        "kv_cache_bytes": 24 * BLOCK_BYTES,
+        "host_kv_bytes": 400 * BLOCK_BYTES,
+        "max_num_seqs": 8,
+        "max_num_resident_seqs": NUM_CLIENTS,
+    }
+    with TritonServer(deploy(tiny_llama, decode=decode), log_path=tmp_path / "log") as server:
+        server.wait_ready(timeout_s=120)
+        end_early(server)
+        answers = run_streams(server.grpc_url, [as_inputs(request) for request in requests], NUM_CLIENTS)
+        assert [answer.output_ids for answer in answers] == expected
+        deadline = time.monotonic() + 5
+        while blocks_in_use(metrics := read_metrics(server.metrics_url)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert blocks_in_use(metrics) == 0
+    assert total(metrics, "vllm:num_requests_swapped") == 0
+    assert total(metrics, "vllm:num_preemptions_total") > 10
+    out, back = (total(metrics, "distserve:swap_bytes_total", f'direction="{way}"') for way in ("out", "in"))
+    assert out == back > 0
