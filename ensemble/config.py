@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ensemble.errors import ConfigError
 from ensemble.scheduling.decode_policies import DecodePolicyName
+from ensemble.scheduling.policies import PolicyName
 
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
@@ -53,6 +54,8 @@ class StageConfig(_Frozen):
 class PrefillConfig(StageConfig):
     max_num_batched_tokens: int = Field(default=2048, ge=16)  # token budget of a batch
     max_num_bridge_seqs: int = Field(default=32, ge=1)  # prefilled or in prefill beyond what decode has room for
+    # Of a batch, for prompts longer than that while shorter ones wait: a long one holds them up for no whole batch.
+    max_long_tokens: int | None = Field(default=None, ge=16)
 
 
 class DecodeConfig(StageConfig):
@@ -73,7 +76,12 @@ class DecodeConfig(StageConfig):
 
 
 class SchedulerConfig(_Frozen):
-    policy: Literal["fcfs"] = "fcfs"
+    """The queue of requests that wait for prefill. Policies: see scheduling/policies.py."""
+
+    policy: PolicyName = "fcfs"
+    max_wait_s: float = Field(default=30.0, gt=0)  # who has waited so long is overtaken by nobody who came later
+    aging_s: float = Field(default=5.0, ge=0)  # priority: what a class is worth
+    ttft_target_s: float = Field(default=1.0, gt=0)  # edf: of requests that name none
     max_queue_requests: int = Field(default=4096, ge=1)
     max_queue_tokens: int = Field(default=4_000_000, ge=1)
 
@@ -87,11 +95,12 @@ class Deployment(_Frozen):
     scheduler: SchedulerConfig = SchedulerConfig()
     block_size: int = Field(default=16, ge=1, le=256)
 
-    @model_validator(mode="after")
-    def _block_size_is_a_power_of_two(self) -> "Deployment":
-        if self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size {self.block_size} is not a power of two")
-        return self
+    @field_validator("block_size")
+    @classmethod
+    def _is_a_power_of_two(cls, block_size: int) -> int:
+        if block_size & (block_size - 1):
+            raise ValueError("a power of two is needed")
+        return block_size
 
     @classmethod
     def from_environment(cls) -> "Deployment":
@@ -120,7 +129,8 @@ class Deployment(_Frozen):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "deployment"
-            raise ConfigError(f"{field} = {first['input']!r}: {first['msg']}") from None
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{field} = {first['input']!r}: {reason}") from None
 
     def to_yaml(self) -> str:
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
