@@ -37,7 +37,7 @@ def main(
     prompt: Annotated[str, Option(envvar="PROMPT", help="continued as it is, without a chat template")] = PROMPT,
     max_tokens: Annotated[int, Option(envvar="MAX_TOKENS")] = 64,
     temperature: Annotated[float, Option(envvar="TEMPERATURE", help="0 is greedy")] = 0.0,
-    model: Annotated[Path | None, Option(envvar="MODEL", help="Hugging Face directory; none: SmolLM2-135M")] = None,
+    model: Annotated[Path | None, Option(envvar="MODEL", help="directory or Hub name; none: SmolLM2-135M")] = None,
 ) -> None:
     """Streams one answer from a server of its own, and says where the time went."""
     console = Console(highlight=False)

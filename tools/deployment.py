@@ -11,6 +11,7 @@ from ensemble.config import Deployment
 from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
 from tools.default_model import ensure_default_model
+from tools.model_source import resolve_model
 
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 64, 16  # tokens; on a GPU attention reads whole tiles (docs/results/kernels.md)
 GPU_SHARE = 0.9  # of a device's memory, divided among the workers on it
@@ -39,9 +40,9 @@ def make_deployment(fields: Mapping[str, object | None], file: Path | None = Non
     raw["model"].setdefault("path", "")
     deployment = Deployment.parse(raw)  # before a download that a wrong flag would make useless
     check_devices(workers, torch.cuda.device_count())
-    if not raw["model"]["path"]:
-        raw["model"]["path"] = ensure_default_model()
-        deployment = Deployment.parse(raw)
+    path = raw["model"]["path"]
+    raw["model"]["path"] = resolve_model(path) if path else ensure_default_model()
+    deployment = Deployment.parse(raw)
     deployment.model.limit_model_len(load_model_spec(deployment.model.path).max_model_len)
     return deployment
 

@@ -23,6 +23,7 @@ from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError, DistServeError, InvalidRequest
 from ensemble.request import Request, SamplingParams, Sequence
 from ensemble.tokenizer import Tokenizer
+from tools.model_source import resolve_model
 
 
 def generate(
@@ -75,7 +76,7 @@ def generate(
 
 def main(
     prompts_file: Annotated[typer.FileText, typer.Argument(help="one prompt a line; - is standard input")],
-    model: Annotated[Path, typer.Option(help="Hugging Face directory")],
+    model: Annotated[Path, typer.Option(help="Hugging Face directory, or name such as facebook/opt-1.3b")],
     output: Annotated[Path | None, typer.Option(help="JSON lines; default: standard output")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
@@ -93,6 +94,7 @@ def main(
 ) -> None:
     """Generates a continuation of each prompt."""
     try:
+        model = resolve_model(model)
         stage = {"devices": [device], "kv_cache_bytes": kv_cache_bytes}
         deployment = Deployment.parse(
             {

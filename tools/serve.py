@@ -15,6 +15,7 @@ from tools.cache import cache_dir
 from tools.command_line import run
 from tools.deployment import make_deployment
 from tools.installation import ServerError
+from tools.model_source import model_name
 from tools.triton_server import Ports, TritonServer
 
 CURL = """curl -s {url}/v2/models/ensemble/generate \
@@ -23,7 +24,7 @@ DEVICES = "a replica on each of these, such as cuda:0,cuda:1 or cpu"
 
 
 def main(
-    model: Annotated[Path | None, Option(envvar="MODEL", help="Hugging Face directory; none: SmolLM2-135M")] = None,
+    model: Annotated[Path | None, Option(envvar="MODEL", help="directory or Hub name; none: SmolLM2-135M")] = None,
     deployment: Annotated[Path | None, Option(help="deployment file (YAML), which the other flags override")] = None,
     load_format: Annotated[str | None, Option(help="auto, or dummy for random weights")] = None,
     dtype: Annotated[str | None, Option(help="auto, float16, bfloat16, float32 or float64")] = None,
@@ -79,7 +80,7 @@ def main(
 
 def start(server: TritonServer, console: Console) -> None:
     """Waits until a started server is ready, showing what it loads. Raises ServerError."""
-    model = server.deployment.model.path.name
+    model = model_name(server.deployment.model.path)
     devices = {"prefill": server.deployment.prefill.devices, "decode": server.deployment.decode.devices}
     where = ", ".join(f"{stage} on {' '.join(names)}" for stage, names in devices.items())
     console.print(f"Loading {model} ({where})")
