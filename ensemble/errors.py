@@ -64,5 +64,15 @@ class Cancelled(DistServeError):
     code: ErrorCode = "CANCELLED"
 
 
+class DeadlineExceeded(DistServeError):
+    """The request's own `timeout_ms` has passed.
+
+    The code is CANCELLED: the server has none for deadlines, and UNAVAILABLE (HTTP 503) would have clients and proxies
+    send again, to a server that is behind, what nobody waits for any more.
+    """
+
+    code: ErrorCode = "CANCELLED"
+
+
 class InternalError(DistServeError):
     """A fault of ours; the message says where."""

@@ -40,7 +40,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     request_id: int  # unique in the scheduler's life; not the client's id
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    priority: int = 0  # class; 0 is the most urgent
+    priority: int = 0  # class; a smaller one is more urgent
 
     @property
     def prompt_len(self) -> int:

@@ -29,7 +29,7 @@ _MAX_IDLE_TENANTS = 1024  # remembered beyond twice the tenants that wait
 class Hints:
     """What a policy may know of a request beside its prompt."""
 
-    priority: int = 0  # class; 0 is the most urgent
+    priority: int = 0  # class; a smaller one is more urgent
     tenant: str = ""
     ttft_target_s: float | None = None  # from arrival; None: the policy's default
     num_cached_tokens: int = 0  # of the prompt, expected in a prefix cache

@@ -12,9 +12,12 @@ import numpy.typing as npt
 from ensemble.chat import ChatTemplate
 from ensemble.errors import InvalidRequest
 from ensemble.request import Request, SamplingParams
+from ensemble.scheduling.policies import DEFAULT_HINTS, Hints
 from ensemble.tokenizer import Tokenizer
 
 MAX_STOP_WORDS = 64
+MAX_PRIORITY = 100
+MAX_TENANT_LEN = 256
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 
@@ -48,6 +51,8 @@ class ClientRequest:
     options: OutputOptions
     prompt_text: str | None  # None when the client sent token ids alone
     stop_strings: tuple[str, ...] = ()
+    hints: Hints = DEFAULT_HINTS
+    timeout_s: float | None = None  # from arrival
 
 
 def parse_request(
@@ -65,8 +70,10 @@ def parse_request(
     else:
         token_ids, text = parse_prompt(tensors, tokenizer, chat)
     _check_prompt(field, token_ids, sampling.max_tokens, limits)
-    request = Request(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
-    return ClientRequest(request, options, text, parse_stop_words(tensors))
+    hints = parse_hints(tensors)
+    request = Request(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling, priority=hints.priority)
+    timeout_s = parse_milliseconds(tensors, "timeout_ms")
+    return ClientRequest(request, options, text, parse_stop_words(tensors), hints, timeout_s)
 
 
 def parse_prompt(tensors: Tensors, tokenizer: Tokenizer, chat: ChatTemplate) -> tuple[list[int], str]:
@@ -93,6 +100,24 @@ def parse_stop_words(tensors: Tensors) -> tuple[str, ...]:
     words = tensors["stop_words"].reshape(-1)
     _check("stop_words", f"{words.size} strings", words.size <= MAX_STOP_WORDS, f"at most {MAX_STOP_WORDS}")
     return tuple(parse_text(words[index : index + 1], f"stop_words[{index}]") for index in range(words.size))
+
+
+def parse_hints(tensors: Tensors) -> Hints:
+    """What the queue's policy may know of the request. Raises InvalidRequest."""
+    priority = int(_scalar(tensors, "priority")) if "priority" in tensors else 0
+    _check("priority", priority, -MAX_PRIORITY <= priority <= MAX_PRIORITY, f"from {-MAX_PRIORITY} to {MAX_PRIORITY}")
+    tenant = parse_text(tensors["tenant"], "tenant") if "tenant" in tensors else ""
+    _check("tenant", tenant, len(tenant) <= MAX_TENANT_LEN, f"at most {MAX_TENANT_LEN} characters")
+    return Hints(priority, tenant, parse_milliseconds(tensors, "ttft_target_ms"))
+
+
+def parse_milliseconds(tensors: Tensors, name: str) -> float | None:
+    """The tensor's time in seconds; None if it is not given. Raises InvalidRequest."""
+    if name not in tensors:
+        return None
+    milliseconds = float(_scalar(tensors, name))
+    _check(name, milliseconds, 0 < milliseconds < math.inf, "a number above 0")
+    return milliseconds / 1e3
 
 
 def parse_text(tensor: npt.NDArray[Any], field: str = "text_input") -> str:

@@ -32,6 +32,7 @@ _DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "vllm:generation_tokens_total": ("counter", "Tokens generated for clients"),
     "vllm:request_success_total": ("counter", "Requests that ended with their last token, by reason"),
     "distserve:request_errors_total": ("counter", "Requests that ended with an error, by code"),
+    "distserve:deadline_exceeded_total": ("counter", "Requests that were ended by their own timeout"),
     "vllm:time_to_first_token_seconds": ("histogram", "Arrival to first token"),
     "vllm:time_per_output_token_seconds": ("histogram", "Mean time between output tokens of a request"),
     "vllm:e2e_request_latency_seconds": ("histogram", "Arrival to last token"),

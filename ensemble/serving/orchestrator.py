@@ -8,6 +8,7 @@ Everything else (calls into the stages, event polls, sends to clients) happens o
 putting a function into the inbox.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ import msgspec
 from ensemble.config import Deployment
 from ensemble.errors import (
     Cancelled,
+    DeadlineExceeded,
     DistServeError,
     ErrorCode,
     InternalError,
@@ -30,7 +32,9 @@ from ensemble.errors import (
 )
 from ensemble.request import FinishReason, Request
 from ensemble.scheduling.admission import DecodeAdmission
+from ensemble.scheduling.deadlines import Deadlines
 from ensemble.scheduling.estimates import OutputEstimate
+from ensemble.scheduling.policies import QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.serving.metrics import Ended, Gauges, Labels
 from ensemble.serving.streams import ClientStream, SenderPool
@@ -100,6 +104,13 @@ class Orchestrator:
             max_batches_in_flight=MAX_BATCHES_IN_FLIGHT,
             max_queue_requests=deployment.scheduler.max_queue_requests,
             max_queue_tokens=deployment.scheduler.max_queue_tokens,
+            policy=QueuePolicy(
+                deployment.scheduler.policy,
+                deployment.scheduler.max_wait_s,
+                deployment.scheduler.aging_s,
+                deployment.scheduler.ttft_target_s,
+            ),
+            max_long_tokens=deployment.prefill.max_long_tokens,
         )
         self._output_estimate = OutputEstimate()
         self.admission = DecodeAdmission(
@@ -113,6 +124,7 @@ class Orchestrator:
         self._detaching: dict[str, tuple[int, set[int]]] = {}
         self._down_reasons: dict[StageName, str] = {}
         self._streams: dict[int, ClientStream] = {}  # request_id |-> live request
+        self._deadlines = Deadlines()  # by time.monotonic()
         self._totals: Counter[tuple[str, Labels]] = Counter()  # of what the workers counted
         self._early: list[tuple[Request, ClientStream]] = []  # came before the stages reported for the first time
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -168,13 +180,20 @@ class Orchestrator:
 
     def _run(self) -> None:
         while not (self._closing.is_set() and self._inbox.empty()):
-            try:
-                self._inbox.get(timeout=1.0)()
+            next_deadline = self._deadlines.next
+            timeout_s = 1.0 if next_deadline is None else min(1.0, max(0.0, next_deadline - time.monotonic()))
+            with contextlib.suppress(queue.Empty):
+                self._inbox.get(timeout=timeout_s)()
                 while not self._inbox.empty():
                     self._inbox.get()()
-            except queue.Empty:
-                continue
+            self._expire()
             self._dispatch()
+
+    def _expire(self) -> None:
+        """Requests whose time is up leave at once, wherever they are."""
+        for request_id in self._deadlines.take_expired(time.monotonic()):
+            self._totals["distserve:deadline_exceeded_total", ()] += 1
+            self._fail(request_id, DeadlineExceeded("deadline exceeded: the request's timeout_ms has passed"))
 
     def _dispatch(self) -> None:
         """Everything that can start now, starts."""
@@ -204,11 +223,13 @@ class Orchestrator:
             return
         try:
             self.admission.check(request)
-            self.prefill.add(request, time.monotonic())
+            self.prefill.add(request, time.monotonic(), stream.hints)
         except DistServeError as error:
             self._refuse(stream, error)
         else:
             self._streams[request.request_id] = stream
+            if stream.deadline is not None:
+                self._deadlines.add(request.request_id, stream.deadline)
 
     def _on_events(self, stage: StageName, replica: int, events: list[WorkerEvent]) -> None:
         for event in events:
@@ -270,9 +291,11 @@ class Orchestrator:
 
     def _emit(self, request_id: int, token_id: int, finish_reason: FinishReason | None) -> None:
         stream = self._streams[request_id]
+        self.prefill.charge(stream.hints.tenant, 1)
         if finish_reason is not None:
             stream.timeline.last_token_ns = time.time_ns()
             del self._streams[request_id]
+            self._deadlines.remove(request_id)
         self._senders.push(stream, token_id, finish_reason)
         if finish_reason is not None:
             self._output_estimate.observe(stream.request, stream.num_output_tokens)
@@ -305,6 +328,7 @@ class Orchestrator:
         stream = self._streams.pop(request_id, None)
         if stream is None:
             return None
+        self._deadlines.remove(request_id)
         where = self.admission.cancel(request_id)
         if where is not None and where[0] == "decode":
             self._send("decode", CancelRequests(replica=where[1], request_ids=[request_id]))

@@ -73,6 +73,9 @@ class ClientStream:
         self._is_closed = False  # the final response has been sent
         self.timeline = Timeline(arrival_ns=time.time_ns())
         self.request = client_request.request
+        self.hints = client_request.hints
+        timeout_s = client_request.timeout_s
+        self.deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._options = client_request.options
         self._tokenizer = tokenizer
         self._cancel_handle = cancel_handle

@@ -1,0 +1,131 @@
+"""The prefill queue's policies and deadlines, through the whole server."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving.clients import Answer, StreamClient, blocks_in_use, generate, read_metrics
+from tests.serving.deployments import deploy
+from tools.triton_server import TritonServer
+
+pytestmark = pytest.mark.server
+
+ONE_AT_A_TIME = {"max_num_batched_tokens": 16, "max_num_seqs": 1}
+BLOCKER: dict[str, Any] = {"input_ids": [5] * 500, "max_tokens": 2, "tenant": "busy"}
+WAITING: dict[str, dict[str, Any]] = {
+    "a": {"input_ids": [7] * 60, "priority": 1, "ttft_target_ms": 20_000.0, "tenant": "busy"},
+    "b": {"input_ids": [7] * 40, "priority": -1, "ttft_target_ms": 30_000.0, "tenant": "idle"},
+    "c": {"input_ids": [7] * 20, "priority": 2, "ttft_target_ms": 10_000.0, "tenant": "idle"},
+}
+STARTED_IN_ORDER = {"fcfs": "abc", "sjf": "cba", "priority": "bac", "edf": "cab", "fair": "bca"}
+
+
+@pytest.mark.parametrize("policy", STARTED_IN_ORDER)
+def test_what_waits_behind_a_long_prompt_starts_in_the_order_of_the_policy(
+    policy: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    deployment = deploy(tiny_llama, prefill=ONE_AT_A_TIME, scheduler={"policy": policy, "aging_s": 20.0})
+    with TritonServer(deployment, log_path=tmp_path / "log") as server:
+        server.wait_ready(timeout_s=120)
+        generate(server.grpc_url, text_input="x", max_tokens=2)
+        client = StreamClient(server.grpc_url)
+        for index in range(2):
+            client.send("scheduler", f"blocker {index}", **BLOCKER)
+        for name, values in WAITING.items():
+            client.send("scheduler", name, max_tokens=1, return_perf_metrics=True, **values)
+        answers = client.wait()
+        client.close()
+    started = {name: int(answers[name].responses[-1]["first_scheduled_time_ns"][0]) for name in WAITING}
+    assert "".join(sorted(started, key=started.__getitem__)) == STARTED_IN_ORDER[policy]
+
+
+def test_short_prompts_do_not_wait_for_the_whole_of_a_long_one(tiny_llama: Path, tmp_path: Path) -> None:
+    prefill = {"max_num_batched_tokens": 32, "max_long_tokens": 16}
+    with TritonServer(deploy(tiny_llama, prefill=prefill), log_path=tmp_path / "log") as server:
+        server.wait_ready(timeout_s=120)
+        generate(server.grpc_url, text_input="x", max_tokens=2)
+        client = StreamClient(server.grpc_url)
+        for index in range(4):
+            client.send("scheduler", f"long {index}", input_ids=[5] * 500, max_tokens=1, return_perf_metrics=True)
+        client.send("scheduler", "short", input_ids=[7] * 8, max_tokens=1, return_perf_metrics=True)
+        answers = client.wait()
+        client.close()
+    first_token = {name: int(answer.responses[-1]["first_token_time_ns"][0]) for name, answer in answers.items()}
+    assert first_token["short"] == min(first_token.values())
+
+
+LONG_DECODE: dict[str, Any] = {"input_ids": [9, 8, 7], "max_tokens": 450, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def slow_prefill(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    deployment = deploy(tiny_llama, prefill=ONE_AT_A_TIME, model={"max_model_len": 512})
+    with TritonServer(deployment, log_path=tmp_path_factory.mktemp("server") / "log") as server:
+        server.wait_ready(timeout_s=120)
+        generate(server.grpc_url, text_input="x", max_tokens=2)
+        yield server
+
+
+def send(server: TritonServer, num_blockers: int, **values: Any) -> tuple[Answer, float]:
+    """One request behind `num_blockers` long prompts: its answer, and the seconds until its end."""
+    others, client = StreamClient(server.grpc_url), StreamClient(server.grpc_url)
+    for index in range(num_blockers):
+        others.send("scheduler", str(index), **BLOCKER)
+    start = time.monotonic()
+    client.send("scheduler", "only", **values)
+    answer = client.wait()["only"]
+    seconds = time.monotonic() - start
+    assert all(other.error is None for other in others.wait().values())
+    client.close()
+    others.close()
+    return answer, seconds
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("num_blockers", "values", "has_begun"),
+    [
+        (8, {"input_ids": [7] * 20, "max_tokens": 2, "timeout_ms": 30.0}, False),
+        (0, {**LONG_DECODE, "input_ids": [7] * 400, "max_tokens": 100, "timeout_ms": 15.0}, False),
+        (0, {**LONG_DECODE, "timeout_ms": 200.0}, True),
+    ],
+    ids=["queued", "in prefill", "in decode"],
+)
+def test_a_request_past_its_timeout_ends_at_once_wherever_it_is(
+    slow_prefill: TritonServer, num_blockers: int, values: dict[str, Any], has_begun: bool
+) -> None:
+    def expired() -> float:
+        samples = read_metrics(slow_prefill.metrics_url).items()
+        return sum(value for name, value in samples if name.startswith("distserve:deadline_exceeded_total"))
+
+    before = expired()
+    answer, seconds = send(slow_prefill, num_blockers, **values)
+    assert "deadline exceeded" in str(answer.error)
+    assert bool(answer.responses) == has_begun
+    assert values["timeout_ms"] / 1e3 <= seconds < values["timeout_ms"] / 1e3 + 0.5
+    wait_until(lambda: expired() == before + 1, 2.0)
+    wait_until(lambda: blocks_in_use(read_metrics(slow_prefill.metrics_url)) == 0, 5.0)
+
+
+def test_a_request_within_its_timeout_is_served(slow_prefill: TritonServer) -> None:
+    assert generate(slow_prefill.grpc_url, text_input="x", max_tokens=4, timeout_ms=30_000.0).error is None
+
+
+def test_over_http_a_timeout_ends_with_an_error_too(slow_prefill: TritonServer) -> None:
+    body = json.dumps({"text_input": "x", "max_tokens": 450, "ignore_eos": True, "timeout_ms": 100.0}).encode()
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{slow_prefill.http_url}/v2/models/ensemble/generate", body, timeout=30)
+    assert caught.value.code == 400  # what the server makes of CANCELLED; clients do not repeat it as they do a 503
+    assert "deadline exceeded" in caught.value.read().decode()
