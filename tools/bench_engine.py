@@ -13,8 +13,9 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from rich.table import Table
 from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow
 from ensemble.engine.model_runner import ModelRunner, StepHandle, load_model
+from ensemble.models import layers
 from ensemble.models.spec import ModelSpec, load_model_spec
 from ensemble.request import Request, SamplingParams, Sequence
 from tools.bench_kernels import copy_rate, matmul_rate
@@ -38,6 +40,7 @@ MAX_NUM_BATCHED_TOKENS = 8192
 RESERVE_BYTES = 6 << 30  # activations of the largest prefill, graphs, workspaces
 HOST_GAP_GOAL = 0.03
 DECODE_BATCH_SIZES = (1, 8, 32, 64, 128, 256)
+DECODE_PROMPT_LENS = (512, 2048)
 PREFILLS = ((1, 512), (1, 1024), (1, 2048), (8, 512), (4, 2048))
 
 LLAMA_2 = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "max_position_embeddings": 4096}
@@ -88,11 +91,16 @@ SHAPES = {
 }
 
 
+class Linears(StrEnum):
+    TRITON = "triton"
+    CUBLAS = "cublas"
+
+
 class Bench:
     """One model on the current GPU, with as large a KV pool as fits."""
 
-    def __init__(self, name: str, ceilings: dict[str, float]) -> None:
-        self.name, self.shape, self.ceilings = name, SHAPES[name], ceilings
+    def __init__(self, name: str, ceilings: dict[str, float], batch_sizes: tuple[int, ...]) -> None:
+        self.name, self.shape, self.ceilings, self.batch_sizes = name, SHAPES[name], ceilings, batch_sizes
         device = torch.device("cuda", torch.cuda.current_device())
         start = time.perf_counter()
         self.spec = load_spec(self.shape.config)
@@ -104,19 +112,19 @@ class Bench:
         self.num_blocks = free_bytes // (self.kv_bytes_per_token * BLOCK_SIZE)
         kv_pool = torch.empty((self.num_blocks, *block_shape), dtype=torch.float16, device=device).normal_()
         self.runner = ModelRunner(self.model, kv_pool, BLOCK_SIZE)
-        max_num_seqs = min(max(DECODE_BATCH_SIZES), self.num_blocks * BLOCK_SIZE // (512 + NUM_STEPS))
+        max_num_seqs = min(max(batch_sizes), self.num_blocks * BLOCK_SIZE // (512 + NUM_STEPS))
         self.runner.warm_up(max_num_seqs, MAX_NUM_BATCHED_TOKENS, self.spec.max_model_len)
         torch.cuda.synchronize()
         self.ready_s = time.perf_counter() - start
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self, prompt_lens: Iterable[int], prefills: Iterable[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         yield {"name": f"{self.name}: start to ready", "value": self.ready_s, "unit": "s"}
-        for prompt_len in (512, 2048):
-            for batch_size in DECODE_BATCH_SIZES:
+        for prompt_len in prompt_lens:
+            for batch_size in self.batch_sizes:
                 fits = self.blocks_for(prompt_len + NUM_STEPS) * batch_size <= self.num_blocks
                 if fits and prompt_len + NUM_STEPS < self.spec.max_model_len:
                     yield from self.decode_rows(batch_size, prompt_len)
-        for batch_size, prompt_len in PREFILLS:
+        for batch_size, prompt_len in prefills:
             if prompt_len < self.spec.max_model_len:
                 yield self.prefill_row(batch_size, prompt_len)
 
@@ -243,8 +251,13 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 def main(
     output: Annotated[Path | None, typer.Option(help="Where to write the results as JSON.")] = None,
     model: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(SHAPES)}. Default: all.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Decode batch sizes. Default: 1 to 256.")] = None,
+    prompt_len: Annotated[list[int] | None, typer.Option(help="Of decodes. Default: 512 and 2,048.")] = None,
+    prefill: Annotated[bool, typer.Option(help="Time prefills too.")] = True,
+    linear: Annotated[Linears, typer.Option(help="What multiplies by weights in decode steps.")] = Linears.TRITON,
 ) -> None:
     """Times decode and prefill steps on the current GPU."""
+    layers.use_decode_linear = linear == Linears.TRITON
     random.seed(0)
     torch.manual_seed(0)
     ceilings = {"bytes": copy_rate(), "flops": matmul_rate(torch.float16)}
@@ -252,9 +265,10 @@ def main(
         {"name": "device copy, 2 GiB", "value": ceilings["bytes"] / 1e9, "unit": "GB/s"},
         {"name": "fp16 matmul, 8192 cubed", "value": ceilings["flops"] / 1e12, "unit": "TFLOP/s"},
     ]
+    batch_sizes = tuple(batch or DECODE_BATCH_SIZES)
     for name in model or SHAPES:
         torch.cuda.empty_cache()
-        rows += Bench(name, ceilings).rows()
+        rows += Bench(name, ceilings, batch_sizes).rows(prompt_len or DECODE_PROMPT_LENS, PREFILLS if prefill else ())
     show(rows, torch.cuda.get_device_name())
     if output:
         write_results(output, rows)

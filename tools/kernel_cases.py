@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels.activation import bias_activation, silu_and_mul
 from kernels.block_copy import copy_blocks
 from kernels.decode_attention import decode_attention
+from kernels.decode_linear import decode_linear, decode_linear_reference
 from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.embedding import embed
 from kernels.layer_norm import add_layer_norm
@@ -248,6 +249,20 @@ def embedding(num_tokens: int, hidden_size: int) -> Iterator[Case]:
     )
 
 
+def linear(num_rows: int, out_size: int, in_size: int) -> Iterator[Case]:
+    num_bytes = 2 * (out_size * in_size + num_rows * (in_size + out_size))
+    num_inputs = copies_for(num_bytes)
+    weights = [randn(out_size, in_size) for _ in range(num_inputs)]
+    x = randn(num_rows, in_size)
+    yield Case(
+        name=f"decode linear, {num_rows} rows, {out_size} x {in_size}",
+        work=num_bytes,
+        run=lambda i: decode_linear(x, weights[i]),
+        num_inputs=num_inputs,
+        libraries={"cuBLAS": lambda i: decode_linear_reference(x, weights[i])},
+    )
+
+
 def torch_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     ascending, order = logits.float().sort(dim=1)
     ascending = ascending.masked_fill(ascending < ascending[:, -top_k, None], -torch.inf)
@@ -325,6 +340,14 @@ GROUPS: dict[str, list[Callable[[], Iterator[Case]]]] = {
         partial(decode, 32, 8, [8192], 16),
         partial(decode, 32, 32, [100], 16),
         partial(decode, 32, 8, [400], 16),
+    ],
+    "linear": [
+        partial(linear, num_rows, *shape)
+        for shape in [
+            *[(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096)],  # LLaMA-2-7B
+            *[(15360, 5120), (5120, 5120), (20480, 5120), (5120, 20480), (50272, 5120)],  # OPT-13B
+        ]
+        for num_rows in (1, 8, 32, 64)
     ],
     "norm": [partial(norms, *shape) for shape in [(16384, 4096), (16384, 5120), (1, 4096), (64, 4096)]],
     "activation": [partial(silu, 8192, 11008), partial(silu, 64, 11008), partial(bias_relu, 8192, 20480)],

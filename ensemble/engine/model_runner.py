@@ -157,7 +157,7 @@ def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size
     decodes = [
         Batch(decodes=[sequence(7, sampling)] * num_rows)
         for sampling in (greedy, drawn, penalised)
-        for num_rows in (1, 2, 16)
+        for num_rows in (1, 2, 16, 17, 33)
     ]
     chunks = [PrefillRow(sequence(length, greedy), 0, length) for length in (1, 2, 16, 17)]
     chunks.append(PrefillRow(sequence(32, greedy), 16, 16))

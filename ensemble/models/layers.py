@@ -12,11 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.decode_attention import decode_attention
+from kernels.decode_linear import decode_linear, reads_faster
 from kernels.decode_plan import DecodeWorkspace
 from kernels.prefill_attention import prefill_attention
 
 Empty = Callable[..., Tensor]  # torch.empty with device and dtype bound
 NamedWeights = Iterator[tuple[str, Tensor]]  # checkpoint name |-> tensor to fill, of the checkpoint tensor's shape
+
+# False: every product on a GPU is cuBLAS's. tools.bench_engine compares the two.
+use_decode_linear = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ class Linear:
         if self.weight.is_mkldnn:
             packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
             return packed
+        if use_decode_linear and reads_faster(x, self.weight):
+            return decode_linear(x, self.weight, bias)
         return F.linear(x, self.weight, bias)
 
     def pack(self) -> None:
