@@ -35,6 +35,8 @@ class Pair:
         self.server = PeerServer(self.context, address, self.prefill_engine.pool)
         self.prefill = PrefillWorker(self.prefill_engine, address)
         self.peers = Peers(self.context, device)
+        if device.type == "cuda":  # CUDA opens no handle of the process that made it
+            self.peers._pools[address] = self.prefill_engine.pool.tensor
         self.decode = DecodeWorker(self.decode_engine, self.peers, deployment.decode)
 
     def run_prefill(self) -> list[WorkerEvent]:

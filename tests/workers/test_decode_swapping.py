@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from ensemble.cache import swapper
 from ensemble.config import Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError
@@ -18,6 +19,7 @@ from ensemble.scheduling.decode_policies import DecodePolicyName
 from ensemble.workers.messages import CancelRequests, SwapReport, WorkerEvent
 from kernels.block_copy import copy_blocks
 from tests.checkpoints import make_tiny_llama
+from tests.serving.oracle import GreedyJudge
 from tests.workers.pair import CPU, Pair, handoffs_of, released_in, tokens_of, whole_prompts
 from tools.offline import generate
 
@@ -101,11 +103,14 @@ def unconstrained(model: Path, requests: list[Request]) -> dict[int, list[int]]:
 
 
 def run(
-    pair: Pair, requests: list[Request], after_step: Callable[[int], list[WorkerEvent]] = lambda step: []
+    pair: Pair,
+    requests: list[Request],
+    after_step: Callable[[int], list[WorkerEvent]] = lambda step: [],
+    block_size: int = BLOCK_SIZE,
 ) -> list[WorkerEvent]:
     """All requests through both workers, admitted to decode as if a third of each output were to come."""
     admission = DecodeAdmission(
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         max_num_bridge_seqs=NUM_REQUESTS,
         expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 3,
     )
@@ -214,6 +219,58 @@ def test_without_a_host_pool_nothing_is_swapped_and_everything_admitted_ends(
     assert tokens_of(events) == unconstrained(model, requests)
     assert swaps_in(events) == []
     pair.assert_empty()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("threshold", [0, 1 << 40], ids=["copy engine", "kernel"])
+@pytest.mark.parametrize("slow_cycles", [0, 5_000_000])
+def test_on_a_gpu_with_copies_that_take_longer_than_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: int, slow_cycles: int
+) -> None:
+    """Blocks that are reused or read before a copy has ended would show in the tokens."""
+    monkeypatch.setattr(swapper, "COPY_ENGINE_BLOCK_BYTES", threshold)
+    for name in ("copy_runs", "copy_blocks"):
+        copy = getattr(swapper, name)
+
+        def copy_slowly(*arguments: Any, copy: Callable[..., None] = copy) -> None:
+            torch.cuda._sleep(slow_cycles)
+            copy(*arguments)
+
+        monkeypatch.setattr(swapper, name, copy_slowly)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = make_tiny_llama(tmp_path / "model", hidden_size=256)
+    block_bytes = 2 * 2 * 2 * 16 * 64 * 4
+    prefill = {"devices": ["cuda:0"], "kv_cache_bytes": 256 * block_bytes}
+    decode = {
+        "devices": ["cuda:0"],
+        "kv_cache_bytes": NUM_BLOCKS * block_bytes,
+        "host_kv_bytes": NUM_HOST_BLOCKS * block_bytes,
+        "policy": "mlfq",
+        "quantum_s": 0.002,
+        "starvation_s": 0.1,
+        "max_num_seqs": MAX_NUM_SEQS,
+        "max_num_resident_seqs": NUM_REQUESTS,
+    }
+    deployment = Deployment.parse(
+        {"model": {"path": model, "dtype": "float32"}, "prefill": prefill, "decode": decode, "block_size": 16}
+    )
+    rng = random.Random(3)
+    sampling = SamplingParams(max_tokens=120, temperature=0.0, ignore_eos=True)
+    requests = [
+        Request(request_id=index, prompt_token_ids=[rng.randrange(3, 380) for _ in range(30)], sampling=sampling)
+        for index in range(NUM_REQUESTS)
+    ]
+    pair = Pair(deployment, tmp_path, torch.device("cuda:0"))
+    try:
+        events = run(pair, requests, block_size=16)
+        assert sum(report.num_preemptions for report in swaps_in(events)) > NUM_REQUESTS // 2
+        pair.assert_empty()
+    finally:
+        pair.close()
+    judge, outputs = GreedyJudge(model), tokens_of(events)
+    for request in requests:
+        assert len(outputs[request.request_id]) == sampling.max_tokens
+        assert judge.first_fault(request.prompt_token_ids, outputs[request.request_id]) is None
 
 
 def test_a_host_pool_below_one_block_is_refused(model: Path, make_pair: Callable[[Deployment], Pair]) -> None:
