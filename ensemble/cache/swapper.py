@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from ensemble.cache.kv_pool import KVLayout
+from ensemble.errors import ConfigError
 from ensemble.scheduling.preemptive_decode import Swap
 from kernels.block_copy import copy_blocks
 
@@ -38,11 +39,18 @@ class Swapped:
 
 
 def make_host_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> torch.Tensor:
-    """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] on the host, page-locked for a GPU."""
-    pool = torch.empty((num_blocks, *layout.block_shape), dtype=layout.dtype)
-    if device.type == "cuda":
-        # Not `pin_memory=True`, which takes the next power of two of bytes.
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), pool.nbytes, 0))
+    """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] on the host, page-locked for a GPU.
+
+    Raises ConfigError if the host has no memory for it.
+    """
+    try:
+        pool = torch.empty((num_blocks, *layout.block_shape), dtype=layout.dtype)
+        if device.type == "cuda" and num_blocks:
+            # Not `pin_memory=True`, which takes the next power of two of bytes.
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), pool.nbytes, 0))
+    except (RuntimeError, MemoryError) as error:
+        num_bytes = num_blocks * layout.block_bytes
+        raise ConfigError(f"host_kv_bytes: the host has no {num_bytes >> 20} MiB for the KV pool: {error}") from None
     return pool
 
 
@@ -122,7 +130,7 @@ class _StreamCopier:
         self._source, self._destination = source, destination
         self._device = source.device if source.is_cuda else destination.device
         self._stream = torch.cuda.Stream(self._device)
-        self._by_engine = source[0].nbytes >= COPY_ENGINE_BLOCK_BYTES
+        self._by_engine = source.stride(0) * source.itemsize >= COPY_ENGINE_BLOCK_BYTES
 
     def start(self, source_ids: list[int], destination_ids: list[int]) -> _Copy:
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

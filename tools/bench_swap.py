@@ -1,0 +1,207 @@
+"""Times swapping on one GPU: its bandwidth beside a plain pinned copy, and what it costs the steps that it runs beside.
+
+    python -m tools.bench_swap --output docs/results/swap.json
+
+bandwidth  a sequence's blocks, scattered over both pools, out to the host and back in, by the copy engine and by the
+           kernel; the ceiling is a contiguous copy of as many bytes from or to pinned memory, by turns in the same run.
+steps      decode steps of a model with dummy weights, without swapping and with a copy under way in each direction all
+           the time, by turns. The host's work for the swaps is part of the step.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from ensemble.cache import swapper
+from ensemble.cache.kv_pool import KVLayout
+from ensemble.cache.swapper import Swapper, Way, make_host_pool
+from ensemble.engine.batch import Batch
+from ensemble.scheduling.preemptive_decode import Swap
+from tools.bench_engine import BLOCK_SIZE, NUM_STEPS, Bench, commit
+from tools.results import write_results
+
+POOL_BYTES = 4 << 30
+SWAP_BYTES = 256 << 20
+ROUNDS = 9
+BANDWIDTH_GOAL, STEP_GOAL = 0.92, 1.10
+BY = {"copy engine": 0, "kernel": 1 << 60}  # values of COPY_ENGINE_BLOCK_BYTES
+LAYOUTS = {  # fp16; the number of tokens in a block is the last but one
+    "LLaMA-2-7B, blocks of 16 tokens": KVLayout(32, 32, 16, 128, torch.float16),
+    "LLaMA-2-7B, blocks of 64 tokens": KVLayout(32, 32, 64, 128, torch.float16),
+    "LLaMA-2-13B, blocks of 16 tokens": KVLayout(40, 40, 16, 128, torch.float16),
+    "LLaMA-2-13B, blocks of 64 tokens": KVLayout(40, 40, 64, 128, torch.float16),
+    "8 KV heads, 32 layers, blocks of 16 tokens": KVLayout(32, 8, 16, 128, torch.float16),
+    "SmolLM2-135M, blocks of 16 tokens": KVLayout(30, 3, 16, 64, torch.float16),
+    "1 KV head, 8 layers, blocks of 16 tokens": KVLayout(8, 1, 16, 64, torch.float16),
+}
+DEFAULT_THRESHOLD = swapper.COPY_ENGINE_BLOCK_BYTES
+PROMPT_LEN = 512
+MODEL, BATCH_SIZES = "LLaMA-2-7B", (1, 32, 64)
+
+
+def bandwidth_rows(name: str, layout: KVLayout) -> Iterator[dict[str, Any]]:
+    device = torch.device("cuda", torch.cuda.current_device())
+    num_blocks = POOL_BYTES // layout.block_bytes
+    pool = torch.empty((num_blocks, *layout.block_shape), dtype=layout.dtype, device=device).normal_()
+    host = make_host_pool(layout, num_blocks, device)
+    count = min(SWAP_BYTES // layout.block_bytes, num_blocks)
+    num_bytes = count * layout.block_bytes
+    plain = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    on_device = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    swappers = {}
+    for by, threshold in BY.items():
+        swapper.COPY_ENGINE_BLOCK_BYTES = threshold
+        swappers[by] = Swapper(pool, host)
+    ways: tuple[Way, Way] = ("out", "in")
+    for way in ways:
+        times: dict[str, list[float]] = {"plain": [], **{by: [] for by in BY}}
+        for _ in range(ROUNDS):
+            times["plain"].append(
+                seconds_of_copy(on_device, plain) if way == "out" else seconds_of_copy(plain, on_device)
+            )
+            for by, swaps in swappers.items():
+                ids = [random.sample(range(num_blocks), count) for _ in range(2)]
+                swaps.start(Swap(0, *ids), way)
+                swaps.wait(10.0)
+                [done] = swaps.completed()
+                times[by].append(done.seconds)
+                check(pool, host, *(ids if way == "out" else reversed(ids)))
+        rate = {kind: num_bytes / median(each[1:]) / 1e9 for kind, each in times.items()}
+        used = "copy engine" if layout.block_bytes >= DEFAULT_THRESHOLD else "kernel"
+        ratio = rate[used] / rate["plain"]
+        has_goal = name.startswith("LLaMA-2")
+        yield {
+            "name": f"{name} ({layout.block_bytes >> 10} KiB): swap {way} of {count} by {used}",
+            "value": round(ratio, 3),
+            "unit": "of a plain pinned copy",
+            "goal": BANDWIDTH_GOAL if has_goal else None,
+            "met": ratio >= BANDWIDTH_GOAL if has_goal else None,
+            "plain_GBps": round(rate["plain"], 1),
+            "copy_engine_GBps": round(rate["copy engine"], 1),
+            "kernel_GBps": round(rate["kernel"], 1),
+        }
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(host.data_ptr()))
+
+
+def seconds_of_copy(source: torch.Tensor, target: torch.Tensor) -> float:
+    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    began.record()
+    target.copy_(source, non_blocking=True)
+    ended.record()
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / 1e3
+
+
+def check(pool: torch.Tensor, host: torch.Tensor, pool_ids: list[int], host_ids: list[int]) -> None:
+    """Raises unless the first and the last block of a swap are the same on both sides."""
+    for index in (0, -1):
+        if not torch.equal(pool[pool_ids[index]].cpu(), host[host_ids[index]]):
+            raise RuntimeError("a swapped block differs from its source")
+
+
+class _Churn:
+    """A copy under way in each direction all the time, of blocks that no running sequence has."""
+
+    def __init__(self, swaps: Swapper, block_ids: list[int], num_blocks: int) -> None:
+        self._swaps = swaps
+        out, back = block_ids[:num_blocks], block_ids[num_blocks : 2 * num_blocks]
+        there, here = list(range(num_blocks)), list(range(num_blocks, 2 * num_blocks))
+        self._swap_of: dict[Way, Swap] = {"out": Swap(0, out, there), "in": Swap(1, here, back)}
+        self.num_blocks = 0
+        for way, swap in self._swap_of.items():
+            swaps.start(swap, way)
+
+    def go_on(self) -> None:
+        for done in self._swaps.completed():
+            self.num_blocks += done.num_blocks
+            self._swaps.start(self._swap_of[done.way], done.way)
+
+    def end(self) -> None:
+        while self._swaps.num_in_flight:
+            self._swaps.wait(1.0)
+            self._swaps.completed()
+
+
+def step_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    pool = bench.runner.kv_pool
+    spec = bench.spec
+    layout = KVLayout(spec.num_layers, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim, pool.dtype)
+    swap_blocks = bench.blocks_for(PROMPT_LEN)
+    swaps = Swapper(pool, make_host_pool(layout, 2 * swap_blocks, pool.device))
+    for batch_size in bench.batch_sizes:
+        alone, beside, moved, swapping_s = [], [], 0, 0.0
+        for _ in range(ROUNDS):
+            alone.append(step_ms(bench, batch_size, None)[0])
+            milliseconds, num_blocks = step_ms(bench, batch_size, swaps)
+            beside.append(milliseconds)
+            moved += num_blocks * layout.block_bytes
+            swapping_s += milliseconds * NUM_STEPS / 1e3
+        ratio = median(beside) / median(alone)
+        context_len = PROMPT_LEN + NUM_STEPS // 2
+        yield {
+            "name": f"{bench.name}: decode step beside swaps, batch {batch_size}, context {context_len}",
+            "value": round(ratio, 3),
+            "unit": "of a step alone",
+            "goal": STEP_GOAL,
+            "met": ratio <= STEP_GOAL,
+            "alone_ms": round(median(alone), 3),
+            "beside_ms": round(median(beside), 3),
+            "swapped_GBps": round(moved / swapping_s / 1e9, 1),
+        }
+
+
+def step_ms(bench: Bench, batch_size: int, swaps: Swapper | None) -> tuple[float, int]:
+    """Milliseconds of a step, each launched before the tokens of the one before are read; blocks swapped meanwhile."""
+    sequences = bench.make_sequences(batch_size, PROMPT_LEN, PROMPT_LEN)
+    running = {block_id for sequence in sequences for block_id in sequence.block_ids}
+    idle = [block_id for block_id in range(bench.num_blocks) if block_id not in running]
+    random.shuffle(idle)
+    churn = _Churn(swaps, idle, bench.blocks_for(PROMPT_LEN)) if swaps is not None else None
+    before = bench.runner.launch(Batch(decodes=sequences))
+    start = time.perf_counter()
+    for _ in range(NUM_STEPS):
+        if churn is not None:
+            churn.go_on()
+        handle = bench.runner.launch(Batch(decodes=sequences))
+        commit(sequences, before.token_ids())
+        before = handle
+    before.token_ids()
+    milliseconds = (time.perf_counter() - start) / NUM_STEPS * 1e3
+    if churn is None:
+        return milliseconds, 0
+    churn.end()
+    return milliseconds, churn.num_blocks
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="Where to write the results as JSON.")] = None,
+    steps: Annotated[bool, typer.Option(help="Time decode steps beside swaps too.")] = True,
+) -> None:
+    """Times swapping on the current GPU; exit status 1 if a goal is missed."""
+    random.seed(0)
+    console = Console(width=150, highlight=False)
+    rows: list[dict[str, Any]] = []
+    for name, layout in LAYOUTS.items():
+        rows += bandwidth_rows(name, layout)
+        torch.cuda.empty_cache()
+    swapper.COPY_ENGINE_BLOCK_BYTES = DEFAULT_THRESHOLD
+    if steps:
+        rows += step_rows(Bench(MODEL, {}, BATCH_SIZES))
+    for row in rows:
+        details = ", ".join(f"{key} {row[key]}" for key in row if key.endswith(("GBps", "_ms")))
+        console.print(f"{row['name']:75} {row['value']:.3f} {row['unit']} (goal {row['goal']}); {details}")
+    if output is not None:
+        write_results(output, rows)
+    if not all(row.get("met") in (None, True) for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
