@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from ensemble.errors import ModelError
+from ensemble.sentencepiece_model import read_sentencepiece_model
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SENTENCEPIECE_DECODERS = (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"])
@@ -31,7 +32,10 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json (or vocab.json and merges.txt) and tokenizer_config.json. Raises ModelError."""
+        """Reads tokenizer.json (or vocab.json and merges.txt, or tokenizer.model) and tokenizer_config.json.
+
+        Raises ModelError.
+        """
         path = Path(path)
         try:
             config_file = path / "tokenizer_config.json"
@@ -44,6 +48,13 @@ class Tokenizer:
                 backend = _read_gpt2_files(path)
                 _add_special_tokens(backend, names)
                 if config.get("add_bos_token") and "bos_token" in names:
+                    _start_with(backend, names["bos_token"])
+            elif (path / "tokenizer.model").exists():
+                model = read_sentencepiece_model(path / "tokenizer.model")
+                backend, names = model.backend, model.special_tokens | names
+                _refuse_added_tokens(path, config, backend)
+                _add_special_tokens(backend, names)
+                if config.get("add_bos_token", True) and "bos_token" in names:
                     _start_with(backend, names["bos_token"])
             else:
                 raise ModelError(f"model path {path}: has no tokenizer.json")
@@ -137,6 +148,19 @@ def _read_gpt2_files(path: Path) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _refuse_added_tokens(path: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> None:
+    """Tokens beyond tokenizer.model, which older releases of transformers wrote beside it in several ways."""
+    file = path / "added_tokens.json"
+    added = [token["content"] for token in config.get("added_tokens_decoder", {}).values()]
+    added += json.loads(file.read_text()) if file.exists() else []
+    for token in added:
+        if backend.token_to_id(token) is None:
+            raise ModelError(
+                f"model {path}: token {token!r} added to tokenizer.model is not supported;"
+                " save the tokenizer as tokenizer.json"
+            )
 
 
 def _add_special_tokens(backend: tokenizers.Tokenizer, names: dict[str, str]) -> None:

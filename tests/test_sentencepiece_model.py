@@ -1,0 +1,140 @@
+"""A directory with tokenizer.model alone, against the sentencepiece library that wrote it, and transformers."""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+from checkpoints import _CORPUS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaTokenizer
+
+from ensemble.errors import ModelError
+from ensemble.tokenizer import Tokenizer
+
+BOS_ID, EOS_ID = 1, 2
+TEXTS = st.text() | st.text(alphabet="The capital of France, 你é🙂▁\n\t\0")
+LLAMA_2 = {
+    "model_type": "bpe",
+    "vocab_size": 480,
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "character_coverage": 0.99,
+}
+
+
+def train(path, **options):
+    """A tokenizer.model with LLaMA-2's options but for `options`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_CORPUS * 20), model_writer=model, minloglevel=2, **LLAMA_2 | options
+    )
+    path.mkdir(exist_ok=True)
+    (path / "tokenizer.model").write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("sentencepiece"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path):
+    return Tokenizer.from_dir(path)
+
+
+@pytest.fixture(scope="module")
+def processor(path):
+    return sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+
+
+@pytest.fixture(scope="module", params=[False, True])
+def llama_tokenizer(path, request):
+    return LlamaTokenizer.from_pretrained(path, legacy=request.param)
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=TEXTS.filter(lambda text: not any(token in text for token in ("<s>", "</s>", "<unk>"))))
+def test_texts_are_split_and_joined_as_by_sentencepiece(tokenizer, processor, text):
+    token_ids = processor.encode(text)
+    assert tokenizer.encode(text) == [BOS_ID, *token_ids]
+    assert tokenizer.encode(text, add_special_tokens=False) == token_ids
+    assert tokenizer.decode(token_ids) == processor.decode(token_ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS.filter(lambda text: not text.startswith((" ", "▁"))))
+def test_texts_are_those_of_transformers(tokenizer, llama_tokenizer, text):
+    """But at a space in front, where transformers' own conversion is not that of the model (sentencepiece adds one)."""
+    assert tokenizer.encode(text, add_special_tokens=False) == llama_tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_special_tokens_are_recognised_in_a_text_and_have_none(tokenizer, path):
+    text = "<s>The capital</s><s>of France"
+    theirs = LlamaTokenizer.from_pretrained(path, legacy=True)
+    assert tokenizer.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode([*tokenizer.encode("The capital"), EOS_ID]) == "The capital"
+
+
+def test_sizes_and_special_tokens_are_the_models(tokenizer, processor):
+    assert tokenizer.vocab_size == processor.get_piece_size()
+    assert tokenizer.eos_token_id == processor.eos_id()
+
+
+def test_the_configuration_goes_over_the_model(tmp_path):
+    train(tmp_path)
+    config = {"add_bos_token": False, "eos_token": "<0x0A>", "bos_token": "", "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    assert BOS_ID not in tokenizer.encode("The capital")
+    assert tokenizer.eos_token_id == tokenizer.encode("\n")[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "feature"),
+    [
+        ({"model_type": "unigram", "vocab_size": 370}, "a model that is not BPE"),
+        ({"byte_fallback": False, "vocab_size": 200}, "no byte fallback"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "a normalization of characters"),
+        ({"remove_extra_whitespaces": True}, "removal of extra spaces"),
+        ({"add_dummy_prefix": False}, "no space before the first word"),
+        ({"treat_whitespace_as_suffix": True}, "spaces after words"),
+        ({"user_defined_symbols": ["<tool>"]}, "user-defined pieces"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tmp_path, options, feature):
+    train(tmp_path, **options)
+    with pytest.raises(ModelError, match=f"tokenizer.model: {feature} is not supported"):
+        Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<pad>": 480}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"480": {"content": "<pad>", "special": True}}}),
+    ],
+)
+def test_tokens_added_beside_the_model_are_refused_by_name(tmp_path, file, content):
+    train(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"token '<pad>' added to tokenizer\.model is not supported"):
+        Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"IQ== 0\nIg== 1\nIw== 2\n", b"\x0a\xff", b"version https://git-lfs"])
+def test_what_is_no_model_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ModelError, match="is no SentencePiece model"):
+        Tokenizer.from_dir(tmp_path)
+
+
+def test_half_a_model_is_refused(tmp_path):
+    file = train(tmp_path) / "tokenizer.model"
+    file.write_bytes(file.read_bytes()[:3001])
+    with pytest.raises(ModelError):
+        Tokenizer.from_dir(tmp_path)
