@@ -44,8 +44,10 @@ class ChatTemplate:
         if self._template is None:
             raise InvalidRequest("messages", messages_json, "this model has no chat template: use text_input")
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
-        except jinja2.TemplateError as error:
+            prompt = self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            prompt.encode()  # a lone surrogate, which JSON may escape, is no text
+            return prompt
+        except Exception as error:  # whatever a template may raise, it was these messages
             raise InvalidRequest("messages", messages_json, f"the chat template refuses it: {error}") from None
 
 
@@ -53,7 +55,7 @@ def parse_messages(messages_json: str) -> list[dict[str, str]]:
     """Checks a JSON list of {"role", "content"}. Raises InvalidRequest that names the part."""
     try:
         messages = json.loads(messages_json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest("messages", messages_json, f"a JSON list of messages ({error})") from None
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages", messages_json, "a JSON list of at least one message")

@@ -66,6 +66,8 @@ def test_special_tokens_of_the_template_as_transformers(llama2_like: Path, messa
         ('[{"role": "user"}]', "messages[0].content"),
         ('[{"role": "wizard", "content": ""}]', "messages[0].role = 'wizard'"),
         ('[{"role": "system", "content": "x"}]', "Only user and assistant roles"),
+        ('[{"role": "user", "content": "\\ud800"}]', "surrogates not allowed"),
+        ("[" * 100_000, "a JSON list"),
     ],
 )
 def test_bad_messages_are_named(llama2_like: Path, messages: str, part: str) -> None:

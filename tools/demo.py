@@ -74,7 +74,7 @@ def report(answer: Answer) -> Iterator[str]:
     num_tokens = answer.num_output_tokens
     yield f"Tokens    {outputs['num_input_tokens']} in, {num_tokens} out (finish reason: {outputs['finish_reason']})"
     yield f"TTFT      {_ms(answer.sent_ns, answer.first_response_ns)}   time to first token"
-    if num_tokens > 1:
+    if answer.last_response_ns > answer.first_response_ns:
         mean_ns = (answer.last_response_ns - answer.first_response_ns) / (num_tokens - 1)
         yield f"TPOT      {mean_ns / 1e6:8.1f} ms   time per output token after the first: {1e9 / mean_ns:.0f} tokens/s"
     yield ""

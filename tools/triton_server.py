@@ -237,11 +237,12 @@ class TritonServer:
         (self.run_dir / "deployment.yaml").write_text(self.deployment.to_yaml())
 
     def _command(self, installation: Installation) -> list[str]:
+        num_replicas = self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas
         python_backend = {
             "shm-default-byte-size": 16 << 20,
             "shm-growth-byte-size": 16 << 20,
             "shm-region-prefix-name": self._shm_prefix,
-            "thread-pool-size": 64,  # each parked call of the scheduler holds one
+            "thread-pool-size": 64 + 8 * num_replicas,  # each parked call of the scheduler holds one
             "stub-timeout-seconds": 3600,  # a model is initialised when its workers have loaded their weights
         }
         options: dict[str, object] = {

@@ -15,7 +15,8 @@ from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.policies import DEFAULT_HINTS, Hints
 from ensemble.tokenizer import Tokenizer
 
-MAX_STOP_WORDS = 64
+MAX_STOP_WORDS, MAX_STOP_CHARS = 64, 1024
+MIN_TEMPERATURE = 1e-5  # below it logits divided by the temperature overflow; the draw is the greedy token by far
 MAX_PRIORITY = 100
 MAX_TENANT_LEN = 256
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -99,7 +100,10 @@ def parse_stop_words(tensors: Tensors) -> tuple[str, ...]:
         return ()
     words = tensors["stop_words"].reshape(-1)
     _check("stop_words", f"{words.size} strings", words.size <= MAX_STOP_WORDS, f"at most {MAX_STOP_WORDS}")
-    return tuple(parse_text(words[index : index + 1], f"stop_words[{index}]") for index in range(words.size))
+    strings = tuple(parse_text(words[index : index + 1], f"stop_words[{index}]") for index in range(words.size))
+    for index, string in enumerate(strings):
+        _check(f"stop_words[{index}]", string, len(string) <= MAX_STOP_CHARS, f"at most {MAX_STOP_CHARS} characters")
+    return strings
 
 
 def parse_hints(tensors: Tensors) -> Hints:
@@ -141,6 +145,8 @@ def parse_sampling(tensors: Tensors) -> SamplingParams:
         if alias in tensors and name not in values:
             values[name] = _scalar(tensors, alias)
     values.setdefault("seed", secrets.randbits(64))
+    if 0 < values.get("temperature", 1.0) < MIN_TEMPERATURE:
+        values["temperature"] = 0.0
     values["top_k"] = max(0, values.get("top_k", 0)) if values.get("top_k", 0) >= -1 else values["top_k"]
     sampling = SamplingParams(**values)
     _check("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "at least 1")

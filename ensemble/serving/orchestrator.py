@@ -12,6 +12,7 @@ import contextlib
 import queue
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ from ensemble.workers.messages import (
     Command,
     Detached,
     DetachPeer,
+    EndWorker,
     Events,
     Joined,
     Poll,
@@ -66,6 +68,7 @@ CallModel = Callable[[StageName, bytes], bytes]  # one unary BLS call; raises Di
 NUM_CONTROL_THREADS = 4
 MAX_BATCHES_IN_FLIGHT = 2  # per prefill replica: pipeline_parallel_size + 1
 FAILED_POLL_PAUSE_S = 0.2
+MAX_STRANDED_S = 30.0  # what waits in the bridge gives a dead decode stage this long to come back
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +126,7 @@ class Orchestrator:
         # Dead prefill workers' addresses |-> (replica, decode replicas that have yet to close their mapping)
         self._detaching: dict[str, tuple[int, set[int]]] = {}
         self._down_reasons: dict[StageName, str] = {}
+        self._stranded_at: float | None = None  # when the bridge gives up waiting for a decode replica
         self._streams: dict[int, ClientStream] = {}  # request_id |-> live request
         self._deadlines = Deadlines()  # by time.monotonic()
         self._totals: Counter[tuple[str, Labels]] = Counter()  # of what the workers counted
@@ -172,9 +176,9 @@ class Orchestrator:
         """Ends every request with an error, then the threads."""
         self._closing.set()
         self._inbox.put(lambda: self._fail_all(StageUnavailable("scheduler", "the server is stopping")))
-        self._commands.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             thread.join(timeout=2.0)
+        self._commands.shutdown(wait=False, cancel_futures=True)
 
     # ---- the orchestrator's thread
 
@@ -182,15 +186,21 @@ class Orchestrator:
         while not (self._closing.is_set() and self._inbox.empty()):
             next_deadline = self._deadlines.next
             timeout_s = 1.0 if next_deadline is None else min(1.0, max(0.0, next_deadline - time.monotonic()))
+            work: list[Callable[[], None]] = [self._expire, self._dispatch]
             with contextlib.suppress(queue.Empty):
-                self._inbox.get(timeout=timeout_s)()
+                work = [self._inbox.get(timeout=timeout_s), *work]
                 while not self._inbox.empty():
-                    self._inbox.get()()
-            self._expire()
-            self._dispatch()
+                    work.insert(-2, self._inbox.get())
+            for each in work:
+                try:
+                    each()
+                except Exception:  # a fault of ours; all others' requests depend on this thread
+                    traceback.print_exc()
 
     def _expire(self) -> None:
         """Requests whose time is up leave at once, wherever they are."""
+        if self._stranded_at is not None and time.monotonic() > self._stranded_at:
+            self._fail_stranded(StageUnavailable("decode", self._down_reasons["decode"]), is_queued_only=False)
         for request_id in self._deadlines.take_expired(time.monotonic()):
             self._totals["distserve:deadline_exceeded_total", ()] += 1
             self._fail(request_id, DeadlineExceeded("deadline exceeded: the request's timeout_ms has passed"))
@@ -333,10 +343,14 @@ class Orchestrator:
         if where is not None and where[0] == "decode":
             self._send("decode", CancelRequests(replica=where[1], request_ids=[request_id]))
         else:
-            prefill_replica = self.prefill.cancel(request_id)
-            if isinstance(prefill_replica, int):
-                self._send("prefill", CancelRequests(replica=prefill_replica, request_ids=[request_id]))
+            self._cancel_prefill(request_id)
         return stream
+
+    def _cancel_prefill(self, request_id: int) -> None:
+        """Ends what the request still holds at a prefill replica, if anything."""
+        replica = self.prefill.cancel(request_id)
+        if isinstance(replica, int):
+            self._send("prefill", CancelRequests(replica=replica, request_ids=[request_id]))
 
     def _fail_all(self, error: DistServeError) -> None:
         for request_id in list(self._streams):
@@ -365,6 +379,8 @@ class Orchestrator:
     def _replica_up(self, stage: StageName, up: ReplicaUp) -> None:
         self._replicas[stage, up.replica] = _Replica(up.epoch, up.peer_address, up.num_blocks, up.num_blocks)
         self._down_reasons.pop(stage, None)
+        if stage == "decode":
+            self._stranded_at = None
         if stage == "prefill":
             for request_id in self.prefill.replica_up(up.replica, up.num_blocks):
                 self._fail(request_id, InvalidRequest("text_input", "prompt", "no prefill pool holds it"))
@@ -395,12 +411,24 @@ class Orchestrator:
         error = StageUnavailable(stage, reason)
         lost = (self.prefill if stage == "prefill" else self.admission).replica_down(replica)
         for request_id in lost:
+            stream = self._streams.get(request_id)
+            if stage == "prefill" and stream is not None and stream.timeline.decode_joined_ns:
+                continue  # its KV has arrived in decode; only the end of its lease was still to be told
             self._fail(request_id, error)
+            if stage == "decode":
+                self._cancel_prefill(request_id)  # also of a cancelled request, whose reader is dead now
         if not any(each == stage for each, _ in self._replicas):
             self._down_reasons[stage] = reason
-            for stream in self.live_streams():
-                if not stream.timeline.first_scheduled_ns:  # queued; what is under way does without the dead stage
-                    self._fail(stream.request_id, error)
+            self._fail_stranded(error, is_queued_only=True)
+            if stage == "decode":
+                self._stranded_at = time.monotonic() + MAX_STRANDED_S
+
+    def _fail_stranded(self, error: DistServeError, is_queued_only: bool) -> None:
+        """Ends what needs a stage without a live replica: the queue at once, the bridge after MAX_STRANDED_S."""
+        self._stranded_at = None
+        for stream in self.live_streams():
+            if not (is_queued_only and stream.timeline.first_scheduled_ns):
+                self._fail(stream.request_id, error)
 
     def _detached(self, address: str, decode_replica: int | None = None) -> None:
         """A decode replica maps the dead prefill worker's pool no more; after the last one it may start again."""
@@ -416,8 +444,8 @@ class Orchestrator:
 
     def _send(self, stage: StageName, command: Command) -> None:
         replica = self._replicas.get((stage, command.replica))
-        if replica is None:
-            return  # it went down: its requests have been failed
+        if replica is None or self._closing.is_set():
+            return  # it went down, and its requests have been failed; or all goes down
         command = msgspec.structs.replace(command, epoch=replica.epoch, number=replica.next_number)
         replica.next_number += 1
         self._commands.submit(self._call, stage, command)
@@ -426,9 +454,12 @@ class Orchestrator:
         """On a command thread. A prefill batch's call returns when the batch has run."""
         try:
             answer = decode_stage_answer(self._call_model(stage, encode(command)))
-        except DistServeError as error:
+        except Exception as error:
             reason = str(error)
             self._inbox.put(lambda: self._replica_down(stage, command.replica, command.epoch, reason))
+            # Commands are numbered: the worker, if it lives, waits for this one for ever, and starts anew.
+            with contextlib.suppress(Exception):
+                self._call_model(stage, encode(EndWorker(replica=command.replica, epoch=command.epoch)))
             return
         if isinstance(answer, PrefillAnswer):
             prefilled = answer
@@ -440,7 +471,7 @@ class Orchestrator:
         while not self._closing.is_set():
             try:
                 answer = decode_stage_answer(self._call_model(stage, poll))
-            except DistServeError:
+            except Exception:  # the server does not let calls through: it starts, or stops
                 self._closing.wait(FAILED_POLL_PAUSE_S)
                 continue
             if isinstance(answer, Events) and answer.events:

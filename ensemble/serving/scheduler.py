@@ -1,5 +1,6 @@
 """What the `scheduler` model does: takes clients' requests in, has the orchestrator run them, notices cancels."""
 
+import contextlib
 import itertools
 import threading
 import time
@@ -67,13 +68,15 @@ class Scheduler:
         while not self._closing.is_set():
             started = time.monotonic()
             for stream in self._orchestrator.live_streams():
-                if stream.is_cancelled():
-                    self._orchestrator.cancel(stream.request_id)
+                with contextlib.suppress(Exception):  # the server stops, or has forgotten the request
+                    if stream.is_cancelled():
+                        self._orchestrator.cancel(stream.request_id)
             self._closing.wait(max(0.0, CHECK_INTERVAL_S - (time.monotonic() - started)))
 
     def _stopped(self, stream: ClientStream) -> None:
         self._orchestrator.stop(stream.request_id)
 
     def _send_failed(self, stream: ClientStream, error: Exception) -> None:
-        """The client is gone, or our answer is faulty: either way nobody reads on."""
+        """The client is gone, or our answer is faulty."""
+        stream.abort(InternalError(f"the answer could not be sent: {type(error).__name__}: {error}"))
         self._orchestrator.cancel(stream.request_id)

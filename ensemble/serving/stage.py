@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from ensemble.errors import ConfigError, DistServeError, InternalError, StageUna
 from ensemble.workers.messages import (
     Accepted,
     Command,
+    EndWorker,
     Events,
     LoadFailed,
     Poll,
@@ -39,6 +41,7 @@ from ensemble.workers.messages import (
 from ensemble.workers.supervisor import Supervisor
 
 Reply = Callable[[bytes | DistServeError], None]
+MAX_POLL_S = 1.0
 MAX_DETACH_S = 5.0  # a dead worker's readers have this long to close their mappings before it is started again
 ERROR_MARK = "distserve: error:"  # tools.serve shows what follows as the reason of a failed start
 
@@ -97,7 +100,7 @@ class Stage:
 
     def handle(self, payload: bytes, reply: Reply) -> None:
         """Takes one encoded StageCall; `reply` is called once, later, from the stage's thread."""
-        self._calls.put((payload, reply))
+        self._calls.put((payload, _guarded(reply)))
         self._wake()
 
     def close(self) -> None:
@@ -145,14 +148,17 @@ class Stage:
     def _receive_call(self, payload: bytes, reply: Reply) -> None:
         try:
             call = decode_stage_call(payload)
-            replica = self._replicas[call.replica]
-        except (ValueError, IndexError) as error:
+            replica = dict(enumerate(self._replicas))[call.replica]
+        except (ValueError, KeyError) as error:
             reply(InternalError(f"{self.name}: unreadable call: {error}"))
             return
         if isinstance(call, Poll):
-            replica.polls.append((time.monotonic() + call.max_wait_s, reply))
+            replica.polls.append((time.monotonic() + min(call.max_wait_s, MAX_POLL_S), reply))
         elif isinstance(call, StartWorker):
             self._supervisor.allow(call.replica)
+            reply(encode(Accepted()))
+        elif isinstance(call, EndWorker):
+            self._supervisor.kill(call.replica, call.epoch)
             reply(encode(Accepted()))
         elif replica.up is None or call.epoch != replica.epoch:
             reply(StageUnavailable(self.name, f"replica {call.replica} is not up (epoch {call.epoch})"))
@@ -175,13 +181,17 @@ class Stage:
 
     def _receive_event(self, identity: bytes, event: WorkerEvent) -> None:
         index, epoch = (int(part) for part in identity.split(b":"))
-        replica = self._replicas[index]
+        replica, worker = self._replicas[index], self._supervisor.workers[index]
+        if worker is None or worker.epoch != epoch:
+            return  # the last words of a worker whose end is known
         match event:
             case LoadFailed(reason=reason):
                 self._load_failure = reason
                 self._all_up.set()
             case PrefillAnswer(batch_id=batch_id):
-                replica.batches.pop(batch_id)(encode(event))
+                reply = replica.batches.pop(batch_id, None)
+                if reply is not None:
+                    reply(encode(event))
             case ReplicaUp():
                 replica.up, replica.epoch, replica.next_number = event, epoch, 0
                 replica.outbox.append(event)
@@ -231,3 +241,15 @@ class Stage:
         if not deadlines:
             return 1000
         return math.ceil(max(0.0, min(deadlines) - time.monotonic()) * 1e3)
+
+
+def _guarded(reply: Reply) -> Reply:
+    """An answer that the server does not take harms its caller alone, who sees the call fail."""
+
+    def answer(value: bytes | DistServeError) -> None:
+        try:
+            reply(value)
+        except Exception:
+            traceback.print_exc()
+
+    return answer

@@ -4,6 +4,7 @@ Sends never run on the scheduling thread: a send waits for the Triton server. A 
 its responses keep their order; while it waits for its turn its tokens gather, up to MAX_TOKENS_PER_RESPONSE.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -132,25 +133,34 @@ class ClientStream:
             token_ids = [self._pending.popleft() for _ in range(min(limit, len(self._pending)))]
             has_all = self._finish_reason is not None and not self._pending
             error = self._error
-            self._is_queued = bool(self._pending) and error is None and not self._is_closed
+            more = self._is_queued = bool(self._pending) and error is None and not self._is_closed
         if self._is_closed:
             return Progress.SENT  # what came after the stop string
         if error is not None:
-            with self._call_lock:
-                self._is_closed = True
-                self._call.send_error(error)
+            self._send_error(error)
             return Progress.SENT
         self._read(token_ids, has_all)
         is_last = has_all or self._is_stopped
         if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
             with self._call_lock:
-                self._is_closed = is_last
                 self._call.send(outputs, final=is_last)
+                self._is_closed = is_last
             self._text, self._token_ids, self._is_first = "", [], False
         if self._is_stopped:
             return Progress.STOPPED
-        return Progress.MORE_PENDING if self._is_queued else Progress.SENT
+        return Progress.MORE_PENDING if more else Progress.SENT
+
+    def abort(self, error: DistServeError) -> None:
+        """Ends the stream after a response that could not be sent; called on its sender thread."""
+        if not self._is_closed:
+            with contextlib.suppress(Exception):  # the server takes no answer any more
+                self._send_error(error)
+
+    def _send_error(self, error: DistServeError) -> None:
+        with self._call_lock:
+            self._is_closed = True
+            self._call.send_error(error)
 
     def _read(self, token_ids: list[int], has_all: bool) -> None:
         """Tokens to text, up to a stop string; what comes after it is not counted."""
@@ -242,7 +252,13 @@ class SenderPool:
         return self._queues[stream.request_id % len(self._queues)]
 
     def _run(self, streams: "queue.SimpleQueue[ClientStream | None]") -> None:
-        while (stream := streams.get()) is not None:
+        while True:
+            stream = streams.get()
+            if stream is None:
+                if streams.empty():
+                    return
+                streams.put(None)  # behind what is pending
+                continue
             try:
                 progress = stream.send_next()
             except Exception as error:  # of the Triton server, or a fault of ours: it ends this stream alone

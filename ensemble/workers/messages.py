@@ -92,6 +92,13 @@ class StartWorker(_Message, frozen=True, kw_only=True):
     replica: int
 
 
+class EndWorker(_Message, frozen=True, kw_only=True):
+    """A command to this life of the worker was lost: it is killed, and started again. Answered at once."""
+
+    replica: int
+    epoch: int
+
+
 class Poll(_Message, frozen=True, kw_only=True):
     """Parked until the replica has events, at most `max_wait_s`."""
 
@@ -100,7 +107,7 @@ class Poll(_Message, frozen=True, kw_only=True):
 
 
 Command: TypeAlias = PrefillBatch | SubmitDecode | CancelRequests | AttachPeer | DetachPeer
-StageCall: TypeAlias = Command | StartWorker | Poll
+StageCall: TypeAlias = Command | StartWorker | EndWorker | Poll
 
 
 # ---- worker events

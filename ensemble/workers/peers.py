@@ -71,11 +71,13 @@ class Peers:
         self._device = device
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._pools: dict[str, torch.Tensor] = {}
+        self._unmappable: set[str] = set()  # addresses whose handle was of no use
 
     @property
     def attaching(self) -> list[zmq.Socket[bytes]]:
         """Sockets on which a pool handle is awaited."""
-        return [socket for address, socket in self._sockets.items() if address not in self._pools]
+        done = self._pools.keys() | self._unmappable
+        return [socket for address, socket in self._sockets.items() if address not in done]
 
     def attach(self, address: str) -> None:
         """Asks for the source's pool, once."""
@@ -90,8 +92,11 @@ class Peers:
         received = False
         for address, socket in self._sockets.items():
             if address not in self._pools and socket.poll(0):
-                self._pools[address] = map_peer_pool(decode_pool_handle(socket.recv()), self._device)
-                received = True
+                try:
+                    self._pools[address] = map_peer_pool(decode_pool_handle(socket.recv()), self._device)
+                    received = True
+                except (OSError, RuntimeError):  # the exporter is dead: DetachPeer follows
+                    self._unmappable.add(address)
         return received
 
     def pool(self, address: str) -> torch.Tensor | None:
@@ -105,6 +110,7 @@ class Peers:
     def detach(self, address: str) -> None:
         """Forgets a source, and closes the mapping of its pool: the caller holds no view of it any more."""
         self._pools.pop(address, None)
+        self._unmappable.discard(address)
         socket = self._sockets.pop(address, None)
         if socket is not None:
             socket.close(linger=0)

@@ -51,12 +51,19 @@ class Supervisor:
         )
         self.workers[replica] = WorkerProcess(process, os.pidfd_open(process.pid), epoch, time.monotonic())
 
+    def kill(self, replica: int, epoch: int) -> None:
+        """Ends this life of a worker, if it is not over; `reap` will tell."""
+        worker = self.workers[replica]
+        if worker is not None and worker.epoch == epoch:
+            worker.process.kill()
+
     def reap(self, exit_fd: int) -> tuple[int, int, str]:
         """Collects the worker whose exit_fd became readable: (replica, epoch, how it ended)."""
         for replica, worker in enumerate(self.workers):
             if worker is not None and worker.exit_fd == exit_fd:
                 code = worker.process.wait()
                 os.close(exit_fd)
+                remove_shared_memory(worker.process.pid)
                 self.workers[replica] = None
                 if time.monotonic() - worker.started_at > STABLE_AFTER_S:
                     self._backoff_s[replica] = MIN_BACKOFF_S
@@ -104,3 +111,11 @@ class Supervisor:
                 worker.process.kill()
                 worker.process.wait()
             os.close(worker.exit_fd)
+            remove_shared_memory(worker.process.pid)
+
+
+def remove_shared_memory(pid: int) -> None:
+    """Removes what torch and CUDA leave in /dev/shm of a process that exported memory and was killed."""
+    for pattern in (f"torch_{pid}_*", f"cuda.shm.*.{pid:x}.*"):
+        for region in Path("/dev/shm").glob(pattern):
+            region.unlink(missing_ok=True)

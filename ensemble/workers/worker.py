@@ -48,6 +48,7 @@ def main() -> None:
             worker = DecodeWorker(engine, Peers(context, device), deployment.decode)
     except ConfigError as error:
         stage_socket.send(encode(LoadFailed(reason=str(error))))
+        stage_socket.close()
         context.term()  # returns when the message is out
         sys.exit(1)
     up = ReplicaUp(

@@ -1,0 +1,97 @@
+"""A client's stream: every outcome ends it exactly once, and what is sent is what was generated."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from ensemble.errors import Cancelled, DistServeError, InternalError
+from ensemble.request import Request, SamplingParams
+from ensemble.serving.inputs import ClientRequest, OutputOptions
+from ensemble.serving.streams import ClientStream, Outputs, SenderPool
+from ensemble.tokenizer import Tokenizer
+from tests.checkpoints import make_tiny_tokenizer
+
+
+class Recorder:
+    """A Triton request that records its responses; sends fail while `failures` lasts."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+        self.outputs: list[Outputs] = []
+        self.errors: list[DistServeError] = []
+        self.ended = threading.Event()
+
+    def send(self, outputs: Outputs, final: bool) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("the server refuses")
+        assert not self.ended.is_set(), "a response after the final one"
+        self.outputs.append(outputs)
+        if final:
+            self.ended.set()
+
+    def send_error(self, error: DistServeError) -> None:
+        assert not self.ended.is_set(), "a response after the final one"
+        self.errors.append(error)
+        self.ended.set()
+
+    def is_cancelled(self) -> bool:
+        assert not self.ended.is_set(), "asked after the final response"
+        return False
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer")
+    make_tiny_tokenizer(path)
+    return Tokenizer.from_dir(path)
+
+
+def make_stream(call: Recorder, tokenizer: Tokenizer, **options: Any) -> ClientStream:
+    request = Request(request_id=0, prompt_token_ids=[3], sampling=SamplingParams(max_tokens=100))
+    return ClientStream(call, ClientRequest(request, OutputOptions(**options), None), tokenizer)
+
+
+def make_pool(failed: list[Exception]) -> SenderPool:
+    def on_failure(stream: ClientStream, error: Exception) -> None:
+        failed.append(error)
+        stream.abort(InternalError(str(error)))
+
+    return SenderPool(lambda stream: None, on_failure)
+
+
+def test_pending_tokens_are_sent_before_the_pool_closes(tokenizer: Tokenizer) -> None:
+    call, pool = Recorder(), make_pool([])
+    stream = make_stream(call, tokenizer, stream=True, return_output_ids=True)
+    for token_id in range(100, 200):
+        pool.push(stream, token_id, "length" if token_id == 199 else None)
+    pool.close()
+    assert call.ended.is_set()
+    assert [int(i) for each in call.outputs for i in each["output_ids"]] == list(range(100, 200))
+    assert all(1 <= len(each["output_ids"]) <= 8 for each in call.outputs)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_a_response_that_cannot_be_sent_ends_the_stream_with_an_error(tokenizer: Tokenizer, num_tokens: int) -> None:
+    call, failed = Recorder(failures=1), []
+    pool = make_pool(failed)
+    stream = make_stream(call, tokenizer, stream=True)
+    for index in range(num_tokens):
+        pool.push(stream, 100 + index, "length" if index == num_tokens - 1 else None)
+    assert call.ended.wait(10)
+    pool.fail(stream, Cancelled("as the orchestrator does"))
+    pool.close()
+    assert len(failed) == 1
+    assert [str(error) for error in call.errors] == ["the server refuses"]
+
+
+def test_a_stream_that_failed_sends_one_error(tokenizer: Tokenizer) -> None:
+    call, pool = Recorder(), make_pool([])
+    stream = make_stream(call, tokenizer, stream=True)
+    pool.push(stream, 100, None)
+    pool.fail(stream, Cancelled("gone"))
+    pool.push(stream, 101, None)
+    pool.close()
+    assert [type(error) for error in call.errors] == [Cancelled]
+    assert not stream.is_cancelled()
