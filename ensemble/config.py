@@ -54,6 +54,7 @@ class StageConfig(_Frozen):
 class PrefillConfig(StageConfig):
     max_num_batched_tokens: int = Field(default=2048, ge=16)  # token budget of a batch
     max_num_bridge_seqs: int = Field(default=32, ge=1)  # prefilled or in prefill beyond what decode has room for
+    prefix_cache: bool = False  # keeps the blocks of prompts, for prompts that begin alike
     # Of a batch, for prompts longer than that while shorter ones wait: a long one holds them up for no whole batch.
     max_long_tokens: int | None = Field(default=None, ge=16)
 

@@ -44,6 +44,8 @@ _DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "vllm:num_requests_swapped": ("gauge", "Requests whose KV is in a decode replica's host pool, or on the way"),
     "vllm:num_preemptions_total": ("counter", "Sequences swapped out in the midst of decode"),
     "distserve:swap_bytes_total": ("counter", "KV moved between device and host pools, by direction"),
+    "vllm:prefix_cache_queries_total": ("counter", "Prompt tokens looked up in the prefill replicas' prefix caches"),
+    "vllm:prefix_cache_hits_total": ("counter", "Prompt tokens found there, and not computed again"),
     "distserve:num_requests_bridge": ("gauge", "Prefilled requests that wait for a decode replica"),
     "distserve:kv_blocks": ("gauge", "Blocks of a replica's KV pool"),
     "distserve:kv_blocks_free": ("gauge", "Free blocks of a replica's KV pool, as its worker reported last"),

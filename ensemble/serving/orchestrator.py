@@ -16,11 +16,12 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
 
+from ensemble.cache.prefix_cache import block_hashes
 from ensemble.config import Deployment
 from ensemble.errors import (
     Cancelled,
@@ -35,8 +36,9 @@ from ensemble.request import FinishReason, Request
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.deadlines import Deadlines
 from ensemble.scheduling.estimates import OutputEstimate
-from ensemble.scheduling.policies import QueuePolicy
+from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefix_index import PrefixIndex
 from ensemble.serving.metrics import Ended, Gauges, Labels
 from ensemble.serving.streams import ClientStream, SenderPool
 from ensemble.workers.messages import (
@@ -50,6 +52,7 @@ from ensemble.workers.messages import (
     Joined,
     Poll,
     PrefillAnswer,
+    PrefixReport,
     Released,
     ReplicaDown,
     ReplicaUp,
@@ -100,6 +103,8 @@ class Orchestrator:
             "prefill": deployment.prefill.num_replicas,
             "decode": deployment.decode.num_replicas,
         }
+        self._prefixes = PrefixIndex(deployment.block_size) if deployment.prefill.prefix_cache else None
+        self._hashes: dict[int, list[bytes]] = {}  # request_id |-> of its prompt's blocks
         self.prefill = PrefillScheduler(
             block_size=deployment.block_size,
             max_num_batched_tokens=deployment.prefill.max_num_batched_tokens,
@@ -114,6 +119,7 @@ class Orchestrator:
                 deployment.scheduler.ttft_target_s,
             ),
             max_long_tokens=deployment.prefill.max_long_tokens,
+            num_cached_tokens=self._num_cached_tokens,
         )
         self._output_estimate = OutputEstimate()
         self.admission = DecodeAdmission(
@@ -233,13 +239,26 @@ class Orchestrator:
             return
         try:
             self.admission.check(request)
-            self.prefill.add(request, time.monotonic(), stream.hints)
+            self.prefill.add(request, time.monotonic(), self._with_cached_tokens(request, stream.hints))
         except DistServeError as error:
+            self._hashes.pop(request.request_id, None)
             self._refuse(stream, error)
         else:
             self._streams[request.request_id] = stream
             if stream.deadline is not None:
                 self._deadlines.add(request.request_id, stream.deadline)
+
+    def _with_cached_tokens(self, request: Request, hints: Hints) -> Hints:
+        if self._prefixes is None:
+            return hints
+        hashes = block_hashes(request.prompt_token_ids, self._prefixes.block_size)
+        self._hashes[request.request_id] = hashes
+        return replace(hints, num_cached_tokens=self._prefixes.best(hashes, request.prompt_len))
+
+    def _num_cached_tokens(self, replica: int, request: Request) -> int:
+        if self._prefixes is None:
+            return 0
+        return self._prefixes.num_cached_tokens(replica, self._hashes[request.request_id], request.prompt_len)
 
     def _on_events(self, stage: StageName, replica: int, events: list[WorkerEvent]) -> None:
         for event in events:
@@ -254,6 +273,8 @@ class Orchestrator:
                     self._on_joined(event)
                 case SwapReport():
                     self._on_swaps(replica, event)
+                case PrefixReport():
+                    self._on_prefixes(replica, event)
                 case RequestFailed(request_id=request_id, message=message):
                     self._fail(request_id, InternalError(message))
                 case Detached(address=address):
@@ -299,6 +320,12 @@ class Orchestrator:
         for direction, num_bytes in (("out", report.bytes_out), ("in", report.bytes_in)):
             self._totals["distserve:swap_bytes_total", (("direction", direction),)] += num_bytes
 
+    def _on_prefixes(self, replica: int, report: PrefixReport) -> None:
+        if self._prefixes is not None and ("prefill", replica) in self._replicas:
+            self._prefixes.update(replica, report.stored, report.evicted)
+        self._totals["vllm:prefix_cache_queries_total", ()] += report.num_queried_tokens
+        self._totals["vllm:prefix_cache_hits_total", ()] += report.num_hit_tokens
+
     def _emit(self, request_id: int, token_id: int, finish_reason: FinishReason | None) -> None:
         stream = self._streams[request_id]
         self.prefill.charge(stream.hints.tenant, 1)
@@ -306,6 +333,7 @@ class Orchestrator:
             stream.timeline.last_token_ns = time.time_ns()
             del self._streams[request_id]
             self._deadlines.remove(request_id)
+            self._hashes.pop(request_id, None)
         self._senders.push(stream, token_id, finish_reason)
         if finish_reason is not None:
             self._output_estimate.observe(stream.request, stream.num_output_tokens)
@@ -339,6 +367,7 @@ class Orchestrator:
         if stream is None:
             return None
         self._deadlines.remove(request_id)
+        self._hashes.pop(request_id, None)
         where = self.admission.cancel(request_id)
         if where is not None and where[0] == "decode":
             self._send("decode", CancelRequests(replica=where[1], request_ids=[request_id]))
@@ -408,6 +437,8 @@ class Orchestrator:
         else:
             for address in list(self._detaching):
                 self._detached(address, replica)
+        if stage == "prefill" and self._prefixes is not None:
+            self._prefixes.replica_down(replica)
         error = StageUnavailable(stage, reason)
         lost = (self.prefill if stage == "prefill" else self.admission).replica_down(replica)
         for request_id in lost:

@@ -136,6 +136,15 @@ class StepTokens(_Message, frozen=True, kw_only=True):
     finished: dict[int, FinishReason]
 
 
+class PrefixReport(_Message, frozen=True, kw_only=True):
+    """What has changed in a prefill worker's prefix cache since its last report."""
+
+    stored: list[bytes]  # hashes of blocks, see cache/prefix_cache.py
+    evicted: list[bytes]  # to be applied first
+    num_queried_tokens: int  # prompt tokens asked for
+    num_hit_tokens: int  # of them found
+
+
 class Joined(_Message, frozen=True, kw_only=True):
     """Sequences whose KV has arrived and that take part from the next iteration on."""
 
@@ -202,6 +211,7 @@ WorkerEvent: TypeAlias = (
     | Joined
     | Released
     | SwapReport
+    | PrefixReport
     | RequestFailed
     | Detached
     | ReplicaUp

@@ -43,7 +43,7 @@ def main() -> None:
         engine = load_engine(deployment, stage, device, max_num_batched_tokens)
         worker: PrefillWorker | DecodeWorker
         if stage_name == "prefill":
-            worker = PrefillWorker(engine, peer_address)
+            worker = PrefillWorker(engine, peer_address, deployment.prefill.prefix_cache)
         else:
             worker = DecodeWorker(engine, Peers(context, device), deployment.decode)
     except ConfigError as error:

@@ -33,7 +33,7 @@ class Pair:
         self.context = zmq.Context()
         address = f"ipc://{run_dir}/peer"
         self.server = PeerServer(self.context, address, self.prefill_engine.pool)
-        self.prefill = PrefillWorker(self.prefill_engine, address)
+        self.prefill = PrefillWorker(self.prefill_engine, address, deployment.prefill.prefix_cache)
         self.peers = Peers(self.context, device)
         if device.type == "cuda":  # CUDA opens no handle of the process that made it
             self.peers._pools[address] = self.prefill_engine.pool.tensor
@@ -64,9 +64,13 @@ class Pair:
         self.context.term()
 
     def assert_empty(self) -> None:
-        for engine in (self.prefill_engine, self.decode_engine):
-            engine.blocks.check_integrity()
-            assert engine.blocks.num_free_blocks == engine.pool.num_blocks
+        for blocks in (self.prefill.cache or self.prefill_engine.blocks, self.decode_engine.blocks):
+            blocks.check_integrity()
+        free = (
+            (self.prefill.cache or self.prefill_engine.blocks).num_free_blocks,
+            self.decode_engine.blocks.num_free_blocks,
+        )
+        assert free == (self.prefill_engine.pool.num_blocks, self.decode_engine.pool.num_blocks)
         assert self.decode.blocks.host.num_free_blocks == self.decode.num_host_blocks
 
 
