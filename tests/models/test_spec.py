@@ -71,6 +71,27 @@ def test_published_opt_config(tmp_path):
     assert (spec.num_kv_heads, spec.head_dim, spec.max_model_len) == (16, 64, 2048)
 
 
+@pytest.mark.parametrize("written", ["bfloat16", "torch.bfloat16"])
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_the_dtype_is_read_in_either_form(tmp_path, field, written):
+    config = {name: value for name, value in LLAMA_2_7B.items() if name != "torch_dtype"}
+    assert load_model_spec(write(tmp_path, config | {field: written})).dtype == torch.bfloat16
+    assert load_model_spec(write(tmp_path, config)).dtype == torch.float32
+
+
+def test_rope_theta_is_read_in_either_form(tmp_path):
+    expected = RopeSpec(theta=500000.0)
+    assert load_model_spec(write(tmp_path, LLAMA_2_7B | {"rope_theta": 500000.0})).rope == expected
+    parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    assert load_model_spec(write(tmp_path, LLAMA_2_7B | {"rope_parameters": parameters})).rope == expected
+
+
+def test_biases_and_wide_heads_are_read(tmp_path):
+    config = LLAMA_2_7B | {"attention_bias": True, "mlp_bias": True, "head_dim": 256, "num_key_value_heads": 8}
+    spec = load_model_spec(write(tmp_path, config))
+    assert (spec.attention_bias, spec.mlp_bias, spec.head_dim, spec.num_kv_heads) == (True, True, 256, 8)
+
+
 def test_generation_config_names_the_end_of_sequence(tmp_path):
     spec = load_model_spec(write(tmp_path, LLAMA_2_7B, eos_token_id=[2, 128001]))
     assert spec.eos_token_ids == frozenset([2, 128001])
@@ -109,6 +130,8 @@ def test_checkpoints_of_the_installed_transformers_are_read(tmp_path, make):
         ({"sliding_window": 4096}, "sliding_window is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling yarn is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling dynamic is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling longrope is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "field factor is missing"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
