@@ -8,6 +8,7 @@ must equal the offline engine's on the same GPU up to the first where its two be
 1e-3.
 """
 
+import gc
 import json
 import random
 import tempfile
@@ -187,6 +188,7 @@ def run_shape(name: str, deployment: Deployment, requests: list[Request], log: P
     engine = load_engine(deployment, deployment.decode, device)
     num_equal, num_near_ties, faults = compare(engine, requests, served)
     del engine
+    gc.collect()
     torch.cuda.empty_cache()
     moved, copy_ns = sum(metrics["kv_transfer_bytes"]), sum(metrics["kv_transfer_time_ns"])
     first_ns = [

@@ -109,6 +109,7 @@ def default_kv_cache_bytes(
     """
     if device.type == "cpu":
         return DEFAULT_CPU_KV_CACHE_BYTES
+    torch.cuda.reset_peak_memory_stats(device)
     one_block = torch.zeros(1, *layout.block_shape, dtype=layout.dtype, device=device)
     ModelRunner(model, one_block, layout.block_size).run_largest(max_num_batched_tokens)
     used = torch.cuda.max_memory_reserved(device) + GPU_RESERVE_BYTES
