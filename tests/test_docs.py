@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ensemble.serving.metrics import METRIC_DESCRIPTIONS
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "docs/architecture.md")}
 
@@ -40,3 +42,17 @@ def test_every_model_of_the_repository_is_in_the_table() -> None:
     named = set(table_paths(DOCUMENTS["docs/architecture.md"]))
     models = {f"model_repository/{path.name}" for path in (ROOT / "model_repository").iterdir() if path.is_dir()}
     assert models <= named
+
+
+def test_the_api_page_names_every_input_and_output() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    tables = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    documented = set(re.findall(r"`(\w+)`", tables))
+    config = (ROOT / "model_repository/scheduler/config.pbtxt").read_text()
+    declared = set(re.findall(r'\{ name: "(\w+)"', config))
+    assert documented == declared
+
+
+def test_the_api_page_names_every_metric() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    assert set(re.findall(r"`((?:vllm|distserve):\w+)`", page)) == set(METRIC_DESCRIPTIONS)

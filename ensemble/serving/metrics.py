@@ -27,7 +27,7 @@ MakeFamily = Callable[[str, str, Kind], Any]  # name, description, kind -> a fam
 Labels: TypeAlias = tuple[tuple[str, str], ...]
 Gauges = Mapping[tuple[str, Labels], float]  # (name, labels) |-> value; of counters, the total so far
 
-_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
+METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "vllm:prompt_tokens_total": ("counter", "Prompt tokens of requests whose prefill has finished"),
     "vllm:generation_tokens_total": ("counter", "Tokens generated for clients"),
     "vllm:request_success_total": ("counter", "Requests that ended with their last token, by reason"),
@@ -77,7 +77,7 @@ class Metrics:
 
     def __init__(self, make_family: MakeFamily, read_gauges: Callable[[], Gauges]) -> None:
         self._families = {
-            name: make_family(name, description, kind) for name, (kind, description) in _DESCRIPTIONS.items()
+            name: make_family(name, description, kind) for name, (kind, description) in METRIC_DESCRIPTIONS.items()
         }
         self._metrics: dict[tuple[str, Labels], Any] = {}
         self._counted: dict[tuple[str, Labels], float] = {}  # what the counters read from `read_gauges` stand at
@@ -108,7 +108,7 @@ class Metrics:
             for (name, labels), value in totals.items():
                 self._metric(name, labels).increment(value)
             for (name, labels), level in self._read_gauges().items():
-                if _DESCRIPTIONS[name][0] == "gauge":
+                if METRIC_DESCRIPTIONS[name][0] == "gauge":
                     self._metric(name, labels).set(level)
                 else:
                     self._metric(name, labels).increment(level - self._counted.get((name, labels), 0))
