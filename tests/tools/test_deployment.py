@@ -62,7 +62,7 @@ def test_flags_go_over_the_file(model: Path, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"block_size": 12}, "block_size 12 is not a power of two"),
+        ({"block_size": 12}, "a power of two is needed"),
         ({"prefill.devices": ["gpu"]}, "prefill.devices.0 = 'gpu'"),
         ({"decode.devices": ["cuda:1"]}, "device cuda:1: this machine has 1"),
         ({"model.path": "/no such model"}, "/no such model: no such directory"),
