@@ -15,9 +15,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import msgspec
 
@@ -40,6 +38,7 @@ from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.scheduling.prefix_index import PrefixIndex
 from ensemble.serving.metrics import Ended, Gauges, Labels
+from ensemble.serving.stage_calls import MAX_BATCHES_IN_FLIGHT, CallModel, StageCalls, StageName
 from ensemble.serving.streams import ClientStream, SenderPool
 from ensemble.workers.messages import (
     AttachPeer,
@@ -47,30 +46,18 @@ from ensemble.workers.messages import (
     Command,
     Detached,
     DetachPeer,
-    EndWorker,
-    Events,
     Joined,
-    Poll,
     PrefillAnswer,
     PrefixReport,
     Released,
     ReplicaDown,
     ReplicaUp,
     RequestFailed,
-    StartWorker,
     StepTokens,
     SwapReport,
     WorkerEvent,
-    decode_stage_answer,
-    encode,
 )
 
-StageName = Literal["prefill", "decode"]
-CallModel = Callable[[StageName, bytes], bytes]  # one unary BLS call; raises DistServeError
-
-NUM_CONTROL_THREADS = 4
-MAX_BATCHES_IN_FLIGHT = 2  # per prefill replica: pipeline_parallel_size + 1
-FAILED_POLL_PAUSE_S = 0.2
 MAX_STRANDED_S = 30.0  # what waits in the bridge gives a dead decode stage this long to come back
 
 
@@ -96,7 +83,6 @@ class Orchestrator:
         senders: SenderPool,
         on_ended: Callable[[Ended], None] = lambda ended: None,
     ) -> None:
-        self._call_model = call_model
         self._senders = senders
         self._on_ended = on_ended
         self._num_replicas: dict[StageName, int] = {
@@ -139,19 +125,9 @@ class Orchestrator:
         self._early: list[tuple[Request, ClientStream]] = []  # came before the stages reported for the first time
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._commands = ThreadPoolExecutor(
-            max_workers=self._num_replicas["prefill"] * MAX_BATCHES_IN_FLIGHT + NUM_CONTROL_THREADS,
-            thread_name_prefix="command",
-        )
-        self._threads = [threading.Thread(target=self._run, name="orchestrator", daemon=True)]
-        for stage, num_replicas in self._num_replicas.items():
-            for replica in range(num_replicas):
-                poll = threading.Thread(
-                    target=self._poll, args=(stage, replica), name=f"poll-{stage}-{replica}", daemon=True
-                )
-                self._threads.append(poll)
-        for thread in self._threads:
-            thread.start()
+        self._calls = StageCalls(call_model, self._num_replicas, self)
+        self._thread = threading.Thread(target=self._run, name="orchestrator", daemon=True)
+        self._thread.start()
 
     # ---- from any thread
 
@@ -165,6 +141,15 @@ class Orchestrator:
     def stop(self, request_id: int) -> None:
         """Ends a request whose answer is complete: a stop string was met."""
         self._inbox.put(lambda: self._stop(request_id))
+
+    def prefilled(self, replica: int, answer: PrefillAnswer) -> None:
+        self._inbox.put(lambda: self._on_prefilled(replica, answer))
+
+    def events(self, stage: StageName, replica: int, events: list[WorkerEvent]) -> None:
+        self._inbox.put(lambda: self._on_events(stage, replica, events))
+
+    def lost(self, stage: StageName, replica: int, epoch: int, reason: str) -> None:
+        self._inbox.put(lambda: self._replica_down(stage, replica, epoch, reason))
 
     def live_streams(self) -> list[ClientStream]:
         return list(self._streams.copy().values())
@@ -182,9 +167,8 @@ class Orchestrator:
         """Ends every request with an error, then the threads."""
         self._closing.set()
         self._inbox.put(lambda: self._fail_all(StageUnavailable("scheduler", "the server is stopping")))
-        for thread in self._threads:
-            thread.join(timeout=2.0)
-        self._commands.shutdown(wait=False, cancel_futures=True)
+        self._thread.join(timeout=2.0)
+        self._calls.close()
 
     # ---- the orchestrator's thread
 
@@ -469,42 +453,12 @@ class Orchestrator:
         readers.discard(-1 if decode_replica is None else decode_replica)
         if not readers:
             del self._detaching[address]
-            self._commands.submit(self._call_model, "prefill", encode(StartWorker(replica=prefill_replica)))
-
-    # ---- calls into the stages
+            self._calls.start_worker(prefill_replica)
 
     def _send(self, stage: StageName, command: Command) -> None:
         replica = self._replicas.get((stage, command.replica))
-        if replica is None or self._closing.is_set():
-            return  # it went down, and its requests have been failed; or all goes down
+        if replica is None:
+            return  # it went down: its requests have been failed
         command = msgspec.structs.replace(command, epoch=replica.epoch, number=replica.next_number)
         replica.next_number += 1
-        self._commands.submit(self._call, stage, command)
-
-    def _call(self, stage: StageName, command: Command) -> None:
-        """On a command thread. A prefill batch's call returns when the batch has run."""
-        try:
-            answer = decode_stage_answer(self._call_model(stage, encode(command)))
-        except Exception as error:
-            reason = str(error)
-            self._inbox.put(lambda: self._replica_down(stage, command.replica, command.epoch, reason))
-            # Commands are numbered: the worker, if it lives, waits for this one for ever, and starts anew.
-            with contextlib.suppress(Exception):
-                self._call_model(stage, encode(EndWorker(replica=command.replica, epoch=command.epoch)))
-            return
-        if isinstance(answer, PrefillAnswer):
-            prefilled = answer
-            self._inbox.put(lambda: self._on_prefilled(command.replica, prefilled))
-
-    def _poll(self, stage: StageName, replica: int) -> None:
-        """On a thread of its own for each replica."""
-        poll = encode(Poll(replica=replica))
-        while not self._closing.is_set():
-            try:
-                answer = decode_stage_answer(self._call_model(stage, poll))
-            except Exception:  # the server does not let calls through: it starts, or stops
-                self._closing.wait(FAILED_POLL_PAUSE_S)
-                continue
-            if isinstance(answer, Events) and answer.events:
-                events = answer.events
-                self._inbox.put(lambda events=events: self._on_events(stage, replica, events))  # type: ignore[misc]
+        self._calls.send(stage, command)

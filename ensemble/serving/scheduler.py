@@ -16,7 +16,8 @@ from ensemble.models.spec import load_model_spec
 from ensemble.serving.cancels import CHECK_INTERVAL_S, CancelReceiver
 from ensemble.serving.inputs import ModelLimits, parse_request
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
-from ensemble.serving.orchestrator import CallModel, Orchestrator
+from ensemble.serving.orchestrator import Orchestrator
+from ensemble.serving.stage_calls import CallModel
 from ensemble.serving.streams import ClientCall, ClientStream, SenderPool, Timeline
 from ensemble.tokenizer import Tokenizer
 
