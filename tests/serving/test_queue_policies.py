@@ -77,6 +77,8 @@ def send(server: TritonServer, num_blockers: int, **values: Any) -> tuple[Answer
     others, client = StreamClient(server.grpc_url), StreamClient(server.grpc_url)
     for index in range(num_blockers):
         others.send("scheduler", str(index), **BLOCKER)
+    if num_blockers:  # streams may overtake each other
+        wait_until(lambda: num_waiting(server) > 0, 5.0)
     start = time.monotonic()
     client.send("scheduler", "only", **values)
     answer = client.wait()["only"]
@@ -85,6 +87,11 @@ def send(server: TritonServer, num_blockers: int, **values: Any) -> tuple[Answer
     client.close()
     others.close()
     return answer, seconds
+
+
+def num_waiting(server: TritonServer) -> float:
+    samples = read_metrics(server.metrics_url).items()
+    return sum(value for name, value in samples if name.startswith("vllm:num_requests_waiting"))
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
@@ -97,7 +104,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
 @pytest.mark.parametrize(
     ("num_blockers", "values", "has_begun"),
     [
-        (8, {"input_ids": [7] * 20, "max_tokens": 2, "timeout_ms": 30.0}, False),
+        (20, {"input_ids": [7] * 20, "max_tokens": 2, "timeout_ms": 30.0}, False),
         (0, {**LONG_DECODE, "input_ids": [7] * 400, "max_tokens": 100, "timeout_ms": 15.0}, False),
         (0, {**LONG_DECODE, "timeout_ms": 200.0}, True),
     ],
