@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -91,7 +91,7 @@ SHAPES = {
 }
 
 
-class Linears(StrEnum):
+class Linears(str, Enum):
     TRITON = "triton"
     CUBLAS = "cublas"
 
