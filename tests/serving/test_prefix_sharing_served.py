@@ -32,11 +32,14 @@ def test_a_common_beginning_is_computed_once_and_changes_no_output(
     with TritonServer(deploy(tiny_llama, prefill=prefill), log_path=tmp_path / "log") as server:
         server.wait_ready(timeout_s=120)
         answers = run_streams(server.grpc_url, requests, 8)
+        num_tokens = sum(len(request["input_ids"]) for request in requests)
         deadline = time.monotonic() + 5
-        while blocks_in_use(metrics := read_metrics(server.metrics_url)) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:  # the metrics' own interval
+            metrics = read_metrics(server.metrics_url)
+            if not blocks_in_use(metrics) and total(metrics, "vllm:prefix_cache_queries_total") == num_tokens:
+                break
             time.sleep(0.1)
     assert [answer.output_ids for answer in answers] == [answer.output_ids for answer in expected]
-    num_tokens = sum(len(request["input_ids"]) for request in requests)
     assert total(metrics, "vllm:prefix_cache_queries_total") == num_tokens
     assert total(metrics, "vllm:prefix_cache_hits_total") > 0.6 * num_tokens
     assert blocks_in_use(metrics) == 0
