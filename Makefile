@@ -1,8 +1,8 @@
 # What a newcomer types. Every target first makes .venv ready: see tools/bootstrap.py.
 #
-#   make demo    PROMPT="The capital of France is" MAX_TOKENS=32 TEMPERATURE=0 MODEL=/path
+#   make demo    PROMPT="The capital of France is" MAX_TOKENS=32 TEMPERATURE=0 MODEL=/path MODE=colocated
 #   make serve   MODEL=/path HOST=0.0.0.0 HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002
-#                PREFILL_DEVICES=cuda:0 DECODE_DEVICES=cuda:1
+#                PREFILL_DEVICES=cuda:0 DECODE_DEVICES=cuda:1, or MODE=colocated DEVICES=cuda:0,cuda:1
 #
 # Variables reach the programs through the environment.
 
@@ -11,7 +11,7 @@ PYTHON := .venv/bin/python
 ANY_PYTHON := $(shell for python in python3 python3.12 python3.11 python3.10 /usr/bin/python3; do \
                 "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
 BOOTSTRAP := @$(or $(ANY_PYTHON),python3) tools/bootstrap.py
-export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT PREFILL_DEVICES DECODE_DEVICES PROMPT MAX_TOKENS TEMPERATURE
+export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT PREFILL_DEVICES DECODE_DEVICES MODE DEVICES PROMPT MAX_TOKENS TEMPERATURE
 
 .PHONY: help demo serve test soak check clean
 

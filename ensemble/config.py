@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ensemble.errors import ConfigError
 from ensemble.scheduling.decode_policies import DecodePolicyName
@@ -13,6 +13,9 @@ from ensemble.scheduling.policies import PolicyName
 
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
+
+# How a replica that computes prompts too fills its steps: with both, or with prompts alone as long as there are any.
+Batching = Literal["mixed", "prefill-first"]
 
 DEPLOYMENT_VARIABLE = "DISTSERVE_DEPLOYMENT"  # environment variable that names the deployment file
 
@@ -40,7 +43,7 @@ class ModelConfig(_Frozen):
 class StageConfig(_Frozen):
     """The replicas of one stage. Each replica is one worker process on one device."""
 
-    devices: list[Device] = Field(min_length=1)  # one replica per device, in this order
+    devices: list[Device] = []  # one replica per device, in this order
     kv_cache_bytes: int | None = Field(default=None, ge=1)  # None: 1 GiB on a CPU, the share below on a GPU
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)  # of the device's memory, for this stage's worker
     num_threads: int | None = Field(default=None, ge=1)  # torch threads on a CPU; None: an equal part of the cores
@@ -69,6 +72,12 @@ class DecodeConfig(StageConfig):
     host_kv_bytes: int = Field(default=0, ge=0)  # of the host pool, for each replica; 0: nothing is swapped
     headroom_blocks: int = Field(default=0, ge=0)  # kept free for the next iterations; at least one for each of a batch
     watermark: float = Field(default=0.01, ge=0, lt=1)  # share of the pool that admission by expected length leaves
+    # Prompts computed here, beside the running sequences: tokens of them in a step. In colocated mode 0 stands for
+    # prefill.max_num_batched_tokens; else 0 is none, and only prompts of at most max_local_prompt_len tokens are, while
+    # all prefill replicas are busy.
+    local_prefill_tokens: int = Field(default=0, ge=0)
+    max_local_prompt_len: int = Field(default=512, ge=1)
+    batching: Batching = "mixed"
 
     @property
     def num_places(self) -> int:
@@ -88,10 +97,14 @@ class SchedulerConfig(_Frozen):
 
 
 class Deployment(_Frozen):
-    """Everything the three models need to know."""
+    """Everything the three models need to know.
 
+    colocated: every replica is one of decode, and computes the prompts of its sequences too.
+    """
+
+    mode: Literal["disaggregated", "colocated"] = "disaggregated"
     model: ModelConfig
-    prefill: PrefillConfig
+    prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     block_size: int = Field(default=16, ge=1, le=256)
@@ -102,6 +115,30 @@ class Deployment(_Frozen):
         if block_size & (block_size - 1):
             raise ValueError("a power of two is needed")
         return block_size
+
+    @model_validator(mode="after")
+    def _has_the_replicas_of_its_mode(self) -> "Deployment":
+        if not self.decode.devices:
+            raise ConfigError("decode.devices = []: a device for each replica is needed")
+        if self.mode == "disaggregated" and not self.prefill.devices:
+            raise ConfigError("prefill.devices = []: mode = disaggregated needs a device for each replica")
+        if self.mode == "colocated" and self.prefill.devices:
+            raise ConfigError(f"prefill.devices = {self.prefill.devices}: mode = colocated has decode.devices only")
+        if self.mode == "colocated" and self.prefill.prefix_cache:
+            raise ConfigError("prefill.prefix_cache = True: mode = colocated has no prefix cache")
+        return self
+
+    @property
+    def local_prefill_tokens(self) -> int:
+        """Prompt tokens that a decode replica computes in a step; 0: none."""
+        if self.mode == "colocated":
+            return self.decode.local_prefill_tokens or self.prefill.max_num_batched_tokens
+        return self.decode.local_prefill_tokens
+
+    @property
+    def max_local_prompt_len(self) -> int | None:
+        """Tokens of a prompt that a decode replica may compute; None: any."""
+        return None if self.mode == "colocated" else self.decode.max_local_prompt_len
 
     @classmethod
     def from_environment(cls) -> "Deployment":

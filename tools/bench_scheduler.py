@@ -56,7 +56,7 @@ def prefill_ms(name: PolicyName, num_queued: int) -> list[float]:
             scheduler.add(make_request(rng, num_requests), decision / 1000, hints)
             num_requests += 1
         start = time.thread_time()
-        batch = scheduler.next_batch(decision / 1000, lambda request: True)
+        batch = scheduler.next_batch(decision / 1000, lambda replica, request: True)
         times_ms.append((time.thread_time() - start) * 1e3)
         assert batch is not None
         scheduler.batch_done(0, batch.batch_id)

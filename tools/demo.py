@@ -38,10 +38,11 @@ def main(
     max_tokens: Annotated[int, Option(envvar="MAX_TOKENS")] = 64,
     temperature: Annotated[float, Option(envvar="TEMPERATURE", help="0 is greedy")] = 0.0,
     model: Annotated[Path | None, Option(envvar="MODEL", help="directory or Hub name; none: SmolLM2-135M")] = None,
+    mode: Annotated[str | None, Option(envvar="MODE", help="disaggregated or colocated")] = None,
 ) -> None:
     """Streams one answer from a server of its own, and says where the time went."""
     console = Console(highlight=False)
-    deployment = make_deployment({"model.path": model})
+    deployment = make_deployment({"model.path": model, "mode": mode})
     with TritonServer(deployment, log_path=cache_dir() / "server-demo.log") as server:
         started = time.monotonic()
         start(server, console)
@@ -83,11 +84,13 @@ def report(answer: Answer) -> Iterator[str]:
     yield f"  front   {_ms(answer.sent_ns, times['arrival'])}   HTTP and tokenizer"
     yield f"  queue   {_ms(times['arrival'], times['first_scheduled'])}   until a prefill worker took it"
     yield f"  prefill {_ms(times['first_scheduled'], times['first_token'])}   the prompt, and the first token"
-    if times["decode_submitted"]:  # 0 where the first token was the last
+    if times["decode_submitted"]:  # 0 without a hand-off: one token, or colocated
         size = f"{outputs['kv_transfer_bytes'] / 2**20:.1f} MiB of KV in {times['kv_transfer'] / 1e6:.1f} ms"
         yield f"  bridge  {_ms(times['first_token'], times['decode_submitted'])}   until a decode worker had room"
         yield f"  handoff {_ms(times['decode_submitted'], times['decode_joined'])}   {size}"
-        yield f"  decode  {_ms(times['decode_joined'], times['last_token'])}   the other {num_tokens - 1} tokens"
+    if num_tokens > 1:
+        decode_start = times["decode_joined"] or times["first_token"]
+        yield f"  decode  {_ms(decode_start, times['last_token'])}   the other {num_tokens - 1} tokens"
     yield f"  back    {_ms(times['last_token'], answer.last_response_ns)}   the last token's way to the client"
     yield f"  total   {_ms(answer.sent_ns, answer.last_response_ns)}"
 

@@ -22,7 +22,7 @@ def make_deployment(fields: Mapping[str, object | None], file: Path | None = Non
 
     fields: `section.field` or `field` |-> value; None is "not given". Raises ConfigError in one line.
     """
-    raw: dict[str, Any] = {"model": {}, "prefill": {}, "decode": {}}
+    raw: dict[str, Any] = {"model": {}, "prefill": {}, "decode": {}, "scheduler": {}}
     if file is not None:
         raw |= Deployment.from_yaml(file).model_dump(mode="json", exclude_unset=True)
     for name, value in fields.items():
@@ -30,13 +30,15 @@ def make_deployment(fields: Mapping[str, object | None], file: Path | None = Non
             section, _, field = name.rpartition(".")
             (raw[section] if section else raw)[field] = value
     stages = (raw["prefill"], raw["decode"])
-    for stage, device in zip(stages, default_devices(torch.cuda.device_count()), strict=True):
-        stage.setdefault("devices", [device])
+    defaults = default_devices(torch.cuda.device_count(), is_colocated=raw.get("mode") == "colocated")
+    for stage, devices in zip(stages, defaults, strict=True):
+        stage.setdefault("devices", devices)
     on_gpus = any(device.startswith("cuda") for stage in stages for device in stage["devices"])
     raw.setdefault("block_size", GPU_BLOCK_SIZE if on_gpus else CPU_BLOCK_SIZE)
     workers = Counter(device for stage in stages for device in stage["devices"])
     for stage in stages:
-        stage.setdefault("gpu_memory_utilization", GPU_SHARE / max(workers[device] for device in stage["devices"]))
+        num_sharing = max((workers[device] for device in stage["devices"]), default=1)
+        stage.setdefault("gpu_memory_utilization", GPU_SHARE / num_sharing)
     raw["model"].setdefault("path", "")
     deployment = Deployment.parse(raw)  # before a download that a wrong flag would make useless
     check_devices(workers, torch.cuda.device_count())
@@ -47,11 +49,13 @@ def make_deployment(fields: Mapping[str, object | None], file: Path | None = Non
     return deployment
 
 
-def default_devices(num_gpus: int) -> tuple[str, str]:
-    """Devices of prefill and decode: apart where there are two GPUs."""
+def default_devices(num_gpus: int, is_colocated: bool) -> tuple[list[str], list[str]]:
+    """Devices of prefill and decode: apart where there are two GPUs; colocated, decode's alone, on every GPU."""
+    if is_colocated:
+        return [], [f"cuda:{index}" for index in range(num_gpus)] or ["cpu"]
     if num_gpus == 0:
-        return "cpu", "cpu"
-    return "cuda:0", "cuda:1" if num_gpus > 1 else "cuda:0"
+        return ["cpu"], ["cpu"]
+    return ["cuda:0"], ["cuda:1" if num_gpus > 1 else "cuda:0"]
 
 
 def check_devices(devices: Mapping[str, int], num_gpus: int) -> None:

@@ -1,6 +1,7 @@
 """Serves a model on the Triton server, in the foreground, until Ctrl-C.
 
     python -m tools.serve --model DIR --prefill-devices cuda:0 --decode-devices cuda:1
+    python -m tools.serve --model DIR --mode colocated --devices cuda:0,cuda:1
 
 `make serve` passes its variables (MODEL, HTTP_PORT, ...) through the environment.
 """
@@ -11,6 +12,7 @@ from typing import Annotated
 from rich.console import Console
 from typer import Option
 
+from ensemble.errors import ConfigError
 from tools.cache import cache_dir
 from tools.command_line import run
 from tools.deployment import make_deployment
@@ -29,6 +31,8 @@ def main(
     load_format: Annotated[str | None, Option(help="auto, or dummy for random weights")] = None,
     dtype: Annotated[str | None, Option(help="auto, float16, bfloat16, float32 or float64")] = None,
     max_model_len: Annotated[int | None, Option(help="tokens of a sequence, prompt and output")] = None,
+    mode: Annotated[str | None, Option(envvar="MODE", help="disaggregated, or colocated: no prefill replicas")] = None,
+    devices: Annotated[str | None, Option(envvar="DEVICES", help=f"colocated: {DEVICES}")] = None,
     prefill_devices: Annotated[str | None, Option(envvar="PREFILL_DEVICES", help=DEVICES)] = None,
     decode_devices: Annotated[str | None, Option(envvar="DECODE_DEVICES", help=DEVICES)] = None,
     block_size: Annotated[int | None, Option(help="tokens of a KV block")] = None,
@@ -36,13 +40,26 @@ def main(
     gpu_memory_utilization: Annotated[float | None, Option(help="share of its device, for each worker")] = None,
     max_num_batched_tokens: Annotated[int | None, Option(help="token budget of a prefill batch")] = None,
     max_num_seqs: Annotated[int | None, Option(help="sequences in a batch")] = None,
+    enable_prefix_caching: Annotated[bool, Option("--enable-prefix-caching", help="in prefill replicas")] = False,
+    prefill_policy: Annotated[str | None, Option(help="fcfs, sjf, priority, edf or fair")] = None,
+    decode_policy: Annotated[str | None, Option(help="fcfs, srpt, priority, mlfq or sj-mlfq")] = None,
+    swap_space: Annotated[
+        float | None, Option(help="GiB of host memory for swapped KV, of each decode replica")
+    ] = None,
+    max_num_resident_seqs: Annotated[int | None, Option(help="of a decode replica: running, waiting, swapped")] = None,
+    batching: Annotated[str | None, Option(help="of prompts computed in decode: mixed or prefill-first")] = None,
+    local_prefill_tokens: Annotated[int | None, Option(help="prompt tokens in a decode replica's step")] = None,
     host: Annotated[str, Option(envvar="HOST", help="address to listen on; 0.0.0.0: all")] = "127.0.0.1",
     http_port: Annotated[int, Option(envvar="HTTP_PORT", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, Option(envvar="GRPC_PORT", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,
 ) -> None:
     """Serves a model, prefill and decode apart, until Ctrl-C."""
+    if devices and mode != "colocated":
+        raise ConfigError(f"devices = {devices}: for mode = colocated; else --prefill-devices and --decode-devices")
+    decode_devices = devices or decode_devices
     fields: dict[str, object] = {
+        "mode": mode,
         "model.path": model,
         "model.load_format": load_format,
         "model.dtype": dtype,
@@ -50,6 +67,13 @@ def main(
         "prefill.devices": prefill_devices and prefill_devices.split(","),
         "decode.devices": decode_devices and decode_devices.split(","),
         "prefill.max_num_batched_tokens": max_num_batched_tokens,
+        "prefill.prefix_cache": enable_prefix_caching or None,
+        "scheduler.policy": prefill_policy,
+        "decode.policy": decode_policy,
+        "decode.host_kv_bytes": swap_space and int(swap_space * 2**30),
+        "decode.max_num_resident_seqs": max_num_resident_seqs,
+        "decode.batching": batching,
+        "decode.local_prefill_tokens": local_prefill_tokens,
         "block_size": block_size,
     }
     for stage in ("prefill", "decode"):
@@ -81,8 +105,8 @@ def main(
 def start(server: TritonServer, console: Console) -> None:
     """Waits until a started server is ready, showing what it loads. Raises ServerError."""
     model = model_name(server.deployment.model.path)
-    devices = {"prefill": server.deployment.prefill.devices, "decode": server.deployment.decode.devices}
-    where = ", ".join(f"{stage} on {' '.join(names)}" for stage, names in devices.items())
+    prefill, decode = (" ".join(stage.devices) for stage in (server.deployment.prefill, server.deployment.decode))
+    where = f"prefill on {prefill}, decode on {decode}" if prefill else f"colocated on {decode}"
     console.print(f"Loading {model} ({where})")
     with console.status("Waiting for the Triton server"):
         server.wait_ready(lambda line: console.print(f"  {line}", markup=False))

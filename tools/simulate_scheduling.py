@@ -198,7 +198,7 @@ def simulate_prefill(name: PolicyName, jobs: list[Job]) -> float:
         while arrivals and arrivals[0][1].arrival_s <= now:
             request_id, job = arrivals.popleft()
             scheduler.add(job.request(request_id), now, job.hints)
-        batch = scheduler.next_batch(now, lambda request: True)
+        batch = scheduler.next_batch(now, lambda replica, request: True)
         if batch is None:
             now = arrivals[0][1].arrival_s
             continue

@@ -2,6 +2,7 @@
 
 promised (in prefill) --arrive--> bridge --next_submission--> decode --released--> gone
 [counted against decode's headroom] [source's blocks leased]  [blocks held at one replica]
+                                          try_start_at -------^   a prompt that the decode replica computes itself
 """
 
 from collections.abc import Callable, Iterable
@@ -157,6 +158,22 @@ class DecodeAdmission:
         if not self.may_start(request):
             return False
         self.promise(request)
+        return True
+
+    def try_start_at(self, replica: int, request: Request) -> bool:
+        """Whether a decode replica may compute this prompt itself; if so the request is in decode from now on.
+
+        It may if it has room for the request's whole way, and beside it there is room for all that is promised.
+        """
+        state, need = self._replicas.get(replica), self._need(request)
+        if state is None or not state.fits(need):
+            return False
+        if self._promised and self._num_promised_blocks + need.expected > self.num_free_blocks:
+            return False
+        if request.request_id in self._promised or request.request_id in self._replica_of:
+            raise InternalError(f"request {request.request_id} is already promised")
+        state.hold(request.request_id, need)
+        self._replica_of[request.request_id] = replica
         return True
 
     def withdraw(self, request_id: int) -> None:

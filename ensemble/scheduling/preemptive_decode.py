@@ -65,14 +65,25 @@ class PreemptiveDecodeScheduler:
         headroom = limit_headroom(self.headroom_blocks, self.blocks.device.num_blocks) if self._sequences else 0
         return num_blocks + headroom <= self.blocks.device.num_free_blocks
 
-    def add(self, sequence: Sequence, now: float, *, priority: int = 0, join_cost_s: float = 0.0) -> None:
-        """A sequence joins whose KV has arrived in the blocks it owns on the device."""
+    def add(
+        self,
+        sequence: Sequence,
+        now: float,
+        *,
+        priority: int = 0,
+        join_cost_s: float = 0.0,
+        num_unread_tokens: int = 0,
+    ) -> None:
+        """A sequence joins whose KV is in the blocks it owns on the device, or will be when what is launched has run.
+
+        `num_unread_tokens`: 1 where its first token is not committed yet.
+        """
         request_id = sequence.request_id
         if request_id in self._sequences or request_id in self._retired or request_id in self._removed:
             raise InternalError(f"request {request_id} already decodes")
         self._sequences[request_id] = sequence
         self._footprints[request_id] = Footprint(request_id, "device", len(sequence.block_ids), 0)
-        self._measure_growth(request_id)
+        self._measure_growth(request_id, num_unread_tokens)
         self._policy.add(sequence, now, priority, join_cost_s)
 
     def next_plan(self, now: float, num_wanted_blocks: int = 0) -> DecodePlan:

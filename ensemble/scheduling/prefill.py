@@ -36,9 +36,24 @@ class _Prompt:
         return PrefillChunk(request_id=self.request.request_id, start=start, length=length, request=request)
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a replica takes."""
+
+    max_num_batched_tokens: int  # token budget of a batch
+    max_batches_in_flight: int
+    max_prompt_len: int | None = None  # longer prompts go elsewhere
+    is_decoding: bool = False  # it serves running sequences too: it is asked when no other replica can take a batch
+
+
+# (replica, request): asked last, when everything else allows the request to start there; answering True starts it.
+MayStart = Callable[[int, Request], bool]
+
+
 @dataclass(slots=True)
 class _Replica:
     credits: Credits
+    limits: Limits
     prompts: dict[int, _Prompt] = field(default_factory=dict)  # unfinished, in the order in which they began
     batches: dict[int, int] = field(default_factory=dict)  # batch_id |-> tokens, in flight
 
@@ -68,14 +83,13 @@ class PrefillScheduler:
         The first chunk starts there; a replica that finds less computes the difference with it.
         """
         self.block_size = block_size
-        self.max_num_batched_tokens = max_num_batched_tokens  # token budget of a batch
+        self.limits = Limits(max_num_batched_tokens, max_batches_in_flight)  # of replicas that come without their own
         self.max_num_seqs = max_num_seqs  # chunks in a batch
-        self.max_batches_in_flight = max_batches_in_flight  # per replica
         self.max_long_tokens = max_long_tokens  # of a batch, for prompts longer than that while shorter ones wait
         self._num_cached_tokens = num_cached_tokens
         self._waiting = WaitingQueue(max_queue_requests, max_queue_tokens, policy, max_long_tokens)
         self._replicas: dict[int, _Replica] = {}
-        self._pool_blocks: dict[int, int] = {}  # replica |-> pool size, kept while it is down
+        self._max_prompt_lens: dict[int, int] = {}  # replica |-> longest prompt it takes, kept while it is down
         self._replica_of: dict[int, int] = {}  # request_id |-> replica, from the first chunk until the release
         self._num_batches = 0
 
@@ -89,8 +103,8 @@ class PrefillScheduler:
 
     @property
     def max_prompt_len(self) -> int | None:
-        """Tokens of the longest prompt that the largest pool holds; None as long as no replica was ever up."""
-        return max(self._pool_blocks.values()) * self.block_size if self._pool_blocks else None
+        """Tokens of the longest prompt that any replica takes; None as long as no replica was ever up."""
+        return max(self._max_prompt_lens.values(), default=None)
 
     def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS) -> None:
         """Queues a request. Raises Overloaded if the queue is full, InvalidRequest if no replica could ever hold it."""
@@ -103,17 +117,22 @@ class PrefillScheduler:
             raise InternalError(f"request {request.request_id} is already in prefill")
         self._waiting.add(request, now, hints)
 
-    def replica_up(self, replica: int, num_blocks: int) -> list[int]:
-        """Takes a replica with an empty pool into service.
+    def replica_up(
+        self, replica: int, num_blocks: int, limits: Limits | None = None, num_host_blocks: int = 0
+    ) -> list[int]:
+        """Takes a replica with empty pools into service.
 
-        Returns the requests that were queued before any pool was known and that no known pool could ever hold; they
-        have left the queue.
+        A prompt's blocks are on the device; where sequences stay after their prefill, they may be in the host pool
+        when the next one comes. Returns the requests that were queued before any pool was known and that no known
+        pool could ever hold; they have left the queue.
         """
         if replica in self._replicas:
             raise InternalError(f"prefill replica {replica} is already up")
-        self._replicas[replica] = _Replica(Credits(num_blocks))
-        self._pool_blocks[replica] = num_blocks
-        longest = max(self._pool_blocks.values()) * self.block_size
+        limits = limits or self.limits
+        self._replicas[replica] = _Replica(Credits(num_blocks + num_host_blocks), limits)
+        pool_len = num_blocks * self.block_size
+        self._max_prompt_lens[replica] = min(pool_len, limits.max_prompt_len or pool_len)
+        longest = max(self._max_prompt_lens.values())
         return [request.request_id for request in self._waiting.remove_longer_than(longest)]
 
     def replica_down(self, replica: int) -> list[int]:
@@ -125,25 +144,24 @@ class PrefillScheduler:
             del self._replica_of[request_id]
         return gone.credits.request_ids
 
-    def next_batch(self, now: float, may_start: Callable[[Request], bool]) -> PrefillBatch | None:
+    def next_batch(self, now: float, may_start: MayStart) -> PrefillBatch | None:
         """The next batch for the least loaded replica that can run one; None if nothing can run now.
 
-        What a replica has cached of the request to start next counts as load that it does not have.
-
-        `may_start` is asked last, when everything else allows a new request to start: answering True starts it. The
-        head of the queue waits for blocks, nothing overtakes it. Prompts that have begun go on first, but those longer
+        What a replica has cached of the request to start next counts as load that it does not have. The head of the
+        queue waits for blocks, nothing overtakes it. Prompts that have begun go on first, but those longer
         than `max_long_tokens` take no more than that of a batch as long as shorter ones can use the rest. A prompt's
         next chunk may follow while the one before is in flight, because a replica runs its batches in order.
         """
         head = self._waiting.head(now)
 
-        def load(replica: int) -> int:
+        def load(replica: int) -> tuple[bool, int]:
             num_cached_tokens = 0 if head is None else self._num_cached_tokens(replica, head)
-            return self._replicas[replica].num_outstanding_tokens - num_cached_tokens
+            state = self._replicas[replica]
+            return state.limits.is_decoding, state.num_outstanding_tokens - num_cached_tokens
 
         for replica in sorted(self._replicas, key=load):
             state = self._replicas[replica]
-            if len(state.batches) >= self.max_batches_in_flight:
+            if len(state.batches) >= state.limits.max_batches_in_flight:
                 continue
             chunks = self._chunks(replica, state, now, may_start)
             if chunks:
@@ -195,18 +213,16 @@ class PrefillScheduler:
             holders.update((request_id, replica) for request_id in state.credits.request_ids)
             if not state.prompts.keys() <= holders.keys():
                 raise InternalError(f"prefill replica {replica} has unfinished prompts that hold no blocks")
-            if len(state.batches) > self.max_batches_in_flight:
+            if len(state.batches) > state.limits.max_batches_in_flight:
                 raise InternalError(f"prefill replica {replica} has {len(state.batches)} batches in flight")
-            if max(state.batches.values(), default=0) > self.max_num_batched_tokens:
+            if max(state.batches.values(), default=0) > state.limits.max_num_batched_tokens:
                 raise InternalError(f"prefill replica {replica} has a batch above its token budget")
         if holders != self._replica_of:
             raise InternalError("requests in prefill and holders of credit differ")
 
-    def _chunks(
-        self, replica: int, state: _Replica, now: float, may_start: Callable[[Request], bool]
-    ) -> list[PrefillChunk]:
+    def _chunks(self, replica: int, state: _Replica, now: float, may_start: MayStart) -> list[PrefillChunk]:
         lengths: dict[int, int] = {}  # request_id |-> tokens in this batch
-        num_left_tokens = self.max_num_batched_tokens
+        num_left_tokens = state.limits.max_num_batched_tokens
 
         def fill(max_long_tokens: int) -> None:
             """Gives the tokens that are left to prompts, at most `max_long_tokens` of them to long ones."""
@@ -235,7 +251,7 @@ class PrefillScheduler:
         return [self._dispatch(state, request_id, length) for request_id, length in lengths.items()]
 
     def _start(
-        self, replica: int, state: _Replica, now: float, only_short: bool, may_start: Callable[[Request], bool]
+        self, replica: int, state: _Replica, now: float, only_short: bool, may_start: MayStart
     ) -> _Prompt | None:
         request = self._waiting.head(now)
         if request is None or not self._fits(state, request):
@@ -244,7 +260,7 @@ class PrefillScheduler:
             request = self._waiting.head(now, only_short=True)
             if request is None or not self._fits(state, request):
                 return None
-        if not may_start(request):
+        if not may_start(replica, request):
             return None
         request_id = request.request_id
         self._waiting.start(request_id, now)
@@ -254,7 +270,9 @@ class PrefillScheduler:
         return state.prompts[request_id]
 
     def _fits(self, state: _Replica, request: Request) -> bool:
-        return state.credits.fits(self._blocks_for(request))
+        max_prompt_len = state.limits.max_prompt_len
+        is_short_enough = max_prompt_len is None or request.prompt_len <= max_prompt_len
+        return is_short_enough and state.credits.fits(self._blocks_for(request))
 
     def _blocks_for(self, request: Request) -> int:
         return -(-request.prompt_len // self.block_size)

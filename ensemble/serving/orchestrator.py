@@ -35,7 +35,7 @@ from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.deadlines import Deadlines
 from ensemble.scheduling.estimates import OutputEstimate
 from ensemble.scheduling.policies import Hints, QueuePolicy
-from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefill import Limits, PrefillScheduler
 from ensemble.scheduling.prefix_index import PrefixIndex
 from ensemble.serving.metrics import Ended, Gauges, Labels
 from ensemble.serving.stage_calls import MAX_BATCHES_IN_FLIGHT, CallModel, StageCalls, StageName
@@ -47,7 +47,9 @@ from ensemble.workers.messages import (
     Detached,
     DetachPeer,
     Joined,
+    LocalPrefilled,
     PrefillAnswer,
+    PrefillResult,
     PrefixReport,
     Released,
     ReplicaDown,
@@ -58,6 +60,8 @@ from ensemble.workers.messages import (
     WorkerEvent,
 )
 
+# A decode replica launches a step before it reads the one before, and answers that one then: with three it never waits.
+MAX_LOCAL_BATCHES_IN_FLIGHT = 3
 MAX_STRANDED_S = 30.0  # what waits in the bridge gives a dead decode stage this long to come back
 
 
@@ -107,6 +111,16 @@ class Orchestrator:
             max_long_tokens=deployment.prefill.max_long_tokens,
             num_cached_tokens=self._num_cached_tokens,
         )
+        # To the prefill scheduler, decode replicas that compute prompts too come after the prefill replicas.
+        self._first_local = deployment.prefill.num_replicas
+        self._local_limits = None
+        if deployment.local_prefill_tokens:
+            self._local_limits = Limits(
+                deployment.local_prefill_tokens,
+                MAX_LOCAL_BATCHES_IN_FLIGHT,
+                deployment.max_local_prompt_len,
+                is_decoding=True,
+            )
         self._output_estimate = OutputEstimate()
         self.admission = DecodeAdmission(
             block_size=deployment.block_size,
@@ -197,13 +211,20 @@ class Orchestrator:
 
     def _dispatch(self) -> None:
         """Everything that can start now, starts."""
-        while batch := self.prefill.next_batch(time.monotonic(), self.admission.try_promise):
+        while batch := self.prefill.next_batch(time.monotonic(), self._may_start):
             now = time.time_ns()
+            is_local = batch.replica >= self._first_local
             for chunk in batch.chunks:
                 if chunk.request is not None:
                     timeline = self._streams[chunk.request_id].timeline
-                    timeline.first_scheduled_ns, timeline.prefill_replica = now, batch.replica
-            self._send("prefill", batch)
+                    timeline.first_scheduled_ns = now
+                    timeline.prefill_replica = -1 if is_local else batch.replica
+                    if is_local:
+                        timeline.decode_replica = batch.replica - self._first_local
+            if is_local:
+                self._send("decode", msgspec.structs.replace(batch, replica=batch.replica - self._first_local))
+            else:
+                self._send("prefill", batch)
         while submission := self.admission.next_submission():
             now = time.time_ns()
             for handoff in submission.handoffs:
@@ -211,10 +232,15 @@ class Orchestrator:
                 timeline.decode_submitted_ns, timeline.decode_replica = now, submission.replica
             self._send("decode", submission)
 
+    def _may_start(self, replica: int, request: Request) -> bool:
+        if replica >= self._first_local:
+            return self.admission.try_start_at(replica - self._first_local, request)
+        return self.admission.try_promise(request)
+
     def _arrive(self, request: Request, stream: ClientStream) -> None:
         known: list[StageName] = [stage for stage, _ in self._replicas]
-        for stage in self._num_replicas:
-            if stage in known:
+        for stage, num_replicas in self._num_replicas.items():
+            if stage in known or not num_replicas:
                 continue
             if stage not in self._down_reasons:
                 self._early.append((request, stream))
@@ -250,9 +276,17 @@ class Orchestrator:
                 case StepTokens():
                     self._on_tokens(event)
                 case Released(request_ids=request_ids, num_free_blocks=num_free_blocks):
-                    (self.prefill if stage == "prefill" else self.admission).released(replica, request_ids)
+                    if stage == "prefill":
+                        self.prefill.released(replica, request_ids)
+                    else:
+                        self.admission.released(replica, request_ids)
+                        self.prefill.released(self._first_local + replica, request_ids)
                     if (stage, replica) in self._replicas:
                         self._replicas[stage, replica].num_free_blocks = num_free_blocks
+                case LocalPrefilled(batch_ids=batch_ids, results=results):
+                    for batch_id in batch_ids:
+                        self.prefill.batch_done(self._first_local + replica, batch_id)
+                    self._on_results(results)
                 case Joined():
                     self._on_joined(event)
                 case SwapReport():
@@ -272,7 +306,10 @@ class Orchestrator:
 
     def _on_prefilled(self, replica: int, answer: PrefillAnswer) -> None:
         self.prefill.batch_done(replica, answer.batch_id)
-        for result in answer.results:
+        self._on_results(answer.results)
+
+    def _on_results(self, results: list[PrefillResult]) -> None:
+        for result in results:
             if result.request_id not in self._streams:
                 continue  # cancelled meanwhile: the replica was told and ends the lease
             self._streams[result.request_id].timeline.first_token_ns = time.time_ns()
@@ -354,6 +391,7 @@ class Orchestrator:
         self._hashes.pop(request_id, None)
         where = self.admission.cancel(request_id)
         if where is not None and where[0] == "decode":
+            self.prefill.cancel(request_id)  # chunks of a prompt that is computed there
             self._send("decode", CancelRequests(replica=where[1], request_ids=[request_id]))
         else:
             self._cancel_prefill(request_id)
@@ -399,6 +437,11 @@ class Orchestrator:
                 self._fail(request_id, InvalidRequest("text_input", "prompt", "no prefill pool holds it"))
         else:
             self.admission.replica_up(up.replica, up.num_blocks, up.max_num_seqs, up.num_host_blocks)
+            if self._local_limits is not None:
+                place = self._first_local + up.replica
+                refused = self.prefill.replica_up(place, up.num_blocks, self._local_limits, up.num_host_blocks)
+                for request_id in refused:
+                    self._fail(request_id, InvalidRequest("text_input", "prompt", "no pool holds it"))
         for (each, index), other in self._replicas.items():
             if stage == "prefill" and each == "decode":
                 self._send("decode", AttachPeer(replica=index, address=up.peer_address))
@@ -425,6 +468,8 @@ class Orchestrator:
             self._prefixes.replica_down(replica)
         error = StageUnavailable(stage, reason)
         lost = (self.prefill if stage == "prefill" else self.admission).replica_down(replica)
+        if stage == "decode":
+            self.prefill.replica_down(self._first_local + replica)
         for request_id in lost:
             stream = self._streams.get(request_id)
             if stage == "prefill" and stream is not None and stream.timeline.decode_joined_ns:

@@ -79,6 +79,8 @@ class Stage:
         self._calls: queue.SimpleQueue[tuple[bytes, Reply]] = queue.SimpleQueue()
         self._supervisor = Supervisor(name, stage.num_replicas, address, Path(self._run_dir.name))
         self._all_up = threading.Event()
+        if not self._replicas:  # of prefill, in colocated mode
+            self._all_up.set()
         self._load_failure: str | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"{name}-stage", daemon=True)
@@ -95,8 +97,8 @@ class Stage:
 
     @property
     def is_up(self) -> bool:
-        """Whether any replica serves."""
-        return any(replica.up is not None for replica in self._replicas)
+        """Whether any replica serves, if there are any."""
+        return not self._replicas or any(replica.up is not None for replica in self._replicas)
 
     def handle(self, payload: bytes, reply: Reply) -> None:
         """Takes one encoded StageCall; `reply` is called once, later, from the stage's thread."""
@@ -174,7 +176,7 @@ class Stage:
         except zmq.ZMQError:
             reply(StageUnavailable(self.name, f"the worker of replica {command.replica} is gone"))
             return
-        if isinstance(command, PrefillBatch):
+        if isinstance(command, PrefillBatch) and self.name == "prefill":
             replica.batches[command.batch_id] = reply
         else:
             reply(encode(Accepted()))

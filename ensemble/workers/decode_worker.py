@@ -6,6 +6,8 @@ run a step too many: its last token is dropped, and its blocks are freed only wh
 SubmitDecode --> waits for blocks --> pull --copy completed: TransferDone to the source--> decode <--> swapped
                       |                |                                                     |            |
                       +---- CancelRequests or the last token: when its copy or step has ended, blocks are free
+
+It may also compute prompts itself (`local_prefill.py`), which then decode here: in the same steps, or in others.
 """
 
 import time
@@ -21,6 +23,7 @@ from ensemble.request import FinishReason, Sequence
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
 from ensemble.scheduling.preemptive_decode import DecodePlan, PreemptiveDecodeScheduler
 from ensemble.transfer.puller import Pull, make_puller
+from ensemble.workers.local_prefill import LocalPrefill, LocalStep
 from ensemble.workers.messages import (
     AttachPeer,
     CancelRequests,
@@ -29,7 +32,9 @@ from ensemble.workers.messages import (
     DetachPeer,
     Joined,
     KVHandoff,
+    LocalPrefilled,
     PrefillBatch,
+    PrefillResult,
     Released,
     StepTokens,
     SubmitDecode,
@@ -49,10 +54,28 @@ class _Arrival:
     is_cancelled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    """A step whose tokens have not been read."""
+
+    launched: Launched
+    prompts: LocalStep
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        batch = self.launched.batch
+        return [row.sequence for row in batch.prefills] + batch.decodes
+
+    @property
+    def finished_prompts(self) -> list[Sequence]:
+        return [row.sequence for row in self.launched.batch.prefills if row.finishes_prompt]
+
+
 class DecodeWorker:
     """Raises ConfigError if the host pool cannot be had."""
 
-    def __init__(self, engine: Engine, peers: Peers, config: DecodeConfig) -> None:
+    def __init__(self, engine: Engine, peers: Peers, config: DecodeConfig, local_prefill_tokens: int = 0) -> None:
+        """`local_prefill_tokens` of prompts, at most, are computed in a step."""
         self.engine = engine
         self.peers = peers
         layout, pool = engine.pool.layout, engine.pool.tensor
@@ -69,12 +92,14 @@ class DecodeWorker:
             max_num_seqs=config.max_num_seqs,
             headroom_blocks=config.headroom_blocks,
         )
+        self._prompts = LocalPrefill(engine.blocks, local_prefill_tokens)
+        self._is_prefill_first = config.batching == "prefill-first"
         # Under fcfs an arrival comes after all that are here: none of them makes room for it.
         self._makes_room = config.policy != "fcfs"
         self._num_wanted_blocks = 0  # by the arrival that waits for blocks
         self._arrivals: dict[int, _Arrival] = {}  # request_id |-> waiting for blocks, or being pulled
         self._running: dict[int, Sequence] = {}  # request_id |-> has joined and is not removed
-        self._launched: Launched | None = None  # a step whose tokens have not been read
+        self._launched: _LaunchedStep | None = None
         self._launched_ids: set[int] = set()  # its request ids
         self._reported = SwapReport(num_swapped_seqs=0, num_preemptions=0, bytes_out=0, bytes_in=0)  # all in all
         self._num_preemptions = 0
@@ -83,7 +108,7 @@ class DecodeWorker:
     @property
     def has_work(self) -> bool:
         copies = self._puller.num_in_flight + self._swapper.num_in_flight
-        return len(self._scheduler) > 0 or self._launched is not None or copies > 0
+        return len(self._scheduler) > 0 or self._launched is not None or copies > 0 or self._prompts.has_work
 
     def handle(self, command: Command) -> list[WorkerEvent]:
         match command:
@@ -102,27 +127,56 @@ class DecodeWorker:
             case DetachPeer(address=address):
                 return self._detach(address)
             case PrefillBatch():
-                raise TypeError("a decode worker was sent PrefillBatch")
+                self._prompts.add(command)
+                return []
 
     def step(self) -> list[WorkerEvent]:
         """Lets arrived sequences join, launches an iteration, and commits the one before (on a CPU: this one)."""
         start = time.monotonic()
         events = self._join() + self._end_swaps()
-        plan = self._scheduler.next_plan(start, self._num_wanted_blocks if self._makes_room else 0)
+        prompts = self._prompts.next_step(self._scheduler.has_room_for)
+        plan = self._plan(start, prompts)
         self._start_swaps(plan)
-        launched = self.engine.launch(Batch([], plan.run)) if plan.run else None
+        step = None
+        if prompts.rows or plan.run:
+            step = _LaunchedStep(self.engine.launch(Batch(prompts.rows, plan.run)), prompts)
+        elif prompts.batch_ids:  # all their prompts were cancelled
+            events.append(LocalPrefilled(batch_ids=prompts.batch_ids, results=[]))
         if self.engine.runs_ahead:
-            launched, self._launched = self._launched, launched
-            self._launched_ids = {sequence.request_id for sequence in plan.run}
-        if launched is not None:
-            events += self._commit(launched)
-        elif not plan.run and not events:
+            step, self._launched = self._launched, step
+            self._launched_ids = {each.request_id for each in self._launched.sequences} if self._launched else set()
+            self._decode_prompts(self._launched, num_unread_tokens=1)
+        if step is not None:
+            events += self._commit(step)
+        elif self._launched is None and not events:
             self._wait_for_copy()
+        if not self.engine.runs_ahead:
+            self._decode_prompts(step, num_unread_tokens=0)
         now = time.monotonic()
         self._scheduler.ran(now - start, now, num_unread_tokens=int(self.engine.runs_ahead))
+        self._prompts.ran(prompts, now - start)
         self._retire_those_at_their_end()
         self.start_pulls()
         return events + self._swap_report()
+
+    def _plan(self, now: float, prompts: LocalStep) -> DecodePlan:
+        if prompts.rows and self._is_prefill_first:
+            return DecodePlan()
+        num_wanted_blocks = self._num_wanted_blocks + self._prompts.num_wanted_blocks
+        return self._scheduler.next_plan(now, num_wanted_blocks if self._makes_room else 0)
+
+    def _decode_prompts(self, step: _LaunchedStep | None, num_unread_tokens: int) -> None:
+        """Prompts that a step finishes decode from the next one on, unless their first token is their only one."""
+        for sequence in step.finished_prompts if step is not None else []:
+            if not sequence.is_finished and sequence.sampling.max_tokens > 1:
+                self._running[sequence.request_id] = self._prompts.take(sequence.request_id)
+                self._scheduler.add(
+                    sequence,
+                    time.monotonic(),
+                    priority=sequence.request.priority,
+                    join_cost_s=self._prompts.cost_s(sequence.prompt_len),
+                    num_unread_tokens=num_unread_tokens,
+                )
 
     def start_pulls(self) -> None:
         """Starts the copies whose source pools have been mapped and for which there are blocks, in order of arrival."""
@@ -191,32 +245,56 @@ class DecodeWorker:
         else:
             self._puller.wait(1e-3)
 
-    def _commit(self, step: Launched) -> list[WorkerEvent]:
-        sampled = self.engine.commit(step)
-        ended = [sequence.request_id for sequence in step.batch.decodes if sequence.is_finished]
-        finished: dict[int, FinishReason] = {
-            sequence.request_id: sequence.finish_reason for sequence in sampled if sequence.finish_reason is not None
-        }
-        tokens = StepTokens(
-            request_ids=[sequence.request_id for sequence in sampled],
-            token_ids=[sequence.last_token_id for sequence in sampled],
-            finished=finished,
-        )
-        return [tokens, *self._released([request_id for request_id in ended if self._leave(request_id)])]
+    def _commit(self, step: _LaunchedStep) -> list[WorkerEvent]:
+        sampled = self.engine.commit(step.launched)
+        ended = [sequence.request_id for sequence in step.sequences if sequence.is_finished]
+        prompts = {sequence.request_id for sequence in step.finished_prompts}
+        decoded = [sequence for sequence in sampled if sequence.request_id not in prompts]
+        events: list[WorkerEvent] = []
+        if step.prompts.batch_ids or prompts:
+            results = [
+                PrefillResult(
+                    request_id=sequence.request_id,
+                    token_id=sequence.last_token_id,
+                    finish_reason=sequence.finish_reason,
+                    handoff=None,
+                )
+                for sequence in sampled
+                if sequence.request_id in prompts
+            ]
+            events.append(LocalPrefilled(batch_ids=step.prompts.batch_ids, results=results))
+        if decoded:
+            finished: dict[int, FinishReason] = {
+                sequence.request_id: sequence.finish_reason
+                for sequence in decoded
+                if sequence.finish_reason is not None
+            }
+            events.append(
+                StepTokens(
+                    request_ids=[sequence.request_id for sequence in decoded],
+                    token_ids=[sequence.last_token_id for sequence in decoded],
+                    finished=finished,
+                )
+            )
+        return events + self._released([request_id for request_id in ended if self._leave(request_id)])
 
     def _retire_those_at_their_end(self) -> None:
         """Sequences whose unread token is the last that they may have run no further."""
         for request_id in self._launched_ids:
-            sequence = self._running[request_id]
-            is_at_its_end = len(sequence.output_token_ids) + 1 >= sequence.sampling.max_tokens
-            if is_at_its_end and request_id in self._scheduler:
+            sequence = self._running.get(request_id)  # None: a prompt that is not finished, or has only one token
+            if sequence is None or request_id not in self._scheduler:
+                continue
+            if len(sequence.output_token_ids) + 1 >= sequence.sampling.max_tokens:
                 self._scheduler.retire(request_id)
 
     def _cancel(self, request_ids: list[int]) -> list[WorkerEvent]:
         released = []
         for request_id in request_ids:
             arrival = self._arrivals.get(request_id)
-            if request_id in self._running:
+            if request_id in self._prompts:
+                if self._prompts.cancel(request_id) is None or self._leave(request_id):
+                    released.append(request_id)
+            elif request_id in self._running:
                 self._running[request_id].finish_reason = "cancelled"
                 if self._leave(request_id):
                     released.append(request_id)
@@ -244,6 +322,10 @@ class DecodeWorker:
             if request_id in self._scheduler:
                 self._scheduler.retire(request_id)
             return False
+        if request_id in self._prompts:
+            self._prompts.take(request_id)
+            self.engine.blocks.free(Owner("sequence", request_id))
+            return True
         del self._running[request_id]
         return self._scheduler.remove(request_id)
 

@@ -56,7 +56,11 @@ class PrefillChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrefillBatch(_Command, frozen=True, kw_only=True):
-    """Answered by PrefillAnswer when the batch has run."""
+    """A prefill replica answers it by PrefillAnswer when the batch has run.
+
+    A decode replica that computes prompts too answers it at once, and tells what becomes of it by LocalPrefilled
+    events: so first tokens come before the next ones.
+    """
 
     batch_id: int
     chunks: list[PrefillChunk]
@@ -126,6 +130,13 @@ class PrefillAnswer(_Message, frozen=True, kw_only=True):
     batch_id: int
     results: list[PrefillResult]
     compute_s: float  # time the batch took in the worker
+
+
+class LocalPrefilled(_Message, frozen=True, kw_only=True):
+    """The prompts' part of a decode replica's step. What is not finished with its first token decodes there."""
+
+    batch_ids: list[int]  # that have run to their ends
+    results: list[PrefillResult]
 
 
 class StepTokens(_Message, frozen=True, kw_only=True):
@@ -207,6 +218,7 @@ class LoadFailed(_Message, frozen=True, kw_only=True):
 
 WorkerEvent: TypeAlias = (
     PrefillAnswer
+    | LocalPrefilled
     | StepTokens
     | Joined
     | Released

@@ -38,14 +38,15 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(stage.num_threads or cpu_threads(deployment))
     try:
-        # A decode worker's steps are as long as its batch; only prefill needs room for the token budget.
-        max_num_batched_tokens = None if stage_name == "prefill" else stage.max_num_seqs
+        # A decode worker's steps are as long as its batch and the prompts beside it.
+        decode_tokens = stage.max_num_seqs + deployment.local_prefill_tokens
+        max_num_batched_tokens = None if stage_name == "prefill" else decode_tokens
         engine = load_engine(deployment, stage, device, max_num_batched_tokens)
         worker: PrefillWorker | DecodeWorker
         if stage_name == "prefill":
             worker = PrefillWorker(engine, peer_address, deployment.prefill.prefix_cache)
         else:
-            worker = DecodeWorker(engine, Peers(context, device), deployment.decode)
+            worker = DecodeWorker(engine, Peers(context, device), deployment.decode, deployment.local_prefill_tokens)
     except ConfigError as error:
         stage_socket.send(encode(LoadFailed(reason=str(error))))
         stage_socket.close()

@@ -168,3 +168,23 @@ def test_a_request_as_large_as_the_pool_runs_alone(make_request, make_handoff):
     promise(admission, request)
     admission.arrive(make_handoff(request))
     assert request_ids(admission.next_submission()) == [0]
+
+
+def test_a_prompt_computed_by_a_decode_replica_holds_its_whole_life_there(make_request):
+    admission = make_admission(replicas=((10, 2), (10, 2)))
+    assert admission.try_start_at(1, make_request(0, 16, max_tokens=9))  # 6 blocks
+    assert not admission.try_start_at(1, make_request(1, 16, max_tokens=9))
+    assert admission.try_start_at(1, make_request(2, 4, max_tokens=1))
+    assert not admission.try_start_at(1, make_request(3, 1, max_tokens=1))  # blocks are left, places are not
+    assert not admission.try_start_at(2, make_request(4, 1))  # there is no such replica
+    assert admission.num_free_blocks == 20 - 6 - 1 and admission.cancel(0) == ("decode", 1)
+    admission.released(1, [0, 2])
+    assert admission.try_start_at(1, make_request(1, 16, max_tokens=9))
+    admission.check_integrity()
+
+
+def test_what_prefill_was_promised_is_not_given_to_a_prompt_computed_in_decode(make_request):
+    admission = make_admission(max_num_bridge_seqs=2)
+    promise(admission, make_request(0, 16, max_tokens=9))  # 6 of 10 blocks
+    assert not admission.try_start_at(0, make_request(1, 16, max_tokens=5))  # 5 blocks
+    assert admission.try_start_at(0, make_request(2, 16, max_tokens=1))  # 4 blocks

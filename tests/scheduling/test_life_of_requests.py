@@ -16,7 +16,7 @@ from ensemble.errors import InvalidRequest, Overloaded
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.policies import Hints, QueuePolicy
-from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefill import Limits, PrefillScheduler
 from ensemble.workers.messages import KVHandoff, PrefillBatch
 
 BLOCK_SIZE = 4
@@ -26,6 +26,7 @@ MAX_BATCHES = 2
 DECODE_SEQS = 3
 PREFILL_BLOCKS = 10
 DECODE_BLOCKS = 12
+FIRST_LOCAL = 2  # decode replicas that compute prompts are the prefill scheduler's replicas 2 and 3
 
 
 class PrefillReplica:
@@ -66,6 +67,7 @@ hints = st.builds(
 class LifeOfRequests(RuleBasedStateMachine):
     policy = QueuePolicy()
     max_long_tokens = None
+    local_limits = None  # of decode replicas that compute prompts too
 
     def __init__(self):
         super().__init__()
@@ -82,6 +84,8 @@ class LifeOfRequests(RuleBasedStateMachine):
         self.admission = DecodeAdmission(block_size=BLOCK_SIZE, max_num_bridge_seqs=2)
         self.prefill_replicas = {}
         self.decode_replicas = {}
+        self.local_inboxes = {0: deque(), 1: deque()}  # of the decode replicas: batches
+        self.local_prompts = {0: {}, 1: {}}  # request_id |-> (request, tokens computed)
         for replica in (0, 1):
             self.start_prefill(replica)
             self.start_decode(replica)
@@ -100,6 +104,8 @@ class LifeOfRequests(RuleBasedStateMachine):
     def start_decode(self, replica):
         self.decode_replicas[replica] = BlockManager(DECODE_BLOCKS, BLOCK_SIZE)
         self.admission.replica_up(replica, DECODE_BLOCKS, DECODE_SEQS)
+        if self.local_limits is not None:
+            assert self.prefill.replica_up(FIRST_LOCAL + replica, DECODE_BLOCKS, self.local_limits) == []
 
     def end(self, request_id):
         self.alive.remove(request_id)
@@ -122,7 +128,7 @@ class LifeOfRequests(RuleBasedStateMachine):
         except InvalidRequest:
             needs_decode = max_tokens > 1
             decode_limit = DECODE_BLOCKS * BLOCK_SIZE
-            assert prompt_len > PREFILL_BLOCKS * BLOCK_SIZE or (
+            assert prompt_len > self.prefill.max_prompt_len or (
                 needs_decode and request.max_num_kv_tokens > decode_limit
             )
         except Overloaded as error:
@@ -143,8 +149,7 @@ class LifeOfRequests(RuleBasedStateMachine):
             self.bridge.remove(request_id)
             self.end_lease(request_id)
         elif at_decode is not None and at_decode[0] == "decode":
-            self.decode_replicas[at_decode[1]].free(Owner("sequence", request_id))
-            self.admission.released(at_decode[1], [request_id])
+            self.free_in_decode(at_decode[1], request_id)
         elif at_prefill == "queued":
             assert at_decode is None
         else:
@@ -161,9 +166,13 @@ class LifeOfRequests(RuleBasedStateMachine):
 
     @rule()
     def dispatch_prefill(self):
-        batch = self.prefill.next_batch(self.now, self.admission.try_promise)
+        batch = self.prefill.next_batch(self.now, self.may_start)
         if batch is None:
             return
+        is_local = batch.replica >= FIRST_LOCAL
+        if is_local:
+            assert sum(chunk.length for chunk in batch.chunks) <= self.local_limits.max_num_batched_tokens
+            self.send_local(batch.replica - FIRST_LOCAL, batch)
         assert 0 < sum(chunk.length for chunk in batch.chunks) <= BUDGET
         assert len(batch.chunks) <= MAX_CHUNKS
         started = [chunk.request_id for chunk in batch.chunks if chunk.request is not None]
@@ -173,9 +182,47 @@ class LifeOfRequests(RuleBasedStateMachine):
                 assert started[0] > self.last_started
                 self.last_started = started[-1]
         assert all(chunk.request_id in self.alive for chunk in batch.chunks)
+        if is_local:
+            return
         inbox = self.prefill_replicas[batch.replica].inbox
         inbox.append(batch)
         assert sum(isinstance(message, PrefillBatch) for message in inbox) <= MAX_BATCHES
+
+    def may_start(self, replica, request):
+        if replica >= FIRST_LOCAL:
+            return self.admission.try_start_at(replica - FIRST_LOCAL, request)
+        return self.admission.try_promise(request)
+
+    def send_local(self, replica, batch):
+        self.local_inboxes[replica].append(batch)
+        assert len(self.local_inboxes[replica]) <= self.local_limits.max_batches_in_flight
+        blocks = self.decode_replicas[replica]
+        for chunk in batch.chunks:
+            if chunk.request is not None:
+                assert chunk.request.prompt_len <= (self.local_limits.max_prompt_len or 1000)
+                blocks.allocate(
+                    Owner("sequence", chunk.request_id),
+                    blocks.blocks_for(chunk.request.max_num_kv_tokens),
+                )
+                self.local_prompts[replica][chunk.request_id] = (chunk.request, 0)
+
+    @precondition(lambda self: self.local_limits is not None)
+    @rule(replica=st.sampled_from([0, 1]))
+    def run_local(self, replica):
+        if not self.local_inboxes[replica]:
+            return
+        batch, prompts = self.local_inboxes[replica].popleft(), self.local_prompts[replica]
+        self.prefill.batch_done(FIRST_LOCAL + replica, batch.batch_id)
+        for chunk in batch.chunks:
+            if chunk.request_id not in prompts:
+                continue
+            request, num_computed = prompts[chunk.request_id]
+            assert chunk.start == num_computed and chunk.length > 0
+            prompts[chunk.request_id] = (request, num_computed + chunk.length)
+            if num_computed + chunk.length == request.prompt_len:
+                del prompts[chunk.request_id]
+                if request.sampling.max_tokens == 1:
+                    self.finish(replica, chunk.request_id)
 
     @rule(replica=st.sampled_from([0, 1]))
     def run_prefill(self, replica):
@@ -237,12 +284,18 @@ class LifeOfRequests(RuleBasedStateMachine):
             self.finish(replica, data.draw(st.sampled_from(decoding)))
 
     def decoding(self, replica):
-        return [i for i in sorted(self.alive) if self.decode_replicas[replica].blocks_of(Owner("sequence", i))]
+        prompts, blocks = self.local_prompts[replica], self.decode_replicas[replica]
+        return [i for i in sorted(self.alive) if blocks.blocks_of(Owner("sequence", i)) and i not in prompts]
 
     def finish(self, replica, request_id):
         self.end(request_id)
+        self.free_in_decode(replica, request_id)
+
+    def free_in_decode(self, replica, request_id):
+        self.local_prompts[replica].pop(request_id, None)
         self.decode_replicas[replica].free(Owner("sequence", request_id))
         self.admission.released(replica, [request_id])
+        self.prefill.released(FIRST_LOCAL + replica, [request_id])
 
     # ---- what goes wrong
 
@@ -266,6 +319,9 @@ class LifeOfRequests(RuleBasedStateMachine):
     def lose_decode(self, replica):
         for request_id in self.admission.replica_down(replica):
             self.end(request_id)
+        self.prefill.replica_down(FIRST_LOCAL + replica)
+        self.local_inboxes[replica].clear()
+        self.local_prompts[replica].clear()
         self.start_decode(replica)
 
     # ---- what always holds
@@ -288,6 +344,8 @@ class LifeOfRequests(RuleBasedStateMachine):
             self.dispatch_prefill()
             for replica in (0, 1):
                 self.run_prefill(replica)
+                if self.local_limits is not None:
+                    self.run_local(replica)
                 for request_id in self.decoding(replica):
                     self.finish(replica, request_id)
             self.submit()
@@ -301,13 +359,23 @@ class LifeOfRequests(RuleBasedStateMachine):
         assert self.admission.num_promised_seqs == 0 and self.prefill.num_waiting == 0
 
 
-@pytest.mark.parametrize("max_long_tokens", [None, 6])
-@pytest.mark.parametrize("name", ["fcfs", "sjf", "priority", "edf", "fair"])
-def test_life_of_requests(name, max_long_tokens):
+def check_lives(policy, max_long_tokens, local_limits):
     class Machine(LifeOfRequests):
-        policy = QueuePolicy(name, max_wait_s=5.0)
+        pass
 
-    Machine.max_long_tokens = max_long_tokens
+    Machine.policy, Machine.max_long_tokens, Machine.local_limits = policy, max_long_tokens, local_limits
     run_state_machine_as_test(
         Machine, settings=settings(max_examples=40, stateful_step_count=60, deadline=None, derandomize=True)
     )
+
+
+@pytest.mark.parametrize("max_long_tokens", [None, 6])
+@pytest.mark.parametrize("name", ["fcfs", "sjf", "priority", "edf", "fair"])
+def test_life_of_requests(name, max_long_tokens):
+    check_lives(QueuePolicy(name, max_wait_s=5.0), max_long_tokens, local_limits=None)
+
+
+@pytest.mark.parametrize("max_prompt_len", [None, 9])
+@pytest.mark.parametrize("name", ["fcfs", "sjf", "fair"])
+def test_life_where_decode_replicas_compute_prompts_too(name, max_prompt_len):
+    check_lives(QueuePolicy(name, max_wait_s=5.0), None, Limits(8, 3, max_prompt_len, is_decoding=True))

@@ -2,10 +2,10 @@ import pytest
 
 from ensemble.errors import InvalidRequest, Overloaded
 from ensemble.scheduling.policies import Hints, QueuePolicy
-from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefill import Limits, PrefillScheduler
 
 
-def always(request):
+def always(replica, request):
     return True
 
 
@@ -100,8 +100,8 @@ def test_the_bridge_holds_back_new_requests_but_not_begun_ones(make_request):
     scheduler.add(make_request(0, 40), now=0.0)
     scheduler.add(make_request(1, 8), now=0.0)
     scheduler.next_batch(0.0, always)
-    assert spans(scheduler.next_batch(0.0, lambda request: False)) == [(0, 32, 8)]
-    assert scheduler.next_batch(0.0, lambda request: False) is None
+    assert spans(scheduler.next_batch(0.0, lambda replica, request: False)) == [(0, 32, 8)]
+    assert scheduler.next_batch(0.0, lambda replica, request: False) is None
     assert scheduler.num_waiting == 1
 
 
@@ -213,3 +213,32 @@ def test_a_cached_prefix_does_not_outweigh_any_load(make_request):
     scheduler.add(make_request(1, 20), now=0.0)
     second = scheduler.next_batch(0.0, always)
     assert second.replica == 0 and spans(second) == [(1, 0, 20)]
+
+
+def test_a_decoding_replica_takes_short_prompts_only_while_the_others_are_busy(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(7, num_blocks=100, limits=Limits(8, 1, max_prompt_len=10, is_decoding=True))
+    scheduler.replica_up(0, num_blocks=100)
+    for request_id, prompt_len in enumerate([32, 32, 10, 6, 11]):
+        scheduler.add(make_request(request_id, prompt_len), now=0.0)
+    first, second, third = (scheduler.next_batch(0.0, always) for _ in range(3))
+    assert [(each.replica, spans(each)) for each in (first, second)] == [(0, [(0, 0, 32)]), (0, [(1, 0, 32)])]
+    assert (third.replica, spans(third)) == (7, [(2, 0, 8)])  # within its own budget
+    assert scheduler.next_batch(0.0, always) is None  # one batch at a time
+    scheduler.batch_done(7, third.batch_id)
+    fourth = scheduler.next_batch(0.0, always)
+    assert (fourth.replica, spans(fourth)) == (7, [(2, 8, 2), (3, 0, 6)])
+    scheduler.batch_done(7, fourth.batch_id)
+    assert scheduler.next_batch(0.0, always) is None  # the head is too long for it, and nothing overtakes the head
+    scheduler.batch_done(0, first.batch_id)
+    assert scheduler.next_batch(0.0, always).replica == 0
+    scheduler.check_integrity()
+
+
+def test_a_prompt_that_only_a_decoding_replica_would_refuse_is_queued(make_request):
+    scheduler = make_scheduler()
+    scheduler.replica_up(7, num_blocks=100, limits=Limits(8, 1, max_prompt_len=10, is_decoding=True))
+    with pytest.raises(InvalidRequest):
+        scheduler.add(make_request(0, 11), now=0.0)
+    scheduler.replica_up(0, num_blocks=10)
+    scheduler.add(make_request(0, 40), now=0.0)

@@ -37,6 +37,17 @@ def test_default_devices(
     assert deployment.prefill.gpu_memory_utilization == pytest.approx(share)
 
 
+@pytest.mark.parametrize(("num_gpus", "devices"), [(0, ["cpu"]), (2, ["cuda:0", "cuda:1"])])
+def test_colocated_takes_every_gpu(
+    model: Path, monkeypatch: pytest.MonkeyPatch, num_gpus: int, devices: list[str]
+) -> None:
+    with_gpus(monkeypatch, num_gpus)
+    deployment = make_deployment({"model.path": model, "mode": "colocated"})
+    assert (deployment.prefill.devices, deployment.decode.devices) == ([], devices)
+    assert deployment.decode.gpu_memory_utilization == pytest.approx(0.9)
+    assert (deployment.local_prefill_tokens, deployment.max_local_prompt_len) == (2048, None)
+
+
 def test_workers_divide_the_gpus_they_share(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 3)
     fields = {"model.path": model, "prefill.devices": ["cuda:0"], "decode.devices": ["cuda:0", "cuda:0", "cuda:2"]}
@@ -65,6 +76,11 @@ def test_flags_go_over_the_file(model: Path, tmp_path: Path, monkeypatch: pytest
         ({"block_size": 12}, "a power of two is needed"),
         ({"prefill.devices": ["gpu"]}, "prefill.devices.0 = 'gpu'"),
         ({"decode.devices": ["cuda:1"]}, "device cuda:1: this machine has 1"),
+        ({"mode": "colocated", "prefill.devices": ["cpu"]}, "prefill.devices = ['cpu']: mode = colocated"),
+        ({"mode": "colocated", "prefill.prefix_cache": True}, "prefill.prefix_cache = True"),
+        ({"mode": "mixed"}, "mode = 'mixed'"),
+        ({"prefill.devices": []}, "prefill.devices = []"),
+        ({"decode.devices": []}, "decode.devices = []"),
         ({"model.path": "/no such model"}, "/no such model: no such directory"),
         ({"model.max_model_len": 10**6}, "max_model_len = 1000000"),
         ({"decode.gpu_memory_utilization": 1.5}, "decode.gpu_memory_utilization = 1.5"),

@@ -11,6 +11,7 @@ from ensemble.request import Request
 from ensemble.workers.decode_worker import DecodeWorker
 from ensemble.workers.messages import (
     KVHandoff,
+    LocalPrefilled,
     PrefillAnswer,
     PrefillBatch,
     PrefillChunk,
@@ -94,7 +95,7 @@ def handoffs_of(events: list[WorkerEvent]) -> list[KVHandoff]:
 def tokens_of(events: list[WorkerEvent]) -> dict[int, list[int]]:
     tokens: dict[int, list[int]] = {}
     for event in events:
-        if isinstance(event, PrefillAnswer):
+        if isinstance(event, PrefillAnswer | LocalPrefilled):
             for result in event.results:
                 tokens.setdefault(result.request_id, []).append(result.token_id)
         if isinstance(event, StepTokens):
