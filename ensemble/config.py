@@ -15,6 +15,7 @@ Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 
 DEPLOYMENT_VARIABLE = "DISTSERVE_DEPLOYMENT"  # environment variable that names the deployment file
+GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 64, 16  # tokens, by default; on a GPU attention reads whole tiles (docs/results)
 
 
 class _Frozen(BaseModel):
