@@ -50,6 +50,7 @@ FAULTS_MODEL: Row = {  # 786 KB of KV a token in fp32
 NUM_PROMPTS, PROMPT_LEN, MAX_TOKENS, NUM_CLIENTS = 6, 2000, 8, 16
 PREFILL_KV_BYTES, DECODE_KV_BYTES = 24 << 30, 30 << 30
 MEMORY_TOLERANCE_MIB = 256  # what is left is under a CUDA context (500 MiB) or a mapped pool
+LEFT_TOLERANCE_MIB = 64  # after a stop
 SHARE, TOO_SMALL_SHARE = 0.45, 0.02
 SETTLE_S = 5.0  # for the driver to take back what a dead process had
 
@@ -63,12 +64,17 @@ class Machine:
     def left_rows(self, session: int) -> list[Row]:
         """Of a server that has been stopped: what it left behind, against the time when this was made."""
         deadline = time.monotonic() + SETTLE_S
-        while excess_mib(self._memory) > MEMORY_TOLERANCE_MIB and time.monotonic() < deadline:
+        while excess_mib(self._memory) > LEFT_TOLERANCE_MIB and time.monotonic() < deadline:
             time.sleep(0.2)
         names = sorted(shm_names() - self._names)
         processes = {*session_pids(session), *(set(gpu_processes()) - self.pids)}
         return [
-            at_most("after the stop: GPU memory over that before the start", excess_mib(self._memory), "MiB", 64),
+            at_most(
+                "after the stop: GPU memory over that before the start",
+                excess_mib(self._memory),
+                "MiB",
+                LEFT_TOLERANCE_MIB,
+            ),
             at_most("after the stop: processes left", len(processes), "processes", 0),
             at_most("after the stop: names left in /dev/shm", len(names), "names", 0) | {"seen": names[:5]},
         ]
@@ -129,6 +135,7 @@ def fault_rows(
             time.sleep(0.2)
         left_mib = excess_mib(before)
         strangers = set(gpu_processes()) - machine.pids - set(session_pids(session))
+    faults_in_log = [line for line in log.read_text(errors="replace").splitlines() if "CUDA error" in line]
     copying = sum(each.copy_s for each in warm.outcomes) / 5.0
     expected = [each.output_ids for each in alone]
     yield {"name": "start to ready", "value": round(load_s, 1), "unit": "s"}
@@ -142,6 +149,8 @@ def fault_rows(
         "after the kills: GPU memory over that after warm-up", left_mib, "MiB", MEMORY_TOLERANCE_MIB
     )  # of the GPU where it is most
     yield at_most("after the kills: processes on a GPU that are not the server's", len(strangers), "processes", 0)
+    seen = faults_in_log[:3]
+    yield {"name": "CUDA errors in the server's log", "value": len(faults_in_log), "unit": "lines", "seen": seen}
     yield from machine.left_rows(session)
 
 
