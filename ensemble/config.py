@@ -18,6 +18,7 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 Batching = Literal["mixed", "prefill-first"]
 
 DEPLOYMENT_VARIABLE = "DISTSERVE_DEPLOYMENT"  # environment variable that names the deployment file
+GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 64, 16  # tokens, by default; on a GPU attention reads whole tiles (docs/results)
 
 
 class _Frozen(BaseModel):

@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ensemble.config import ModelConfig
+from ensemble.config import GPU_BLOCK_SIZE, ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow
 from ensemble.engine.model_runner import ModelRunner, StepHandle, load_model
 from ensemble.models import layers
@@ -34,7 +34,6 @@ from ensemble.request import Request, SamplingParams, Sequence
 from tools.bench_kernels import copy_rate, matmul_rate
 from tools.results import write_results
 
-BLOCK_SIZE = 16
 NUM_STEPS = 64
 MAX_NUM_BATCHED_TOKENS = 8192
 RESERVE_BYTES = 6 << 30  # activations of the largest prefill, graphs, workspaces
@@ -106,13 +105,13 @@ class Bench:
         self.spec = load_spec(self.shape.config)
         config = ModelConfig(path=self.spec.path, load_format="dummy")
         self.model = load_model(self.spec, config, device, torch.float16)
-        block_shape = (self.spec.num_layers, 2, self.spec.num_kv_heads, BLOCK_SIZE, self.spec.head_dim)
+        block_shape = (self.spec.num_layers, 2, self.spec.num_kv_heads, GPU_BLOCK_SIZE, self.spec.head_dim)
         self.kv_bytes_per_token = 2 * self.spec.num_layers * 2 * self.spec.num_kv_heads * self.spec.head_dim
         free_bytes = torch.cuda.mem_get_info()[0] - RESERVE_BYTES
-        self.num_blocks = free_bytes // (self.kv_bytes_per_token * BLOCK_SIZE)
+        self.num_blocks = free_bytes // (self.kv_bytes_per_token * GPU_BLOCK_SIZE)
         kv_pool = torch.empty((self.num_blocks, *block_shape), dtype=torch.float16, device=device).normal_()
-        self.runner = ModelRunner(self.model, kv_pool, BLOCK_SIZE)
-        max_num_seqs = min(max(batch_sizes), self.num_blocks * BLOCK_SIZE // (512 + NUM_STEPS))
+        self.runner = ModelRunner(self.model, kv_pool, GPU_BLOCK_SIZE)
+        max_num_seqs = min(max(batch_sizes), self.num_blocks * GPU_BLOCK_SIZE // (512 + NUM_STEPS))
         self.runner.warm_up(max_num_seqs, MAX_NUM_BATCHED_TOKENS, self.spec.max_model_len)
         torch.cuda.synchronize()
         self.ready_s = time.perf_counter() - start
@@ -212,7 +211,7 @@ class Bench:
         return sequences
 
     def blocks_for(self, num_tokens: int) -> int:
-        return -(-(num_tokens + 2) // BLOCK_SIZE)
+        return -(-(num_tokens + 2) // GPU_BLOCK_SIZE)
 
     def weight_bytes(self) -> int:
         """Of all weights but the tables that a step takes only a few rows from."""

@@ -24,12 +24,12 @@ from ensemble.cache.kv_pool import KVLayout
 from ensemble.cache.swapper import Swapper, Way, make_host_pool
 from ensemble.engine.batch import Batch
 from ensemble.scheduling.preemptive_decode import Swap
-from tools.bench_engine import BLOCK_SIZE, NUM_STEPS, Bench, commit
+from tools.bench_engine import NUM_STEPS, Bench, commit
 from tools.results import write_results
 
-POOL_BYTES = 4 << 30
-SWAP_BYTES = 256 << 20
-ROUNDS = 9
+POOL_BYTES = 1 << 30  # of either pool: page-locking takes about a second for each GiB
+SWAP_BYTES, MAX_SWAP_BLOCKS = 256 << 20, 2048  # a call for each block by the copy engine: small blocks move less
+ROUNDS = 7
 BANDWIDTH_GOAL, STEP_GOAL = 0.92, 1.10
 BY = {"copy engine": 0, "kernel": 1 << 60}  # values of COPY_ENGINE_BLOCK_BYTES
 LAYOUTS = {  # fp16; the number of tokens in a block is the last but one
@@ -51,7 +51,8 @@ def bandwidth_rows(name: str, layout: KVLayout) -> Iterator[dict[str, Any]]:
     num_blocks = POOL_BYTES // layout.block_bytes
     pool = torch.empty((num_blocks, *layout.block_shape), dtype=layout.dtype, device=device).normal_()
     host = make_host_pool(layout, num_blocks, device)
-    count = min(SWAP_BYTES // layout.block_bytes, num_blocks)
+    host.copy_(-pool)  # so that a block that was not moved shows
+    count = min(SWAP_BYTES // layout.block_bytes, MAX_SWAP_BLOCKS)
     num_bytes = count * layout.block_bytes
     plain = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     on_device = torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -132,7 +133,7 @@ class _Churn:
 def step_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     pool = bench.runner.kv_pool
     spec = bench.spec
-    layout = KVLayout(spec.num_layers, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim, pool.dtype)
+    layout = KVLayout(spec.num_layers, spec.num_kv_heads, bench.runner.block_size, spec.head_dim, pool.dtype)
     swap_blocks = bench.blocks_for(PROMPT_LEN)
     swaps = Swapper(pool, make_host_pool(layout, 2 * swap_blocks, pool.device))
     for batch_size in bench.batch_sizes:

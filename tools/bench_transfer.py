@@ -12,13 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import msgspec
 import torch
 import typer
 from rich.console import Console
 
 from ensemble.cache.kv_pool import KVLayout, KVPool, map_peer_pool
-from ensemble.workers.messages import PoolHandle
+from ensemble.workers.messages import decode_pool_handle
 from kernels.block_copy import copy_blocks
 from tools.results import write_results
 
@@ -35,6 +34,7 @@ LAYOUTS = {  # fp16; the number of tokens in a block is the last but one
 EXPORTER = """
 import sys, torch
 from ensemble.cache.kv_pool import KVPool
+from ensemble.workers.messages import encode
 from tools.bench_transfer import LAYOUTS, POOL_BYTES
 device = torch.device(sys.argv[2]); torch.cuda.set_device(device)
 layout = LAYOUTS[sys.argv[1]]
@@ -62,10 +62,11 @@ def measure(name: str, layout: KVLayout, source: str, target: str) -> list[dict[
     )
     try:
         assert exporter.stdout is not None
-        handle = msgspec.msgpack.decode(bytes.fromhex(exporter.stdout.readline().decode()), type=PoolHandle)
+        handle = decode_pool_handle(bytes.fromhex(exporter.stdout.readline().decode()))
         device = torch.device(target)
-        remote = map_peer_pool(handle, device)
-        return measure_pulls(name, layout, remote, KVPool(layout, remote.shape[0], device).tensor)
+        local = KVPool(layout, handle.shape[0], device).tensor
+        # The mapping ends with the call, before the exporter does.
+        return measure_pulls(name, layout, map_peer_pool(handle, device), local)
     finally:
         exporter.communicate()
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from ensemble.config import Deployment
+from ensemble.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Deployment
 from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
 from tools.default_model import ensure_default_model
 from tools.model_source import resolve_model
 
-GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 64, 16  # tokens; on a GPU attention reads whole tiles (docs/results/kernels.md)
 GPU_SHARE = 0.9  # of a device's memory, divided among the workers on it
 
 

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ensemble.config import Deployment
+from ensemble.config import GPU_BLOCK_SIZE, Deployment
 from ensemble.engine.batch import Batch, PrefillRow, prepare_step
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.request import Request, SamplingParams, Sequence
@@ -62,7 +62,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 MARGIN = 1e-3
-BLOCK_SIZE = 64
 
 
 def write_model_dir(path: Path, config: dict[str, Any]) -> None:
@@ -92,6 +91,31 @@ def make_requests(count: int, vocab_size: int, max_tokens: int) -> list[Request]
     ]
 
 
+def greedy_inputs(prompt_token_ids: list[int], max_tokens: int) -> list[grpc.InferInput]:
+    """Of a streamed request for exactly `max_tokens` greedy tokens, with their ids and the timeline."""
+    return make_tensors(
+        {
+            "input_ids": np.array(prompt_token_ids, np.int32),
+            "max_tokens": np.array([max_tokens], np.int32),
+            "temperature": np.zeros(1, np.float32),
+            "ignore_eos": np.ones(1, bool),
+            "stream": np.ones(1, bool),
+            "return_output_ids": np.ones(1, bool),
+            "return_perf_metrics": np.ones(1, bool),
+        }
+    )
+
+
+def make_tensors(inputs: dict[str, np.ndarray[Any, Any]]) -> list[grpc.InferInput]:
+    dtypes = {"int32": "INT32", "float32": "FP32", "bool": "BOOL"}
+    tensors = []
+    for name, array in inputs.items():
+        tensor = grpc.InferInput(name, list(array.shape), dtypes[array.dtype.name])
+        tensor.set_data_from_numpy(array)
+        tensors.append(tensor)
+    return tensors
+
+
 def serve(server: TritonServer, requests: list[Request]) -> tuple[list[list[int]], dict[str, list[int]], float]:
     """All requests at once on one gRPC stream: output ids, the timelines' figures, and the seconds it took."""
     client = grpc.InferenceServerClient(server.grpc_url)
@@ -118,21 +142,7 @@ def serve(server: TritonServer, requests: list[Request]) -> tuple[list[list[int]
     client.start_stream(receive)
     start = time.perf_counter()
     for request in requests:
-        values = {
-            "input_ids": np.array(request.prompt_token_ids, np.int32),
-            "max_tokens": np.array([request.sampling.max_tokens], np.int32),
-            "temperature": np.zeros(1, np.float32),
-            "ignore_eos": np.ones(1, bool),
-            "stream": np.ones(1, bool),
-            "return_output_ids": np.ones(1, bool),
-            "return_perf_metrics": np.ones(1, bool),
-        }
-        inputs = []
-        for name, array in values.items():
-            dtype = {"int32": "INT32", "float32": "FP32", "bool": "BOOL"}[array.dtype.name]
-            tensor = grpc.InferInput(name, list(array.shape), dtype)
-            tensor.set_data_from_numpy(array)
-            inputs.append(tensor)
+        inputs = greedy_inputs(request.prompt_token_ids, request.sampling.max_tokens)
         client.async_stream_infer(
             "scheduler", inputs, request_id=str(request.request_id), enable_empty_final_response=True
         )
@@ -237,7 +247,7 @@ def main(
                     "model": {"path": path, "dtype": dtype, "load_format": "dummy"},
                     "prefill": {"devices": [prefill_device], "gpu_memory_utilization": share},
                     "decode": {"devices": [decode_device], "gpu_memory_utilization": share},
-                    "block_size": BLOCK_SIZE,
+                    "block_size": GPU_BLOCK_SIZE,
                 }
             )
             requests = make_requests(num_requests, config["vocab_size"], max_tokens)

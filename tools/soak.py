@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from ensemble.config import Deployment
-from tools.gpu_smoke import write_model_dir
+from tools.gpu_smoke import make_tensors, write_model_dir
 from tools.results import write_results
 from tools.triton_server import TritonServer
 
@@ -109,16 +109,6 @@ class Client(threading.Thread):
         if errors:
             return "unavailable" if "is unavailable" in errors[0] else f"ERROR {errors[0][:80]}"
         return "complete" if num_tokens == max_tokens else "INCOMPLETE"
-
-
-def make_tensors(inputs: dict[str, np.ndarray[Any, Any]]) -> list[grpc.InferInput]:
-    dtypes = {"int32": "INT32", "float32": "FP32", "bool": "BOOL"}
-    tensors = []
-    for name, array in inputs.items():
-        tensor = grpc.InferInput(name, list(array.shape), dtypes[array.dtype.name])
-        tensor.set_data_from_numpy(array)
-        tensors.append(tensor)
-    return tensors
 
 
 def processes(server: TritonServer) -> list[psutil.Process]:

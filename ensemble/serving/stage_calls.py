@@ -82,7 +82,8 @@ class StageCalls:
         try:
             answer = decode_stage_answer(self._call_model(stage, encode(command)))
         except Exception as error:
-            self._listener.lost(stage, command.replica, command.epoch, str(error))
+            reason = str(error).removeprefix(f"{stage} is unavailable: ")  # which is said again to the client
+            self._listener.lost(stage, command.replica, command.epoch, reason)
             # The worker, if it lives, would wait for this number for ever.
             with contextlib.suppress(Exception):
                 self._call_model(stage, encode(EndWorker(replica=command.replica, epoch=command.epoch)))

@@ -2,6 +2,7 @@
 acknowledges each copy.
 """
 
+import sys
 import threading
 
 import torch
@@ -95,7 +96,10 @@ class Peers:
                 try:
                     self._pools[address] = map_peer_pool(decode_pool_handle(socket.recv()), self._device)
                     received = True
-                except (OSError, RuntimeError):  # the exporter is dead: DetachPeer follows
+                except (OSError, RuntimeError) as error:  # the exporter is dead: DetachPeer follows
+                    if self._device.type == "cuda":
+                        torch.cuda.synchronize(self._device)  # raises where it is this process whose GPU has failed
+                    print(f"the KV pool of {address} cannot be mapped: {error}", file=sys.stderr, flush=True)
                     self._unmappable.add(address)
         return received
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
 import torch
 import zmq
@@ -116,4 +117,11 @@ def _exit_with_the_stage(alive_fd: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception:
+        # Nothing is torn down: after a fault of the GPU every call of CUDA fails, in destructors too, and the sooner
+        # the process has ended, the sooner its requests get their error and the next life begins.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,5 +1,7 @@
 """The kernel tests run the Triton kernels themselves: compiled on a GPU, in Triton's interpreter without one."""
 
+import gc
+
 import pytest
 import torch
 
@@ -16,6 +18,13 @@ def _triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture
+def free_gpu_memory() -> None:
+    """Gives back what earlier tests left in torch's cache: for tests that take gigabytes."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 # bf16 arithmetic in the interpreter works on raw bits (triton issue 11584), so bf16 is tested on a GPU alone.

@@ -41,9 +41,10 @@ def test_to_pinned_host_memory_and_back():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("free_gpu_memory")
 def test_more_than_2_31_elements():
-    source = torch.zeros(2**12 + 2, 2**19, dtype=torch.int64, device="cuda")
-    source[-1] = torch.arange(2**19, device="cuda")
-    target = torch.zeros(2, 2**19, dtype=torch.int64, device="cuda")
+    source = torch.zeros(2**12 + 2, 2**19 + 1, dtype=torch.int8, device="cuda")  # odd rows are copied byte by byte
+    source[-1] = torch.arange(2**19 + 1, device="cuda")
+    target = torch.zeros(2, 2**19 + 1, dtype=torch.int8, device="cuda")
     copy_blocks(source, target, torch.tensor([2**12 + 1], device="cuda"), torch.tensor([1], device="cuda"))
     assert torch.equal(target[1], source[-1])

@@ -113,6 +113,7 @@ def test_a_captured_graph_serves_changed_lengths(batch_size, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("free_gpu_memory")
 def test_pool_of_more_than_2_31_elements(device):
     torch.manual_seed(0)
     cache = PagedCache([200], 8, 128, 16, torch.float16, device)

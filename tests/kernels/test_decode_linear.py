@@ -24,7 +24,7 @@ def splits(request, monkeypatch):
 def new_inputs(num_rows, n, k, dtype, device):
     torch.manual_seed(0)
     x = torch.randn(num_rows, k, dtype=dtype, device=device)
-    weight = torch.randn(n, k, dtype=dtype, device=device) / k**0.5
+    weight = torch.randn(n, k, dtype=dtype, device=device).div_(k**0.5)
     return x, weight, torch.randn(n, dtype=dtype, device=device)
 
 
@@ -126,6 +126,7 @@ def test_a_captured_graph_serves_changed_inputs(num_rows, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("free_gpu_memory")
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_weight_of_more_than_2_31_elements(num_rows, device):
     x, weight, _ = new_inputs(num_rows, 2**31 // 16384 + 70, 16384, torch.float16, device)

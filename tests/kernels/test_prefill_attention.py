@@ -103,6 +103,7 @@ def test_long_mixed_batches(num_heads, num_kv_heads, head_dim, block_size, dtype
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("free_gpu_memory")
 def test_pool_of_more_than_2_31_elements(device):
     torch.manual_seed(0)
     cache = PagedCache([200], 8, 128, 16, torch.float16, device)

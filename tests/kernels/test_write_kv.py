@@ -72,6 +72,7 @@ def test_rope_and_write_kv_rotates_as_transformers_does(num_heads, num_kv_heads,
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("free_gpu_memory")
 def test_slots_beyond_2_31_elements(device):
     num_kv_heads, head_dim = 8, 128
     num_blocks = 2**31 // (2 * num_kv_heads * BLOCK_SIZE * head_dim) + 2

@@ -1,0 +1,277 @@
+"""Runs on GPUs what no CPU shows: deaths in mid-transfer, memory shares, hand-off between two GPUs, a clean end.
+
+    python -m tools.gpu_base --output docs/results/gpu-base.json
+
+faults    a model with little to compute and 1.6 GB of KV a prompt, whose prompts are cached, so that copies by CUDA IPC
+          are under way most of the time; workers are killed under load (tools.fault_storm). In float32, so that outputs
+          are the same whatever the batch. With two GPUs, prefill is on the first and decode on the second.
+shares    both stages on one GPU with 0.45 of its memory each; and with shares that are too small
+two-gpus  tools.gpu_smoke's shapes from cuda:0 to cuda:1, where there are two; tools.bench_transfer has the copy's rate
+"""
+
+import os
+import random
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from ensemble.config import GPU_BLOCK_SIZE, Deployment
+from tools.fault_storm import Load, at_most, request, settled, storm, storm_rows
+from tools.gpu_smoke import SHAPES, make_requests, run_shape, serve, write_model_dir
+from tools.installation import ServerError
+from tools.results import write_results
+from tools.soak import workers
+from tools.triton_server import TritonServer, session_pids
+
+Row = dict[str, Any]
+
+FAULTS_MODEL: Row = {  # 786 KB of KV a token in fp32
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 2304,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "vocab_size": 1024,
+    "eos_token_id": 2,
+}
+NUM_PROMPTS, PROMPT_LEN, MAX_TOKENS, NUM_CLIENTS = 6, 2000, 8, 16
+PREFILL_KV_BYTES, DECODE_KV_BYTES = 24 << 30, 30 << 30
+MEMORY_TOLERANCE_MIB = 256  # what is left is under a CUDA context (500 MiB) or a mapped pool
+LEFT_TOLERANCE_MIB = 64  # after a stop
+SHARE, TOO_SMALL_SHARE = 0.45, 0.02
+SETTLE_S = 5.0  # for the driver to take back what a dead process had
+
+
+class Machine:
+    """What nvidia-smi, /proc and /dev/shm say. It makes no CUDA context, which would show in its own figures."""
+
+    def __init__(self) -> None:
+        self._memory, self.pids, self._names = gpu_memory_mib(), set(gpu_processes()), shm_names()
+
+    def left_rows(self, session: int) -> list[Row]:
+        """Of a server that has been stopped: what it left behind, against the time when this was made."""
+        deadline = time.monotonic() + SETTLE_S
+        while excess_mib(self._memory) > LEFT_TOLERANCE_MIB and time.monotonic() < deadline:
+            time.sleep(0.2)
+        names = sorted(shm_names() - self._names)
+        processes = {*session_pids(session), *(set(gpu_processes()) - self.pids)}
+        return [
+            at_most(
+                "after the stop: GPU memory over that before the start",
+                excess_mib(self._memory),
+                "MiB",
+                LEFT_TOLERANCE_MIB,
+            ),
+            at_most("after the stop: processes left", len(processes), "processes", 0),
+            at_most("after the stop: names left in /dev/shm", len(names), "names", 0) | {"seen": names[:5]},
+        ]
+
+
+def nvidia_smi(query: str) -> list[list[int]]:
+    """The numbers of a query, a list for each line; a line that holds something else is left out."""
+    command = ["nvidia-smi", f"--query-{query}", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    cells = [[cell.strip() for cell in line.split(",")] for line in lines]
+    return [[int(cell) for cell in line] for line in cells if all(cell.isdigit() for cell in line)]
+
+
+def gpu_memory_mib() -> list[int]:
+    """In use, by all processes, of each GPU."""
+    return [used for (used,) in nvidia_smi("gpu=memory.used")]
+
+
+def gpu_processes() -> dict[int, int]:
+    """pid |-> MiB, on all GPUs; empty where nvidia-smi cannot tell."""
+    found: dict[int, int] = {}
+    for pid, used in nvidia_smi("compute-apps=pid,used_memory"):
+        found[pid] = found.get(pid, 0) + used
+    return found
+
+
+def excess_mib(before: list[int]) -> int:
+    """Memory in use over `before`, of the GPU where it is most."""
+    return max((now - then for now, then in zip(gpu_memory_mib(), before, strict=True)), default=0)
+
+
+def shm_names() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def fault_rows(
+    deployment: Deployment, prompts: list[list[int]], kills_of_each: int, log: Path, num_clients: int = NUM_CLIENTS
+) -> Iterable[Row]:
+    machine = Machine()
+    start = time.monotonic()
+    with TritonServer(deployment, log_path=log) as server:
+        server.wait_ready(timeout_s=300)
+        load_s = time.monotonic() - start
+        url, session = server.grpc_url, server.pid
+        alone = [request(url, index, prompt, MAX_TOKENS) for index, prompt in enumerate(prompts)]
+        if failed := [each.error for each in alone if each.error is not None]:
+            raise ServerError(f"served alone: {failed[0]}")
+        with Load(url, prompts, MAX_TOKENS, num_clients) as warm:
+            time.sleep(5.0)
+        settled(server)
+        before = gpu_memory_mib()
+        with Load(url, prompts, MAX_TOKENS, num_clients) as load:
+            kills = storm(server, load, kills_of_each, random.Random(0))
+        again = [request(url, index, prompt, MAX_TOKENS) for index, prompt in enumerate(prompts)]
+        blocks = settled(server)
+        deadline = time.monotonic() + SETTLE_S
+        while excess_mib(before) > MEMORY_TOLERANCE_MIB and time.monotonic() < deadline:
+            time.sleep(0.2)
+        left_mib = excess_mib(before)
+        strangers = set(gpu_processes()) - machine.pids - set(session_pids(session))
+    faults_in_log = [line for line in log.read_text(errors="replace").splitlines() if "CUDA error" in line]
+    copying = sum(each.copy_s for each in warm.outcomes) / 5.0
+    expected = [each.output_ids for each in alone]
+    yield {"name": "start to ready", "value": round(load_s, 1), "unit": "s"}
+    yield {"name": "distinct outputs of the prompts", "value": len({*map(tuple, expected)}), "unit": "outputs"}
+    yield {"name": "time with a KV copy under way, before the kills", "value": round(copying, 2), "unit": "of the time"}
+    yield from storm_rows(kills, [*load.outcomes, *warm.outcomes], expected, load_s)
+    differ = sum(each.output_ids != output for each, output in zip(again, expected, strict=True))
+    yield at_most("after the kills: outputs that differ from before", differ, "requests", 0)
+    yield at_most("after the kills: blocks in use", blocks, "blocks", 0)
+    yield at_most(
+        "after the kills: GPU memory over that after warm-up", left_mib, "MiB", MEMORY_TOLERANCE_MIB
+    )  # of the GPU where it is most
+    yield at_most("after the kills: processes on a GPU that are not the server's", len(strangers), "processes", 0)
+    seen = faults_in_log[:3]
+    yield {"name": "CUDA errors in the server's log", "value": len(faults_in_log), "unit": "lines", "seen": seen}
+    yield from machine.left_rows(session)
+
+
+def faults(folder: Path, devices: tuple[str, str], kills_of_each: int) -> Iterable[Row]:
+    write_model_dir(folder / "model", FAULTS_MODEL)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, FAULTS_MODEL["vocab_size"]) for _ in range(PROMPT_LEN)] for _ in range(NUM_PROMPTS)]
+    deployment = Deployment.parse(
+        {
+            "model": {"path": folder / "model", "dtype": "float32", "load_format": "dummy"},
+            "prefill": {"devices": [devices[0]], "kv_cache_bytes": PREFILL_KV_BYTES, "prefix_cache": True},
+            "decode": {"devices": [devices[1]], "kv_cache_bytes": DECODE_KV_BYTES, "max_num_seqs": 32},
+            "block_size": GPU_BLOCK_SIZE,
+        }
+    )
+    name = f"faults, {devices[0]} to {devices[1]}: "
+    for row in fault_rows(deployment, prompts, kills_of_each, folder / "faults.log"):
+        yield row | {"name": name + row["name"]}
+
+
+def shares(folder: Path) -> Iterable[Row]:
+    write_model_dir(folder / "model", SHAPES["OPT-1.3b"])
+    model = {"path": folder / "model", "dtype": "float16", "load_format": "dummy"}
+
+    def deployment(share: float) -> Deployment:
+        stage = {"devices": ["cuda:0"], "gpu_memory_utilization": share}
+        return Deployment.parse({"model": model, "prefill": stage, "decode": stage, "block_size": GPU_BLOCK_SIZE})
+
+    machine = Machine()
+    used_before = gpu_memory_mib()[0]
+    [total] = nvidia_smi("gpu=memory.total")[0]
+    with TritonServer(deployment(SHARE), log_path=folder / "shares.log") as server:
+        server.wait_ready(timeout_s=300)
+        session = server.pid
+        serve(server, make_requests(64, SHAPES["OPT-1.3b"]["vocab_size"], 64))
+        used, by_process, pids = gpu_memory_mib()[0] - used_before, gpu_processes(), [p.pid for p in workers(server)]
+        kv = [line for line in server.log_path.read_text(errors="replace").splitlines() if "KV blocks" in line]
+    others = sum(mib for pid, mib in by_process.items() if pid not in {*pids, *machine.pids})
+    yield {"name": "shares of 0.45: pools by a profiling pass", "value": sorted(kv), "unit": ""}
+    for pid in pids:
+        mib = by_process.get(pid)
+        yield {
+            "name": "shares of 0.45: memory of a worker",
+            "value": mib and round(mib / total, 3),
+            "unit": "of the GPU",
+        }
+    yield {"name": "shares of 0.45: memory of the server's other processes", "value": others, "unit": "MiB"}
+    both = round((used - others) / total, 4)
+    yield at_most("shares of 0.45: memory of both workers", both, "of the GPU", 2 * SHARE)
+    yield from ({**row, "name": f"shares of 0.45: {row['name']}"} for row in machine.left_rows(session))
+
+    reason = "it started"
+    with TritonServer(deployment(TOO_SMALL_SHARE), log_path=folder / "too-small.log") as server:
+        try:
+            server.wait_ready(timeout_s=300)
+        except ServerError as error:
+            reason = str(error)
+    is_named = reason.startswith(f"gpu_memory_utilization = {TOO_SMALL_SHARE}") and "\n" not in reason
+    yield {"name": "a share that is too small", "value": reason, "unit": "", "goal": "one line", "met": is_named}
+
+
+def two_gpus(folder: Path) -> Iterable[Row]:
+    for name, config in SHAPES.items():
+        path = folder / name
+        write_model_dir(path, config)
+        deployment = Deployment.parse(
+            {
+                "model": {"path": path, "dtype": "float32", "load_format": "dummy"},
+                "prefill": {"devices": ["cuda:0"], "gpu_memory_utilization": 0.6},
+                "decode": {"devices": ["cuda:1"], "gpu_memory_utilization": 0.6},
+                "block_size": GPU_BLOCK_SIZE,
+            }
+        )
+        requests = make_requests(32, config["vocab_size"], 64)
+        rows = run_shape(name, deployment, requests, folder / f"{name}.log")
+        yield from ({**row, "name": f"cuda:0 to cuda:1, {row['name']}"} for row in rows)
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="faults, shares, two-gpus. Default: all.")] = None,
+    kills: Annotated[int, typer.Option(help="of each stage; the pause before a restart doubles each time")] = 4,
+    one_gpu: Annotated[bool, typer.Option(help="both stages on cuda:0 in faults too")] = False,
+    log_dir: Annotated[Path | None, typer.Option(help="keeps the servers' logs here")] = None,
+) -> None:
+    """Exit status 1 if a goal is missed."""
+    console = Console(width=150, highlight=False)
+    has_two = torch.cuda.device_count() > 1
+    devices = ("cuda:0", "cuda:1") if has_two and not one_gpu else ("cuda:0", "cuda:0")
+    sections: dict[str, Callable[[Path], Iterable[Row]]] = {
+        "faults": lambda folder: faults(folder, devices, kills),
+        "shares": shares,
+    }
+    if has_two:
+        sections["two-gpus"] = two_gpus  # last: it makes a CUDA context in this process
+    rows: list[Row] = []
+    for name, run in sections.items():
+        if only and name not in only:
+            continue
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                for row in run(Path(folder)):
+                    rows.append(row)
+                    met = {True: "yes", False: "NO", None: ""}[row.get("met")]
+                    console.print(f"{met:3} {row['name']:95} {row['value']} {row['unit']} {row.get('seen') or ''}")
+            except Exception as error:  # the other sections' results are worth having
+                traceback.print_exc()
+                rows.append(
+                    {"name": f"{name}: ran", "value": str(error), "unit": "", "goal": "to its end", "met": False}
+                )
+            if log_dir is not None:
+                log_dir.mkdir(parents=True, exist_ok=True)
+                for log in Path(folder).glob("*.log"):
+                    (log_dir / log.name).write_bytes(log.read_bytes())
+        rows.append({"name": f"{name}: time of this part", "value": round(time.monotonic() - start), "unit": "s"})
+        if output is not None:
+            write_results(output, rows)
+    if not all(row.get("met") in (None, True) for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
