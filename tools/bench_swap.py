@@ -88,7 +88,6 @@ def bandwidth_rows(name: str, layout: KVLayout) -> Iterator[dict[str, Any]]:
             "copy_engine_GBps": round(rate["copy engine"], 1),
             "kernel_GBps": round(rate["kernel"], 1),
         }
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(host.data_ptr()))
 
 
 def seconds_of_copy(source: torch.Tensor, target: torch.Tensor) -> float:

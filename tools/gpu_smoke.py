@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
 from ensemble.engine.batch import Batch, PrefillRow, prepare_step
 from ensemble.engine.engine import Engine, load_engine
+from ensemble.engine.staging import Staging
 from ensemble.request import Request, SamplingParams, Sequence
 from tools.offline import generate
 from tools.results import write_results
@@ -164,7 +165,8 @@ def margin(engine: Engine, request: Request, output_ids: list[int]) -> float:
     sequence.block_ids = list(range(engine.blocks.blocks_for(len(token_ids))))
     runner = engine.runner
     batch = Batch([PrefillRow(sequence, 0, len(token_ids))])
-    step = prepare_step(batch, runner.block_size, engine.eos_token_ids, engine.pool.tensor.device, {})
+    staging = Staging(engine.pool.tensor.device)
+    step = prepare_step(batch, runner.block_size, engine.eos_token_ids, staging, {})
     hidden = runner.model.forward(step.token_ids, step.positions, runner.kv_pool, step.attention)
     best = torch.log_softmax(runner.model.compute_logits(hidden[-1:]).float(), -1).topk(2).values[0]
     return float(best[0] - best[1])

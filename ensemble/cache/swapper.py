@@ -7,7 +7,9 @@ Only a copy that has completed, never one that was merely enqueued, is returned 
 side's blocks may be reused, and a sequence that comes in may not run.
 """
 
+import mmap
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ Way: TypeAlias = Literal["out", "in"]
 
 # Blocks of this size and more are copied by the copy engine, which leaves the multiprocessors to the engine's steps;
 # smaller ones by a kernel, because a call for each would cost more than its bytes. tools.bench_swap measures both.
-COPY_ENGINE_BLOCK_BYTES = 256 * 1024
+COPY_ENGINE_BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +46,19 @@ def make_host_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> t
     Raises ConfigError if the host has no memory for it.
     """
     try:
-        pool = torch.empty((num_blocks, *layout.block_shape), dtype=layout.dtype)
-        if device.type == "cuda" and num_blocks:
-            # Not `pin_memory=True`, which takes the next power of two of bytes.
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), pool.nbytes, 0))
-    except (RuntimeError, MemoryError) as error:
+        if device.type == "cpu" or not num_blocks:
+            return torch.empty((num_blocks, *layout.block_shape), dtype=layout.dtype)
+        # Not `pin_memory=True`, which takes the next power of two of bytes. Pages of its own, so that nothing else
+        # comes to lie in what is registered.
+        memory = mmap.mmap(-1, num_blocks * layout.block_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pool = torch.frombuffer(memory, dtype=layout.dtype).view(num_blocks, *layout.block_shape)
+        cudart = torch.cuda.cudart()
+        torch.cuda.check_error(cudart.cudaHostRegister(pool.data_ptr(), pool.nbytes, 0))
+        weakref.finalize(memory, cudart.cudaHostUnregister, pool.data_ptr()).atexit = False
+        return pool
+    except (RuntimeError, MemoryError, OSError) as error:
         num_bytes = num_blocks * layout.block_bytes
         raise ConfigError(f"host_kv_bytes: the host has no {num_bytes >> 20} MiB for the KV pool: {error}") from None
-    return pool
 
 
 class Swapper:

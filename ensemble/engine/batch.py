@@ -11,21 +11,14 @@ sequences know of: an unread token, which so far is on the device only.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from ensemble.engine.sampler import SamplingInput, Unread, sampling_arrays, sampling_input, unread_arrays
+from ensemble.engine.staging import Array, Staging
 from ensemble.models.layers import AttentionMetadata
 from ensemble.request import Sequence
-
-Array = npt.NDArray[Any]
-
-_TORCH_DTYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}
-_ALIGNMENT = 16  # bytes; Triton kernels are compiled anew for a pointer of another alignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +67,12 @@ def prepare_step(
     batch: Batch,
     block_size: int,
     eos_token_ids: frozenset[int],
-    device: torch.device,
+    staging: Staging,
     unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
 ) -> StepInput:
-    """Builds a step's tensors; on a GPU they come in one copy from pinned memory."""
+    """Builds a step's tensors; on a GPU they come in one copy from page-locked memory."""
     arrays = _token_arrays(batch, block_size, unread_rows) | sampling_arrays(batch.sampled, eos_token_ids, unread_rows)
-    tensors = to_device(arrays, device)
+    tensors = staging.to_device(arrays)
     tokens = tensors["tokens"]
     return StepInput(
         token_ids=tokens["token_ids"],
@@ -140,21 +133,3 @@ def _token_arrays(batch: Batch, block_size: int, unread_rows: Mapping[int, int])
     if unread:
         groups["unread"] = unread_arrays(unread)
     return groups
-
-
-def to_device(groups: dict[str, dict[str, Array]], device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """The arrays as tensors of the same shapes and dtypes; to a GPU in one asynchronous copy."""
-    if device.type == "cpu" or not groups:
-        return {group: {name: torch.from_numpy(a) for name, a in arrays.items()} for group, arrays in groups.items()}
-    flat = [array for arrays in groups.values() for array in arrays.values()]
-    offsets = [0, *np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in flat]).tolist()]
-    staging = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
-    host = staging.numpy()
-    for array, offset in zip(flat, offsets, strict=False):
-        host[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-    copied = staging.to(device, non_blocking=True)
-    tensors = (
-        copied[offset : offset + array.nbytes].view(_TORCH_DTYPES[array.dtype.name]).view(array.shape)
-        for array, offset in zip(flat, offsets, strict=False)
-    )
-    return {group: {name: next(tensors) for name in arrays} for group, arrays in groups.items()}

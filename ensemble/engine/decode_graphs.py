@@ -3,7 +3,7 @@
 A graph is captured for each of a few batch sizes; a batch takes the next larger one and pads. A padding row has slot
 -1, so that it stores nothing, and context length 0, so that it reads nothing. All graphs read the same input buffer:
 
-    host buffer --one pinned copy of its used part--> device buffer --views--> every graph
+    host buffer --one copy of its used part--> device buffer --views--> every graph
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ensemble.engine.sampler import Unread
+from ensemble.engine.staging import Staging
 from ensemble.models.layers import AttentionMetadata
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
@@ -53,7 +54,12 @@ class DecodeInputs:
         self.block_tables = self._device[self._tables_start :].view(rows, width)
 
     def fill(
-        self, decodes: list[Sequence], unread_rows: Mapping[int, int], sampled_before: Tensor | None, padded_size: int
+        self,
+        decodes: list[Sequence],
+        unread_rows: Mapping[int, int],
+        sampled_before: Tensor | None,
+        padded_size: int,
+        staging: Staging,
     ) -> None:
         """Brings a batch to the device, padded. `unread_rows` maps request_id to a row of `sampled_before`."""
         num_rows = len(decodes)
@@ -75,16 +81,11 @@ class DecodeInputs:
         unread = [(row, unread_rows[s.request_id]) for row, s in enumerate(decodes) if s.request_id in unread_rows]
         if unread:
             self._unread_slots[: len(unread)], self._unread_sources[: len(unread)] = zip(*unread, strict=True)
-        self._copy(self._tables_start + num_rows * self._block_tables.shape[1])
+        num_words = self._tables_start + num_rows * self._block_tables.shape[1]
+        staging.upload(self._host[:num_words], self._device[:num_words])
         if unread and sampled_before is not None:
             slots, sources = self._device_slots[: len(unread)], self._device_sources[: len(unread)]
             Unread(slots, sources).fill(self.token_ids, sampled_before)
-
-    def _copy(self, num_words: int) -> None:
-        # A fresh staging buffer per step: the copy from the last one may still be waiting behind its step.
-        staging = torch.empty(num_words, dtype=torch.int32, pin_memory=self._device.is_cuda)
-        staging.numpy()[:] = self._host[:num_words]
-        self._device[:num_words].copy_(staging, non_blocking=True)
 
 
 class DecodeGraphs:
@@ -101,7 +102,8 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         memory = None
         for size in reversed(self._sizes):  # the largest first: the others fit into its memory
-            self._inputs.fill([], {}, None, padded_size=size)
+            staging = Staging(device)
+            self._inputs.fill([], {}, None, size, staging)
             self._logits(model, kv_pool, size)
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
@@ -115,11 +117,15 @@ class DecodeGraphs:
         return self._sizes[-1]
 
     def run(
-        self, decodes: list[Sequence], unread_rows: Mapping[int, int], sampled_before: Tensor | None
+        self,
+        decodes: list[Sequence],
+        unread_rows: Mapping[int, int],
+        sampled_before: Tensor | None,
+        staging: Staging,
     ) -> Tensor:  # [len(decodes), vocab_size], until the next run
         """Launches one step of at most `max_num_seqs` rows and returns the logits to come."""
         size = next(size for size in self._sizes if size >= len(decodes))
-        self._inputs.fill(decodes, unread_rows, sampled_before, size)
+        self._inputs.fill(decodes, unread_rows, sampled_before, size, staging)
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[: len(decodes)]

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ensemble.config import ModelConfig
-from ensemble.engine.batch import Batch, PrefillRow, StepInput, prepare_step, to_device
+from ensemble.engine.batch import Batch, PrefillRow, StepInput, prepare_step
 from ensemble.engine.decode_graphs import DecodeGraphs
 from ensemble.engine.sampler import sample_tokens, sampling_arrays, sampling_input
+from ensemble.engine.staging import Staging
 from ensemble.models.layers import AttentionMetadata
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
@@ -48,14 +49,13 @@ def load_model(spec: ModelSpec, model_config: ModelConfig, device: torch.device,
 class StepHandle:
     """A launched step. Its tokens are on their way to the host."""
 
-    def __init__(self, sampled: Tensor, sequences: list[Sequence]) -> None:
+    def __init__(self, sampled: Tensor, sequences: list[Sequence], staging: Staging) -> None:
         self.sampled = sampled  # [S] int64, on the device
         self.rows = {sequence.request_id: row for row, sequence in enumerate(sequences)}
         self.is_read = False
-        self._host, self._copied = sampled, None
+        self._host, self._copied = staging.to_host(sampled), None
+        self._staging = staging  # in use until the step has run
         if sampled.is_cuda:
-            self._host = torch.empty(sampled.shape, dtype=sampled.dtype, pin_memory=True)
-            self._host.copy_(sampled, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
 
@@ -93,18 +93,19 @@ class ModelRunner:
         """
         before = self._last if self._last is not None and not self._last.is_read else None
         unread_rows, sampled_before = (before.rows, before.sampled) if before is not None else ({}, None)
+        staging = Staging(self.kv_pool.device)
         if self._graphs is not None and not batch.prefills and len(batch.decodes) <= self._graphs.max_num_seqs:
-            logits = self._graphs.run(batch.decodes, unread_rows, sampled_before)
+            logits = self._graphs.run(batch.decodes, unread_rows, sampled_before, staging)
             arrays = sampling_arrays(batch.decodes, self.model.spec.eos_token_ids, unread_rows)
-            sampling = sampling_input(to_device(arrays, self.kv_pool.device))
+            sampling = sampling_input(staging.to_device(arrays))
         else:
-            step = prepare_step(batch, self.block_size, self.model.spec.eos_token_ids, self.kv_pool.device, unread_rows)
+            step = prepare_step(batch, self.block_size, self.model.spec.eos_token_ids, staging, unread_rows)
             logits, sampling = self._forward(step, sampled_before), step.sampling
         if logits.shape[0] > 0:
             sampled = sample_tokens(logits, sampling, sampled_before)
         else:
             sampled = torch.empty(0, dtype=torch.int64, device=self.kv_pool.device)
-        self._last = StepHandle(sampled, batch.sampled)
+        self._last = StepHandle(sampled, batch.sampled, staging)
         return self._last
 
     def _forward(self, step: StepInput, sampled_before: Tensor | None) -> Tensor:

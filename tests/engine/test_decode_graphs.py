@@ -10,6 +10,7 @@ from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow, prepare_step
 from ensemble.engine.decode_graphs import DecodeInputs, graph_batch_sizes
 from ensemble.engine.model_runner import ModelRunner, load_model
+from ensemble.engine.staging import Staging
 from ensemble.models.spec import load_model_spec
 from ensemble.request import Request, SamplingParams, Sequence
 
@@ -36,9 +37,9 @@ def test_inputs_are_those_of_an_ordinary_step_and_padding_touches_nothing():
         decodes = rng.sample(sequences, rng.randint(1, 17))
         unread = {s.request_id: row for row, s in enumerate(rng.sample(decodes, len(decodes) // 2))}
         sampled_before = torch.randint(384, (max(len(unread), 1),))
-        inputs.fill(decodes, unread, sampled_before, padded_size=MAX_NUM_SEQS)
+        inputs.fill(decodes, unread, sampled_before, padded_size=MAX_NUM_SEQS, staging=Staging(cpu))
 
-        step = prepare_step(Batch(decodes=decodes), BLOCK_SIZE, frozenset(), cpu, unread)
+        step = prepare_step(Batch(decodes=decodes), BLOCK_SIZE, frozenset(), Staging(cpu), unread)
         if step.unread is not None:
             step.unread.fill(step.token_ids, sampled_before)
         num_rows = len(decodes)
