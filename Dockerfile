@@ -8,12 +8,13 @@
 # /models/.cache, which the user below (uid 10001) must then be able to write. Both stages share a container, so CUDA IPC
 # needs no --ipc=host.
 #
-# Unproven: no Docker engine has built this file, and no server of an NVIDIA image has run these models, nor has this
-# installation used a GPU from within a container. Proven, without a GPU: the commands below, run one by one in a chroot
-# of Ubuntu 24.04 (Python 3.12) with the server, Python backend and 3.12 stub of the nvidia-pytriton 0.7.0 wheel (release
-# 24.10) at /opt/tritonserver, where NVIDIA's image has its own: torch 2.15 with CUDA 13 and nvidia-nccl-cu13 was
-# installed and no other server; the entry point served as uid 10001, with 1 GiB of /dev/shm, from a read-only folder of
-# models and, into a writable one, the default model; SIGTERM and SIGINT ended it in less than 5 s.
+# Unproven: no Docker engine has built this file, no server of an NVIDIA image has run these models, and this installation
+# has not used a GPU from within a container. Proven, without a GPU: the commands below, run one by one in a chroot of
+# Ubuntu 24.04 (Python 3.12) that has the server, Python backend and 3.12 stub of the nvidia-pytriton 0.7.0 wheel (release
+# 24.10) at /opt/tritonserver, where NVIDIA's image has its own. They installed torch 2.15 for CUDA 13.2 with
+# nvidia-nccl-cu13, and no other server. The entry point, as uid 10001 with a /dev/shm of 1 GiB, answered from a read-only
+# folder of models and, with a writable one, from the default model. It ended on SIGINT, and as process 1 on SIGTERM, in
+# less than 5 s, with nothing left in /dev/shm. TORCH='torch<2.11' was resolved (torch 2.10, nvidia-nccl-cu12), not run.
 
 # Triton server 2.71, Python 3.12, CUDA 13, as torch's default wheels, which bring their own runtime and NCCL.
 # For CUDA 12: --build-arg BASE_IMAGE=nvcr.io/nvidia/tritonserver:25.06-py3 --build-arg TORCH='torch<2.11', whose default
