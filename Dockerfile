@@ -4,16 +4,24 @@
 #   docker run --init --gpus all --shm-size=1g --ulimit memlock=-1 -p 8000-8002:8000-8002 \
 #       -v "$PWD/models:/models" distserve --model /models/opt-1.3b --prefill-devices cuda:0 --decode-devices cuda:1
 #
-# Without --model the default model is fetched into /models/.cache, which the user below (uid 10001) must be able to write.
-# Both stages share a container, so CUDA IPC needs no --ipc=host.
+# /models is only read, except that without --model, or with the name of a model on the Hub, the model is fetched into
+# /models/.cache, which the user below (uid 10001) must then be able to write. Both stages share a container, so CUDA IPC
+# needs no --ipc=host.
 #
-# Unproven: this file has not been built, for want of a Docker engine. Proven is the path that it takes, tools/bootstrap.py
-# and tools.serve in a fresh virtual environment on Debian 12, there with the server of the nvidia-pytriton wheel.
+# Unproven: no Docker engine has built this file, no server of an NVIDIA image has run these models, and this installation
+# has not used a GPU from within a container. Proven, without a GPU: the commands below, run one by one in a chroot of
+# Ubuntu 24.04 (Python 3.12) that has the server, Python backend and 3.12 stub of the nvidia-pytriton 0.7.0 wheel (release
+# 24.10) at /opt/tritonserver, where NVIDIA's image has its own. They installed torch 2.15 for CUDA 13.2 with
+# nvidia-nccl-cu13, and no other server. The entry point, as uid 10001 with a /dev/shm of 1 GiB, answered from a read-only
+# folder of models and, with a writable one, from the default model. It ended on SIGINT, and as process 1 on SIGTERM, in
+# less than 5 s, with nothing left in /dev/shm. TORCH='torch<2.11' was resolved (torch 2.10, nvidia-nccl-cu12), not run.
 
-# Triton server 2.62, Python 3.12, CUDA 13: torch's default wheels bring the CUDA 13 runtime and NCCL that fit it.
-# With an image of CUDA 12 take a CUDA 12 build of torch (PIP_EXTRA_INDEX_URL), which brings nvidia-nccl-cu12.
-ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:25.10-py3
+# Triton server 2.71, Python 3.12, CUDA 13, as torch's default wheels, which bring their own runtime and NCCL.
+# For CUDA 12: --build-arg BASE_IMAGE=nvcr.io/nvidia/tritonserver:25.06-py3 --build-arg TORCH='torch<2.11', whose default
+# wheels are of CUDA 12 and bring nvidia-nccl-cu12.
+ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3
 FROM ${BASE_IMAGE}
+ARG TORCH=torch
 
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3-venv \
@@ -23,8 +31,10 @@ RUN apt-get update \
 USER distserve
 WORKDIR /opt/distserve
 COPY --chown=distserve . .
-RUN PIP_NO_CACHE_DIR=1 python3 tools/bootstrap.py run
+RUN echo "${TORCH}" > /tmp/constraints.txt \
+    && PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/tmp/constraints.txt python3 tools/bootstrap.py run \
+    && rm /tmp/constraints.txt
 ENV XDG_CACHE_HOME=/models/.cache
 VOLUME /models
 EXPOSE 8000 8001 8002
-ENTRYPOINT [".venv/bin/python", "-m", "tools.serve", "--host", "0.0.0.0"]
+ENTRYPOINT [".venv/bin/python", "-m", "tools.serve", "--host", "0.0.0.0", "--log", "/tmp/server.log"]

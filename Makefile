@@ -10,7 +10,8 @@ PYTHON := .venv/bin/python
 # A shim may refuse to run, so the first that does.
 ANY_PYTHON := $(shell for python in python3 python3.12 python3.11 python3.10 /usr/bin/python3; do \
                 "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
-BOOTSTRAP := @$(or $(ANY_PYTHON),python3) tools/bootstrap.py
+NO_PYTHON = echo "error: no Python 3 here. Run: sudo apt-get install -y python3 python3-venv" >&2; exit 1;
+BOOTSTRAP := @$(if $(ANY_PYTHON),$(ANY_PYTHON) tools/bootstrap.py,$(NO_PYTHON))
 export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT PREFILL_DEVICES DECODE_DEVICES MODE DEVICES PROMPT MAX_TOKENS TEMPERATURE
 
 .PHONY: help demo serve test soak check clean

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ VENV = PROJECT / ".venv"
 STAMP = VENV / "distserve.json"
 BEGUN = VENV / "distserve.begun"
 VENV_PYTHON = VENV / "bin/python"
-CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
+CONTAINER = Path("/opt/tritonserver")  # where NVIDIA's images have the server
 SERVER_WHEEL = "nvidia-pytriton==0.7.0"  # installed without its dependencies: of it, the server program is used
 VERSIONS = ((3, 12), (3, 11), (3, 10))
 EXTRAS = {"run": "", "test": "[test]", "check": "[check]"}
@@ -83,8 +84,8 @@ class Interpreter(NamedTuple):
     @property
     def lacks(self) -> str:
         """What keeps it from being used; empty if nothing does."""
-        if self.version not in VERSIONS:
-            return "another version"
+        if self.version not in usable_versions():
+            return "the right version"
         missing = [] if self.has_venv else ["the venv package"]
         missing += [] if self.has_libpython else [f"libpython{self.version[0]}.{self.version[1]}.so.1.0"]
         return " and ".join(missing)
@@ -114,14 +115,36 @@ def main(extra: str) -> None:
 # ---- which Python
 
 
+def has_container_server() -> bool:
+    return (CONTAINER / "bin/tritonserver").exists()
+
+
+def usable_versions() -> tuple[tuple[int, int], ...]:
+    """Of Python, best first: in a container the one that its stub is built for."""
+    if has_container_server() and (version := stub_version(CONTAINER / "backends/python")):
+        return (version,)
+    return VERSIONS
+
+
+def stub_version(backend: Path) -> tuple[int, int] | None:
+    """The Python for which a Python backend's stub is built, by the libpython that it loads; None if it names none."""
+    try:
+        content = (backend / "triton_python_backend_stub").read_bytes()
+    except OSError:
+        return None
+    named = re.search(rb"libpython3\.(\d+)\.so", content)
+    return (3, int(named[1])) if named else None
+
+
 def candidates() -> list[str]:
     """Interpreters by name, best first: the first python3 on PATH, then every python3.12, 3.11 and 3.10."""
-    if CONTAINER_SERVER.exists():
-        return ["/usr/bin/python3"]  # the one that the container's stub is built for
-    names = [f"python{major}.{minor}" for major, minor in VERSIONS]
+    names = [f"python{major}.{minor}" for major, minor in usable_versions()]
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     paths = [path for name in ["python3", *names] for folder in folders if (path := shutil.which(name, path=folder))]
-    return list(dict.fromkeys(paths))
+    first_names: dict[str, str] = {}  # /bin may be /usr/bin, and python3 is one of the others
+    for path in paths:
+        first_names.setdefault(os.path.realpath(path), path)
+    return list(first_names.values())
 
 
 def probe(path: str, usable_only: bool = False) -> Interpreter | None:
@@ -140,22 +163,22 @@ def choose_python(found: list[Interpreter]) -> Interpreter:
     for interpreter in found:
         if not interpreter.lacks:
             return interpreter
-    reasons = [f"{each.path} lacks {each.lacks}" for each in found if each.version in VERSIONS]
+    versions = usable_versions()
+    reasons = [f"{each.path} lacks {each.lacks}" for each in found if each.version in versions]
     what = "; ".join(reasons) or "none is installed"
-    raise BootstrapError(f"no usable Python 3.10 to 3.12 ({what}). {install_hint(_os_release())}")
+    wanted = " to ".join(dict.fromkeys(f"{major}.{minor}" for major, minor in (versions[-1], versions[0])))
+    raise BootstrapError(f"no usable Python {wanted} ({what}). {install_hint(_os_release())}")
 
 
 def install_hint(os_release: dict[str, str]) -> str:
     """The command that installs a usable Python on this distribution."""
     distribution = (os_release.get("ID", ""), os_release.get("VERSION_ID", ""))
-    python = {
-        ("debian", "12"): "python3.11",
-        ("ubuntu", "22.04"): "python3.10",
-        ("ubuntu", "24.04"): "python3.12",
-    }.get(distribution)
-    if python is None:
-        return "Install one with ensurepip and a shared libpython, such as by: uv python install 3.12"
+    version = {("debian", "12"): (3, 11), ("ubuntu", "22.04"): (3, 10), ("ubuntu", "24.04"): (3, 12)}.get(distribution)
+    if version is None or version not in usable_versions():
+        major, minor = usable_versions()[0]
+        return f"Install one with ensurepip and a shared libpython, such as by: uv python install {major}.{minor}"
     sudo = "" if os.geteuid() == 0 else "sudo "
+    python = f"python{version[0]}.{version[1]}"
     return f"Run: {sudo}apt-get install -y {python} {python}-venv lib{python}"
 
 
@@ -202,7 +225,7 @@ def install(extra: str) -> None:
         pip("install", "--quiet", "--upgrade", "pip>=23.1")
     print("Resolving packages", flush=True)
     project = ["--editable", f".{EXTRAS[extra]}"]
-    server = [] if CONTAINER_SERVER.exists() else ["--no-deps", SERVER_WHEEL]
+    server = [] if has_container_server() else ["--no-deps", SERVER_WHEEL]
     chosen_torch, plan = plan_torch(project)
     if server:
         plan += resolve(server)
@@ -254,7 +277,7 @@ def plan_torch(project: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
 
 def has_gpu() -> bool:
     """Whether to install for a GPU; an NVIDIA container is, though none may be there while its image is built."""
-    if CONTAINER_SERVER.exists():
+    if has_container_server():
         return True
     if glob.glob("/dev/nvidia[0-9]*"):
         return True

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble.errors import DistServeError
-
-CONTAINER_SERVER = Path("/opt/tritonserver")
+from tools.bootstrap import CONTAINER, stub_version
 
 
 class ServerError(DistServeError):
@@ -31,13 +30,9 @@ class Installation:
     def find(cls) -> "Installation":
         """The server that the environment names, else the container's, else the wheel's. Raises ServerError."""
         if "TRITONSERVER" in os.environ:
-            backend = Path(os.environ.get("TRITON_BACKENDS", ""), "python")
-            if not backend.is_dir():
-                raise ServerError(f"TRITON_BACKENDS names no folder with a Python backend: {backend} is absent")
-            return cls(Path(os.environ["TRITONSERVER"]), tuple(backend.iterdir()))
-        server = CONTAINER_SERVER / "bin/tritonserver"
-        if server.exists():
-            return cls(server, tuple((CONTAINER_SERVER / "backends/python").iterdir()))
+            return cls.at(Path(os.environ["TRITONSERVER"]), Path(os.environ.get("TRITON_BACKENDS", "")))
+        if (CONTAINER / "bin/tritonserver").exists():
+            return cls.at(CONTAINER / "bin/tritonserver", CONTAINER / "backends")
         wheel = Path(sysconfig.get_path("purelib")) / "pytriton/tritonserver"
         if not wheel.exists():
             raise ServerError("no Triton server: neither an NVIDIA Triton container nor the nvidia-pytriton wheel")
@@ -47,6 +42,18 @@ class Installation:
             raise ServerError(f"the nvidia-pytriton wheel has no Python backend stub for Python {version}")
         names = ("libtriton_python.so", "triton_python_backend_utils.py")
         return cls(wheel / "bin/tritonserver", (*(wheel / "backends/python" / name for name in names), stub))
+
+    @classmethod
+    def at(cls, server: Path, backends: Path) -> "Installation":
+        """A server program with its folder of backends. Raises ServerError."""
+        backend = backends / "python"
+        if not backend.is_dir():
+            raise ServerError(f"{server} has no Python backend: {backend} is absent (see TRITON_BACKENDS)")
+        version = stub_version(backend)
+        if version is not None and version != sys.version_info[:2]:
+            ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+            raise ServerError(f"{backend} is built for Python {version[0]}.{version[1]}, and this is Python {ours}")
+        return cls(server, tuple(backend.iterdir()))
 
 
 def find_libpython() -> Path | None:

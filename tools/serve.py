@@ -53,6 +53,7 @@ def main(
     http_port: Annotated[int, Option(envvar="HTTP_PORT", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, Option(envvar="GRPC_PORT", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,
+    log: Annotated[Path | None, Option(help="file for the server's log; none: one in the user's cache")] = None,
 ) -> None:
     """Serves a model, prefill and decode apart, until Ctrl-C."""
     if devices and mode != "colocated":
@@ -84,7 +85,7 @@ def main(
         make_deployment(fields, deployment),
         ports=Ports(http_port, grpc_port, metrics_port),
         host=host,
-        log_path=cache_dir() / f"server-{http_port}.log",
+        log_path=log or cache_dir() / f"server-{http_port}.log",
     )
     console = Console(stderr=True, highlight=False)
     with server:

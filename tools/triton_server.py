@@ -1,6 +1,6 @@
 """Starts, watches and stops the real Triton server: used by `tools.serve`, `tools.demo` and the tests alike.
 
-Everything a server leaves on disk lies in one private run directory, which `stop` removes:
+What a server leaves on disk lies in one private run directory, which `stop` removes:
 
     /tmp/distserve-XXXXXXXX/     mode 0700; the server's TMPDIR, short because sockets' paths are limited to 107 bytes
         deployment.yaml          what the models read
@@ -10,6 +10,7 @@ Everything a server leaves on disk lies in one private run directory, which `sto
 """
 
 import contextlib
+import math
 import os
 import random
 import shutil
@@ -33,9 +34,11 @@ MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 MARK = "distserve: "  # of lines in the server's log that are for the operator
 ERROR_MARK = "distserve: error: "  # the reason of a failed start
 SHM = Path("/dev/shm")
+TMP = Path("/tmp")  # whatever TMPDIR says, the Python backend makes an empty folder here
 # Runs a program that is terminated when the thread that started it is gone, however it ended (PR_SET_PDEATHSIG).
 RUN_UNTIL_PARENT_ENDS = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
-STOP_S = 4.0  # from SIGTERM until what is left is killed
+CLOCK_TICK_S = 0.05  # by which a file's time may lag behind
+STOP_S = 3.5  # from SIGTERM until what is left is killed
 
 Progress = Callable[[str], None]
 
@@ -90,6 +93,7 @@ class TritonServer:
         self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
         self._run_dir: Path | None = None
+        self._starting_s = (0.0, math.inf)  # from when to when the server was starting, as time.time()
 
     def __enter__(self) -> "TritonServer":
         self.start()
@@ -149,6 +153,7 @@ class TritonServer:
             if not port_is_free(self.host, port):
                 raise ServerError(f"port {port} is in use")
         self._run_dir = make_run_dir()
+        self._starting_s = (time.time(), math.inf)
         try:
             self._fill_run_dir(installation)
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +175,9 @@ class TritonServer:
         assert self._process is not None, "the server has not been started"
         deadline = time.monotonic() + timeout_s
         num_seen = 0
-        while not self._is_ready():
+        is_ready = False
+        while not is_ready:
+            is_ready = self._is_ready()
             lines = self._operator_lines()
             for line in lines[num_seen:]:
                 progress(line)
@@ -179,7 +186,9 @@ class TritonServer:
                 raise ServerError(self.failure_reason())
             if time.monotonic() > deadline:
                 raise ServerError(f"the server was not ready after {timeout_s:.0f} s")
-            time.sleep(0.05)
+            if not is_ready:
+                time.sleep(0.05)
+        self._starting_s = (self._starting_s[0], time.time())
 
     def wait(self) -> int:
         """Blocks until the server program ends, and returns its exit status."""
@@ -206,12 +215,23 @@ class TritonServer:
                 self._process.kill()
                 self._process.wait()
             end_session(self._process.pid, grace_s=0.5)
+            if self._process.returncode != 0:
+                self._remove_environment_folder()
             self._process = None
         if self._run_dir is not None:
             for region in SHM.glob(f"{self._shm_prefix}*"):
                 region.unlink(missing_ok=True)
             shutil.rmtree(self._run_dir, ignore_errors=True)
             self._run_dir = None
+
+    def _remove_environment_folder(self) -> None:
+        """Removes what a server that was cut short leaves in /tmp, told by its age: its name says not whose it is."""
+        earliest_s, latest_s = self._starting_s
+        for folder in TMP.glob("python_env_??????"):
+            with contextlib.suppress(OSError):  # gone, or not empty
+                status = folder.stat()
+                if status.st_uid == os.geteuid() and earliest_s - CLOCK_TICK_S <= status.st_mtime <= latest_s:
+                    folder.rmdir()
 
     def _is_ready(self) -> bool:
         try:
@@ -254,7 +274,7 @@ class TritonServer:
             "grpc-port": self._ports.grpc,
             "metrics-address": self.host,
             "metrics-port": self._ports.metrics,
-            "exit-timeout-secs": 3,
+            "exit-timeout-secs": 2,
         }
         return [
             *(sys.executable, "-c", RUN_UNTIL_PARENT_ENDS),

@@ -58,12 +58,66 @@ def test_a_shim_that_refuses_is_passed_over(tmp_path: Path, monkeypatch: pytest.
         (shims / name).chmod(0o755)
     (real / "python3.11").symlink_to(sys.executable)
     monkeypatch.setenv("PATH", f"{shims}:{real}")
-    monkeypatch.setattr(bootstrap, "CONTAINER_SERVER", tmp_path / "absent")
+    monkeypatch.setattr(bootstrap, "CONTAINER", tmp_path / "absent")
     paths = bootstrap.candidates()
     assert paths == [str(shims / "python3"), str(shims / "python3.12"), str(real / "python3.11")]
     found = [bootstrap.probe(path) for path in paths]
     assert found[:2] == [None, None]
     assert found[2] is not None and found[2].version == sys.version_info[:2]
+
+
+def test_an_interpreter_with_several_names_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Debian, where /bin is /usr/bin, and python3 a link to python3.11."""
+    folder = tmp_path / "usr/bin"
+    folder.mkdir(parents=True)
+    (folder / "python3.11").write_text("#!/bin/sh\n")
+    (folder / "python3.11").chmod(0o755)
+    (folder / "python3").symlink_to("python3.11")
+    (tmp_path / "bin").symlink_to("usr/bin")
+    monkeypatch.setenv("PATH", f"{folder}:{tmp_path / 'bin'}")
+    assert bootstrap.candidates() == [str(folder / "python3")]
+
+
+def make_container(folder: Path, stub: str) -> Path:
+    """The folders of an NVIDIA Triton image, whose stub is built for one Python."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/tritonserver").touch()
+    (folder / "backends/python").mkdir(parents=True)
+    (folder / "backends/python/triton_python_backend_stub").write_bytes(b"\x7fELF\0" + stub.encode() + b"\0")
+    return folder
+
+
+def test_in_a_container_only_the_python_of_its_stub_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    container = make_container(tmp_path / "tritonserver", "libpython3.12.so.1.0")
+    monkeypatch.setattr(bootstrap, "CONTAINER", container)
+    monkeypatch.setattr(bootstrap, "_os_release", lambda: DEBIAN)
+    found = [interpreter("/usr/bin/python3", (3, 11)), interpreter("/usr/bin/python3.12", (3, 12))]
+    assert choose_python(found).path == "/usr/bin/python3.12"
+    with pytest.raises(BootstrapError) as caught:
+        choose_python(found[:1])
+    message = str(caught.value)
+    assert message.startswith("no usable Python 3.12 (none is installed)")
+    assert message.endswith("uv python install 3.12")  # what Debian 12 offers is another
+
+
+def test_without_any_python_make_says_how_to_install_one(tmp_path: Path) -> None:
+    for program in ("sh", "make"):
+        path = shutil.which(program)
+        assert path is not None
+        (tmp_path / program).symlink_to(path)
+    makefile = Path(bootstrap.__file__).parent.parent / "Makefile"
+    text = makefile.read_text().replace("/usr/bin/python3", str(tmp_path / "absent"))  # a machine that has none
+    result = subprocess.run(
+        ["make", "-f", "-", "demo"],
+        input=text,
+        cwd=tmp_path,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    first = result.stderr.splitlines()[0]
+    assert first.startswith("error: no Python 3") and "apt-get install -y python3 python3-venv" in first
 
 
 def make_wheel(folder: Path, name: str, version: str, requires: str = "") -> None:

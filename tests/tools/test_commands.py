@@ -32,11 +32,17 @@ def run(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.server
-def test_serve_prints_a_line_that_works_when_pasted_and_ctrl_c_ends_it(environment: dict[str, str]) -> None:
+def test_serve_prints_a_line_that_works_when_pasted_and_ctrl_c_ends_it(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """With a cache that cannot be written, as a container's volume of models may be."""
+    log = tmp_path / "server.log"
+    (tmp_path / "no folder").touch()
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "no folder")
     ports = Ports.free()
     environment |= {name: str(getattr(ports, name.split("_")[0].lower())) for name in ("HTTP_PORT", "GRPC_PORT")}
     environment["METRICS_PORT"] = str(ports.metrics)
-    command = [sys.executable, "-m", "tools.serve", "--kv-cache-bytes", str(16 << 20)]
+    command = [sys.executable, "-m", "tools.serve", "--kv-cache-bytes", str(16 << 20), "--log", str(log)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as serve:
         assert serve.stdout is not None
         curl = next(line for line in serve.stdout if line.startswith("curl "))
@@ -51,6 +57,7 @@ def test_serve_prints_a_line_that_works_when_pasted_and_ctrl_c_ends_it(environme
         assert time.monotonic() - started < 5
     assert json.loads(answer)["text_output"]
     assert client.returncode == 0 and client.stdout.strip()
+    assert "Started HTTPService" in log.read_text()
     assert not [pid for child in children for pid in session_pids(int(child))]
 
 

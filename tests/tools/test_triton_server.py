@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ensemble.config import Deployment
+from tools import installation
 from tools.installation import Installation, ServerError
 from tools.triton_server import SHM, Ports, TritonServer, session_pids
 
@@ -99,13 +100,17 @@ def test_serves_and_leaves_nothing(tmp_path: Path, deployment: Deployment) -> No
 
 def test_a_killed_server_leaves_nothing_either(tmp_path: Path, deployment: Deployment) -> None:
     repository = make_repository(tmp_path / "models", DOUBLE)
+    environments = set(Path("/tmp").glob("python_env_*"))
     with TritonServer(deployment, model_repository=repository) as server:
         server.wait_ready(timeout_s=120)
+        environments = set(Path("/tmp").glob("python_env_*")) - environments  # its own, and those of other servers
+        assert environments
         run_dir, pid = server.run_dir, server.pid
         os.kill(pid, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL
     assert not list(session_pids(pid))
     assert not traces(run_dir)
+    assert not all(folder.exists() for folder in environments)
 
 
 def test_two_servers_at_once(tmp_path: Path, deployment: Deployment) -> None:
@@ -115,8 +120,12 @@ def test_two_servers_at_once(tmp_path: Path, deployment: Deployment) -> None:
         first.wait_ready(timeout_s=120)
         second.wait_ready(timeout_s=120)
         assert double(first, [1]) == double(second, [1]) == [2]
+        os.kill(first.pid, signal.SIGKILL)
         first.stop()
         assert double(second, [4]) == [8]
+        started = time.monotonic()
+        second.stop()
+        assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -158,6 +167,30 @@ def test_the_environment_may_name_another_server(
         assert double(server, [21]) == [42]
     monkeypatch.setenv("TRITON_BACKENDS", str(tmp_path / "absent"))
     with pytest.raises(ServerError, match="absent"):
+        Installation.find()
+
+
+def test_an_installed_server_is_used_if_its_stub_is_for_this_python(
+    tmp_path: Path, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as in NVIDIA's images."""
+    wheel = Installation.find()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/tritonserver").symlink_to(wheel.server)
+    backend = tmp_path / "backends/python"
+    backend.mkdir(parents=True)
+    for file in wheel.backend_files:
+        (backend / file.name).symlink_to(file)
+    monkeypatch.setattr(installation, "CONTAINER", tmp_path)
+    found = Installation.find()
+    assert found.server == tmp_path / "bin/tritonserver"
+    assert {file.parent for file in found.backend_files} == {backend}
+    with TritonServer(deployment, model_repository=make_repository(tmp_path / "models", DOUBLE)) as server:
+        server.wait_ready(timeout_s=120)
+        assert double(server, [7]) == [14]
+    (backend / "triton_python_backend_stub").unlink()
+    (backend / "triton_python_backend_stub").write_bytes(b"libpython3.9.so.1.0")
+    with pytest.raises(ServerError, match=r"built for Python 3\.9, and this is Python 3\.\d+"):
         Installation.find()
 
 
