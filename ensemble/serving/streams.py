@@ -72,6 +72,7 @@ class ClientStream:
         self._call = call
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
+        self.last_sent = time.monotonic()  # a response, or a heartbeat; at first the arrival
         self.timeline = Timeline(arrival_ns=time.time_ns())
         self.request = client_request.request
         self.hints = client_request.hints
@@ -121,10 +122,22 @@ class ClientStream:
         claimed, self._is_queued = not self._is_queued, True
         return claimed
 
+    @property
+    def needs_heartbeats(self) -> bool:
+        """Whether `postprocess` looks for its cancel, whenever a response passes."""
+        return self._options.return_cancel_handle
+
     def is_cancelled(self) -> bool:
         """Asks the Triton server. Never beside or after the final response: the 24.10 server crashes on that."""
         with self._call_lock:
             return not self._is_closed and self._call.is_cancelled()
+
+    def send_heartbeat(self) -> None:
+        """Sends `postprocess` a response of the cancel handle alone, which it does not pass on."""
+        with self._call_lock:
+            self.last_sent = time.monotonic()
+            if not self._is_closed:
+                self._call.send(self._handle_output(), final=False)
 
     def send_next(self) -> Progress:
         """Sends one response of what is pending, if it shows anything."""
@@ -146,6 +159,7 @@ class ClientStream:
             with self._call_lock:
                 self._call.send(outputs, final=is_last)
                 self._is_closed = is_last
+                self.last_sent = time.monotonic()
             self._text, self._token_ids, self._is_first = "", [], False
         if self._is_stopped:
             return Progress.STOPPED
@@ -191,10 +205,13 @@ class ClientStream:
         if options.return_output_ids:
             outputs["output_ids"] = np.array(self._token_ids, np.int32)
         if options.return_cancel_handle:
-            outputs["cancel_handle"] = np.array([self._cancel_handle.encode()], dtype=object)
+            outputs |= self._handle_output()
         if options.return_perf_metrics and is_last:
             outputs |= self._perf_metrics()
         return outputs
+
+    def _handle_output(self) -> Outputs:
+        return {"cancel_handle": np.array([self._cancel_handle.encode()], dtype=object)}
 
     def _perf_metrics(self) -> Outputs:
         timeline = self.timeline
