@@ -28,7 +28,7 @@ class Scheduler:
         self._chat = ChatTemplate.from_dir(deployment.model.path)
         self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
         self._request_ids = itertools.count()
-        self._senders = SenderPool(self._stopped, self._send_failed)
+        self._senders = SenderPool(self._answered, self._send_failed)
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
         self._orchestrator = Orchestrator(deployment, call_model, self._senders, self._count)
         self._metrics = Metrics(make_family, self._orchestrator.gauges) if make_family is not None else None
@@ -60,8 +60,8 @@ class Scheduler:
         if self._metrics is not None:
             self._metrics.count(ended)
 
-    def _stopped(self, stream: ClientStream) -> None:
-        self._orchestrator.stop(stream.request_id)
+    def _answered(self, stream: ClientStream) -> None:
+        self._orchestrator.answered(stream.request_id)
 
     def _send_failed(self, stream: ClientStream, error: Exception) -> None:
         """The client is gone, or our answer is faulty."""

@@ -60,7 +60,7 @@ class Progress(Enum):
 
     SENT = "nothing until more tokens come"
     MORE_PENDING = "send again"
-    STOPPED = "a stop string was met: whoever makes the tokens has to be told"
+    ANSWERED = "the last response was sent, perhaps before the last token: whoever makes the tokens has to be told"
 
 
 class ClientStream:
@@ -103,6 +103,11 @@ class ClientStream:
     @property
     def num_prompt_tokens(self) -> int:
         return self.request.prompt_len
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """How an answered stream ended."""
+        return "stop" if self._is_stopped else self._finish_reason
 
     def push(self, token_id: int, finish_reason: FinishReason | None) -> bool:
         """Adds a token. True if the stream has to be queued at its sender."""
@@ -154,6 +159,8 @@ class ClientStream:
             return Progress.SENT
         self._read(token_ids, has_all)
         is_last = has_all or self._is_stopped
+        if is_last and not self.timeline.last_token_ns:  # the stop string came before the last token
+            self.timeline.last_token_ns = time.time_ns()
         if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
             with self._call_lock:
@@ -161,8 +168,8 @@ class ClientStream:
                 self._is_closed = is_last
                 self.last_sent = time.monotonic()
             self._text, self._token_ids, self._is_first = "", [], False
-        if self._is_stopped:
-            return Progress.STOPPED
+        if is_last:
+            return Progress.ANSWERED
         return Progress.MORE_PENDING if more else Progress.SENT
 
     def abort(self, error: DistServeError) -> None:
@@ -196,7 +203,7 @@ class ClientStream:
             text = (self._tokenizer.decode(self.request.prompt_token_ids) if prompt is None else prompt) + text
         outputs: Outputs = {"text_output": np.array([text.encode()], dtype=object)}
         if options.return_finish_reason:
-            reason = ("stop" if self._is_stopped else self._finish_reason) if is_last else None
+            reason = self.finish_reason if is_last else None
             outputs["finish_reason"] = np.array([(reason or "").encode()], dtype=object)
         if options.return_num_input_tokens:
             outputs["num_input_tokens"] = np.array([self.request.prompt_len], np.int32)
@@ -236,12 +243,12 @@ class SenderPool:
 
     def __init__(
         self,
-        on_stopped: Callable[[ClientStream], None],
+        on_answered: Callable[[ClientStream], None],
         on_failure: Callable[[ClientStream, Exception], None],
         num_threads: int = 2,
     ) -> None:
         self._queues: list[queue.SimpleQueue[ClientStream | None]] = [queue.SimpleQueue() for _ in range(num_threads)]
-        self._on_stopped = on_stopped
+        self._on_answered = on_answered
         self._on_failure = on_failure
         self._threads = [
             threading.Thread(target=self._run, args=(each,), name=f"sender-{i}", daemon=True)
@@ -283,5 +290,5 @@ class SenderPool:
                 continue
             if progress is Progress.MORE_PENDING:
                 streams.put(stream)
-            elif progress is Progress.STOPPED:
-                self._on_stopped(stream)
+            elif progress is Progress.ANSWERED:
+                self._on_answered(stream)

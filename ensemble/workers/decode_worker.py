@@ -197,12 +197,14 @@ class DecodeWorker:
         finished: dict[int, FinishReason] = {
             sequence.request_id: sequence.finish_reason for sequence in sampled if sequence.finish_reason is not None
         }
+        released = self._released([request_id for request_id in ended if self._leave(request_id)])
         tokens = StepTokens(
             request_ids=[sequence.request_id for sequence in sampled],
             token_ids=[sequence.last_token_id for sequence in sampled],
             finished=finished,
+            num_free_blocks=self.engine.blocks.num_free_blocks,
         )
-        return [tokens, *self._released([request_id for request_id in ended if self._leave(request_id)])]
+        return [tokens, *released]
 
     def _retire_those_at_their_end(self) -> None:
         """Sequences whose unread token is the last that they may have run no further."""
