@@ -165,7 +165,7 @@ def run_with_a_full_queue(server: TritonServer, tally: Tally) -> None:
 
 def run_until_transfer(server: TritonServer, tally: Tally) -> None:
     """Decode stands still: clients leave when they have their first token, while their KV waits to be pulled."""
-    asked = {"text_input": "The capital", "max_tokens": 9, "ignore_eos": True, "stream": True}
+    asked = {"text_input": "The capital", "max_tokens": 9, "temperature": 0.0, "ignore_eos": True, "stream": True}
     asked |= dict.fromkeys(["return_num_input_tokens", "return_num_output_tokens"], True)
     leaving = StreamClient(server.grpc_url)
     with stopped(server, "decode"):
