@@ -2,19 +2,60 @@
 
 A cancelled ensemble request is seen by the steps that are executed after the cancel, never by the decoupled step that
 runs: `postprocess` sees it, and tells the scheduler over a socket whose address, with the stream's number, the
-scheduler put among its outputs (`cancel_handle`).
+scheduler put among its outputs (`cancel_handle`). While there is nothing to answer, the scheduler sends heartbeats:
+responses of the `cancel_handle` alone, which `postprocess` does not pass on.
 """
 
+import contextlib
+import heapq
 import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import zmq
 
+from ensemble.serving.streams import ClientStream
+
 CHECK_INTERVAL_S = 0.1  # asking whether a request is cancelled is a round trip to the Triton server
+HEARTBEAT_S = 0.2  # of silence
+MAX_HEARTBEATS = 100  # in each CHECK_INTERVAL_S: a heartbeat costs as much as a response
 MAX_REMEMBERED = 8192
+
+
+class CancelWatch:
+    """Looks after the live streams on a thread of its own; `on_cancel(request_id)` is called on it."""
+
+    def __init__(self, live_streams: Callable[[], list[ClientStream]], on_cancel: Callable[[int], None]) -> None:
+        self._live_streams = live_streams
+        self._on_cancel = on_cancel
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cancel-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(timeout=1.0)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            started = time.monotonic()
+            streams = self._live_streams()
+            for stream in streams:
+                with contextlib.suppress(Exception):  # the server stops, or has forgotten the request
+                    if not stream.needs_heartbeats and stream.is_cancelled():
+                        self._on_cancel(stream.request_id)
+            for stream in longest_silent(streams, started):
+                with contextlib.suppress(Exception):
+                    stream.send_heartbeat()
+            self._closing.wait(max(0.0, CHECK_INTERVAL_S - (time.monotonic() - started)))
+
+
+def longest_silent(streams: Iterable[ClientStream], now: float) -> list[ClientStream]:
+    """The streams whose heartbeat is due, those first that have waited longest for it, at most MAX_HEARTBEATS."""
+    due = [stream for stream in streams if stream.needs_heartbeats and now - stream.last_sent >= HEARTBEAT_S]
+    return heapq.nsmallest(MAX_HEARTBEATS, due, key=lambda stream: stream.last_sent)
 
 
 class CancelReceiver:

@@ -55,6 +55,7 @@ from ensemble.workers.messages import (
     ReplicaDown,
     ReplicaUp,
     RequestFailed,
+    Reserved,
     StepTokens,
     SwapReport,
     WorkerEvent,
@@ -134,6 +135,7 @@ class Orchestrator:
         self._down_reasons: dict[StageName, str] = {}
         self._stranded_at: float | None = None  # when the bridge gives up waiting for a decode replica
         self._streams: dict[int, ClientStream] = {}  # request_id |-> live request
+        self._unanswered: dict[int, ClientStream] = {}  # request_id |-> one with all its tokens, which are being sent
         self._deadlines = Deadlines()  # by time.monotonic()
         self._totals: Counter[tuple[str, Labels]] = Counter()  # of what the workers counted
         self._early: list[tuple[Request, ClientStream]] = []  # came before the stages reported for the first time
@@ -150,11 +152,11 @@ class Orchestrator:
 
     def cancel(self, request_id: int) -> None:
         """Ends a request wherever it is; its client gets CANCELLED."""
-        self._inbox.put(lambda: self._fail(request_id, Cancelled("the client cancelled the request")))
+        self._inbox.put(lambda: self._cancel(request_id))
 
-    def stop(self, request_id: int) -> None:
-        """Ends a request whose answer is complete: a stop string was met."""
-        self._inbox.put(lambda: self._stop(request_id))
+    def answered(self, request_id: int) -> None:
+        """Ends a request whose last response was sent, after its last token or a stop string."""
+        self._inbox.put(lambda: self._answered(request_id))
 
     def prefilled(self, replica: int, answer: PrefillAnswer) -> None:
         self._inbox.put(lambda: self._on_prefilled(replica, answer))
@@ -272,17 +274,22 @@ class Orchestrator:
 
     def _on_events(self, stage: StageName, replica: int, events: list[WorkerEvent]) -> None:
         for event in events:
+            if (
+                isinstance(event, Reserved | LocalPrefilled | StepTokens | Released)
+                and (stage, replica) in self._replicas
+            ):
+                self._replicas[stage, replica].num_free_blocks = event.num_free_blocks
             match event:
                 case StepTokens():
                     self._on_tokens(event)
-                case Released(request_ids=request_ids, num_free_blocks=num_free_blocks):
+                case Released(request_ids=request_ids):
                     if stage == "prefill":
                         self.prefill.released(replica, request_ids)
                     else:
                         self.admission.released(replica, request_ids)
                         self.prefill.released(self._first_local + replica, request_ids)
-                    if (stage, replica) in self._replicas:
-                        self._replicas[stage, replica].num_free_blocks = num_free_blocks
+                case Reserved():
+                    pass
                 case LocalPrefilled(batch_ids=batch_ids, results=results):
                     for batch_id in batch_ids:
                         self.prefill.batch_done(self._first_local + replica, batch_id)
@@ -352,13 +359,10 @@ class Orchestrator:
         self.prefill.charge(stream.hints.tenant, 1)
         if finish_reason is not None:
             stream.timeline.last_token_ns = time.time_ns()
-            del self._streams[request_id]
+            self._unanswered[request_id] = self._streams.pop(request_id)
             self._deadlines.remove(request_id)
             self._hashes.pop(request_id, None)
         self._senders.push(stream, token_id, finish_reason)
-        if finish_reason is not None:
-            self._output_estimate.observe(stream.request, stream.num_output_tokens)
-            self._ended(stream, finish_reason, is_error=False)
 
     def _refuse(self, stream: ClientStream, error: DistServeError) -> None:
         self._senders.fail(stream, error)
@@ -374,13 +378,17 @@ class Orchestrator:
         if stream is not None:
             self._refuse(stream, error)
 
-    def _stop(self, request_id: int) -> None:
-        stream = self._withdraw(request_id)
+    def _cancel(self, request_id: int) -> None:
+        stream = self._withdraw(request_id) or self._unanswered.pop(request_id, None)
         if stream is not None:
-            stream.timeline.last_token_ns = time.time_ns()
+            self._refuse(stream, Cancelled("the client cancelled the request"))
+
+    def _answered(self, request_id: int) -> None:
+        stream = self._withdraw(request_id) or self._unanswered.pop(request_id, None)
+        if stream is not None and stream.finish_reason is not None:
             stream.num_output_tokens = stream.num_sent_tokens
             self._output_estimate.observe(stream.request, stream.num_output_tokens)
-            self._ended(stream, "stop", is_error=False)
+            self._ended(stream, stream.finish_reason, is_error=False)
 
     def _withdraw(self, request_id: int) -> ClientStream | None:
         """Takes a live request out, wherever it is, and has its blocks freed; None if it has ended already."""

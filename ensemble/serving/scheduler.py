@@ -1,9 +1,6 @@
 """What the `scheduler` model does: takes clients' requests in, has the orchestrator run them, notices cancels."""
 
-import contextlib
 import itertools
-import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +10,7 @@ from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError
 from ensemble.models.spec import load_model_spec
-from ensemble.serving.cancels import CHECK_INTERVAL_S, CancelReceiver
+from ensemble.serving.cancels import CancelReceiver, CancelWatch
 from ensemble.serving.inputs import ModelLimits, parse_request
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.orchestrator import Orchestrator
@@ -31,13 +28,12 @@ class Scheduler:
         self._chat = ChatTemplate.from_dir(deployment.model.path)
         self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
         self._request_ids = itertools.count()
-        self._senders = SenderPool(self._stopped, self._send_failed)
+        self._senders = SenderPool(self._answered, self._send_failed)
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
         self._orchestrator = Orchestrator(deployment, call_model, self._senders, self._count)
         self._metrics = Metrics(make_family, self._orchestrator.gauges) if make_family is not None else None
         self._cancels = CancelReceiver(self._orchestrator.cancel)
-        self._closing = threading.Event()
-        threading.Thread(target=self._watch_cancels, name="cancel-watch", daemon=True).start()
+        self._watch = CancelWatch(self._orchestrator.live_streams, self._orchestrator.cancel)
 
     def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
         """Takes one request; every outcome, errors too, goes to `call`."""
@@ -53,7 +49,7 @@ class Scheduler:
         self._orchestrator.submit(request, stream)
 
     def close(self) -> None:
-        self._closing.set()
+        self._watch.close()
         if self._metrics is not None:
             self._metrics.close()
         self._orchestrator.close()
@@ -64,18 +60,8 @@ class Scheduler:
         if self._metrics is not None:
             self._metrics.count(ended)
 
-    def _watch_cancels(self) -> None:
-        """`is_cancelled` is a round trip to the Triton server: asked from here alone, each stream in turn."""
-        while not self._closing.is_set():
-            started = time.monotonic()
-            for stream in self._orchestrator.live_streams():
-                with contextlib.suppress(Exception):  # the server stops, or has forgotten the request
-                    if stream.is_cancelled():
-                        self._orchestrator.cancel(stream.request_id)
-            self._closing.wait(max(0.0, CHECK_INTERVAL_S - (time.monotonic() - started)))
-
-    def _stopped(self, stream: ClientStream) -> None:
-        self._orchestrator.stop(stream.request_id)
+    def _answered(self, stream: ClientStream) -> None:
+        self._orchestrator.answered(stream.request_id)
 
     def _send_failed(self, stream: ClientStream, error: Exception) -> None:
         """The client is gone, or our answer is faulty."""

@@ -60,7 +60,7 @@ class Progress(Enum):
 
     SENT = "nothing until more tokens come"
     MORE_PENDING = "send again"
-    STOPPED = "a stop string was met: whoever makes the tokens has to be told"
+    ANSWERED = "the last response was sent, perhaps before the last token: whoever makes the tokens has to be told"
 
 
 class ClientStream:
@@ -72,6 +72,7 @@ class ClientStream:
         self._call = call
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
+        self.last_sent = time.monotonic()  # a response, or a heartbeat; at first the arrival
         self.timeline = Timeline(arrival_ns=time.time_ns())
         self.request = client_request.request
         self.hints = client_request.hints
@@ -103,6 +104,11 @@ class ClientStream:
     def num_prompt_tokens(self) -> int:
         return self.request.prompt_len
 
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """How an answered stream ended."""
+        return "stop" if self._is_stopped else self._finish_reason
+
     def push(self, token_id: int, finish_reason: FinishReason | None) -> bool:
         """Adds a token. True if the stream has to be queued at its sender."""
         with self._lock:
@@ -121,10 +127,22 @@ class ClientStream:
         claimed, self._is_queued = not self._is_queued, True
         return claimed
 
+    @property
+    def needs_heartbeats(self) -> bool:
+        """Whether `postprocess` looks for its cancel, whenever a response passes."""
+        return self._options.return_cancel_handle
+
     def is_cancelled(self) -> bool:
         """Asks the Triton server. Never beside or after the final response: the 24.10 server crashes on that."""
         with self._call_lock:
             return not self._is_closed and self._call.is_cancelled()
+
+    def send_heartbeat(self) -> None:
+        """Sends `postprocess` a response of the cancel handle alone, which it does not pass on."""
+        with self._call_lock:
+            self.last_sent = time.monotonic()
+            if not self._is_closed:
+                self._call.send(self._handle_output(), final=False)
 
     def send_next(self) -> Progress:
         """Sends one response of what is pending, if it shows anything."""
@@ -141,14 +159,17 @@ class ClientStream:
             return Progress.SENT
         self._read(token_ids, has_all)
         is_last = has_all or self._is_stopped
+        if is_last and not self.timeline.last_token_ns:  # the stop string came before the last token
+            self.timeline.last_token_ns = time.time_ns()
         if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
             with self._call_lock:
                 self._call.send(outputs, final=is_last)
                 self._is_closed = is_last
+                self.last_sent = time.monotonic()
             self._text, self._token_ids, self._is_first = "", [], False
-        if self._is_stopped:
-            return Progress.STOPPED
+        if is_last:
+            return Progress.ANSWERED
         return Progress.MORE_PENDING if more else Progress.SENT
 
     def abort(self, error: DistServeError) -> None:
@@ -182,7 +203,7 @@ class ClientStream:
             text = (self._tokenizer.decode(self.request.prompt_token_ids) if prompt is None else prompt) + text
         outputs: Outputs = {"text_output": np.array([text.encode()], dtype=object)}
         if options.return_finish_reason:
-            reason = ("stop" if self._is_stopped else self._finish_reason) if is_last else None
+            reason = self.finish_reason if is_last else None
             outputs["finish_reason"] = np.array([(reason or "").encode()], dtype=object)
         if options.return_num_input_tokens:
             outputs["num_input_tokens"] = np.array([self.request.prompt_len], np.int32)
@@ -191,10 +212,13 @@ class ClientStream:
         if options.return_output_ids:
             outputs["output_ids"] = np.array(self._token_ids, np.int32)
         if options.return_cancel_handle:
-            outputs["cancel_handle"] = np.array([self._cancel_handle.encode()], dtype=object)
+            outputs |= self._handle_output()
         if options.return_perf_metrics and is_last:
             outputs |= self._perf_metrics()
         return outputs
+
+    def _handle_output(self) -> Outputs:
+        return {"cancel_handle": np.array([self._cancel_handle.encode()], dtype=object)}
 
     def _perf_metrics(self) -> Outputs:
         timeline = self.timeline
@@ -219,12 +243,12 @@ class SenderPool:
 
     def __init__(
         self,
-        on_stopped: Callable[[ClientStream], None],
+        on_answered: Callable[[ClientStream], None],
         on_failure: Callable[[ClientStream, Exception], None],
         num_threads: int = 2,
     ) -> None:
         self._queues: list[queue.SimpleQueue[ClientStream | None]] = [queue.SimpleQueue() for _ in range(num_threads)]
-        self._on_stopped = on_stopped
+        self._on_answered = on_answered
         self._on_failure = on_failure
         self._threads = [
             threading.Thread(target=self._run, args=(each,), name=f"sender-{i}", daemon=True)
@@ -266,5 +290,5 @@ class SenderPool:
                 continue
             if progress is Progress.MORE_PENDING:
                 streams.put(stream)
-            elif progress is Progress.STOPPED:
-                self._on_stopped(stream)
+            elif progress is Progress.ANSWERED:
+                self._on_answered(stream)

@@ -141,7 +141,8 @@ class DecodeWorker:
         if prompts.rows or plan.run:
             step = _LaunchedStep(self.engine.launch(Batch(prompts.rows, plan.run)), prompts)
         elif prompts.batch_ids:  # all their prompts were cancelled
-            events.append(LocalPrefilled(batch_ids=prompts.batch_ids, results=[]))
+            num_free_blocks = self.engine.blocks.num_free_blocks
+            events.append(LocalPrefilled(batch_ids=prompts.batch_ids, results=[], num_free_blocks=num_free_blocks))
         if self.engine.runs_ahead:
             step, self._launched = self._launched, step
             self._launched_ids = {each.request_id for each in self._launched.sequences} if self._launched else set()
@@ -250,6 +251,8 @@ class DecodeWorker:
         ended = [sequence.request_id for sequence in step.sequences if sequence.is_finished]
         prompts = {sequence.request_id for sequence in step.finished_prompts}
         decoded = [sequence for sequence in sampled if sequence.request_id not in prompts]
+        released = self._released([request_id for request_id in ended if self._leave(request_id)])
+        num_free_blocks = self.engine.blocks.num_free_blocks
         events: list[WorkerEvent] = []
         if step.prompts.batch_ids or prompts:
             results = [
@@ -262,7 +265,8 @@ class DecodeWorker:
                 for sequence in sampled
                 if sequence.request_id in prompts
             ]
-            events.append(LocalPrefilled(batch_ids=step.prompts.batch_ids, results=results))
+            batch_ids = step.prompts.batch_ids
+            events.append(LocalPrefilled(batch_ids=batch_ids, results=results, num_free_blocks=num_free_blocks))
         if decoded:
             finished: dict[int, FinishReason] = {
                 sequence.request_id: sequence.finish_reason
@@ -274,9 +278,10 @@ class DecodeWorker:
                     request_ids=[sequence.request_id for sequence in decoded],
                     token_ids=[sequence.last_token_id for sequence in decoded],
                     finished=finished,
+                    num_free_blocks=num_free_blocks,
                 )
             )
-        return events + self._released([request_id for request_id in ended if self._leave(request_id)])
+        return events + released
 
     def _retire_those_at_their_end(self) -> None:
         """Sequences whose unread token is the last that they may have run no further."""

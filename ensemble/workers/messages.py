@@ -137,6 +137,7 @@ class LocalPrefilled(_Message, frozen=True, kw_only=True):
 
     batch_ids: list[int]  # that have run to their ends
     results: list[PrefillResult]
+    num_free_blocks: int  # by the worker's own count
 
 
 class StepTokens(_Message, frozen=True, kw_only=True):
@@ -145,6 +146,7 @@ class StepTokens(_Message, frozen=True, kw_only=True):
     request_ids: list[int]
     token_ids: list[int]
     finished: dict[int, FinishReason]
+    num_free_blocks: int  # by the worker's own count
 
 
 class PrefixReport(_Message, frozen=True, kw_only=True):
@@ -164,11 +166,17 @@ class Joined(_Message, frozen=True, kw_only=True):
     transfer_bytes: list[int]
 
 
+class Reserved(_Message, frozen=True, kw_only=True):
+    """A prefill batch has its blocks."""
+
+    num_free_blocks: int  # by the worker's own count
+
+
 class Released(_Message, frozen=True, kw_only=True):
-    """Requests whose blocks at this replica are free again, and the worker's own count of free blocks."""
+    """Requests whose blocks at this replica are free again."""
 
     request_ids: list[int]
-    num_free_blocks: int
+    num_free_blocks: int  # by the worker's own count
 
 
 class SwapReport(_Message, frozen=True, kw_only=True):
@@ -221,6 +229,7 @@ WorkerEvent: TypeAlias = (
     | LocalPrefilled
     | StepTokens
     | Joined
+    | Reserved
     | Released
     | SwapReport
     | PrefixReport

@@ -28,6 +28,7 @@ from ensemble.workers.messages import (
     PrefillResult,
     PrefixReport,
     Released,
+    Reserved,
     SubmitDecode,
     WorkerEvent,
 )
@@ -65,7 +66,7 @@ class PrefillWorker:
         match command:
             case PrefillBatch():
                 self._reserve(command)
-                return self._prefix_report()
+                return [Reserved(num_free_blocks=self._blocks.num_free_blocks), *self._prefix_report()]
             case CancelRequests(request_ids=request_ids):
                 return self._cancel(request_ids)
             case SubmitDecode() | AttachPeer() | DetachPeer():

@@ -99,10 +99,11 @@ class StreamClient:
             self._done.put(None)
             return
         response = result.get_response()
-        if response.outputs:
+        is_final = response.parameters["triton_final_response"].bool_param
+        if response.outputs or not is_final:
             outputs = {output.name: result.as_numpy(output.name) for output in response.outputs}
             self.answers[response.id].responses.append(outputs)
-        if response.parameters["triton_final_response"].bool_param:
+        if is_final:
             self._done.put(None)
 
 

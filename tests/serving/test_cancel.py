@@ -1,13 +1,21 @@
-"""A client that goes away frees everything it held, in both stages, through every front."""
+"""A client that goes away frees everything it held, in both stages, through every front and in every state."""
 
+import contextlib
 import json
+import queue
 import socket
+import threading
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 
+from tests.checkpoints import make_tiny_llama
 from tests.serving.clients import StreamClient, blocks_in_use, generate, read_metrics
+from tests.serving.deployments import deploy
+from tests.serving.test_faults import worker
 from tools.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
@@ -25,16 +33,23 @@ def grpc_cancel(server: TritonServer, model: str) -> None:
 
 def http_disconnect(server: TritonServer, model: str) -> None:
     """Closes the connection after the first event of a generate_stream answer."""
+    with post_stream(server, model, LONG) as connection:
+        read_first_event(connection)
+
+
+def post_stream(server: TritonServer, model: str, asked: dict[str, Any]) -> socket.socket:
     assert server.ports is not None
-    body = json.dumps(LONG)
-    with socket.create_connection(("127.0.0.1", server.ports.http)) as connection:
-        request = (
-            f"POST /v2/models/{model}/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-        )
-        connection.sendall(request.encode())
-        received = b""
-        while b"text_output" not in received:
-            received += connection.recv(4096)
+    connection = socket.create_connection(("127.0.0.1", server.ports.http))
+    body = json.dumps(asked)
+    head = f"POST /v2/models/{model}/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall((head + body).encode())
+    return connection
+
+
+def read_first_event(connection: socket.socket) -> None:
+    received = b""
+    while b"text_output" not in received:
+        received += connection.recv(4096)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
@@ -61,3 +76,134 @@ def test_blocks_are_free_and_the_cancel_is_counted(
     wait_until(lambda: sample(tiny_server, cancelled) == before + 1, 2.0)
     wait_until(lambda: blocks_in_use(read_metrics(tiny_server.metrics_url)) == 0, 1.0)
     assert sample(tiny_server, "vllm:num_requests_running") == 0
+
+
+# ---- in every state, held there by stopping a worker's process
+
+FREED_S = 0.5 + 0.25  # 500 ms, and the interval of the metrics that show it
+CANCELLED = 'distserve:request_errors_total{code="CANCELLED"'
+
+
+@pytest.fixture(scope="module")
+def narrow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """One prompt a batch, one sequence in decode, and answers of up to 4,000 tokens."""
+    path = tmp_path_factory.mktemp("narrow")
+    model = make_tiny_llama(path / "model", max_position_embeddings=4096)
+    deployment = deploy(model, prefill={"max_num_seqs": 1}, decode={"max_num_seqs": 1})
+    with TritonServer(deployment, log_path=path / "log") as server:
+        server.wait_ready(timeout_s=120)
+        generate(server.grpc_url, "ensemble", text_input="x", max_tokens=2)
+        yield server
+
+
+@contextlib.contextmanager
+def stopped(server: TritonServer, stage: str | None) -> Iterator[None]:
+    process = worker(server, stage) if stage is not None else None
+    if process is not None:
+        process.suspend()
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.resume()
+
+
+class State(NamedTuple):
+    stopped_stage: str | None
+    num_others: int  # requests that were there before
+    gauge: str  # 1 when the request is there
+
+
+STATES = {
+    "queued": State("prefill", 2, "vllm:num_requests_waiting"),
+    "in prefill": State("prefill", 0, "vllm:num_requests_running"),
+    "in the bridge": State("decode", 1, "distserve:num_requests_bridge"),
+    "in transfer": State("decode", 0, "vllm:num_requests_running"),
+    "in decode": State(None, 0, "vllm:num_requests_running"),
+}
+VERY_LONG: dict[str, Any] = {**LONG, "max_tokens": 4000}
+
+
+@contextlib.contextmanager
+def in_state(server: TritonServer, name: str, send: Callable[[], None]) -> Iterator[None]:
+    """Sends a request, and holds it in a state; afterwards every other request is cancelled."""
+    state = STATES[name]
+    others = [StreamClient(server.grpc_url) for _ in range(state.num_others)]
+    with stopped(server, state.stopped_stage):
+        for other in others:
+            other.send("scheduler", "0", **VERY_LONG)
+        wait_until(lambda: sample(server, "vllm:num_requests_running") == state.num_others, 5.0)
+        send()
+        wait_until(lambda: sample(server, state.gauge) == 1, 5.0)
+        if state.stopped_stage != "prefill":  # one that came later has left prefill
+            generate(server.grpc_url, text_input="x", max_tokens=1)
+        yield
+        for other in others:
+            other.close(cancel=True)
+
+
+def assert_all_is_freed(server: TritonServer) -> None:
+    wait_until(lambda: blocks_in_use(read_metrics(server.metrics_url)) == 0, FREED_S)
+    wait_until(lambda: sample(server, "vllm:num_requests_running") == 0, FREED_S)
+    assert sample(server, "vllm:num_requests_waiting") == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", ["scheduler", "ensemble"])
+@pytest.mark.parametrize("name", STATES)
+def test_grpc_cancel_in_every_state(narrow_server: TritonServer, name: str, model: str, stream: bool) -> None:
+    client = StreamClient(narrow_server.grpc_url)
+    before = sample(narrow_server, CANCELLED)
+    with in_state(narrow_server, name, lambda: client.send(model, "0", **{**VERY_LONG, "stream": stream})):
+        client.close(cancel=True)
+        wait_until(lambda: sample(narrow_server, CANCELLED) == before + 1, FREED_S)
+    assert_all_is_freed(narrow_server)
+
+
+@pytest.mark.parametrize("name", ["in the bridge", "in transfer", "in decode"])
+def test_http_disconnect_after_the_first_event(narrow_server: TritonServer, name: str) -> None:
+    """Before its first event the Triton server reads nothing of an HTTP connection, and does not see it close."""
+    connections = []
+    before = sample(narrow_server, CANCELLED)
+    with in_state(narrow_server, name, lambda: connections.append(post_stream(narrow_server, "ensemble", VERY_LONG))):
+        read_first_event(connections[0])
+        connections[0].close()
+        wait_until(lambda: sample(narrow_server, CANCELLED) == before + 1, FREED_S)
+    assert_all_is_freed(narrow_server)
+
+
+# ---- what heartbeats are to a client that stays: nothing
+
+
+def post(url: str, body: dict[str, Any], answers: "queue.SimpleQueue[bytes]") -> None:
+    with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=30) as response:
+        answers.put(response.read())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_waits_long_gets_its_text_alone(narrow_server: TritonServer, stream: bool) -> None:
+    server = narrow_server
+    asked = {"text_input": "The capital", "max_tokens": 6, "temperature": 0.0, "stream": stream}
+    expected = generate(server.grpc_url, **asked).text
+    url = f"{server.http_url}/v2/models/ensemble/{'generate_stream' if stream else 'generate'}"
+    http: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    client = StreamClient(server.grpc_url)
+    executed = 'nv_inference_request_success{model="postprocess"'
+    with stopped(server, "decode"):
+        thread = threading.Thread(target=post, args=(url, asked, http))
+        thread.start()
+        for model in ("ensemble", "scheduler"):
+            client.send(model, model, **asked)
+        wait_until(lambda: sample(server, "vllm:num_requests_running") == 3, 5.0)
+        before = sample(server, executed)
+        wait_until(lambda: sample(server, executed) >= before + 8, 5.0)
+    for answer in client.wait().values():
+        assert answer.error is None
+        assert answer.text == expected
+        assert stream or len(answer.responses) == 1
+    client.close()
+    thread.join(timeout=30)
+    events = [json.loads(part.removeprefix(b"data: ")) for part in http.get().strip().split(b"\n\n")]
+    assert "".join(event["text_output"] for event in events) == expected
+    assert all(event["text_output"] for event in events)
+    assert stream or len(events) == 1

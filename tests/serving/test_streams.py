@@ -7,6 +7,7 @@ import pytest
 
 from ensemble.errors import Cancelled, DistServeError, InternalError
 from ensemble.request import Request, SamplingParams
+from ensemble.serving.cancels import HEARTBEAT_S, MAX_HEARTBEATS, longest_silent
 from ensemble.serving.inputs import ClientRequest, OutputOptions
 from ensemble.serving.streams import ClientStream, Outputs, SenderPool
 from ensemble.tokenizer import Tokenizer
@@ -95,3 +96,29 @@ def test_a_stream_that_failed_sends_one_error(tokenizer: Tokenizer) -> None:
     pool.close()
     assert [type(error) for error in call.errors] == [Cancelled]
     assert not stream.is_cancelled()
+
+
+def test_a_heartbeat_is_the_handle_alone_and_never_follows_the_end(tokenizer: Tokenizer) -> None:
+    call, pool = Recorder(), make_pool([])
+    stream = make_stream(call, tokenizer, stream=True, return_cancel_handle=True)
+    stream.send_heartbeat()
+    assert [list(each) for each in call.outputs] == [["cancel_handle"]]
+    pool.push(stream, 100, "length")
+    pool.close()
+    stream.send_heartbeat()
+    assert len(call.outputs) == 2
+
+
+def test_heartbeats_have_a_bound_and_reach_every_silent_stream_in_turn(tokenizer: Tokenizer) -> None:
+    streams = [make_stream(Recorder(), tokenizer, return_cancel_handle=True) for _ in range(3 * MAX_HEARTBEATS)]
+    direct = make_stream(Recorder(), tokenizer)
+    now = direct.last_sent + 2 * HEARTBEAT_S
+    served = []
+    for _ in range(3):
+        batch = longest_silent([direct, *streams], now)
+        assert len(batch) == MAX_HEARTBEATS
+        served += batch
+        for stream in batch:
+            stream.last_sent = now
+    assert set(served) == set(streams)
+    assert longest_silent([direct, *streams], now) == []

