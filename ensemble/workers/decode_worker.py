@@ -22,7 +22,8 @@ from ensemble.errors import ConfigError
 from ensemble.request import FinishReason, Sequence
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
 from ensemble.scheduling.preemptive_decode import DecodePlan, PreemptiveDecodeScheduler
-from ensemble.transfer.puller import Pull, make_puller
+from ensemble.transfer.puller import make_puller
+from ensemble.workers.arrivals import Arrivals
 from ensemble.workers.local_prefill import LocalPrefill, LocalStep
 from ensemble.workers.messages import (
     AttachPeer,
@@ -31,7 +32,6 @@ from ensemble.workers.messages import (
     Detached,
     DetachPeer,
     Joined,
-    KVHandoff,
     LocalPrefilled,
     PrefillBatch,
     PrefillResult,
@@ -42,16 +42,6 @@ from ensemble.workers.messages import (
     WorkerEvent,
 )
 from ensemble.workers.peers import Peers
-
-
-@dataclass(slots=True, eq=False)
-class _Arrival:
-    """A sequence whose KV is not here yet."""
-
-    sequence: Sequence
-    handoff: KVHandoff
-    is_copying: bool = False
-    is_cancelled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +73,7 @@ class DecodeWorker:
         if config.host_kv_bytes and not self.num_host_blocks:
             raise ConfigError(f"host_kv_bytes = {config.host_kv_bytes}: a block has {layout.block_bytes} bytes")
         self.blocks = SwappableBlocks(engine.blocks, BlockManager(self.num_host_blocks, layout.block_size))
-        self._puller = make_puller(pool)
+        self._arrivals = Arrivals(engine.blocks, peers, make_puller(pool))
         self._swapper = Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
         settings = DecodePolicySettings(config.policy, config.quantum_s, config.starvation_s)
         self._scheduler = PreemptiveDecodeScheduler(
@@ -96,8 +86,6 @@ class DecodeWorker:
         self._is_prefill_first = config.batching == "prefill-first"
         # Under fcfs an arrival comes after all that are here: none of them makes room for it.
         self._makes_room = config.policy != "fcfs"
-        self._num_wanted_blocks = 0  # by the arrival that waits for blocks
-        self._arrivals: dict[int, _Arrival] = {}  # request_id |-> waiting for blocks, or being pulled
         self._running: dict[int, Sequence] = {}  # request_id |-> has joined and is not removed
         self._launched: _LaunchedStep | None = None
         self._launched_ids: set[int] = set()  # its request ids
@@ -107,14 +95,14 @@ class DecodeWorker:
 
     @property
     def has_work(self) -> bool:
-        copies = self._puller.num_in_flight + self._swapper.num_in_flight
+        copies = self._arrivals.num_in_flight + self._swapper.num_in_flight
         return len(self._scheduler) > 0 or self._launched is not None or copies > 0 or self._prompts.has_work
 
     def handle(self, command: Command) -> list[WorkerEvent]:
         match command:
             case SubmitDecode(handoffs=handoffs):
                 for handoff in handoffs:
-                    self._receive(handoff)
+                    self._arrivals.receive(handoff)
                 self.start_pulls()
                 return []
             case CancelRequests(request_ids=request_ids):
@@ -163,7 +151,7 @@ class DecodeWorker:
     def _plan(self, now: float, prompts: LocalStep) -> DecodePlan:
         if prompts.rows and self._is_prefill_first:
             return DecodePlan()
-        num_wanted_blocks = self._num_wanted_blocks + self._prompts.num_wanted_blocks
+        num_wanted_blocks = self._arrivals.num_wanted_blocks + self._prompts.num_wanted_blocks
         return self._scheduler.next_plan(now, num_wanted_blocks if self._makes_room else 0)
 
     def _decode_prompts(self, step: _LaunchedStep | None, num_unread_tokens: int) -> None:
@@ -180,48 +168,29 @@ class DecodeWorker:
                 )
 
     def start_pulls(self) -> None:
-        """Starts the copies whose source pools have been mapped and for which there are blocks, in order of arrival."""
-        self._num_wanted_blocks = 0
-        for request_id, arrival in self._arrivals.items():
-            pool, handoff = self.peers.pool(arrival.handoff.source), arrival.handoff
-            if arrival.is_copying or pool is None:
-                continue
-            num_blocks = self.engine.blocks.blocks_for(handoff.num_kv_tokens)
-            if not self._scheduler.has_room_for(num_blocks):
-                self._num_wanted_blocks = num_blocks
-                return
-            arrival.is_copying = True
-            block_ids = self.engine.blocks.allocate(Owner("sequence", request_id), num_blocks)
-            arrival.sequence.block_ids = block_ids
-            self._puller.start(Pull(request_id, pool, handoff.block_ids[:num_blocks], list(block_ids)))
-
-    def _receive(self, handoff: KVHandoff) -> None:
-        sequence = Sequence(handoff.request, list(handoff.output_token_ids), handoff.num_kv_tokens)
-        self._arrivals[sequence.request_id] = _Arrival(sequence, handoff)
-        self.peers.attach(handoff.source)
+        """Starts the copies of arrivals for which there are blocks now."""
+        self._arrivals.start_pulls(self._scheduler.has_room_for)
 
     def _join(self) -> list[WorkerEvent]:
-        joined, seconds, num_bytes, released = [], [], [], []
-        for pull in self._puller.completed():
-            arrival = self._arrivals.pop(pull.request_id)
-            self.peers.acknowledge(arrival.handoff)
-            if arrival.is_cancelled:
-                self.engine.blocks.free(Owner("sequence", pull.request_id))
-                released.append(pull.request_id)
-                continue
-            self._running[pull.request_id] = arrival.sequence
+        arrived, released = self._arrivals.completed()
+        for sequence, pull in arrived:
+            self._running[sequence.request_id] = sequence
             self._scheduler.add(
-                arrival.sequence,
+                sequence,
                 time.monotonic(),
-                priority=arrival.sequence.request.priority,
+                priority=sequence.request.priority,
                 join_cost_s=pull.seconds + self._swapper.swap_in_s(len(pull.target_block_ids)),
             )
-            joined.append(pull.request_id)
-            seconds.append(pull.seconds)
-            num_bytes.append(pull.num_bytes)
         events: list[WorkerEvent] = []
-        if joined:
-            events.append(Joined(request_ids=joined, transfer_s=seconds, transfer_bytes=num_bytes))
+        if arrived:
+            pulls = [pull for _, pull in arrived]
+            events.append(
+                Joined(
+                    request_ids=[pull.request_id for pull in pulls],
+                    transfer_s=[pull.seconds for pull in pulls],
+                    transfer_bytes=[pull.num_bytes for pull in pulls],
+                )
+            )
         return events + self._released(released)
 
     def _start_swaps(self, plan: DecodePlan) -> None:
@@ -244,7 +213,7 @@ class DecodeWorker:
         if self._swapper.num_in_flight:
             self._swapper.wait(1e-3)
         else:
-            self._puller.wait(1e-3)
+            self._arrivals.wait(1e-3)
 
     def _commit(self, step: _LaunchedStep) -> list[WorkerEvent]:
         sampled = self.engine.commit(step.launched)
@@ -295,7 +264,6 @@ class DecodeWorker:
     def _cancel(self, request_ids: list[int]) -> list[WorkerEvent]:
         released = []
         for request_id in request_ids:
-            arrival = self._arrivals.get(request_id)
             if request_id in self._prompts:
                 if self._prompts.cancel(request_id) is None or self._leave(request_id):
                     released.append(request_id)
@@ -303,20 +271,16 @@ class DecodeWorker:
                 self._running[request_id].finish_reason = "cancelled"
                 if self._leave(request_id):
                     released.append(request_id)
-            elif arrival is not None and arrival.is_copying:
-                arrival.is_cancelled = True  # the source's blocks are being read: the copy ends first
-            elif arrival is not None:
-                del self._arrivals[request_id]
-                self.peers.acknowledge(arrival.handoff)
+            elif request_id in self._arrivals and self._arrivals.cancel(request_id):
                 released.append(request_id)
         return self._released(released) + self._swap_report()
 
     def _detach(self, address: str) -> list[WorkerEvent]:
         """Gives up what has not arrived from a dead source, lets its copies end, and closes the mapping."""
-        lost = [request_id for request_id, each in self._arrivals.items() if each.handoff.source == address]
+        lost = self._arrivals.from_source(address)
         events = self._cancel(lost)
         while any(request_id in self._arrivals for request_id in lost):
-            self._puller.wait(1e-3)
+            self._arrivals.wait(1e-3)
             events += self._join()
         self.peers.detach(address)
         return [*events, Detached(address=address)]
