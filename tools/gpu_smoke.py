@@ -2,6 +2,7 @@
 
     python -m tools.gpu_smoke --output docs/results/gpu-smoke.json
     python -m tools.gpu_smoke --prefill-device cuda:0 --decode-device cuda:1
+    python -m tools.gpu_smoke --colocated
 
 The Triton server runs one prefill and one decode worker; KV goes over by CUDA IPC. Greedy tokens in fp32 (TF32 off)
 must equal the offline engine's on the same GPU up to the first where its two best log-probabilities are closer than
@@ -202,6 +203,7 @@ def run_shape(name: str, deployment: Deployment, requests: list[Request], log: P
     del engine
     gc.collect()
     torch.cuda.empty_cache()
+    is_apart = deployment.mode == "disaggregated"
     moved, copy_ns = sum(metrics["kv_transfer_bytes"]), sum(metrics["kv_transfer_time_ns"])
     first_ns = [
         first - arrival
@@ -218,11 +220,18 @@ def run_shape(name: str, deployment: Deployment, requests: list[Request], log: P
             **whole,
         },
         {"name": f"{name}: faults", "value": faults, "unit": "", "goal": [], "met": not faults},
-        {"name": f"{name}: KV moved by CUDA IPC", "value": moved, "unit": "bytes", "goal": 1, "met": moved > 0},
-        {"name": f"{name}: KV copy rate", "value": round(moved / copy_ns, 2), "unit": "GB/s"},
+        *(transfer_rows(name, moved, copy_ns) if is_apart else []),
         {"name": f"{name}: output tokens", "value": round(num_tokens / seconds), "unit": "tokens/s"},
         {"name": f"{name}: TTFT, mean", "value": round(sum(first_ns) / len(first_ns) / 1e6, 1), "unit": "ms"},
         {"name": f"{name}: start to ready", "value": round(ready_s, 1), "unit": "s"},
+    ]
+
+
+def transfer_rows(name: str, num_bytes: int, nanoseconds: int) -> list[dict[str, Any]]:
+    met = num_bytes > 0
+    return [
+        {"name": f"{name}: KV moved by CUDA IPC", "value": num_bytes, "unit": "bytes", "goal": 1, "met": met},
+        {"name": f"{name}: KV copy rate", "value": round(num_bytes / nanoseconds, 2), "unit": "GB/s"},
     ]
 
 
@@ -230,6 +239,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
     prefill_device: str = "cuda:0",
     decode_device: str = "cuda:0",
+    colocated: Annotated[bool, typer.Option(help="both in one worker, on the decode device")] = False,
     dtype: str = "float32",
     num_requests: int = 32,
     max_tokens: int = 64,
@@ -243,11 +253,12 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
             write_model_dir(path, config)
-            share = 0.3 if prefill_device == decode_device else 0.6
+            share = 0.3 if prefill_device == decode_device and not colocated else 0.6
             deployment = Deployment.parse(
                 {
+                    "mode": "colocated" if colocated else "disaggregated",
                     "model": {"path": path, "dtype": dtype, "load_format": "dummy"},
-                    "prefill": {"devices": [prefill_device], "gpu_memory_utilization": share},
+                    "prefill": {"devices": [] if colocated else [prefill_device], "gpu_memory_utilization": share},
                     "decode": {"devices": [decode_device], "gpu_memory_utilization": share},
                     "block_size": GPU_BLOCK_SIZE,
                 }
