@@ -71,7 +71,7 @@ def prepare_step(
     unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
 ) -> StepInput:
     """Builds a step's tensors; on a GPU they come in one copy from page-locked memory."""
-    arrays = _token_arrays(batch, block_size, unread_rows) | sampling_arrays(batch.sampled, eos_token_ids, unread_rows)
+    arrays = token_arrays(batch, block_size, unread_rows) | sampling_arrays(batch.sampled, eos_token_ids, unread_rows)
     tensors = staging.to_device(arrays)
     tokens = tensors["tokens"]
     return StepInput(
@@ -91,7 +91,8 @@ def prepare_step(
     )
 
 
-def _token_arrays(batch: Batch, block_size: int, unread_rows: Mapping[int, int]) -> dict[str, dict[str, Array]]:
+def token_arrays(batch: Batch, block_size: int, unread_rows: Mapping[int, int]) -> dict[str, dict[str, Array]]:
+    """`tokens` of a step, and which of their ids are `unread`."""
     lengths = [row.length for row in batch.prefills]
     cu_seqlens = np.cumsum([0, *lengths])
     num_prefill_tokens, num_tokens = int(cu_seqlens[-1]), int(cu_seqlens[-1]) + len(batch.decodes)

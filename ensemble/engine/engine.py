@@ -12,7 +12,7 @@ from ensemble.cache.block_manager import BlockManager
 from ensemble.cache.kv_pool import KVLayout, KVPool
 from ensemble.config import Deployment, StageConfig
 from ensemble.engine.batch import Batch
-from ensemble.engine.model_runner import Model, ModelRunner, StepHandle, load_model, resolve_dtype
+from ensemble.engine.model_runner import Model, ModelRunner, Role, StepHandle, load_model, resolve_dtype
 from ensemble.errors import ConfigError
 from ensemble.models.spec import ModelSpec, load_model_spec
 from ensemble.request import Sequence
@@ -70,17 +70,14 @@ class Engine:
         return [sequence for sequence, _ in live]
 
 
-def load_engine(
-    deployment: Deployment, stage: StageConfig, device: torch.device, max_num_batched_tokens: int | None = None
-) -> Engine:
-    """Loads the model, takes the pool's memory, and on a GPU compiles kernels and captures graphs.
+def load_engine(deployment: Deployment, stage: StageConfig, device: torch.device, role: Role = "mixed") -> Engine:
+    """Loads the model, takes the pool's memory, and on a GPU compiles kernels and captures the graphs of its role.
 
-    `max_num_batched_tokens` is the largest prefill batch to come, the deployment's budget by default. Raises
-    ConfigError or ModelError in one line.
+    Raises ConfigError or ModelError in one line.
     """
     spec = load_model_spec(deployment.model.path)
     max_model_len = deployment.model.limit_model_len(spec.max_model_len)
-    max_num_batched_tokens = max_num_batched_tokens or deployment.prefill.max_num_batched_tokens
+    max_num_batched_tokens = largest_step(deployment, stage, role)
     dtype = resolve_dtype(deployment.model, spec, device)
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
@@ -95,8 +92,18 @@ def load_engine(
         reason = str(error).partition(". ")[0]
         raise ConfigError(f"{device} has no memory for the model and its KV pool: {reason}") from None
     runner = ModelRunner(model, pool.tensor, deployment.block_size)
-    runner.warm_up(stage.max_num_seqs, max_num_batched_tokens, max_model_len)
+    runner.warm_up(role, stage.max_num_seqs, max_num_batched_tokens, max_model_len)
     return Engine(spec, runner, pool)
+
+
+def largest_step(deployment: Deployment, stage: StageConfig, role: Role) -> int:
+    """Tokens of the largest step to come: prompts up to their budget, beside one token for each running sequence."""
+    num_prompt_tokens = deployment.prefill.max_num_batched_tokens
+    if role == "prefill":
+        return num_prompt_tokens
+    if role == "mixed":
+        return (deployment.local_prefill_tokens or num_prompt_tokens) + stage.max_num_seqs
+    return stage.max_num_seqs
 
 
 def default_kv_cache_bytes(

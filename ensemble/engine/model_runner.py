@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ensemble.config import ModelConfig
-from ensemble.engine.batch import Batch, PrefillRow, StepInput, prepare_step
+from ensemble.engine.batch import Batch, PrefillRow, StepInput, prepare_step, token_arrays
 from ensemble.engine.decode_graphs import DecodeGraphs
+from ensemble.engine.prefill_graphs import PrefillGraphs
 from ensemble.engine.sampler import sample_tokens, sampling_arrays, sampling_input
 from ensemble.engine.staging import Staging
 from ensemble.models.layers import AttentionMetadata
@@ -21,6 +23,7 @@ from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.gather_rows import gather_rows
 
 Model = Llama | Opt
+Role = Literal["prefill", "decode", "mixed"]  # which steps a replica runs: of prompts, of running sequences, of both
 
 
 def resolve_dtype(model_config: ModelConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -59,6 +62,11 @@ class StepHandle:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the step has run."""
+        return self._copied is None or self._copied.query()
+
     def token_ids(self) -> list[int]:
         """Waits for the step. One token id for each of `batch.sampled`."""
         if self._copied is not None:
@@ -75,7 +83,8 @@ class ModelRunner:
         self.model = model
         self.kv_pool = kv_pool
         self.block_size = block_size
-        self._graphs: DecodeGraphs | None = None
+        self._decode_graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
         self._last: StepHandle | None = None
 
     def run(self, batch: Batch) -> list[int]:
@@ -94,10 +103,18 @@ class ModelRunner:
         before = self._last if self._last is not None and not self._last.is_read else None
         unread_rows, sampled_before = (before.rows, before.sampled) if before is not None else ({}, None)
         staging = Staging(self.kv_pool.device)
-        if self._graphs is not None and not batch.prefills and len(batch.decodes) <= self._graphs.max_num_seqs:
-            logits = self._graphs.run(batch.decodes, unread_rows, sampled_before, staging)
+        decode_graphs, prefill_graphs = self._decode_graphs, self._prefill_graphs
+        if decode_graphs is not None and not batch.prefills and len(batch.decodes) <= decode_graphs.max_num_seqs:
+            logits = decode_graphs.run(batch.decodes, unread_rows, sampled_before, staging)
             arrays = sampling_arrays(batch.decodes, self.model.spec.eos_token_ids, unread_rows)
             sampling = sampling_input(staging.to_device(arrays))
+        elif prefill_graphs is not None and batch.prefills and prefill_graphs.takes(batch):
+            arrays = token_arrays(batch, self.block_size, unread_rows)
+            hidden = prefill_graphs.run(arrays, sampled_before, staging)
+            last = {"last": {"tokens": arrays["tokens"]["sampled_tokens"]}}
+            sampled_arrays = sampling_arrays(batch.sampled, self.model.spec.eos_token_ids, unread_rows)
+            tensors = staging.to_device(last | sampled_arrays)
+            logits, sampling = self._logits(hidden, tensors["last"]["tokens"]), sampling_input(tensors)
         else:
             step = prepare_step(batch, self.block_size, self.model.spec.eos_token_ids, staging, unread_rows)
             logits, sampling = self._forward(step, sampled_before), step.sampling
@@ -114,9 +131,12 @@ class ModelRunner:
             step.unread.fill(step.token_ids, sampled_before)
         attention = self._with_decode_plan(step.attention) if self.kv_pool.is_cuda else step.attention
         hidden = self.model.forward(step.token_ids, step.positions, self.kv_pool, attention)
-        if step.sampled_tokens.shape[0] == 0:
+        return self._logits(hidden, step.sampled_tokens)
+
+    def _logits(self, hidden: Tensor, sampled_tokens: Tensor) -> Tensor:
+        if sampled_tokens.shape[0] == 0:
             return hidden[:0]
-        return self.model.compute_logits(gather_rows(hidden, step.sampled_tokens))
+        return self.model.compute_logits(gather_rows(hidden, sampled_tokens))
 
     def run_largest(self, max_num_batched_tokens: int) -> None:
         """Runs a prefill batch of that many tokens, to see the memory that it takes. Overwrites block 0."""
@@ -135,18 +155,23 @@ class ModelRunner:
         return replace(attention, decode_workspace=workspace)
 
     @torch.inference_mode()
-    def warm_up(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
-        """Before the first request, on a GPU: compiles every kernel, captures the decode graphs, takes the memory
-        that the largest step needs. Overwrites what is in the pool.
+    def warm_up(self, role: Role, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """Before the first request, on a GPU: compiles every kernel, captures the graphs of the role's steps, takes
+        the memory that the largest step needs. Overwrites what is in the pool.
         """
         if self.kv_pool.device.type != "cuda":
             return
         for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
             self.run(batch)
-        self._graphs = DecodeGraphs(self.model, self.kv_pool, self.block_size, max_num_seqs, max_model_len)
+        if role != "prefill":
+            self._decode_graphs = DecodeGraphs(self.model, self.kv_pool, self.block_size, max_num_seqs, max_model_len)
+        if role != "decode":
+            max_num_decodes = max_num_seqs if role == "mixed" else 0
+            self._prefill_graphs = PrefillGraphs(
+                self.model, self.kv_pool, self.block_size, max_num_batched_tokens, max_num_decodes, max_model_len
+            )
         for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
-            if not batch.prefills:
-                self.run(batch)
+            self.run(batch)
 
 
 def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size: int) -> list[Batch]:

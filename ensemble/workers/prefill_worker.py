@@ -62,6 +62,12 @@ class PrefillWorker:
     def has_work(self) -> bool:
         return bool(self._batches) or self._launched is not None
 
+    @property
+    def waits_for_gpu(self) -> bool:
+        """All that came is launched and has not run: the next batch, should it come meanwhile, need not wait for it."""
+        step = self._launched.step if self._launched is not None else None
+        return not self._batches and step is not None and not step.handle.is_done
+
     def handle(self, command: Command) -> list[WorkerEvent]:
         match command:
             case PrefillBatch():

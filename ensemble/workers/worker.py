@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 
 import torch
@@ -17,11 +18,14 @@ import zmq
 
 from ensemble.config import DecodeConfig, Deployment
 from ensemble.engine.engine import load_engine
+from ensemble.engine.model_runner import Role
 from ensemble.errors import ConfigError
 from ensemble.workers.decode_worker import DecodeWorker
 from ensemble.workers.messages import LoadFailed, ReplicaUp, WorkerEvent, decode_command, encode
 from ensemble.workers.peers import Peers, PeerServer
 from ensemble.workers.prefill_worker import PrefillWorker
+
+GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
 
 
 def main() -> None:
@@ -39,10 +43,8 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(stage.num_threads or cpu_threads(deployment))
     try:
-        # A decode worker's steps are as long as its batch and the prompts beside it.
-        decode_tokens = stage.max_num_seqs + deployment.local_prefill_tokens
-        max_num_batched_tokens = None if stage_name == "prefill" else decode_tokens
-        engine = load_engine(deployment, stage, device, max_num_batched_tokens)
+        role: Role = "mixed" if deployment.local_prefill_tokens else "decode"
+        engine = load_engine(deployment, stage, device, "prefill" if stage_name == "prefill" else role)
         worker: PrefillWorker | DecodeWorker
         if stage_name == "prefill":
             worker = PrefillWorker(engine, peer_address, deployment.prefill.prefix_cache)
@@ -79,7 +81,9 @@ def serve_prefill(worker: PrefillWorker, stage: zmq.Socket[bytes], server: PeerS
         poller.poll(0 if worker.has_work else None)
         _send(stage, worker.end_leases(server.acknowledged()))
         _handle_commands(worker, stage)
-        if worker.has_work:
+        if worker.waits_for_gpu:
+            time.sleep(GPU_POLL_S)
+        elif worker.has_work:
             _send(stage, worker.step())
 
 

@@ -147,7 +147,7 @@ def make_requests() -> list[Request]:
 
 def unconstrained(model: Path, requests: list[Request]) -> dict[int, list[int]]:
     deployment = deploy(model, num_blocks=1024)
-    done = generate(load_engine(deployment, deployment.decode, CPU, max_num_batched_tokens=2048), requests)
+    done = generate(load_engine(deployment, deployment.decode, CPU), requests)
     return {request_id: sequence.output_token_ids for request_id, sequence in done.items()}
 
 
