@@ -196,6 +196,7 @@ class Stage:
                     reply(encode(event))
             case ReplicaUp():
                 replica.up, replica.epoch, replica.next_number = event, epoch, 0
+                worker.up_at = time.monotonic()
                 replica.outbox.append(event)
                 print(
                     f"distserve: {self.name} replica {index}: up, {event.num_blocks} KV blocks",

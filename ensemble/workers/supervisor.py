@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
-STABLE_AFTER_S = 60.0  # a worker that has lived this long starts with a fresh backoff
+STABLE_AFTER_S = 10.0  # a worker that has served this long was in no crash loop: the next one's delay is short again
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +18,7 @@ class WorkerProcess:
     process: subprocess.Popen[bytes]
     exit_fd: int  # readable when the process has ended
     epoch: int
-    started_at: float
+    up_at: float | None = None  # time.monotonic() since when it serves
 
 
 class Supervisor:
@@ -49,7 +49,7 @@ class Supervisor:
             pass_fds=[self._alive_read],
             stdin=subprocess.DEVNULL,
         )
-        self.workers[replica] = WorkerProcess(process, os.pidfd_open(process.pid), epoch, time.monotonic())
+        self.workers[replica] = WorkerProcess(process, os.pidfd_open(process.pid), epoch)
 
     def kill(self, replica: int, epoch: int) -> None:
         """Ends this life of a worker, if it is not over; `reap` will tell."""
@@ -65,7 +65,7 @@ class Supervisor:
                 os.close(exit_fd)
                 remove_shared_memory(worker.process.pid)
                 self.workers[replica] = None
-                if time.monotonic() - worker.started_at > STABLE_AFTER_S:
+                if worker.up_at is not None and time.monotonic() - worker.up_at > STABLE_AFTER_S:
                     self._backoff_s[replica] = MIN_BACKOFF_S
                 how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
                 return replica, worker.epoch, f"worker process {worker.process.pid} ended ({how})"
