@@ -24,7 +24,7 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supe
 
 
 def die(supervisor: Supervisor, served_s: float | None) -> float:
-    """Kills the worker, which has served so long if it was ever up; returns the delay of the next one, and starts it."""
+    """Kills the worker, which has served so long if it was ever up; returns the delay of the next, and starts it."""
     worker = supervisor.workers[0]
     assert worker is not None
     worker.up_at = None if served_s is None else time.monotonic() - served_s
