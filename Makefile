@@ -19,7 +19,8 @@ export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT PREFILL_DEVICES DECODE_DEVICE
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 	@echo "  make test    the whole test suite"
-	@echo "  make soak    ten minutes of mixed load, cancels and killed workers; nothing may be left over"
+	@echo "  make soak    ten minutes of mixed load, cancels and killed workers, then a swap storm of 2,000 requests;"
+	@echo "               nothing may be left over, no output may differ"
 	@echo "  make check   lint, formatting and types"
 	@echo "  make clean   remove .venv and what tools leave behind; the model in the user's cache stays"
 
@@ -38,6 +39,7 @@ test:
 soak:
 	$(BOOTSTRAP) test
 	$(PYTHON) -m tools.soak --output docs/results/soak.json
+	$(PYTHON) -m tools.soak_swaps --output docs/results/soak-swaps.json
 
 check:
 	$(BOOTSTRAP) check

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-import tritonclient.grpc as grpc
-
 from tools.gpu_smoke import greedy_inputs
-from tools.soak import blocks_in_use, workers
+from tools.grpc_request import ask
+from tools.results import at_least, at_most
+from tools.server_state import Metrics, workers
 from tools.triton_server import TritonServer
 
 StageName = Literal["prefill", "decode"]
@@ -50,40 +50,11 @@ class Kill:
 
 def request(url: str, prompt: int, prompt_token_ids: list[int], max_tokens: int) -> Outcome:
     """One request on a stream of its own."""
-    ended = threading.Event()
-    errors: list[str] = []
-    output_ids: list[int] = []
-    copy_ns = 0
-
-    def receive(result: Any, error: Exception | None) -> None:
-        nonlocal copy_ns
-        if error is not None:
-            errors.append(str(error))
-            ended.set()
-            return
-        response = result.get_response()
-        for output in response.outputs:
-            if output.name == "output_ids":
-                output_ids.extend(result.as_numpy("output_ids").tolist())
-            elif output.name == "kv_transfer_time_ns":
-                copy_ns = int(result.as_numpy(output.name)[0])
-        if response.parameters["triton_final_response"].bool_param:
-            ended.set()
-
-    client = grpc.InferenceServerClient(url)
     sent_at = time.monotonic()
-    try:
-        client.start_stream(receive)
-        client.async_stream_infer(
-            "scheduler", greedy_inputs(prompt_token_ids, max_tokens), enable_empty_final_response=True
-        )
-        has_ended = ended.wait(REQUEST_TIMEOUT_S)
-        ended_at = time.monotonic()
-        client.stop_stream(cancel_requests=not has_ended)
-    finally:
-        client.close()
-    error = (errors[0] if errors else None) if has_ended else HUNG
-    return Outcome(prompt, sent_at, ended_at, output_ids, error, copy_ns / 1e9)
+    answer = ask(url, greedy_inputs(prompt_token_ids, max_tokens), REQUEST_TIMEOUT_S)
+    copies_ns = [int(each["kv_transfer_time_ns"][0]) for each in answer.responses if "kv_transfer_time_ns" in each]
+    error = answer.error if answer.has_ended else HUNG
+    return Outcome(prompt, sent_at, answer.ended_at, answer.output_ids, error, sum(copies_ns[-1:]) / 1e9)
 
 
 class Load:
@@ -159,7 +130,7 @@ def is_up(server: TritonServer) -> bool:
 def settled(server: TritonServer, timeout_s: float = 15.0) -> float:
     """Waits until no block is in use, and returns the number that are after all."""
     deadline = time.monotonic() + timeout_s
-    while (left := blocks_in_use(server)) != 0 and time.monotonic() < deadline:
+    while (left := Metrics(server).blocks_in_use) != 0 and time.monotonic() < deadline:
         time.sleep(0.2)
     return left
 
@@ -189,19 +160,9 @@ def storm_rows(
         | {"seen": sorted(faults)[:5]},
         at_most("kill to the last error of its requests", round(max(delays, default=0.0), 3), "s", ERROR_GOAL_S),
         at_most("kill to service", round(max(back_s, default=0.0), 1), "s", service_goal_s),
-        {
-            "name": "requests that outlived a prefill worker",
-            "value": len(survivors),
-            "unit": "requests",
-            "goal": 1,
-            "met": bool(survivors),
-        },
+        at_least("requests that outlived a prefill worker", len(survivors), "requests", 1),
         {"name": "kill to the end of the process", "value": round(max(k.gone_s for k in kills), 3), "unit": "s"},
     ]
-
-
-def at_most(name: str, value: float, unit: str, goal: float) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "goal": goal, "met": value <= goal}
 
 
 def error_delays(failed: list[Outcome], kills: list[Kill]) -> tuple[list[float], set[str]]:

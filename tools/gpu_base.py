@@ -24,11 +24,11 @@ import typer
 from rich.console import Console
 
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
-from tools.fault_storm import Load, at_most, request, settled, storm, storm_rows
+from tools.fault_storm import Load, request, settled, storm, storm_rows
 from tools.gpu_smoke import SHAPES, make_requests, run_shape, serve, write_model_dir
 from tools.installation import ServerError
-from tools.results import write_results
-from tools.soak import workers
+from tools.results import at_most, write_results
+from tools.server_state import workers
 from tools.triton_server import TritonServer, session_pids
 
 Row = dict[str, Any]

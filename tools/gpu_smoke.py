@@ -29,6 +29,7 @@ from ensemble.engine.batch import Batch, PrefillRow, prepare_step
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.engine.staging import Staging
 from ensemble.request import Request, SamplingParams, Sequence
+from tools.grpc_request import Inputs, make_tensors
 from tools.offline import generate
 from tools.results import write_results
 from tools.triton_server import TritonServer
@@ -93,29 +94,17 @@ def make_requests(count: int, vocab_size: int, max_tokens: int) -> list[Request]
     ]
 
 
-def greedy_inputs(prompt_token_ids: list[int], max_tokens: int) -> list[grpc.InferInput]:
+def greedy_inputs(prompt_token_ids: list[int], max_tokens: int) -> Inputs:
     """Of a streamed request for exactly `max_tokens` greedy tokens, with their ids and the timeline."""
-    return make_tensors(
-        {
-            "input_ids": np.array(prompt_token_ids, np.int32),
-            "max_tokens": np.array([max_tokens], np.int32),
-            "temperature": np.zeros(1, np.float32),
-            "ignore_eos": np.ones(1, bool),
-            "stream": np.ones(1, bool),
-            "return_output_ids": np.ones(1, bool),
-            "return_perf_metrics": np.ones(1, bool),
-        }
-    )
-
-
-def make_tensors(inputs: dict[str, np.ndarray[Any, Any]]) -> list[grpc.InferInput]:
-    dtypes = {"int32": "INT32", "float32": "FP32", "bool": "BOOL"}
-    tensors = []
-    for name, array in inputs.items():
-        tensor = grpc.InferInput(name, list(array.shape), dtypes[array.dtype.name])
-        tensor.set_data_from_numpy(array)
-        tensors.append(tensor)
-    return tensors
+    return {
+        "input_ids": np.array(prompt_token_ids, np.int32),
+        "max_tokens": np.array([max_tokens], np.int32),
+        "temperature": np.zeros(1, np.float32),
+        "ignore_eos": np.ones(1, bool),
+        "stream": np.ones(1, bool),
+        "return_output_ids": np.ones(1, bool),
+        "return_perf_metrics": np.ones(1, bool),
+    }
 
 
 def serve(server: TritonServer, requests: list[Request]) -> tuple[list[list[int]], dict[str, list[int]], float]:
@@ -144,7 +133,7 @@ def serve(server: TritonServer, requests: list[Request]) -> tuple[list[list[int]
     client.start_stream(receive)
     start = time.perf_counter()
     for request in requests:
-        inputs = greedy_inputs(request.prompt_token_ids, request.sampling.max_tokens)
+        inputs = make_tensors(greedy_inputs(request.prompt_token_ids, request.sampling.max_tokens))
         client.async_stream_infer(
             "scheduler", inputs, request_id=str(request.request_id), enable_empty_final_response=True
         )

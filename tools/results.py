@@ -27,6 +27,18 @@ def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def exactly(name: str, value: float, unit: str, goal: float) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "met": value == goal}
+
+
+def at_most(name: str, value: float, unit: str, goal: float) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "met": value <= goal}
+
+
+def at_least(name: str, value: float, unit: str, goal: float) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "met": value >= goal}
+
+
 def device_name() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

@@ -12,20 +12,19 @@ import random
 import signal
 import threading
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
-import tritonclient.grpc as grpc
 import typer
 from rich.console import Console
 
 from ensemble.config import Deployment
-from tools.gpu_smoke import make_tensors, write_model_dir
-from tools.results import write_results
+from tools.gpu_smoke import write_model_dir
+from tools.grpc_request import ask
+from tools.results import at_most, exactly, write_results
+from tools.server_state import Metrics, processes, resident_bytes, shared_memory, workers
 from tools.triton_server import TritonServer
 
 TINY_MODEL: dict[str, Any] = {
@@ -42,6 +41,7 @@ TINY_MODEL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 MAX_GROWTH = 1.10  # of the resident memory of all processes, late over early
+REQUEST_TIMEOUT_S = 60.0
 GRACE_S = 10.0  # for blocks to come back, and a killed worker
 
 
@@ -81,75 +81,20 @@ class Client(threading.Thread):
             "stream": np.ones(1, bool),
             "return_num_output_tokens": np.ones(1, bool),
         }
-        ended, errors, num_tokens = threading.Event(), [], 0
-
-        def receive(result: Any, error: Exception | None) -> None:
-            nonlocal num_tokens
-            if error is not None:
-                errors.append(str(error))
-                ended.set()
-                return
-            if result.get_response().outputs:
-                num_tokens += int(result.as_numpy("num_output_tokens")[0])
-            if result.get_response().parameters["triton_final_response"].bool_param:
-                ended.set()
-
-        client = grpc.InferenceServerClient(self._url)
-        try:
-            client.start_stream(receive)
-            client.async_stream_infer("scheduler", make_tensors(inputs), enable_empty_final_response=True)
-            is_whole = ended.wait(rng.uniform(0.005, 0.1) if goes_away else 60.0)
-            client.stop_stream(cancel_requests=not is_whole)
-        finally:
-            client.close()
-        if not is_whole:
+        answer = ask(self._url, inputs, rng.uniform(0.005, 0.1) if goes_away else REQUEST_TIMEOUT_S)
+        num_tokens = sum(int(each["num_output_tokens"][0]) for each in answer.responses)
+        if not answer.has_ended:
             return "went away" if goes_away else "HUNG"
         if is_bad:
-            return "bad input refused" if errors and "max_tokens = -1" in errors[0] else "BAD INPUT ACCEPTED"
-        if errors:
-            return "unavailable" if "is unavailable" in errors[0] else f"ERROR {errors[0][:80]}"
+            is_refused = answer.error is not None and "max_tokens = -1" in answer.error
+            return "bad input refused" if is_refused else "BAD INPUT ACCEPTED"
+        if answer.error is not None:
+            return "unavailable" if "is unavailable" in answer.error else f"ERROR {answer.error[:80]}"
         return "complete" if num_tokens == max_tokens else "INCOMPLETE"
 
 
-def processes(server: TritonServer) -> list[psutil.Process]:
-    return [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-
-
-def workers(server: TritonServer) -> list[psutil.Process]:
-    found = []
-    for process in processes(server):
-        try:
-            if "ensemble.workers.worker" in process.cmdline():
-                found.append(process)
-        except psutil.Error:  # it has just ended
-            continue
-    return found
-
-
-def resident_bytes(server: TritonServer) -> int:
-    total = 0
-    for process in processes(server):
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:
-            continue
-    return total
-
-
-def shared_memory(server: TritonServer) -> list[str]:
-    return sorted(path.name for path in Path("/dev/shm").glob(f"*{server.run_dir.name}*"))
-
-
-def blocks_in_use(server: TritonServer) -> float:
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
-        samples = [line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line[:10] == "distserve:"]
-    total = sum(float(value) for name, value in samples if name.startswith("distserve:kv_blocks{"))
-    free = sum(float(value) for name, value in samples if name.startswith("distserve:kv_blocks_free{"))
-    return total - free if total else -1.0
-
-
 def settled(server: TritonServer, num_workers: int) -> bool:
-    return blocks_in_use(server) == 0 and len(workers(server)) == num_workers
+    return Metrics(server).blocks_in_use == 0 and len(workers(server)) == num_workers
 
 
 def main(
@@ -190,7 +135,7 @@ def main(
         deadline = time.monotonic() + GRACE_S
         while not settled(server, num_workers) and time.monotonic() < deadline:
             time.sleep(0.2)
-        left_blocks, after, left_names = blocks_in_use(server), len(processes(server)), shared_memory(server)
+        left_blocks, after, left_names = Metrics(server).blocks_in_use, len(processes(server)), shared_memory(server)
     tenth = max(1, len(memory) // 10)
     early, late = sorted(memory[tenth : 5 * tenth]), sorted(memory[-4 * tenth :])
     growth = late[len(late) // 2] / early[len(early) // 2]
@@ -199,41 +144,11 @@ def main(
         {"name": "time under load", "value": minutes, "unit": "minutes"},
         {"name": "workers killed", "value": num_kills, "unit": "kills"},
         *({"name": f"requests: {name}", "value": count, "unit": "requests"} for name, count in outcomes.items()),
-        {
-            "name": "requests hung, wrong or with an unexpected error",
-            "value": sum(faults.values()),
-            "unit": "requests",
-            "goal": 0,
-            "met": not faults,
-        },
-        {
-            "name": "blocks in use afterwards",
-            "value": left_blocks,
-            "unit": "blocks",
-            "goal": 0,
-            "met": left_blocks == 0,
-        },
-        {
-            "name": "processes more than at the start",
-            "value": after - before,
-            "unit": "processes",
-            "goal": 0,
-            "met": after == before,
-        },
-        {
-            "name": "names in /dev/shm more than at the start",
-            "value": len(left_names) - len(names),
-            "unit": "names",
-            "goal": 0,
-            "met": left_names == names,
-        },
-        {
-            "name": "resident memory, late over early",
-            "value": round(growth, 3),
-            "unit": "",
-            "goal": MAX_GROWTH,
-            "met": growth <= MAX_GROWTH,
-        },
+        exactly("requests hung, wrong or with an unexpected error", sum(faults.values()), "requests", 0),
+        exactly("blocks in use afterwards", left_blocks, "blocks", 0),
+        exactly("processes more than at the start", after - before, "processes", 0),
+        exactly("names in /dev/shm that are not those of the start", len(set(left_names) ^ set(names)), "names", 0),
+        at_most("resident memory, late over early", round(growth, 3), "", MAX_GROWTH),
     ]
     for row in rows:
         console.print(f"{row['name']:55} {row['value']} {row['unit']}", highlight=False)
