@@ -3,8 +3,8 @@
     python -m tools.soak --minutes 10 --output docs/results/soak.json
 
 Clients send random prompts (the lengths heavy-tailed), one in ten goes away early, one in twenty sends bad input, and
-every so often a worker is killed. Requests must go on being answered. Afterwards every block must be free, the processes
-and the names in /dev/shm those of the start, and memory, whenever all processes are there, flat.
+every so often a worker is killed. Requests must go on being answered. Afterwards every block must be free, the
+processes and the names in /dev/shm those of the start, and memory, whenever all processes are there, flat.
 """
 
 import os
