@@ -45,6 +45,20 @@ class ModelLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """The service level that the client asks for; None: it does not say."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.ttft_s is not None or self.tpot_s is not None
+
+
+NO_TARGETS = Targets()
+
+
+@dataclass(frozen=True, slots=True)
 class ClientRequest:
     """A request as the scheduler queues it, with what only its answer needs."""
 
@@ -54,6 +68,7 @@ class ClientRequest:
     stop_strings: tuple[str, ...] = ()
     hints: Hints = DEFAULT_HINTS
     timeout_s: float | None = None  # from arrival
+    targets: Targets = NO_TARGETS
 
 
 def parse_request(
@@ -74,7 +89,8 @@ def parse_request(
     hints = parse_hints(tensors)
     request = Request(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling, priority=hints.priority)
     timeout_s = parse_milliseconds(tensors, "timeout_ms")
-    return ClientRequest(request, options, text, parse_stop_words(tensors), hints, timeout_s)
+    targets = Targets(hints.ttft_target_s, parse_milliseconds(tensors, "tpot_target_ms"))
+    return ClientRequest(request, options, text, parse_stop_words(tensors), hints, timeout_s, targets)
 
 
 def parse_prompt(tensors: Tensors, tokenizer: Tokenizer, chat: ChatTemplate) -> tuple[list[int], str]:

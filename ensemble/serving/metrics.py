@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from ensemble.errors import ErrorCode
 from ensemble.request import FinishReason
+from ensemble.serving.inputs import NO_TARGETS, Targets
 from ensemble.serving.streams import Timeline
 
 INTERVAL_S = 0.25
@@ -32,6 +33,10 @@ METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "vllm:generation_tokens_total": ("counter", "Tokens generated for clients"),
     "vllm:request_success_total": ("counter", "Requests that ended with their last token, by reason"),
     "distserve:request_errors_total": ("counter", "Requests that ended with an error, by code"),
+    "distserve:slo_requests_total": (
+        "counter",
+        "Requests that named TTFT or TPOT targets, by whether all were met",
+    ),
     "distserve:deadline_exceeded_total": ("counter", "Requests that were ended by their own timeout"),
     "vllm:time_to_first_token_seconds": ("histogram", "Arrival to first token"),
     "vllm:time_per_output_token_seconds": ("histogram", "Mean time between output tokens of a request"),
@@ -70,6 +75,7 @@ class Ended:
     num_output_tokens: int
     outcome: FinishReason | ErrorCode
     is_error: bool
+    targets: Targets = NO_TARGETS
 
 
 class Metrics:
@@ -132,7 +138,19 @@ def counted(ended: Ended) -> Counter[tuple[str, Labels]]:
     if ended.num_output_tokens:
         totals["vllm:prompt_tokens_total", ()] = ended.num_prompt_tokens
         totals["vllm:generation_tokens_total", ()] = ended.num_output_tokens
+    if ended.targets:
+        totals["distserve:slo_requests_total", (("attained", str(attained(ended)).lower()),)] = 1
     return totals
+
+
+def attained(ended: Ended) -> bool:
+    """Whether a request met all its targets. A failed one did not."""
+    spans, targets = durations(ended), ended.targets
+    limits = {
+        "vllm:time_to_first_token_seconds": targets.ttft_s,
+        "vllm:time_per_output_token_seconds": targets.tpot_s,
+    }
+    return not ended.is_error and all(limit is None or spans.get(name, 0.0) <= limit for name, limit in limits.items())
 
 
 def durations(ended: Ended) -> dict[str, float]:

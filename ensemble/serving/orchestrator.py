@@ -369,8 +369,8 @@ class Orchestrator:
         self._ended(stream, error.code, is_error=True)
 
     def _ended(self, stream: ClientStream, outcome: FinishReason | ErrorCode, is_error: bool) -> None:
-        ended = Ended(stream.timeline, stream.num_prompt_tokens, stream.num_output_tokens, outcome, is_error)
-        self._on_ended(ended)
+        num_tokens = stream.num_prompt_tokens, stream.num_output_tokens
+        self._on_ended(Ended(stream.timeline, *num_tokens, outcome, is_error, stream.targets))
 
     def _fail(self, request_id: int, error: DistServeError) -> None:
         """Ends a live request with an error, wherever it is, and has its blocks freed."""

@@ -76,6 +76,7 @@ class ClientStream:
         self.timeline = Timeline(arrival_ns=time.time_ns())
         self.request = client_request.request
         self.hints = client_request.hints
+        self.targets = client_request.targets
         timeout_s = client_request.timeout_s
         self.deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._options = client_request.options

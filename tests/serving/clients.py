@@ -25,6 +25,7 @@ DTYPES = {
     "priority": "INT32",
     "tenant": "BYTES",
     "ttft_target_ms": "FP32",
+    "tpot_target_ms": "FP32",
     "timeout_ms": "FP32",
 }
 NUMPY = {"BYTES": np.object_, "INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_}

@@ -31,6 +31,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "top_k below -1": ({"top_k": -2}, ["top_k = -2", "0 or -1"]),
     "priority out of range": ({"priority": 101}, ["priority = 101", "from -100 to 100"]),
     "empty tenant": ({"tenant": ""}, ["tenant", "at least one character"]),
+    "tpot_target_ms NaN": ({"tpot_target_ms": math.nan}, ["tpot_target_ms = nan", "above 0"]),
     "ttft_target_ms 0": ({"ttft_target_ms": 0.0}, ["ttft_target_ms = 0.0", "above 0"]),
     "timeout_ms negative": ({"timeout_ms": -1.0}, ["timeout_ms = -1.0", "above 0"]),
     "invalid UTF-8": ({"text_input": b"caf\xe9"}, ["text_input", "UTF-8"]),

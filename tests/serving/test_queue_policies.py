@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from tests.serving.clients import Answer, StreamClient, blocks_in_use, generate, read_metrics
 from tests.serving.deployments import deploy
@@ -136,3 +137,29 @@ def test_over_http_a_timeout_ends_with_an_error_too(slow_prefill: TritonServer) 
         urllib.request.urlopen(f"{slow_prefill.http_url}/v2/models/ensemble/generate", body, timeout=30)
     assert caught.value.code == 400  # what the server makes of CANCELLED; clients do not repeat it as they do a 503
     assert "deadline exceeded" in caught.value.read().decode()
+
+
+def test_requests_that_name_targets_are_counted_by_whether_they_met_them(tiny_server: TritonServer) -> None:
+    def counted(attained: str) -> float:
+        metrics = read_metrics(tiny_server.metrics_url)
+        return sum(
+            value
+            for name, value in metrics.items()
+            if name.startswith("distserve:slo_requests_total{") and f'attained="{attained}"' in name
+        )
+
+    before = {attained: counted(attained) for attained in ("true", "false")}
+    for targets in (
+        {"ttft_target_ms": 60_000.0, "tpot_target_ms": 60_000.0},
+        {"tpot_target_ms": 60_000.0},
+        {"ttft_target_ms": 60_000.0, "tpot_target_ms": 1e-3},
+        {"ttft_target_ms": 1e-3, "tpot_target_ms": 60_000.0},
+        {},
+    ):
+        generate(tiny_server.grpc_url, text_input="x", max_tokens=4, ignore_eos=True, **targets)
+    with pytest.raises(InferenceServerException):
+        generate(tiny_server.grpc_url, text_input="x", max_tokens=400, timeout_ms=1.0, ttft_target_ms=60_000.0)
+    deadline = time.monotonic() + 5
+    while counted("false") < before["false"] + 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (counted("true"), counted("false")) == (before["true"] + 2, before["false"] + 3)
