@@ -15,7 +15,14 @@ Tile sizes are those that read fastest of about ten measured per shape, with col
     4096 x 11008          35.1 -> 32.8    35.8 -> 32.9    38.9 -> 34.9
     32000 x 4096          97.6 -> 86.3    100.4 -> 90.3   103.0 -> 97.3
 
-The two with 4096 rows are split in two at 8 and 64 rows; the sum of the two was not in the time.
+                          32 rows         64 rows
+    15360 x 5120          59.9 -> 57.0    60.5 -> 59.0
+    5120 x 5120           24.1 -> 22.9    23.2 -> 25.0
+    20480 x 5120          78.7 -> 77.0    80.0 -> 82.8
+    5120 x 20480          81.4 -> 77.8    84.4 -> 81.6
+
+The two with 4096 rows are split in two at 8 and 64 rows; the sum of the two was not in the time. Wider tiles in three
+splits, for the 80 tiles of 5120 rows, were slower by a fifth to a third, the sum included.
 """
 
 import math
@@ -139,15 +146,14 @@ def _one_row_tiling(k: int) -> _Tiling:
 
 
 def _few_rows_tiling(n: int, k: int) -> _Tiling:
-    """One program a multiprocessor reads fastest with six stages; where two fit at once, but not one, with four."""
-    num_tiles = triton.cdiv(n, 64)
-    if _MULTIPROCESSORS / 2 < num_tiles <= _MULTIPROCESSORS * 2 / 3:  # too few for one split, too many for two
-        block_n, block_k, stages = 128, 64, 5
-    else:
-        block_n, block_k = 64, 128
-        stages = 4 if k > 8192 or _MULTIPROCESSORS < num_tiles <= 2 * _MULTIPROCESSORS else 6
+    """A program alone on its multiprocessor reads fastest with six stages; where two a multiprocessor are one round,
+    three stages let two of up to 64 rows fit.
+    """
+    block_n, block_k = 64, 128
     num_tiles = triton.cdiv(n, block_n)
     splits = max(min(_MULTIPROCESSORS // num_tiles, _MAX_SPLITS, triton.cdiv(k, block_k)), 1)
+    two_are_one_round = _MULTIPROCESSORS < num_tiles <= 2 * _MULTIPROCESSORS
+    stages = 3 if two_are_one_round else 4 if splits > 1 and k > 8192 else 6
     return _Tiling(block_n, block_k, stages, splits)
 
 
@@ -166,12 +172,14 @@ def reads_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether `decode_linear` is measured ahead of cuBLAS: on Hopper GPUs, in fp16 and bf16, for up to MAX_ROWS rows.
 
     Above 32 rows only where its programs come in nearly full rounds of the multiprocessors: a program is then alone
-    on its multiprocessor, and a round's idle ones count.
+    on its multiprocessor, and a round's idle ones count. Or where K is long beside N, which cuBLAS splits.
     """
     (num_rows, k), n = x.shape, weight.shape[0]
     if not 1 <= num_rows <= MAX_ROWS or x.dtype not in (torch.float16, torch.bfloat16) or not _is_hopper(x.device):
         return False
     if num_rows <= 32:
+        return True
+    if k >= 4 * n:
         return True
     tiling = _few_rows_tiling(n, k)
     rounds: float = triton.cdiv(n, tiling.block_n) * tiling.splits / _MULTIPROCESSORS
