@@ -8,8 +8,8 @@ side's blocks may be reused, and a sequence that comes in may not run.
 """
 
 import mmap
+import sys
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,15 +50,27 @@ def make_host_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> t
             return torch.empty((num_blocks, *layout.block_shape), dtype=layout.dtype)
         # Not `pin_memory=True`, which takes the next power of two of bytes. Pages of its own, so that nothing else
         # comes to lie in what is registered.
-        memory = mmap.mmap(-1, num_blocks * layout.block_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = _RegisteredMemory(-1, num_blocks * layout.block_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pool = torch.frombuffer(memory, dtype=layout.dtype).view(num_blocks, *layout.block_shape)
-        cudart = torch.cuda.cudart()
-        torch.cuda.check_error(cudart.cudaHostRegister(pool.data_ptr(), pool.nbytes, 0))
-        weakref.finalize(memory, cudart.cudaHostUnregister, pool.data_ptr()).atexit = False
+        memory.register(pool)
         return pool
     except (RuntimeError, MemoryError, OSError) as error:
         num_bytes = num_blocks * layout.block_bytes
         raise ConfigError(f"host_kv_bytes: the host has no {num_bytes >> 20} MiB for the KV pool: {error}") from None
+
+
+class _RegisteredMemory(mmap.mmap):
+    """Page-locked until just before it is unmapped."""
+
+    address: int | None = None
+
+    def register(self, pool: torch.Tensor) -> None:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), pool.nbytes, 0))
+        self.address = pool.data_ptr()
+
+    def __del__(self) -> None:
+        if self.address is not None and not sys.is_finalizing():
+            torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
 class Swapper:

@@ -18,7 +18,7 @@ from ensemble.models.spec import ModelSpec, load_model_spec
 from ensemble.request import Sequence
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
-GPU_RESERVE_BYTES = 1 << 30  # CUDA's own context, cuBLAS workspaces and decode graphs, which come beside the pool
+GPU_RESERVE_BYTES = 3 << 29  # CUDA's own context, cuBLAS workspaces and the graphs, which come beside the pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,9 @@ def load_engine(deployment: Deployment, stage: StageConfig, device: torch.device
     layout = KVLayout(spec.num_layers, spec.num_kv_heads, deployment.block_size, spec.head_dim, dtype)
     try:
         model = load_model(spec, deployment.model, device, dtype)
-        num_bytes = stage.kv_cache_bytes or default_kv_cache_bytes(model, layout, stage, device, max_num_batched_tokens)
+        num_bytes = stage.kv_cache_bytes or default_kv_cache_bytes(
+            model, layout, stage, device, max_num_batched_tokens, max_model_len
+        )
         pool = KVPool(layout, layout.num_blocks_in(num_bytes), device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = str(error).partition(". ")[0]
@@ -107,7 +109,12 @@ def largest_step(deployment: Deployment, stage: StageConfig, role: Role) -> int:
 
 
 def default_kv_cache_bytes(
-    model: Model, layout: KVLayout, stage: StageConfig, device: torch.device, max_num_batched_tokens: int
+    model: Model,
+    layout: KVLayout,
+    stage: StageConfig,
+    device: torch.device,
+    max_num_batched_tokens: int,
+    max_model_len: int,
 ) -> int:
     """The pool's size where none is configured: on a GPU what the stage's share leaves beside weights and activations.
 
@@ -118,7 +125,7 @@ def default_kv_cache_bytes(
         return DEFAULT_CPU_KV_CACHE_BYTES
     torch.cuda.reset_peak_memory_stats(device)
     one_block = torch.zeros(1, *layout.block_shape, dtype=layout.dtype, device=device)
-    ModelRunner(model, one_block, layout.block_size).run_largest(max_num_batched_tokens)
+    ModelRunner(model, one_block, layout.block_size).run_largest(max_num_batched_tokens, max_model_len)
     used = torch.cuda.max_memory_reserved(device) + GPU_RESERVE_BYTES
     total = torch.cuda.get_device_properties(device).total_memory
     available = int(total * stage.gpu_memory_utilization) - used

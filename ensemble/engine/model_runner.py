@@ -108,9 +108,9 @@ class ModelRunner:
             logits = decode_graphs.run(batch.decodes, unread_rows, sampled_before, staging)
             arrays = sampling_arrays(batch.decodes, self.model.spec.eos_token_ids, unread_rows)
             sampling = sampling_input(staging.to_device(arrays))
-        elif prefill_graphs is not None and batch.prefills and prefill_graphs.takes(batch):
+        elif prefill_graphs is not None and (kind := prefill_graphs.kind_for(batch)) is not None:
             arrays = token_arrays(batch, self.block_size, unread_rows)
-            hidden = prefill_graphs.run(arrays, sampled_before, staging)
+            hidden = prefill_graphs.run(kind, arrays, sampled_before, staging)
             last = {"last": {"tokens": arrays["tokens"]["sampled_tokens"]}}
             sampled_arrays = sampling_arrays(batch.sampled, self.model.spec.eos_token_ids, unread_rows)
             tensors = staging.to_device(last | sampled_arrays)
@@ -138,9 +138,9 @@ class ModelRunner:
             return hidden[:0]
         return self.model.compute_logits(gather_rows(hidden, sampled_tokens))
 
-    def run_largest(self, max_num_batched_tokens: int) -> None:
+    def run_largest(self, max_num_batched_tokens: int, max_model_len: int) -> None:
         """Runs a prefill batch of that many tokens, to see the memory that it takes. Overwrites block 0."""
-        longest = min(max_num_batched_tokens, self.model.spec.max_model_len - 1)
+        longest = min(max_num_batched_tokens, max_model_len - 1)
         self.run(_largest_batch(max_num_batched_tokens, longest, self.block_size))
 
     def _with_decode_plan(self, attention: AttentionMetadata) -> AttentionMetadata:

@@ -8,6 +8,8 @@ sequences of one query. What is done for the sampled tokens alone comes after th
     host buffer --one copy of its used part--> device buffer --views--> every graph
 """
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,10 +32,14 @@ def graph_token_counts(max_num_tokens: int) -> list[int]:
     return [count for count in counts if count < largest] + [largest]
 
 
+Kind: TypeAlias = tuple[int, bool]  # of a graph: its tokens, and whether it is for decode rows too
+
+
 class PrefillInputs:
     """The inputs of up to `max_num_tokens` tokens of up to `max_num_rows` sequences, on the host and on the device."""
 
     def __init__(self, max_num_tokens: int, max_num_rows: int, max_blocks: int, device: torch.device) -> None:
+        max_num_tokens += max_num_tokens % 2
         wide, row_words, width = 6 * max_num_tokens, -(-(max_num_rows + 1) // 4) * 4, -(-max_blocks // 4) * 4
         self._tables_start = wide + 2 * row_words  # in int32 words; every section is aligned to 16 bytes
         self._host = np.zeros(self._tables_start + max_num_rows * width, dtype=np.int32)
@@ -91,7 +97,7 @@ class PrefillGraphs:
         sizes = graph_token_counts(max_num_tokens)
         max_num_rows, max_blocks = self._num_rows(sizes[-1], max_num_decodes > 0), -(-max_model_len // block_size)
         self._inputs = PrefillInputs(sizes[-1], max_num_rows, max_blocks, device)
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         kinds = [(size, is_mixed) for is_mixed in ([False, True] if max_num_decodes else [False]) for size in sizes]
         memory = None
         for size, is_mixed in sorted(kinds, reverse=True):  # the largest first: the others fit into its memory
@@ -105,22 +111,23 @@ class PrefillGraphs:
             memory = memory or graph.pool()
             self._graphs[size, is_mixed] = graph, hidden
 
-    def takes(self, batch: Batch) -> bool:
-        """Whether there is a graph for this step with prompts."""
-        num_tokens = sum(row.length for row in batch.prefills) + len(batch.decodes)
-        is_long = any(sequence.num_tokens > MAX_DECODE_LEN for sequence in batch.decodes)
-        return not is_long and self._kind(num_tokens, len(batch.prefills), len(batch.decodes)) is not None
+    def kind_for(self, batch: Batch) -> Kind | None:
+        """The smallest graph that has room for this step with prompts; None if there is none."""
+        num_decodes = len(batch.decodes)
+        num_tokens = sum(row.length for row in batch.prefills) + num_decodes
+        num_rows, is_mixed = len(batch.prefills) + num_decodes, num_decodes > 0
+        if num_decodes > self._max_num_decodes or any(each.num_tokens > MAX_DECODE_LEN for each in batch.decodes):
+            return None
+        for kind in reversed(self._graphs):
+            if kind[1] == is_mixed and kind[0] >= num_tokens and self._num_rows(*kind) >= num_rows:
+                return kind
+        return None
 
     def run(
-        self, arrays: dict[str, dict[str, Array]], sampled_before: Tensor | None, staging: Staging
+        self, kind: Kind, arrays: dict[str, dict[str, Array]], sampled_before: Tensor | None, staging: Staging
     ) -> Tensor:  # [>= T, hidden_size], until the next run
         """Launches a step (`batch.token_arrays`) and returns the hidden states to come, in the order of its tokens."""
-        tokens = arrays["tokens"]
-        num_prefills = len(tokens["cu_seqlens_q"]) - 1
-        kind = self._kind(len(tokens["token_ids"]), num_prefills, len(tokens["context_lens"]) - num_prefills)
-        if kind is None:
-            raise ValueError("there is no graph for this step")
-        self._inputs.fill(tokens, kind[0], staging)
+        self._inputs.fill(arrays["tokens"], kind[0], staging)
         if "unread" in arrays and sampled_before is not None:
             unread = staging.to_device({"unread": arrays["unread"]})["unread"]
             Unread(**unread).fill(self._inputs.token_ids, sampled_before)
@@ -131,16 +138,6 @@ class PrefillGraphs:
     def _num_rows(self, size: int, is_mixed: bool) -> int:
         """Sequences of a graph."""
         return max(2, size // TOKENS_PER_PROMPT) + (self._max_num_decodes if is_mixed else 0)
-
-    def _kind(self, num_tokens: int, num_prefills: int, num_decodes: int) -> tuple[int, bool] | None:
-        """The smallest graph that has room."""
-        is_mixed = num_decodes > 0
-        for size, kind_is_mixed in reversed(self._graphs):
-            if kind_is_mixed == is_mixed and size >= num_tokens:
-                num_rows = num_prefills + num_decodes
-                if num_decodes <= self._max_num_decodes and num_rows <= self._num_rows(size, is_mixed):
-                    return size, is_mixed
-        return None
 
     def _forward(self, model: Llama | Opt, kv_pool: Tensor, size: int, is_mixed: bool) -> Tensor:
         inputs, num_rows = self._inputs, self._num_rows(size, is_mixed)

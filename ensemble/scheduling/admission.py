@@ -163,10 +163,11 @@ class DecodeAdmission:
     def try_start_at(self, replica: int, request: Request) -> bool:
         """Whether a decode replica may compute this prompt itself; if so the request is in decode from now on.
 
-        It may if it has room for the request's whole way, and beside it there is room for all that is promised.
+        It may if it has room for the request's whole way, beside it there is room for all that is promised, and nobody
+        waits in the bridge.
         """
         state, need = self._replicas.get(replica), self._need(request)
-        if state is None or not state.fits(need):
+        if state is None or self._bridge or not state.fits(need):
             return False
         if self._promised and self._num_promised_blocks + need.expected > self.num_free_blocks:
             return False

@@ -54,7 +54,6 @@ from ensemble.workers.messages import (
     Released,
     ReplicaDown,
     ReplicaUp,
-    RequestFailed,
     Reserved,
     StepTokens,
     SwapReport,
@@ -212,7 +211,13 @@ class Orchestrator:
             self._fail(request_id, DeadlineExceeded("deadline exceeded: the request's timeout_ms has passed"))
 
     def _dispatch(self) -> None:
-        """Everything that can start now, starts."""
+        """Everything that can start now, starts: first what has waited in the bridge."""
+        while submission := self.admission.next_submission():
+            now = time.time_ns()
+            for handoff in submission.handoffs:
+                timeline = self._streams[handoff.request.request_id].timeline
+                timeline.decode_submitted_ns, timeline.decode_replica = now, submission.replica
+            self._send("decode", submission)
         while batch := self.prefill.next_batch(time.monotonic(), self._may_start):
             now = time.time_ns()
             is_local = batch.replica >= self._first_local
@@ -227,12 +232,6 @@ class Orchestrator:
                 self._send("decode", msgspec.structs.replace(batch, replica=batch.replica - self._first_local))
             else:
                 self._send("prefill", batch)
-        while submission := self.admission.next_submission():
-            now = time.time_ns()
-            for handoff in submission.handoffs:
-                timeline = self._streams[handoff.request.request_id].timeline
-                timeline.decode_submitted_ns, timeline.decode_replica = now, submission.replica
-            self._send("decode", submission)
 
     def _may_start(self, replica: int, request: Request) -> bool:
         if replica >= self._first_local:
@@ -300,8 +299,6 @@ class Orchestrator:
                     self._on_swaps(replica, event)
                 case PrefixReport():
                     self._on_prefixes(replica, event)
-                case RequestFailed(request_id=request_id, message=message):
-                    self._fail(request_id, InternalError(message))
                 case Detached(address=address):
                     self._detached(address, replica)
                 case ReplicaUp():

@@ -122,7 +122,8 @@ class DecodeWorker:
         """Lets arrived sequences join, launches an iteration, and commits the one before (on a CPU: this one)."""
         start = time.monotonic()
         events = self._join() + self._end_swaps()
-        prompts = self._prompts.next_step(self._scheduler.has_room_for)
+        num_owed_blocks = self._arrivals.num_wanted_blocks  # to who came before
+        prompts = self._prompts.next_step(lambda num_blocks: self._scheduler.has_room_for(num_blocks + num_owed_blocks))
         plan = self._plan(start, prompts)
         self._start_swaps(plan)
         step = None
@@ -265,7 +266,7 @@ class DecodeWorker:
         released = []
         for request_id in request_ids:
             if request_id in self._prompts:
-                if self._prompts.cancel(request_id) is None or self._leave(request_id):
+                if self._prompts.cancel(request_id) or self._leave(request_id):
                     released.append(request_id)
             elif request_id in self._running:
                 self._running[request_id].finish_reason = "cancelled"

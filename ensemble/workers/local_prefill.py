@@ -49,9 +49,9 @@ class LocalPrefill:
 
     @property
     def num_wanted_blocks(self) -> int:
-        """Blocks that the first prompt of the queue lacks."""
-        request = self._queued.get(self._chunks[0].chunk.request_id) if self._chunks else None
-        return 0 if request is None else self._blocks.blocks_for(request.prompt_len)
+        """Blocks that the first of the prompts without any lacks."""
+        first = next(iter(self._queued.values()), None)
+        return 0 if first is None else self._blocks.blocks_for(first.prompt_len)
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._sequences or request_id in self._queued
@@ -64,24 +64,31 @@ class LocalPrefill:
                 self._queued[chunk.request_id] = chunk.request
 
     def next_step(self, has_room_for: Callable[[int], bool]) -> LocalStep:
-        """Takes chunks in order as far as the budget and the blocks for new prompts go, also of several batches."""
+        """Takes chunks in order as far as the budget goes, also of several batches.
+
+        A prompt that waits for blocks holds up those that want some after it, but not the next chunks of those that
+        have theirs: these blocks can be neither swapped nor freed before the prompt has decoded.
+        """
         step = LocalStep()
         lengths: dict[int, int] = {}  # request_id |-> tokens in this step
+        waiting: deque[_Chunk] = deque()
         num_left_tokens = self._max_num_tokens
-        while self._chunks:
-            chunk, batch_id = self._chunks[0].chunk, self._chunks[0].ends_batch
-            num_wanted_blocks = self.num_wanted_blocks
-            if chunk.length > num_left_tokens or (num_wanted_blocks and not has_room_for(num_wanted_blocks)):
-                break
-            self._chunks.popleft()
-            if batch_id is not None:
-                step.batch_ids.append(batch_id)
-            if num_wanted_blocks:
-                self._allocate(self._queued.pop(chunk.request_id), num_wanted_blocks)
-            sequence = self._sequences.get(chunk.request_id)
+        while self._chunks and self._chunks[0].chunk.length <= num_left_tokens:
+            each = self._chunks.popleft()
+            request_id, request = each.chunk.request_id, self._queued.get(each.chunk.request_id)
+            if request is not None:
+                num_blocks = self._blocks.blocks_for(request.prompt_len)
+                if waiting or not has_room_for(num_blocks):
+                    waiting.append(each)
+                    continue
+                self._allocate(self._queued.pop(request_id), num_blocks)
+            if each.ends_batch is not None:
+                step.batch_ids.append(each.ends_batch)
+            sequence = self._sequences.get(request_id)
             if sequence is not None and not sequence.is_finished:  # else it was cancelled meanwhile
-                lengths[chunk.request_id] = lengths.get(chunk.request_id, 0) + chunk.length
-                num_left_tokens -= chunk.length
+                lengths[request_id] = lengths.get(request_id, 0) + each.chunk.length
+                num_left_tokens -= each.chunk.length
+        self._chunks.extendleft(reversed(waiting))
         for request_id, length in lengths.items():
             sequence = self._sequences[request_id]
             step.rows.append(PrefillRow(sequence, sequence.num_computed_tokens, length))
@@ -91,13 +98,12 @@ class LocalPrefill:
         """Gives a sequence away, and the duty to free its blocks."""
         return self._sequences.pop(request_id)
 
-    def cancel(self, request_id: int) -> Sequence | None:
-        """Ends a request. Returns the sequence if it has blocks: to be taken when no launched step uses them."""
+    def cancel(self, request_id: int) -> bool:
+        """Ends a request. True if that is all; False if it has blocks: to be taken when no launched step uses them."""
         if self._queued.pop(request_id, None) is not None:
-            return None
-        sequence = self._sequences[request_id]
-        sequence.finish_reason = "cancelled"
-        return sequence
+            return True
+        self._sequences[request_id].finish_reason = "cancelled"
+        return False
 
     def ran(self, step: LocalStep, seconds: float) -> None:
         """A step with these rows took so long."""

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from ensemble.errors import ErrorCode
 from ensemble.request import FinishReason, Request
 
 
@@ -188,12 +187,6 @@ class SwapReport(_Message, frozen=True, kw_only=True):
     bytes_in: int
 
 
-class RequestFailed(_Message, frozen=True, kw_only=True):
-    request_id: int
-    code: ErrorCode
-    message: str
-
-
 class ReplicaUp(_Message, frozen=True, kw_only=True):
     """First message of a worker that has loaded its model; repeated to a scheduler that polls for the first time."""
 
@@ -233,7 +226,6 @@ WorkerEvent: TypeAlias = (
     | Released
     | SwapReport
     | PrefixReport
-    | RequestFailed
     | Detached
     | ReplicaUp
     | ReplicaDown

@@ -79,9 +79,9 @@ class PrefillWorker:
                 raise TypeError(f"a prefill worker was sent {type(command).__name__}")
 
     def step(self) -> list[WorkerEvent]:
-        """Launches the oldest batch, and answers the one launched before; on a CPU, and at the last, the same one."""
+        """Launches the oldest batch, and answers the one launched before; on a CPU the same one."""
         launched = self._launch(self._batches.popleft()) if self._batches else None
-        if launched is not None and self.engine.runs_ahead and (self._batches or self._launched):
+        if launched is not None and self.engine.runs_ahead:
             launched, self._launched = self._launched, launched
         elif launched is None:
             launched, self._launched = self._launched, None

@@ -188,3 +188,15 @@ def test_what_prefill_was_promised_is_not_given_to_a_prompt_computed_in_decode(m
     promise(admission, make_request(0, 16, max_tokens=9))  # 6 of 10 blocks
     assert not admission.try_start_at(0, make_request(1, 16, max_tokens=5))  # 5 blocks
     assert admission.try_start_at(0, make_request(2, 16, max_tokens=1))  # 4 blocks
+
+
+def test_who_waits_in_the_bridge_goes_before_prompts_computed_in_decode(make_request, make_handoff):
+    admission = make_admission(max_num_bridge_seqs=2, replicas=((10, 1),))
+    assert admission.try_start_at(0, make_request(0, 4, max_tokens=5))
+    waiting = make_request(1, 4, max_tokens=5)
+    promise(admission, waiting)
+    admission.arrive(make_handoff(waiting))
+    assert admission.next_submission() is None  # the only place is taken
+    admission.released(0, [0])
+    assert not admission.try_start_at(0, make_request(2, 4, max_tokens=5))
+    assert request_ids(admission.next_submission()) == [1]

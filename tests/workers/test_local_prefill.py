@@ -10,6 +10,7 @@ import pytest
 import torch
 import zmq
 
+from ensemble.cache.block_manager import BlockManager
 from ensemble.config import Batching, Deployment
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, load_engine
@@ -17,7 +18,15 @@ from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.prefill import Limits, PrefillScheduler
 from ensemble.workers.decode_worker import DecodeWorker
-from ensemble.workers.messages import CancelRequests, LocalPrefilled, SwapReport, WorkerEvent
+from ensemble.workers.local_prefill import LocalPrefill
+from ensemble.workers.messages import (
+    CancelRequests,
+    LocalPrefilled,
+    PrefillBatch,
+    PrefillChunk,
+    SwapReport,
+    WorkerEvent,
+)
 from ensemble.workers.peers import Peers
 from tests.checkpoints import make_tiny_llama
 from tests.serving.oracle import GreedyJudge
@@ -209,6 +218,32 @@ def test_cancels_at_any_time_free_everything(model: Path, runs_ahead: bool) -> N
         whole = expected[request.request_id]
         assert said == (whole[: len(said)] if request.request_id in cancelled else whole)
     assert any(len(outputs.get(request_id, [])) < len(expected[request_id]) for request_id in cancelled)
+
+
+def test_a_prompt_that_waits_for_blocks_holds_up_none_that_has_them() -> None:
+    """Their blocks come free only when they have decoded: held up, both would wait for ever."""
+    long, short, third = (
+        Request(request_id=index, prompt_token_ids=[5] * length, sampling=SamplingParams())
+        for index, length in enumerate([12, 4, 4])
+    )
+    prompts = LocalPrefill(BlockManager(10, BLOCK_SIZE), max_num_tokens=8)
+    first = [PrefillChunk(request_id=each.request_id, start=0, length=4, request=each) for each in (long, short)]
+    rest = PrefillChunk(request_id=0, start=4, length=8)
+    new = PrefillChunk(request_id=2, start=0, length=4, request=third)
+    for batch_id, chunks in enumerate([first, [rest], [new]]):
+        prompts.add(PrefillBatch(replica=0, batch_id=batch_id, chunks=chunks))
+
+    def step(has_room: bool) -> tuple[list[tuple[int, int]], list[int]]:
+        taken = prompts.next_step(lambda num_blocks: has_room or num_blocks == 3)
+        for row in taken.rows:
+            row.sequence.num_computed_tokens = row.end
+        return [(row.sequence.request_id, row.length) for row in taken.rows], taken.batch_ids
+
+    assert step(has_room=False) == ([(0, 4)], [])
+    assert step(has_room=False) == ([(0, 8)], [1])
+    assert prompts.num_wanted_blocks == 1
+    assert step(has_room=False) == ([], [])
+    assert step(has_room=True) == ([(1, 4), (2, 4)], [0, 2])
 
 
 @pytest.mark.gpu
