@@ -4,17 +4,16 @@
 
 The requests are divided over the decode policies, and one more part whose decode replica computes the prompts too. The
 first requests of each part are all served to their end, so that every byte that was swapped out has to come back; of
-those after them some clients go away. In float64, where tokens are the same whatever the batch, every output must be
+those after them some clients go away. They come in waves, each after requests whose outputs end early, so that more are
+admitted than there is room for. In float64, where tokens are the same whatever the batch, every output must be
 that of the engine without a server and with room for all, sampled ones included, and what came before a cancel must be
 its beginning. Afterwards every block must be free, nothing swapped, and processes and names in /dev/shm those of the
 start.
 """
 
 import random
-import string
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +38,17 @@ from tools.soak import TINY_MODEL
 from tools.triton_server import TritonServer
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 8  # layers, key and value, KV heads, tokens, head_dim, float64
-NUM_DEVICE_BLOCKS, NUM_HOST_BLOCKS = 24, 400  # a sequence has up to 9
+NUM_DEVICE_BLOCKS, NUM_HOST_BLOCKS = 16, 400  # a sequence has up to 9
 NUM_CLIENTS, MAX_NUM_SEQS = 40, 8
-MAX_PROMPT_LEN, MAX_TOKENS = 48, 90
+EARLY_PER_WAVE = 60  # a wave: as many requests as there are clients
+MAX_PROMPT_LEN, MAX_TOKENS = 24, 120
 CALM_SHARE = 0.6  # of a part's requests, the first ones, of which no client goes away
-CANCELLED_SHARE = 0.25  # at most, of those after them
-LONGEST_STAY_S = 2.0  # of a client that goes away
+CANCELLED_SHARE = 0.3  # at most, of those after them
+LONGEST_STAY_S = 1.0  # of a client that goes away
 REQUEST_TIMEOUT_S = 120.0
 GRACE_S = 10.0  # for blocks to come back, and for the metrics to say so
+VOCAB_SIZE: int = TINY_MODEL["vocab_size"]
+EOS_TOKEN_IDS = list(range(VOCAB_SIZE // 4))  # outputs that do not ignore them end early
 WEIGHTS_SCALE = 5.0
 MIN_PREEMPTIONS = 0.5  # for each request of a part
 
@@ -62,12 +64,12 @@ FAULTS = {  # figure |-> unit; each has to be 0
 }
 UNITS = FAULTS | {
     "requests": "requests",
+    "requests before the waves, whose outputs end early": "requests",
     "requests cancelled": "requests",
     "output tokens compared": "tokens",
     "preemptions": "sequences",
-    "bytes swapped out": "bytes",
     "bytes of sequences cancelled while swapped out": "bytes",
-    "time": "s",
+    "time under load": "s",
 }
 
 
@@ -93,7 +95,7 @@ class Outcome:
 
 def write_model(path: Path) -> None:
     """Weights with which every output showed a block that was zeroed in its midst; with dummy ones, 41 of 57 did."""
-    write_model_dir(path, TINY_MODEL)
+    write_model_dir(path, TINY_MODEL | {"eos_token_id": EOS_TOKEN_IDS})
     weights = load({"path": path, "dtype": "float64", "load_format": "dummy"}).runner.model.named_weights()
     scaled = {name: weight * (WEIGHTS_SCALE if weight.ndim > 1 else 1.0) for name, weight in weights}
     save_file(scaled, path / "model.safetensors")
@@ -111,7 +113,7 @@ def deployments(model: Path) -> dict[str, Deployment]:
     decode: dict[str, Any] = {
         "devices": ["cpu"],
         "num_threads": 1,
-        "quantum_s": 0.02,
+        "quantum_s": 0.01,
         "starvation_s": 0.5,
         "kv_cache_bytes": NUM_DEVICE_BLOCKS * BLOCK_BYTES,
         "host_kv_bytes": NUM_HOST_BLOCKS * BLOCK_BYTES,
@@ -130,22 +132,31 @@ def deployments(model: Path) -> dict[str, Deployment]:
 
 
 def make_requests(count: int, rng: random.Random) -> list[Request]:
-    return [
-        Request(
-            request_id=index,
-            prompt_token_ids=[
-                rng.randrange(3, TINY_MODEL["vocab_size"]) for _ in range(rng.randint(1, MAX_PROMPT_LEN))
-            ],
-            sampling=SamplingParams(
-                max_tokens=rng.choice([1, rng.randint(2, 30), rng.randint(30, MAX_TOKENS), MAX_TOKENS]),
-                temperature=rng.choice([0.0, 0.5, 1.0, 1.5]),  # exact in float32, in which they are sent
-                seed=rng.getrandbits(64),
-                ignore_eos=rng.random() < 0.5,
-            ),
-            priority=rng.randrange(4),
-        )
-        for index in range(count)
-    ]
+    """`count` requests in waves, and before each wave EARLY_PER_WAVE others whose outputs end far before their limit.
+
+    By what those needed, more of the wave are admitted than there is room for.
+    """
+    requests: list[Request] = []
+    for index in range(count):
+        if index % NUM_CLIENTS == 0:
+            requests += [make_request(len(requests) + i, rng, ends_early=True) for i in range(EARLY_PER_WAVE)]
+        requests.append(make_request(len(requests), rng, ends_early=False))
+    return requests
+
+
+def make_request(request_id: int, rng: random.Random, ends_early: bool) -> Request:
+    max_tokens = rng.choice([rng.randint(1, 40), rng.randint(40, MAX_TOKENS), MAX_TOKENS])
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, MAX_PROMPT_LEN))],
+        sampling=SamplingParams(
+            max_tokens=MAX_TOKENS if ends_early else max_tokens,
+            temperature=1.5 if ends_early else rng.choice([0.0, 0.5, 1.0, 1.5]),  # exact in float32, as it is sent
+            seed=rng.getrandbits(64),
+            ignore_eos=not ends_early,
+        ),
+        priority=rng.randrange(4),
+    )
 
 
 def as_inputs(request: Request) -> Inputs:
@@ -162,17 +173,6 @@ def as_inputs(request: Request) -> Inputs:
     }
 
 
-def end_early(server: TritonServer) -> None:
-    """Outputs that end far before their limit: of those that come next, more are admitted than there is room for."""
-    inputs: Inputs = {
-        "text_input": np.array(["x"], np.object_),
-        "max_tokens": np.array([MAX_TOKENS], np.int32),
-        "stop_words": np.array([*string.ascii_letters, " ", ".", ","], np.object_),
-    }
-    with ThreadPoolExecutor(NUM_CLIENTS) as clients:
-        list(clients.map(lambda _: ask(server.grpc_url, inputs, REQUEST_TIMEOUT_S), range(2 * NUM_CLIENTS)))
-
-
 def send(
     server: TritonServer, requests: list[Request], expected: list[list[int]], stays_s: list[float]
 ) -> list[Outcome]:
@@ -186,22 +186,21 @@ def send(
         return list(clients.map(one, range(len(requests))))
 
 
-def is_at_rest(metrics: Metrics) -> bool:
-    return metrics.blocks_in_use == 0 and metrics.total("vllm:num_requests_swapped") == 0
-
-
 def bytes_not_back(metrics: Metrics) -> float:
     """Swapped out, and not in again: they are on the host still, or their sequence was cancelled there."""
     out, back = (metrics.total("distserve:swap_bytes_total", f'direction="{way}"') for way in ("out", "in"))
     return out - back
 
 
-def wait_for(server: TritonServer, condition: Callable[[Metrics], bool]) -> Metrics:
-    """The metrics when they fulfil the condition, or after GRACE_S."""
+def at_rest(server: TritonServer, num_served: int) -> Metrics:
+    """The metrics when they know of so many requests' ends and nothing is in use, or after GRACE_S."""
     deadline = time.monotonic() + GRACE_S
-    while not condition(metrics := Metrics(server)) and time.monotonic() < deadline:
+    while True:
+        metrics = Metrics(server)
+        is_free = metrics.blocks_in_use == 0 and metrics.total("vllm:num_requests_swapped") == 0
+        if (is_free and metrics.total("vllm:request_success_total") >= num_served) or time.monotonic() > deadline:
+            return metrics
         time.sleep(0.1)
-    return metrics
 
 
 def run_part(
@@ -214,23 +213,22 @@ def run_part(
     ]
     with TritonServer(deployment, log_path=log) as server:
         server.wait_ready(timeout_s=120)
-        end_early(server)
         pids, names = {each.pid for each in processes(server)}, set(shared_memory(server))
         start = time.monotonic()
         outcomes = send(server, requests[:num_calm], expected[:num_calm], stays_s[:num_calm])
-        calm = wait_for(server, lambda metrics: is_at_rest(metrics) and bytes_not_back(metrics) == 0)
+        calm = at_rest(server, num_calm)
         outcomes += send(server, requests[num_calm:], expected[num_calm:], stays_s[num_calm:])
         seconds = time.monotonic() - start
-        end = wait_for(server, is_at_rest)
+        end = at_rest(server, sum(each.answer.has_ended for each in outcomes))
         left_pids, left_names = {each.pid for each in processes(server)}, set(shared_memory(server))
     return {
-        "requests": len(requests),
+        "requests": sum(request.sampling.ignore_eos for request in requests),
+        "requests before the waves, whose outputs end early": sum(not each.sampling.ignore_eos for each in requests),
         "requests cancelled": sum(not each.answer.has_ended for each in outcomes),
         "output tokens compared": sum(len(each.answer.output_ids) for each in outcomes),
         "preemptions": end.total("vllm:num_preemptions_total"),
-        "bytes swapped out": end.total("distserve:swap_bytes_total", 'direction="out"'),
-        "bytes of sequences cancelled while swapped out": bytes_not_back(end),
-        "time": round(seconds, 1),
+        "bytes of sequences cancelled while swapped out": bytes_not_back(end) - bytes_not_back(calm),
+        "time under load": round(seconds, 1),
         "requests hung, or with an error": sum(each.has_failed for each in outcomes),
         "requests whose output differs": sum(each.differs for each in outcomes),
         "blocks in use at the end, in the pools of both stages": end.blocks_in_use,
@@ -250,11 +248,14 @@ def rows_of(parts: dict[str, Figures]) -> list[dict[str, Any]]:
         row = exactly(name, total, unit, 0) if name in FAULTS else {"name": name, "value": total, "unit": unit}
         rows.append(row | {"parts": by_part})
     fewest = min(figures["preemptions"] / figures["requests"] for figures in parts.values())
-    return [*rows, at_least("preemptions for each request, of the part with the fewest", fewest, "", MIN_PREEMPTIONS)]
+    return [
+        *rows,
+        at_least("preemptions for each request, of the part with the fewest", round(fewest, 2), "", MIN_PREEMPTIONS),
+    ]
 
 
 def main(
-    requests: Annotated[int, typer.Option(min=60, help="of all parts together")] = 2000,
+    requests: Annotated[int, typer.Option(min=60, help="of all parts' waves together")] = 2000,
     seed: int = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for the summary")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="keeps the servers' logs here")] = None,
