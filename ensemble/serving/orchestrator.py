@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 
@@ -38,6 +38,7 @@ from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import Limits, PrefillScheduler
 from ensemble.scheduling.prefix_index import PrefixIndex
 from ensemble.serving.metrics import Ended, Gauges, Labels
+from ensemble.serving.replicas import Replicas
 from ensemble.serving.stage_calls import MAX_BATCHES_IN_FLIGHT, CallModel, StageCalls, StageName
 from ensemble.serving.streams import ClientStream, SenderPool
 from ensemble.workers.messages import (
@@ -65,18 +66,6 @@ MAX_LOCAL_BATCHES_IN_FLIGHT = 3
 MAX_STRANDED_S = 30.0  # what waits in the bridge gives a dead decode stage this long to come back
 
 
-@dataclass(slots=True, eq=False)
-class _Replica:
-    """The scheduler's end of the numbered command channel to one life of a worker."""
-
-    epoch: int
-    peer_address: str
-    num_blocks: int
-    num_free_blocks: int  # as the worker said last
-    num_swapped_seqs: int = 0  # as the worker said last
-    next_number: int = 0
-
-
 class Orchestrator:
     """`submit` and `cancel` may be called from any thread."""
 
@@ -89,10 +78,11 @@ class Orchestrator:
     ) -> None:
         self._senders = senders
         self._on_ended = on_ended
-        self._num_replicas: dict[StageName, int] = {
+        num_replicas: dict[StageName, int] = {
             "prefill": deployment.prefill.num_replicas,
             "decode": deployment.decode.num_replicas,
         }
+        self._replicas = Replicas(num_replicas)
         self._prefixes = PrefixIndex(deployment.block_size) if deployment.prefill.prefix_cache else None
         self._hashes: dict[int, list[bytes]] = {}  # request_id |-> of its prompt's blocks
         self.prefill = PrefillScheduler(
@@ -128,11 +118,8 @@ class Orchestrator:
             expected_kv_tokens=self._output_estimate.num_kv_tokens,
             watermark=deployment.decode.watermark,
         )
-        self._replicas: dict[tuple[StageName, int], _Replica] = {}  # those that are up
-        # Dead prefill workers' addresses |-> (replica, decode replicas that have yet to close their mapping)
-        self._detaching: dict[str, tuple[int, set[int]]] = {}
-        self._down_reasons: dict[StageName, str] = {}
         self._stranded_at: float | None = None  # when the bridge gives up waiting for a decode replica
+        self._stranded_reason = ""
         self._streams: dict[int, ClientStream] = {}  # request_id |-> live request
         self._unanswered: dict[int, ClientStream] = {}  # request_id |-> one with all its tokens, which are being sent
         self._deadlines = Deadlines()  # by time.monotonic()
@@ -140,7 +127,7 @@ class Orchestrator:
         self._early: list[tuple[Request, ClientStream]] = []  # came before the stages reported for the first time
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._calls = StageCalls(call_model, self._num_replicas, self)
+        self._calls = StageCalls(call_model, num_replicas, self)
         self._thread = threading.Thread(target=self._run, name="orchestrator", daemon=True)
         self._thread.start()
 
@@ -205,7 +192,7 @@ class Orchestrator:
     def _expire(self) -> None:
         """Requests whose time is up leave at once, wherever they are."""
         if self._stranded_at is not None and time.monotonic() > self._stranded_at:
-            self._fail_stranded(StageUnavailable("decode", self._down_reasons["decode"]), is_queued_only=False)
+            self._fail_stranded(StageUnavailable("decode", self._stranded_reason), is_queued_only=False)
         for request_id in self._deadlines.take_expired(time.monotonic()):
             self._totals["distserve:deadline_exceeded_total", ()] += 1
             self._fail(request_id, DeadlineExceeded("deadline exceeded: the request's timeout_ms has passed"))
@@ -239,14 +226,13 @@ class Orchestrator:
         return self.admission.try_promise(request)
 
     def _arrive(self, request: Request, stream: ClientStream) -> None:
-        known: list[StageName] = [stage for stage, _ in self._replicas]
-        for stage, num_replicas in self._num_replicas.items():
-            if stage in known or not num_replicas:
-                continue
-            if stage not in self._down_reasons:
+        missing = self._replicas.missing_stage()
+        if missing is not None:
+            stage, reason = missing
+            if reason is None:
                 self._early.append((request, stream))
             else:
-                self._refuse(stream, StageUnavailable(stage, self._down_reasons[stage]))
+                self._refuse(stream, StageUnavailable(stage, reason))
             return
         try:
             self.admission.check(request)
@@ -273,11 +259,9 @@ class Orchestrator:
 
     def _on_events(self, stage: StageName, replica: int, events: list[WorkerEvent]) -> None:
         for event in events:
-            if (
-                isinstance(event, Reserved | LocalPrefilled | StepTokens | Released)
-                and (stage, replica) in self._replicas
-            ):
-                self._replicas[stage, replica].num_free_blocks = event.num_free_blocks
+            known = self._replicas.get(stage, replica)
+            if known is not None and isinstance(event, Reserved | LocalPrefilled | StepTokens | Released):
+                known.num_free_blocks = event.num_free_blocks
             match event:
                 case StepTokens():
                     self._on_tokens(event)
@@ -300,7 +284,7 @@ class Orchestrator:
                 case PrefixReport():
                     self._on_prefixes(replica, event)
                 case Detached(address=address):
-                    self._detached(address, replica)
+                    self._start_prefill(self._replicas.detached(address, replica))
                 case ReplicaUp():
                     self._replica_up(stage, event)
                 case ReplicaDown(epoch=epoch, reason=reason):
@@ -339,14 +323,15 @@ class Orchestrator:
                 timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
 
     def _on_swaps(self, replica: int, report: SwapReport) -> None:
-        if ("decode", replica) in self._replicas:
-            self._replicas["decode", replica].num_swapped_seqs = report.num_swapped_seqs
+        known = self._replicas.get("decode", replica)
+        if known is not None:
+            known.num_swapped_seqs = report.num_swapped_seqs
         self._totals["vllm:num_preemptions_total", ()] += report.num_preemptions
         for direction, num_bytes in (("out", report.bytes_out), ("in", report.bytes_in)):
             self._totals["distserve:swap_bytes_total", (("direction", direction),)] += num_bytes
 
     def _on_prefixes(self, replica: int, report: PrefixReport) -> None:
-        if self._prefixes is not None and ("prefill", replica) in self._replicas:
+        if self._prefixes is not None and self._replicas.get("prefill", replica) is not None:
             self._prefixes.update(replica, report.stored, report.evicted)
         self._totals["vllm:prefix_cache_queries_total", ()] += report.num_queried_tokens
         self._totals["vllm:prefix_cache_hits_total", ()] += report.num_hit_tokens
@@ -416,25 +401,16 @@ class Orchestrator:
             self._refuse(stream, error)
 
     def _gauges(self) -> Gauges:
-        gauges: dict[tuple[str, Labels], float] = {
+        return {
             ("vllm:num_requests_waiting", ()): self.prefill.num_waiting,
             ("vllm:num_requests_running", ()): len(self._streams) - self.prefill.num_waiting,
             ("distserve:num_requests_bridge", ()): self.admission.num_bridge_seqs,
-            ("vllm:num_requests_swapped", ()): sum(each.num_swapped_seqs for each in self._replicas.values()),
+            **dict(self._replicas.gauges()),
             **self._totals,
         }
-        for stage, num_replicas in self._num_replicas.items():
-            for index in range(num_replicas):
-                labels = (("stage", stage), ("replica", str(index)))
-                replica = self._replicas.get((stage, index))
-                gauges["distserve:replica_up", labels] = int(replica is not None)
-                gauges["distserve:kv_blocks", labels] = replica.num_blocks if replica else 0
-                gauges["distserve:kv_blocks_free", labels] = replica.num_free_blocks if replica else 0
-        return gauges
 
     def _replica_up(self, stage: StageName, up: ReplicaUp) -> None:
-        self._replicas[stage, up.replica] = _Replica(up.epoch, up.peer_address, up.num_blocks, up.num_blocks)
-        self._down_reasons.pop(stage, None)
+        self._replicas.up(stage, up)
         if stage == "decode":
             self._stranded_at = None
         if stage == "prefill":
@@ -447,28 +423,28 @@ class Orchestrator:
                 refused = self.prefill.replica_up(place, up.num_blocks, self._local_limits, up.num_host_blocks)
                 for request_id in refused:
                     self._fail(request_id, InvalidRequest("text_input", "prompt", "no pool holds it"))
-        for (each, index), other in self._replicas.items():
-            if stage == "prefill" and each == "decode":
+        if stage == "prefill":
+            for index in self._replicas.of_stage("decode"):
                 self._send("decode", AttachPeer(replica=index, address=up.peer_address))
-            elif stage == "decode" and each == "prefill":
+        else:
+            for other in self._replicas.of_stage("prefill").values():
                 self._send("decode", AttachPeer(replica=up.replica, address=other.peer_address))
         early, self._early = self._early, []
         for request, stream in early:
             self._arrive(request, stream)
 
     def _replica_down(self, stage: StageName, replica: int, epoch: int, reason: str) -> None:
-        known = self._replicas.get((stage, replica))
-        if known is None or known.epoch != epoch:
+        dead = self._replicas.down(stage, replica, epoch, reason)
+        if dead is None:
             return
-        peer_address = self._replicas.pop((stage, replica)).peer_address
         if stage == "prefill":
-            self._detaching[peer_address] = (replica, {index for each, index in self._replicas if each == "decode"})
-            for index in self._detaching[peer_address][1].copy():
-                self._send("decode", DetachPeer(replica=index, address=peer_address))
-            self._detached(peer_address)
+            readers = self._replicas.detach(dead.peer_address, replica)
+            for index in readers:
+                self._send("decode", DetachPeer(replica=index, address=dead.peer_address))
+            self._start_prefill(None if readers else replica)
         else:
-            for address in list(self._detaching):
-                self._detached(address, replica)
+            for prefill_replica in self._replicas.reader_down(replica):
+                self._start_prefill(prefill_replica)
         if stage == "prefill" and self._prefixes is not None:
             self._prefixes.replica_down(replica)
         error = StageUnavailable(stage, reason)
@@ -482,11 +458,10 @@ class Orchestrator:
             self._fail(request_id, error)
             if stage == "decode":
                 self._cancel_prefill(request_id)  # also of a cancelled request, whose reader is dead now
-        if not any(each == stage for each, _ in self._replicas):
-            self._down_reasons[stage] = reason
+        if not self._replicas.of_stage(stage):
             self._fail_stranded(error, is_queued_only=True)
             if stage == "decode":
-                self._stranded_at = time.monotonic() + MAX_STRANDED_S
+                self._stranded_at, self._stranded_reason = time.monotonic() + MAX_STRANDED_S, reason
 
     def _fail_stranded(self, error: DistServeError, is_queued_only: bool) -> None:
         """Ends what needs a stage without a live replica: the queue at once, the bridge after MAX_STRANDED_S."""
@@ -495,20 +470,12 @@ class Orchestrator:
             if not (is_queued_only and stream.timeline.first_scheduled_ns):
                 self._fail(stream.request_id, error)
 
-    def _detached(self, address: str, decode_replica: int | None = None) -> None:
-        """A decode replica maps the dead prefill worker's pool no more; after the last one it may start again."""
-        if address not in self._detaching:
-            return
-        prefill_replica, readers = self._detaching[address]
-        readers.discard(-1 if decode_replica is None else decode_replica)
-        if not readers:
-            del self._detaching[address]
-            self._calls.start_worker(prefill_replica)
+    def _start_prefill(self, replica: int | None) -> None:
+        """The next life of a dead prefill worker may begin: nobody maps its pool any more."""
+        if replica is not None:
+            self._calls.start_worker(replica)
 
     def _send(self, stage: StageName, command: Command) -> None:
-        replica = self._replicas.get((stage, command.replica))
-        if replica is None:
-            return  # it went down: its requests have been failed
-        command = msgspec.structs.replace(command, epoch=replica.epoch, number=replica.next_number)
-        replica.next_number += 1
-        self._calls.send(stage, command)
+        numbered = self._replicas.numbered(stage, command)
+        if numbered is not None:  # else it went down: its requests have been failed
+            self._calls.send(stage, numbered)
