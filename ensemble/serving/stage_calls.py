@@ -49,10 +49,12 @@ class StageCalls:
         self._call_model = call_model
         self._listener = listener
         self._closing = threading.Event()
-        self._commands = ThreadPoolExecutor(
-            max_workers=num_replicas["prefill"] * MAX_BATCHES_IN_FLIGHT + NUM_CONTROL_THREADS,
-            thread_name_prefix="command",
-        )
+        num_threads = num_replicas["prefill"] * MAX_BATCHES_IN_FLIGHT + NUM_CONTROL_THREADS
+        self._commands = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="command")
+        # All of them now: a pool grows when no thread is idle, and would do so some time later under load.
+        started = threading.Barrier(num_threads)
+        for _ in range(num_threads):
+            self._commands.submit(started.wait)
         self._polls = [
             threading.Thread(target=self._poll, args=(stage, replica), name=f"poll-{stage}-{replica}", daemon=True)
             for stage, count in num_replicas.items()

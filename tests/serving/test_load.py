@@ -39,7 +39,7 @@ def footprint(server: TritonServer) -> dict[str, Any]:
     processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     return {
         "processes": sorted(process.pid for process in processes),
-        "threads": sum(process.num_threads() for process in processes),
+        "threads": {process.pid: process.num_threads() for process in processes},
         "shared memory": sorted(path.name for path in Path("/dev/shm").iterdir() if may_be_ours(path.name, server)),
     }
 
