@@ -16,7 +16,9 @@ PACKAGES = ("torch", "triton", "numpy", "nvidia-pytriton", "tritonclient")
 
 def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows: each has name, value, unit, and goal and met, None where there is no goal."""
-    command = ["python", "-m", f"tools.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    # Where the file belongs, not where it lay on the machine that wrote it.
+    arguments = [f"docs/results/{path.name}" if argument == str(path) else argument for argument in sys.argv[1:]]
+    command = ["python", "-m", f"tools.{Path(sys.argv[0]).stem}", *arguments]
     result = {
         "device": device_name(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
