@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import tritonclient.grpc as grpc
 import typer
-from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
@@ -31,7 +30,7 @@ from ensemble.engine.staging import Staging
 from ensemble.request import Request, SamplingParams, Sequence
 from tools.grpc_request import Inputs, make_tensors
 from tools.offline import generate
-from tools.results import write_results
+from tools.results import report
 from tools.triton_server import TritonServer
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -236,7 +235,7 @@ def main(
 ) -> None:
     """Runs both shapes; exit status 1 if an output differs."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    console, rows = Console(), []
+    rows: list[dict[str, Any]] = []
     logs = log_dir or Path(tempfile.mkdtemp(prefix="gpu-smoke-"))
     for name, config in SHAPES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -254,12 +253,7 @@ def main(
             )
             requests = make_requests(num_requests, config["vocab_size"], max_tokens)
             rows += run_shape(name, deployment, requests, logs / f"{name}.log")
-    for row in rows:
-        console.print(f"{row['name']:50} {row['value']} {row['unit']}", highlight=False)
-    if output is not None:
-        write_results(output, rows)
-    if not all(row.get("met", True) for row in rows):
-        raise typer.Exit(1)
+    report(rows, output)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
+from rich.console import Console
 
 PACKAGES = ("torch", "triton", "numpy", "nvidia-pytriton", "tritonclient")
 
@@ -27,6 +29,18 @@ def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
         "rows": [{"goal": None, "met": None} | row for row in rows],
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def report(rows: list[dict[str, Any]], output: Path | None) -> None:
+    """Prints the rows and writes them if there is a file; exit status 1 if a goal was missed."""
+    console = Console(highlight=False)
+    for row in rows:
+        met = {True: "yes", False: "NO", None: ""}[row.get("met")]
+        console.print(f"{met:3} {row['name']:60} {row['value']} {row['unit']}")
+    if output is not None:
+        write_results(output, rows)
+    if not all(row.get("met") in (None, True) for row in rows):
+        raise typer.Exit(1)
 
 
 def exactly(name: str, value: float, unit: str, goal: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rich.console import Console
 from ensemble.config import Deployment
 from tools.gpu_smoke import write_model_dir
 from tools.grpc_request import ask
-from tools.results import at_most, exactly, write_results
+from tools.results import at_most, exactly, report
 from tools.server_state import Metrics, processes, resident_bytes, shared_memory, workers
 from tools.triton_server import TritonServer
 
@@ -159,12 +159,7 @@ def main(
         exactly("names in /dev/shm that are not those of the start", len(set(left_names) ^ set(names)), "names", 0),
         at_most("resident memory, late over early", round(growth, 3), "", MAX_GROWTH),
     ]
-    for row in rows:
-        console.print(f"{row['name']:55} {row['value']} {row['unit']}", highlight=False)
-    if output is not None:
-        write_results(output, rows)
-    if not all(row.get("met", True) for row in rows):
-        raise typer.Exit(1)
+    report(rows, output)
 
 
 if __name__ == "__main__":

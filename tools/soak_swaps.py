@@ -32,7 +32,7 @@ from ensemble.scheduling.decode_policies import DecodePolicyName
 from tools.gpu_smoke import write_model_dir
 from tools.grpc_request import Answer, Inputs, ask
 from tools.offline import generate
-from tools.results import at_least, exactly, write_results
+from tools.results import at_least, exactly, report
 from tools.server_state import Metrics, processes, shared_memory
 from tools.soak import TINY_MODEL
 from tools.triton_server import TritonServer
@@ -277,13 +277,7 @@ def main(
             parts[name] = run_part(deployment, asked, expected, rng, log)
             console.print(f"{name}: {parts[name]}")
     rows = rows_of(parts)
-    for row in rows:
-        met = {True: "yes", False: "NO", None: ""}[row.get("met")]
-        console.print(f"{met:3} {row['name']:60} {row['value']} {row['unit']}")
-    if output is not None:
-        write_results(output, rows)
-    if not all(row.get("met", True) for row in rows):
-        raise typer.Exit(1)
+    report(rows, output)
 
 
 if __name__ == "__main__":
