@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,11 @@ import zmq
 
 from ensemble.config import Deployment
 from ensemble.errors import ConfigError, DistServeError, InternalError, StageUnavailable
+from ensemble.serving.outbox import Outbox
 from ensemble.workers.messages import (
     Accepted,
     Command,
     EndWorker,
-    Events,
     LoadFailed,
     Poll,
     PrefillAnswer,
@@ -48,10 +47,10 @@ ERROR_MARK = "distserve: error:"  # tools.serve shows what follows as the reason
 
 @dataclass(slots=True, eq=False)
 class _Replica:
+    outbox: Outbox
+    poll: tuple[float, Reply] | None = None  # parked: deadline, reply
     epoch: int = 0
     up: ReplicaUp | None = None
-    outbox: list[WorkerEvent] = field(default_factory=list)  # not yet polled
-    polls: deque[tuple[float, Reply]] = field(default_factory=deque)  # parked: deadline, reply
     next_number: int = 0
     early: dict[int, tuple[bytes, Command, Reply]] = field(default_factory=dict)  # commands that overtook another
     batches: dict[int, Reply] = field(default_factory=dict)  # batch_id |-> its parked call
@@ -63,7 +62,7 @@ class Stage:
     def __init__(self, name: Literal["prefill", "decode"], deployment: Deployment) -> None:
         self.name = name
         stage = deployment.prefill if name == "prefill" else deployment.decode
-        self._replicas = [_Replica() for _ in range(stage.num_replicas)]
+        self._replicas = [_Replica(Outbox(index)) for index in range(stage.num_replicas)]
         self._run_dir = tempfile.TemporaryDirectory(prefix=f"distserve-{name}-")  # mode 0700
         address = f"ipc://{self._run_dir.name}/stage"
         self._context = zmq.Context()
@@ -143,8 +142,8 @@ class Stage:
             self._supervisor.start_due()
             self._answer_polls()
         for replica in self._replicas:
-            for _, reply in replica.polls:
-                reply(StageUnavailable(self.name, "the server is stopping"))
+            if replica.poll is not None:
+                replica.poll[1](StageUnavailable(self.name, "the server is stopping"))
             self._fail_commands(replica, "the server is stopping")
 
     def _receive_call(self, payload: bytes, reply: Reply) -> None:
@@ -155,7 +154,10 @@ class Stage:
             reply(InternalError(f"{self.name}: unreadable call: {error}"))
             return
         if isinstance(call, Poll):
-            replica.polls.append((time.monotonic() + min(call.max_wait_s, MAX_POLL_S), reply))
+            if replica.poll is not None:  # its caller has given it up
+                replica.poll[1](encode(Accepted()))
+            replica.outbox.confirm(call.last_number)
+            replica.poll = time.monotonic() + min(call.max_wait_s, MAX_POLL_S), reply
         elif isinstance(call, StartWorker):
             self._supervisor.allow(call.replica)
             reply(encode(Accepted()))
@@ -197,7 +199,7 @@ class Stage:
             case ReplicaUp():
                 replica.up, replica.epoch, replica.next_number = event, epoch, 0
                 worker.up_at = time.monotonic()
-                replica.outbox.append(event)
+                replica.outbox.add(event)
                 print(
                     f"distserve: {self.name} replica {index}: up, {event.num_blocks} KV blocks",
                     file=sys.stderr,
@@ -206,7 +208,7 @@ class Stage:
                 if all(each.up is not None for each in self._replicas):
                     self._all_up.set()
             case _:
-                replica.outbox.append(event)
+                replica.outbox.add(event)
 
     def _worker_ended(self, index: int, epoch: int, how: str) -> None:
         replica = self._replicas[index]
@@ -221,7 +223,7 @@ class Stage:
         )
         if replica.up is not None:
             replica.up = None
-            replica.outbox.append(ReplicaDown(replica=index, epoch=epoch, reason=how))
+            replica.outbox.add(ReplicaDown(replica=index, epoch=epoch, reason=how))
         self._fail_commands(replica, how)
 
     def _fail_commands(self, replica: _Replica, reason: str) -> None:
@@ -232,14 +234,13 @@ class Stage:
 
     def _answer_polls(self) -> None:
         now = time.monotonic()
-        for index, replica in enumerate(self._replicas):
-            while replica.polls and (replica.outbox or replica.polls[0][0] <= now):
-                _, reply = replica.polls.popleft()
-                events, replica.outbox = replica.outbox, []
-                reply(encode(Events(replica=index, events=events)))
+        for replica in self._replicas:
+            if replica.poll is not None and (replica.outbox or replica.poll[0] <= now):
+                (_, reply), replica.poll = replica.poll, None
+                reply(encode(replica.outbox.take()))
 
     def _milliseconds_to_next_deadline(self) -> int:
-        deadlines = [replica.polls[0][0] for replica in self._replicas if replica.polls]
+        deadlines = [replica.poll[0] for replica in self._replicas if replica.poll is not None]
         deadlines += self._supervisor.restart_times
         if not deadlines:
             return 1000

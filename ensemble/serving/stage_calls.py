@@ -94,12 +94,15 @@ class StageCalls:
             self._listener.prefilled(command.replica, answer)
 
     def _poll(self, stage: StageName, replica: int) -> None:
-        poll = encode(Poll(replica=replica))
+        last_number = 0
         while not self._closing.is_set():
             try:
+                poll = encode(Poll(replica=replica, last_number=last_number))
                 answer = decode_stage_answer(self._call_model(stage, poll))
             except Exception:  # the server does not let calls through: it starts, or stops
                 self._closing.wait(FAILED_POLL_PAUSE_S)
                 continue
-            if isinstance(answer, Events) and answer.events:
-                self._listener.events(stage, replica, answer.events)
+            if isinstance(answer, Events):
+                last_number = answer.number
+                if answer.events:
+                    self._listener.events(stage, replica, answer.events)

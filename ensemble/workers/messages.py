@@ -103,9 +103,10 @@ class EndWorker(_Message, frozen=True, kw_only=True):
 
 
 class Poll(_Message, frozen=True, kw_only=True):
-    """Parked until the replica has events, at most `max_wait_s`."""
+    """Parked until the replica has events, at most `max_wait_s`. One at a time: it ends one that is still parked."""
 
     replica: int
+    last_number: int = 0  # of the last answer that has arrived
     max_wait_s: float = 1.0
 
 
@@ -234,9 +235,10 @@ WorkerEvent: TypeAlias = (
 
 
 class Events(_Message, frozen=True, kw_only=True):
-    """Answer to a Poll: what happened at the replica since the last one, in order."""
+    """Answer to a Poll: what happened at the replica since the last one that arrived, in order."""
 
     replica: int
+    number: int
     events: list[WorkerEvent]
 
 
