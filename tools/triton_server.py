@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -73,8 +72,8 @@ def port_is_free(host: str, port: int) -> bool:
 class TritonServer:
     """One server process with its stubs and workers, as a context manager that starts it.
 
-    `start` returns at once; `wait_ready` returns when every model is ready. `stop` leaves no process, no run
-    directory and no shared memory. Ports are free ones unless given.
+    `start` returns at once; `wait_ready` returns when every model is ready and every front open. `stop` leaves no
+    process, no run directory and no shared memory. Ports are free ones unless given.
     """
 
     def __init__(
@@ -171,7 +170,10 @@ class TritonServer:
             raise ServerError(f"the Triton server cannot be started: {error}") from None
 
     def wait_ready(self, progress: Progress = lambda line: None, timeout_s: float = 3600.0) -> None:
-        """Returns when all models are ready; `progress` gets the operator's lines of the log. Raises ServerError."""
+        """Returns when all models are ready and all fronts open; `progress` gets the operator's lines of the log.
+
+        Raises ServerError.
+        """
         assert self._process is not None, "the server has not been started"
         deadline = time.monotonic() + timeout_s
         num_seen = 0
@@ -234,10 +236,14 @@ class TritonServer:
                     folder.rmdir()
 
     def _is_ready(self) -> bool:
+        """Of the three fronts the server opens that of the metrics last, some 40 ms after it says that it is ready."""
         try:
-            with urllib.request.urlopen(f"{self.http_url}/v2/health/ready", timeout=5) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
+            for url in (f"{self.http_url}/v2/health/ready", self.metrics_url):
+                with urllib.request.urlopen(url, timeout=5) as response:
+                    if response.status != 200:
+                        return False
+            return True
+        except OSError:  # URLError is one
             return False
 
     def _operator_lines(self) -> list[str]:

@@ -17,6 +17,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def roomy_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For requests that have to be still under way when a test meddles, also on a machine so busy that 500 tokens
+    are through before the test sees the first."""
+    return make_tiny_llama(tmp_path_factory.mktemp("roomy-llama"), max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="session")
 def tiny_server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     log_path = tmp_path_factory.mktemp("server") / "server.log"
     with TritonServer(deploy(tiny_llama), log_path=log_path) as server:

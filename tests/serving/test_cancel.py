@@ -20,7 +20,13 @@ from tools.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 
-LONG = {"text_input": "The capital", "max_tokens": 500, "temperature": 0.0, "ignore_eos": True, "stream": True}
+LONG: dict[str, Any] = {
+    "text_input": "The capital",
+    "max_tokens": 4000,
+    "temperature": 0.0,
+    "ignore_eos": True,
+    "stream": True,
+}
 
 
 def grpc_cancel(server: TritonServer, model: str) -> None:
@@ -63,23 +69,6 @@ def sample(server: TritonServer, name: str) -> float:
     return sum(value for key, value in read_metrics(server.metrics_url).items() if key.startswith(name))
 
 
-@pytest.mark.parametrize("leave", [grpc_cancel, http_disconnect])
-@pytest.mark.parametrize("model", ["scheduler", "ensemble"])
-def test_blocks_are_free_and_the_cancel_is_counted(
-    tiny_server: TritonServer, model: str, leave: Callable[[TritonServer, str], None]
-) -> None:
-    generate(tiny_server.grpc_url, text_input="x", max_tokens=2)
-    cancelled = 'distserve:request_errors_total{code="CANCELLED"'
-    before = sample(tiny_server, cancelled)
-    leave(tiny_server, model)
-    # 500 ms for the cancel, and the metrics' own interval of 250 ms
-    wait_until(lambda: sample(tiny_server, cancelled) == before + 1, 2.0)
-    wait_until(lambda: blocks_in_use(read_metrics(tiny_server.metrics_url)) == 0, 1.0)
-    assert sample(tiny_server, "vllm:num_requests_running") == 0
-
-
-# ---- in every state, held there by stopping a worker's process
-
 FREED_S = 0.5 + 0.25  # 500 ms, and the interval of the metrics that show it
 CANCELLED = 'distserve:request_errors_total{code="CANCELLED"'
 
@@ -94,6 +83,23 @@ def narrow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonSe
         server.wait_ready(timeout_s=120)
         generate(server.grpc_url, "ensemble", text_input="x", max_tokens=2)
         yield server
+
+
+@pytest.mark.parametrize("leave", [grpc_cancel, http_disconnect])
+@pytest.mark.parametrize("model", ["scheduler", "ensemble"])
+def test_blocks_are_free_and_the_cancel_is_counted(
+    narrow_server: TritonServer, model: str, leave: Callable[[TritonServer, str], None]
+) -> None:
+    generate(narrow_server.grpc_url, text_input="x", max_tokens=2)
+    before = sample(narrow_server, CANCELLED)
+    leave(narrow_server, model)
+    # 500 ms for the cancel, and the metrics' own interval of 250 ms
+    wait_until(lambda: sample(narrow_server, CANCELLED) == before + 1, 2.0)
+    wait_until(lambda: blocks_in_use(read_metrics(narrow_server.metrics_url)) == 0, 1.0)
+    assert sample(narrow_server, "vllm:num_requests_running") == 0
+
+
+# ---- in every state, held there by stopping a worker's process
 
 
 @contextlib.contextmanager
@@ -121,7 +127,6 @@ STATES = {
     "in transfer": State("decode", 0, "vllm:num_requests_running"),
     "in decode": State(None, 0, "vllm:num_requests_running"),
 }
-VERY_LONG: dict[str, Any] = {**LONG, "max_tokens": 4000}
 
 
 @contextlib.contextmanager
@@ -131,7 +136,7 @@ def in_state(server: TritonServer, name: str, send: Callable[[], None]) -> Itera
     others = [StreamClient(server.grpc_url) for _ in range(state.num_others)]
     with stopped(server, state.stopped_stage):
         for other in others:
-            other.send("scheduler", "0", **VERY_LONG)
+            other.send("scheduler", "0", **LONG)
         wait_until(lambda: sample(server, "vllm:num_requests_running") == state.num_others, 5.0)
         send()
         wait_until(lambda: sample(server, state.gauge) == 1, 5.0)
@@ -154,7 +159,7 @@ def assert_all_is_freed(server: TritonServer) -> None:
 def test_grpc_cancel_in_every_state(narrow_server: TritonServer, name: str, model: str, stream: bool) -> None:
     client = StreamClient(narrow_server.grpc_url)
     before = sample(narrow_server, CANCELLED)
-    with in_state(narrow_server, name, lambda: client.send(model, "0", **{**VERY_LONG, "stream": stream})):
+    with in_state(narrow_server, name, lambda: client.send(model, "0", **{**LONG, "stream": stream})):
         client.close(cancel=True)
         wait_until(lambda: sample(narrow_server, CANCELLED) == before + 1, FREED_S)
     assert_all_is_freed(narrow_server)
@@ -165,7 +170,7 @@ def test_http_disconnect_after_the_first_event(narrow_server: TritonServer, name
     """Before its first event the Triton server reads nothing of an HTTP connection, and does not see it close."""
     connections = []
     before = sample(narrow_server, CANCELLED)
-    with in_state(narrow_server, name, lambda: connections.append(post_stream(narrow_server, "ensemble", VERY_LONG))):
+    with in_state(narrow_server, name, lambda: connections.append(post_stream(narrow_server, "ensemble", LONG))):
         read_first_event(connections[0])
         connections[0].close()
         wait_until(lambda: sample(narrow_server, CANCELLED) == before + 1, FREED_S)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.server
 MAX_TOKENS = 24
 GREEDY: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True, "return_output_ids": True}
 COLOCATED: dict[str, Any] = {"mode": "colocated", "prefill": {"devices": [], "max_num_batched_tokens": 64}}
-LONG = {"input_ids": [9, 8, 7], "max_tokens": 400, "temperature": 0.0, "ignore_eos": True, "stream": True}
+LONG = {"input_ids": [9, 8, 7], "max_tokens": 8000, "temperature": 0.0, "ignore_eos": True, "stream": True}
 
 
 @pytest.mark.parametrize("batching", get_args(Batching))
@@ -44,8 +44,8 @@ def test_greedy_in_float64_equals_transformers(batching: str, tiny_llama: Path, 
     assert all(int(answer.responses[-1]["kv_transfer_bytes"][0]) == 0 for answer in answers)
 
 
-def test_cancels_and_a_killed_worker(tiny_llama: Path, tmp_path: Path) -> None:
-    with TritonServer(deploy(tiny_llama, **COLOCATED), log_path=tmp_path / "log") as server:
+def test_cancels_and_a_killed_worker(roomy_llama: Path, tmp_path: Path) -> None:
+    with TritonServer(deploy(roomy_llama, **COLOCATED), log_path=tmp_path / "log") as server:
         server.wait_ready(timeout_s=120)
         client = StreamClient(server.grpc_url)
         for request_id in range(8):

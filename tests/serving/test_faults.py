@@ -21,17 +21,17 @@ pytestmark = pytest.mark.server
 
 DECODING: dict[str, Any] = {
     "input_ids": [9, 8, 7],
-    "max_tokens": 400,
+    "max_tokens": 8000,
     "temperature": 0.0,
     "ignore_eos": True,
     "stream": True,
 }
-PREFILLING = {**DECODING, "input_ids": [5] * 500, "max_tokens": 2}
+PREFILLING = {**DECODING, "input_ids": [5] * 3000, "max_tokens": 2}
 
 
 @pytest.fixture
-def server(tiny_llama: Path, tmp_path: Path) -> Iterator[TritonServer]:
-    deployment = deploy(tiny_llama, prefill={"max_num_batched_tokens": 16})
+def server(roomy_llama: Path, tmp_path: Path) -> Iterator[TritonServer]:
+    deployment = deploy(roomy_llama, prefill={"max_num_batched_tokens": 16})
     with TritonServer(deployment, log_path=tmp_path / "log") as server:
         server.wait_ready(timeout_s=120)
         generate(server.grpc_url, **(DECODING | {"max_tokens": 4}))
@@ -107,8 +107,9 @@ def test_decode_worker_killed(server: TritonServer) -> None:
 
 def test_prefill_worker_killed(server: TritonServer) -> None:
     expected = generate(server.grpc_url, **(DECODING | {"max_tokens": 8})).text
-    alone = generate(server.grpc_url, **DECODING).text
-    decoding, survivor, _ = in_background(server, DECODING)
+    to_the_end = {**DECODING, "max_tokens": 1500}
+    alone = generate(server.grpc_url, **to_the_end).text
+    decoding, survivor, _ = in_background(server, to_the_end)
     wait_until(lambda: len(survivor.responses) > 3, 10)
     lost = [in_background(server, PREFILLING) for _ in range(8)]
     time.sleep(0.05)

@@ -18,7 +18,7 @@ from tools.triton_server import TritonServer
 pytestmark = pytest.mark.server
 
 ONE_AT_A_TIME = {"max_num_batched_tokens": 16, "max_num_seqs": 1}
-BLOCKER: dict[str, Any] = {"input_ids": [5] * 500, "max_tokens": 2, "tenant": "busy"}
+BLOCKER: dict[str, Any] = {"input_ids": [5] * 2000, "max_tokens": 2, "tenant": "busy"}
 WAITING: dict[str, dict[str, Any]] = {
     "a": {"input_ids": [7] * 60, "priority": 1, "ttft_target_ms": 20_000.0, "tenant": "busy"},
     "b": {"input_ids": [7] * 40, "priority": -1, "ttft_target_ms": 30_000.0, "tenant": "idle"},
@@ -29,9 +29,9 @@ STARTED_IN_ORDER = {"fcfs": "abc", "sjf": "cba", "priority": "bac", "edf": "cab"
 
 @pytest.mark.parametrize("policy", STARTED_IN_ORDER)
 def test_what_waits_behind_a_long_prompt_starts_in_the_order_of_the_policy(
-    policy: str, tiny_llama: Path, tmp_path: Path
+    policy: str, roomy_llama: Path, tmp_path: Path
 ) -> None:
-    deployment = deploy(tiny_llama, prefill=ONE_AT_A_TIME, scheduler={"policy": policy, "aging_s": 20.0})
+    deployment = deploy(roomy_llama, prefill=ONE_AT_A_TIME, scheduler={"policy": policy, "aging_s": 20.0})
     with TritonServer(deployment, log_path=tmp_path / "log") as server:
         server.wait_ready(timeout_s=120)
         generate(server.grpc_url, text_input="x", max_tokens=2)
@@ -46,14 +46,14 @@ def test_what_waits_behind_a_long_prompt_starts_in_the_order_of_the_policy(
     assert "".join(sorted(started, key=started.__getitem__)) == STARTED_IN_ORDER[policy]
 
 
-def test_short_prompts_do_not_wait_for_the_whole_of_a_long_one(tiny_llama: Path, tmp_path: Path) -> None:
+def test_short_prompts_do_not_wait_for_the_whole_of_a_long_one(roomy_llama: Path, tmp_path: Path) -> None:
     prefill = {"max_num_batched_tokens": 32, "max_long_tokens": 16}
-    with TritonServer(deploy(tiny_llama, prefill=prefill), log_path=tmp_path / "log") as server:
+    with TritonServer(deploy(roomy_llama, prefill=prefill), log_path=tmp_path / "log") as server:
         server.wait_ready(timeout_s=120)
         generate(server.grpc_url, text_input="x", max_tokens=2)
         client = StreamClient(server.grpc_url)
         for index in range(4):
-            client.send("scheduler", f"long {index}", input_ids=[5] * 500, max_tokens=1, return_perf_metrics=True)
+            client.send("scheduler", f"long {index}", input_ids=[5] * 2000, max_tokens=1, return_perf_metrics=True)
         client.send("scheduler", "short", input_ids=[7] * 8, max_tokens=1, return_perf_metrics=True)
         answers = client.wait()
         client.close()
@@ -61,12 +61,12 @@ def test_short_prompts_do_not_wait_for_the_whole_of_a_long_one(tiny_llama: Path,
     assert first_token["short"] == min(first_token.values())
 
 
-LONG_DECODE: dict[str, Any] = {"input_ids": [9, 8, 7], "max_tokens": 450, "ignore_eos": True, "stream": True}
+LONG_DECODE: dict[str, Any] = {"input_ids": [9, 8, 7], "max_tokens": 7000, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture(scope="module")
-def slow_prefill(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    deployment = deploy(tiny_llama, prefill=ONE_AT_A_TIME, model={"max_model_len": 512})
+def slow_prefill(roomy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    deployment = deploy(roomy_llama, prefill=ONE_AT_A_TIME)
     with TritonServer(deployment, log_path=tmp_path_factory.mktemp("server") / "log") as server:
         server.wait_ready(timeout_s=120)
         generate(server.grpc_url, text_input="x", max_tokens=2)
@@ -105,9 +105,9 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
 @pytest.mark.parametrize(
     ("num_blockers", "values", "has_begun"),
     [
-        (20, {"input_ids": [7] * 20, "max_tokens": 2, "timeout_ms": 30.0}, False),
-        (0, {**LONG_DECODE, "input_ids": [7] * 400, "max_tokens": 100, "timeout_ms": 15.0}, False),
-        (0, {**LONG_DECODE, "timeout_ms": 200.0}, True),
+        (5, {"input_ids": [7] * 20, "max_tokens": 2, "timeout_ms": 30.0}, False),
+        (0, {**LONG_DECODE, "input_ids": [7] * 4000, "max_tokens": 100, "timeout_ms": 100.0}, False),
+        (0, {**LONG_DECODE, "timeout_ms": 1000.0}, True),
     ],
     ids=["queued", "in prefill", "in decode"],
 )
@@ -132,7 +132,7 @@ def test_a_request_within_its_timeout_is_served(slow_prefill: TritonServer) -> N
 
 
 def test_over_http_a_timeout_ends_with_an_error_too(slow_prefill: TritonServer) -> None:
-    body = json.dumps({"text_input": "x", "max_tokens": 450, "ignore_eos": True, "timeout_ms": 100.0}).encode()
+    body = json.dumps({"text_input": "x", "max_tokens": 7000, "ignore_eos": True, "timeout_ms": 500.0}).encode()
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{slow_prefill.http_url}/v2/models/ensemble/generate", body, timeout=30)
     assert caught.value.code == 400  # what the server makes of CANCELLED; clients do not repeat it as they do a 503
