@@ -27,9 +27,10 @@ from ensemble.config import GPU_BLOCK_SIZE, Deployment
 from tools.fault_storm import Load, request, settled, storm, storm_rows
 from tools.gpu_smoke import SHAPES, make_requests, run_shape, serve, write_model_dir
 from tools.installation import ServerError
+from tools.processes import session_pids
 from tools.results import at_most, write_results
 from tools.server_state import workers
-from tools.triton_server import TritonServer, session_pids
+from tools.triton_server import TritonServer
 
 Row = dict[str, Any]
 

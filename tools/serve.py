@@ -53,6 +53,7 @@ def main(
     http_port: Annotated[int, Option(envvar="HTTP_PORT", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, Option(envvar="GRPC_PORT", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,
+    http_relay: Annotated[bool, Option(help="cancel requests whose HTTP client goes away")] = True,
     log: Annotated[Path | None, Option(help="file for the server's log; none: one in the user's cache")] = None,
 ) -> None:
     """Serves a model, prefill and decode apart, until Ctrl-C."""
@@ -86,6 +87,7 @@ def main(
         ports=Ports(http_port, grpc_port, metrics_port),
         host=host,
         log_path=log or cache_dir() / f"server-{http_port}.log",
+        http_relay=http_relay,
     )
     console = Console(stderr=True, highlight=False)
     with server:

@@ -9,7 +9,9 @@ from tools.triton_server import TritonServer
 
 
 def processes(server: TritonServer) -> list[psutil.Process]:
-    return [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    """The Triton server's with its descendants, and the HTTP relay."""
+    own = psutil.Process(server.pid)
+    return [psutil.Process(server.relay_pid), own, *own.children(recursive=True)]
 
 
 def workers(server: TritonServer) -> list[psutil.Process]:

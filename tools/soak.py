@@ -23,6 +23,7 @@ from rich.console import Console
 from ensemble.config import Deployment
 from tools.gpu_smoke import write_model_dir
 from tools.grpc_request import ask
+from tools.http_request import ask_http
 from tools.results import at_most, exactly, report
 from tools.server_state import Metrics, processes, resident_bytes, shared_memory, workers
 from tools.triton_server import TritonServer
@@ -50,16 +51,11 @@ class Client(threading.Thread):
     """Sends one request after the other until told to stop, and counts what came of them."""
 
     def __init__(
-        self, url: str, seed: int, outcomes: Counter[str], lock: threading.Lock, stop: threading.Event
+        self, server: TritonServer, seed: int, outcomes: Counter[str], lock: threading.Lock, stop: threading.Event
     ) -> None:
         super().__init__(daemon=True)
-        self._url, self._rng, self._outcomes, self._lock, self._stop_event = (
-            url,
-            random.Random(seed),
-            outcomes,
-            lock,
-            stop,
-        )
+        self._server, self._rng = server, random.Random(seed)
+        self._outcomes, self._lock, self._stop_event = outcomes, lock, stop
 
     def run(self) -> None:
         while not self._stop_event.is_set():
@@ -74,15 +70,20 @@ class Client(threading.Thread):
         max_tokens = min(200, 1 + int(rng.expovariate(1 / 24)))
         prompt_len = min(300, 1 + int(rng.paretovariate(1.1) * 8))
         is_bad, goes_away = rng.random() < 0.05, rng.random() < 0.1
+        over_http, stream = rng.random() < 0.5, rng.random() < 0.5
         inputs = {
             "input_ids": np.array([rng.randrange(384) for _ in range(prompt_len)], np.int32),
             "max_tokens": np.array([-1 if is_bad else max_tokens], np.int32),
             "temperature": np.array([rng.choice([0.0, 1.0])], np.float32),
             "ignore_eos": np.ones(1, bool),
-            "stream": np.ones(1, bool),
+            "stream": np.array([stream]),
             "return_num_output_tokens": np.ones(1, bool),
         }
-        answer = ask(self._url, inputs, rng.uniform(0.005, 0.1) if goes_away else REQUEST_TIMEOUT_S)
+        stay_s = rng.uniform(0.005, 0.1) if goes_away else REQUEST_TIMEOUT_S
+        if over_http:
+            answer = ask_http(self._server.http_url, inputs, stay_s)
+        else:
+            answer = ask(self._server.grpc_url, inputs, stay_s)
         num_tokens = sum(int(each["num_output_tokens"][0]) for each in answer.responses)
         if not answer.has_ended:
             return "went away" if goes_away else "HUNG"
@@ -115,7 +116,7 @@ def main(
     stop, lock, rng = threading.Event(), threading.Lock(), random.Random(0)
     with TritonServer(deployment, log_path=log) as server:
         server.wait_ready(timeout_s=120)
-        threads = [Client(server.grpc_url, seed, outcomes, lock, stop) for seed in range(clients)]
+        threads = [Client(server, seed, outcomes, lock, stop) for seed in range(clients)]
         for thread in threads:
             thread.start()
         time.sleep(5)  # every thread pool has its size

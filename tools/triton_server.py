@@ -14,28 +14,27 @@ import math
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
+from ensemble.serving.cancels import CANCEL_ADDRESS_VARIABLE
 from tools.installation import Installation, ServerError, find_libpython
+from tools.processes import end_session, spawn
 
 MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 MARK = "distserve: "  # of lines in the server's log that are for the operator
 ERROR_MARK = "distserve: error: "  # the reason of a failed start
 SHM = Path("/dev/shm")
 TMP = Path("/tmp")  # whatever TMPDIR says, the Python backend makes an empty folder here
-# Runs a program that is terminated when the thread that started it is gone, however it ended (PR_SET_PDEATHSIG).
-RUN_UNTIL_PARENT_ENDS = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 CLOCK_TICK_S = 0.05  # by which a file's time may lag behind
 STOP_S = 3.5  # from SIGTERM until what is left is killed
 
@@ -84,13 +83,17 @@ class TritonServer:
         host: str = "127.0.0.1",
         log_path: Path | None = None,  # None: in the run directory, so gone after `stop`
         model_repository: Path = MODEL_REPOSITORY,
+        http_relay: bool = True,  # which cancels requests whose HTTP client goes away; False: the Triton server's port
     ) -> None:
         self.deployment = deployment
         self.ports = ports
         self.host = host
         self.model_repository = model_repository
         self._log_path = log_path
+        self._has_relay = http_relay
+        self._own_http = (host, 0)  # where the Triton server itself listens
         self._process: subprocess.Popen[bytes] | None = None
+        self._relay: subprocess.Popen[bytes] | None = None
         self._run_dir: Path | None = None
         self._starting_s = (0.0, math.inf)  # from when to when the server was starting, as time.time()
 
@@ -106,6 +109,16 @@ class TritonServer:
     @property
     def http_url(self) -> str:
         return f"http://{self._client_host}:{self._ports.http}"
+
+    @property
+    def direct_http_url(self) -> str:
+        """The Triton server's own, without the relay before it."""
+        return f"http://127.0.0.1:{self._own_http[1]}"
+
+    @property
+    def relay_pid(self) -> int:
+        assert self._relay is not None, "the server has no HTTP relay"
+        return self._relay.pid
 
     @property
     def grpc_url(self) -> str:
@@ -151,20 +164,16 @@ class TritonServer:
         for port in (self.ports.http, self.ports.grpc, self.ports.metrics):
             if not port_is_free(self.host, port):
                 raise ServerError(f"port {port} is in use")
+        self._own_http = ("127.0.0.1", Ports.free().http) if self._has_relay else (self.host, self.ports.http)
         self._run_dir = make_run_dir()
         self._starting_s = (time.time(), math.inf)
         try:
             self._fill_run_dir(installation)
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.log_path.open("wb") as log:
-                self._process = subprocess.Popen(
-                    self._command(installation),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment(),
-                    start_new_session=True,  # Ctrl-C is for us; and what is in the session at the end, is ours to end
-                )
+                self._process = spawn(self._command(installation), log, self._environment())
+                if self._has_relay:
+                    self._relay = spawn(self._relay_command(), log, self._environment())
         except OSError as error:
             self.stop()
             raise ServerError(f"the Triton server cannot be started: {error}") from None
@@ -184,7 +193,7 @@ class TritonServer:
             for line in lines[num_seen:]:
                 progress(line)
             num_seen = len(lines)
-            if self._process.poll() is not None:
+            if self._ended() is not None:
                 raise ServerError(self.failure_reason())
             if time.monotonic() > deadline:
                 raise ServerError(f"the server was not ready after {timeout_s:.0f} s")
@@ -193,9 +202,16 @@ class TritonServer:
         self._starting_s = (self._starting_s[0], time.time())
 
     def wait(self) -> int:
-        """Blocks until the server program ends, and returns its exit status."""
+        """Blocks until the server program ends, or the relay before it, and returns its exit status."""
+        while (ended := self._ended()) is None:
+            time.sleep(0.1)
+        return int(ended.returncode)
+
+    def _ended(self) -> "subprocess.Popen[bytes] | None":
+        """The process that has ended first, if any."""
         assert self._process is not None, "the server has not been started"
-        return self._process.wait()
+        running = [process for process in (self._process, self._relay) if process is not None]
+        return next((process for process in running if process.poll() is not None), None)
 
     def failure_reason(self) -> str:
         """Why the server ended, in one line out of its log."""
@@ -204,8 +220,11 @@ class TritonServer:
             if line.startswith(ERROR_MARK):
                 return line.removeprefix(ERROR_MARK)
         errors = [line for line in lines if line.startswith("E") and "] " in line]
-        status = self._process.returncode if self._process else None
-        return errors[-1].split("] ", 1)[1].strip('" ') if errors else f"the Triton server ended with status {status}"
+        if errors:
+            return errors[-1].split("] ", 1)[1].strip('" ')
+        ended = self._ended()
+        name = "HTTP relay" if ended is self._relay else "Triton server"
+        return f"the {name} ended with status {ended.returncode if ended else None}"
 
     def stop(self) -> None:
         """Ends the server, its stubs and workers, and removes what they leave behind. Safe to repeat."""
@@ -220,6 +239,10 @@ class TritonServer:
             if self._process.returncode != 0:
                 self._remove_environment_folder()
             self._process = None
+        if self._relay is not None:  # after the server, whose last answers it passes
+            self._relay.kill()
+            self._relay.wait()
+            self._relay = None
         if self._run_dir is not None:
             for region in SHM.glob(f"{self._shm_prefix}*"):
                 region.unlink(missing_ok=True)
@@ -274,8 +297,8 @@ class TritonServer:
         options: dict[str, object] = {
             "model-repository": self.run_dir / "models",
             "backend-directory": self.run_dir / "backends",
-            "http-address": self.host,
-            "http-port": self._ports.http,
+            "http-address": self._own_http[0],
+            "http-port": self._own_http[1],
             "grpc-address": self.host,
             "grpc-port": self._ports.grpc,
             "metrics-address": self.host,
@@ -283,11 +306,18 @@ class TritonServer:
             "exit-timeout-secs": 2,
         }
         return [
-            *(sys.executable, "-c", RUN_UNTIL_PARENT_ENDS),
             str(installation.server),
             *(f"--{name}={value}" for name, value in options.items()),
             *(f"--backend-config=python,{name}={value}" for name, value in python_backend.items()),
         ]
+
+    def _relay_command(self) -> list[str]:
+        arguments = [self.host, str(self._ports.http), str(self._own_http[1]), self._cancel_address]
+        return [sys.executable, "-m", "ensemble.serving.http_relay", *arguments]
+
+    @property
+    def _cancel_address(self) -> str:
+        return f"ipc://{self.run_dir}/cancels"
 
     def _environment(self) -> dict[str, str]:
         """The stub finds its packages through the first `python3` on PATH, and ignores PYTHONPATH."""
@@ -298,6 +328,7 @@ class TritonServer:
             "PYTHONNOUSERSITE": "1",
             "TMPDIR": str(self.run_dir),
             DEPLOYMENT_VARIABLE: str(self.run_dir / "deployment.yaml"),
+            CANCEL_ADDRESS_VARIABLE: self._cancel_address,
         }
 
 
@@ -308,26 +339,3 @@ def make_run_dir() -> Path:
 
 def prepend(folder: Path, paths: str | None) -> str:
     return f"{folder}:{paths}" if paths else str(folder)
-
-
-def end_session(session: int, grace_s: float) -> None:
-    """Waits for the processes of a session to end, and kills those that have not in `grace_s`."""
-    deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline and any(session_pids(session)):
-        time.sleep(0.02)
-    for pid in session_pids(session):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    while any(session_pids(session)):
-        time.sleep(0.01)
-
-
-def session_pids(session: int) -> Iterable[int]:
-    """The live processes of a session, read from /proc; ended ones that wait for their parent do not count."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(its_session) == session and state not in "ZX":
-            yield int(stat.parent.name)

@@ -1,16 +1,20 @@
-"""How a client's cancel reaches the scheduler: asked of the Triton server, or told by `postprocess`.
+"""How a client's cancel reaches the scheduler: asked of the Triton server, told by `postprocess`, or by the HTTP relay.
 
 A cancelled ensemble request is seen by the steps that are executed after the cancel, never by the decoupled step that
 runs: `postprocess` sees it, and tells the scheduler over a socket whose address, with the stream's number, the
 scheduler put among its outputs (`cancel_handle`). While there is nothing to answer, the scheduler sends heartbeats:
 responses of the `cancel_handle` alone, which `postprocess` does not pass on.
+
+The relay (http_relay.py) knows no stream's number. It tags requests, and tells the tag of a client that has gone.
 """
 
 import contextlib
 import heapq
+import os
 import tempfile
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
@@ -22,6 +26,8 @@ CHECK_INTERVAL_S = 0.1  # asking whether a request is cancelled is a round trip 
 HEARTBEAT_S = 0.2  # of silence
 MAX_HEARTBEATS = 100  # in each CHECK_INTERVAL_S: a heartbeat costs as much as a response
 MAX_REMEMBERED = 8192
+CLIENT_TAG = "distserve_client_tag"  # the request parameter by which the HTTP relay finds a request again
+CANCEL_ADDRESS_VARIABLE = "DISTSERVE_CANCEL_ADDRESS"  # environment variable: where the scheduler hears of cancels
 
 
 class CancelWatch:
@@ -59,20 +65,34 @@ def longest_silent(streams: Iterable[ClientStream], now: float) -> list[ClientSt
 
 
 class CancelReceiver:
-    """The scheduler's end: `on_cancel(request_id)` is called on a thread of its own."""
+    """The scheduler's end: `on_cancel(request_id)` is called on a thread of its own.
+
+    Listens where the environment says, else in a folder of its own (mode 0700).
+    """
 
     def __init__(self, on_cancel: Callable[[int], None]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="distserve-cancel-")  # mode 0700
-        self._address = f"ipc://{self._folder.name}/socket"
+        self._folder = tempfile.TemporaryDirectory(prefix="distserve-cancel-")
+        self._address = os.environ.get(CANCEL_ADDRESS_VARIABLE) or f"ipc://{self._folder.name}/socket"
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.bind(self._address)
         self._on_cancel = on_cancel
+        self._lock = threading.Lock()
+        self._tagged: weakref.WeakValueDictionary[str, ClientStream] = weakref.WeakValueDictionary()
+        self._gone: OrderedDict[str, None] = OrderedDict()  # tags told before their request came; oldest first
         self._thread = threading.Thread(target=self._run, name="cancel-receiver", daemon=True)
         self._thread.start()
 
     def handle_for(self, request_id: int) -> str:
         return f"{request_id}@{self._address}"
+
+    def watch(self, stream: ClientStream, tag: str) -> None:
+        """Cancels a stream that has been submitted when the relay tells its tag, or at once if it has."""
+        with self._lock:
+            self._tagged[tag] = stream
+            is_gone = tag in self._gone
+        if is_gone:
+            self._on_cancel(stream.request_id)
 
     def close(self) -> None:
         self._context.term()  # the thread closes its socket
@@ -82,9 +102,23 @@ class CancelReceiver:
     def _run(self) -> None:
         try:
             while True:
-                self._on_cancel(int(self._socket.recv()))
+                message = self._socket.recv().decode()
+                if message.isdigit():
+                    self._on_cancel(int(message))
+                else:
+                    self._client_gone(message)
         except zmq.ContextTerminated:
             self._socket.close(linger=0)
+
+    def _client_gone(self, tag: str) -> None:
+        with self._lock:
+            stream = self._tagged.get(tag)
+            if stream is None:  # its request has ended, or is yet to come
+                self._gone[tag] = None
+                if len(self._gone) > MAX_REMEMBERED:
+                    self._gone.popitem(last=False)
+        if stream is not None:
+            self._on_cancel(stream.request_id)
 
 
 class CancelSender:

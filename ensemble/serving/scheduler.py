@@ -1,6 +1,7 @@
 """What the `scheduler` model does: takes clients' requests in, has the orchestrator run them, notices cancels."""
 
 import itertools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError
 from ensemble.models.spec import load_model_spec
-from ensemble.serving.cancels import CancelReceiver, CancelWatch
+from ensemble.serving.cancels import CLIENT_TAG, CancelReceiver, CancelWatch
 from ensemble.serving.inputs import ModelLimits, parse_request
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.orchestrator import Orchestrator
@@ -35,8 +36,8 @@ class Scheduler:
         self._cancels = CancelReceiver(self._orchestrator.cancel)
         self._watch = CancelWatch(self._orchestrator.live_streams, self._orchestrator.cancel)
 
-    def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Takes one request; every outcome, errors too, goes to `call`."""
+    def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]], parameters: str = "{}") -> None:
+        """Takes one request; every outcome, errors too, goes to `call`. `parameters`: the request's, as JSON."""
         try:
             client_request = parse_request(tensors, next(self._request_ids), self._tokenizer, self._chat, self._limits)
         except Exception as error:
@@ -47,6 +48,8 @@ class Scheduler:
         request = client_request.request
         stream = ClientStream(call, client_request, self._tokenizer, self._cancels.handle_for(request.request_id))
         self._orchestrator.submit(request, stream)
+        if CLIENT_TAG in parameters:
+            self._cancels.watch(stream, str(json.loads(parameters)[CLIENT_TAG]))
 
     def close(self) -> None:
         self._watch.close()

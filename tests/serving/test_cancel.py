@@ -39,15 +39,15 @@ def grpc_cancel(server: TritonServer, model: str) -> None:
 
 def http_disconnect(server: TritonServer, model: str) -> None:
     """Closes the connection after the first event of a generate_stream answer."""
-    with post_stream(server, model, LONG) as connection:
+    with open_post(server, model, "generate_stream", LONG) as connection:
         read_first_event(connection)
 
 
-def post_stream(server: TritonServer, model: str, asked: dict[str, Any]) -> socket.socket:
+def open_post(server: TritonServer, model: str, endpoint: str, asked: dict[str, Any]) -> socket.socket:
     assert server.ports is not None
     connection = socket.create_connection(("127.0.0.1", server.ports.http))
     body = json.dumps(asked)
-    head = f"POST /v2/models/{model}/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v2/models/{model}/{endpoint} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall((head + body).encode())
     return connection
 
@@ -165,16 +165,26 @@ def test_grpc_cancel_in_every_state(narrow_server: TritonServer, name: str, mode
     assert_all_is_freed(narrow_server)
 
 
-@pytest.mark.parametrize("name", ["in the bridge", "in transfer", "in decode"])
-def test_http_disconnect_after_the_first_event(narrow_server: TritonServer, name: str) -> None:
-    """Before its first event the Triton server reads nothing of an HTTP connection, and does not see it close."""
+@pytest.mark.parametrize("endpoint", ["generate", "generate_stream"])
+@pytest.mark.parametrize("model", ["scheduler", "ensemble"])
+@pytest.mark.parametrize("name", STATES)
+def test_http_disconnect_in_every_state(narrow_server: TritonServer, name: str, model: str, endpoint: str) -> None:
     connections = []
     before = sample(narrow_server, CANCELLED)
-    with in_state(narrow_server, name, lambda: connections.append(post_stream(narrow_server, "ensemble", LONG))):
-        read_first_event(connections[0])
+    asked = {**LONG, "stream": endpoint == "generate_stream"}
+    with in_state(narrow_server, name, lambda: connections.append(open_post(narrow_server, model, endpoint, asked))):
         connections[0].close()
         wait_until(lambda: sample(narrow_server, CANCELLED) == before + 1, FREED_S)
     assert_all_is_freed(narrow_server)
+
+
+def test_a_closed_connection_whose_requests_are_answered_cancels_nothing(narrow_server: TritonServer) -> None:
+    before = sample(narrow_server, CANCELLED)
+    for _ in range(3):
+        with open_post(narrow_server, "ensemble", "generate", {"text_input": "x", "max_tokens": 2}) as connection:
+            assert b"text_output" in connection.recv(4096)
+    time.sleep(FREED_S)
+    assert sample(narrow_server, CANCELLED) == before
 
 
 # ---- what heartbeats are to a client that stays: nothing

@@ -14,7 +14,8 @@ import pytest
 from tests.checkpoints import make_tiny_llama
 from tools.client import generate_stream
 from tools.deployment import make_deployment
-from tools.triton_server import Ports, TritonServer, session_pids
+from tools.processes import session_pids
+from tools.triton_server import Ports, TritonServer
 
 
 @pytest.fixture(scope="module")

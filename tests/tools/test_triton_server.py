@@ -17,7 +17,8 @@ import pytest
 from ensemble.config import Deployment
 from tools import installation
 from tools.installation import Installation, ServerError
-from tools.triton_server import SHM, Ports, TritonServer, session_pids
+from tools.processes import session_pids
+from tools.triton_server import SHM, Ports, TritonServer
 
 pytestmark = pytest.mark.server
 

@@ -55,7 +55,7 @@ class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            self.scheduler.handle(ClientCall(request), tensors)
+            self.scheduler.handle(ClientCall(request), tensors, request.parameters())
 
     def finalize(self):
         self.scheduler.close()

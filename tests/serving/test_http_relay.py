@@ -1,0 +1,234 @@
+"""The HTTP relay: what it does to requests, against an HTTP server that tells what reached it."""
+
+import asyncio
+import contextlib
+import gzip
+import http.client
+import itertools
+import json
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ensemble.serving.cancels import CLIENT_TAG
+from ensemble.serving.http_relay import with_first_member
+from tools.processes import spawn
+from tools.triton_server import Ports
+
+GENERATE = "/v2/models/ensemble/generate"
+JSON_VALUES = st.recursive(
+    st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+)
+WHITE = st.text(" \t\r\n", max_size=5).map(str.encode)
+
+
+def first_member_added(chunks: list[bytes], member: bytes) -> bytes:
+    async def body() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
+    async def collect() -> bytes:
+        return b"".join([data async for data in with_first_member(body(), member)])
+
+    return asyncio.run(collect())
+
+
+def cut(data: bytes, at: list[int]) -> list[bytes]:
+    edges = [0, *sorted({position % (len(data) + 1) for position in at}), len(data)]
+    return [data[start:end] for start, end in itertools.pairwise(edges) if start < end]
+
+
+@given(JSON_VALUES, WHITE, WHITE, st.lists(st.integers(0, 1000), max_size=6))
+def test_a_member_is_added_to_objects_alone(value: Any, before: bytes, inside: bytes, at: list[int]) -> None:
+    text = json.dumps(value).encode()
+    if isinstance(value, dict):
+        text = b"{" + inside + text[1:]
+    body = before + text
+    member = b'"the tag": "x",'
+    result = first_member_added(cut(body, at), member)
+    assert len(result) == len(body) + len(member), "Content-Length is told before the body is seen"
+    assert json.loads(result) == ({"the tag": "x", **value} if isinstance(value, dict) and value else value)
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers with the body it got; to .../wait after `go_on`."""
+
+    protocol_version = "HTTP/1.1"
+    go_on: ClassVar[threading.Event]
+
+    def do_POST(self) -> None:
+        body = (
+            self.read_chunks()
+            if self.headers["Transfer-Encoding"]
+            else self.rfile.read(int(self.headers["Content-Length"]))
+        )
+        if self.path.endswith("/wait"):
+            self.go_on.wait(timeout=10)
+        self.answer(body)
+
+    def do_GET(self) -> None:
+        self.answer(self.path.encode())
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def read_chunks(self) -> bytes:
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Relay:
+    def __init__(self, port: int, cancels: "zmq.Socket[bytes]") -> None:
+        self.port = port
+        self.cancels = cancels
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+
+    def raw(self, data: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+            connection.sendall(data)
+            return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[ThreadingHTTPServer]:
+    Echo.go_on = threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    Echo.go_on.set()
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def relay(echo: ThreadingHTTPServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+    with running_relay(echo.server_port, tmp_path_factory.mktemp("relay")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def running_relay(upstream_port: int, path: Path) -> Iterator[Relay]:
+    address, port = f"ipc://{path}/cancels", Ports.free().http
+    command = [sys.executable, "-m", "ensemble.serving.http_relay", "127.0.0.1", str(port), str(upstream_port), address]
+    with zmq.Context() as context, context.socket(zmq.PULL) as cancels, (path / "log").open("wb") as log:
+        cancels.bind(address)
+        cancels.setsockopt(zmq.LINGER, 0)
+        process = spawn(command, log, {})
+        try:
+            relay = Relay(port, cancels)
+            for _ in range(500):
+                with contextlib.suppress(ConnectionRefusedError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                threading.Event().wait(0.02)
+            yield relay
+        finally:
+            process.kill()
+            process.wait()
+        assert not (path / "log").read_bytes(), "no exception went by"
+
+
+def test_generate_gets_a_tag_of_its_own_and_other_requests_pass_as_they_are(relay: Relay) -> None:
+    connection = relay.connect()
+    tags = set()
+    for path in (GENERATE, f"{GENERATE}_stream", "/v2/models/ensemble/versions/1/generate"):
+        connection.request("POST", path, json.dumps({"text_input": "é", "max_tokens": 2}))
+        got = json.load(connection.getresponse())
+        tags.add(got.pop(CLIENT_TAG))
+        assert got == {"text_input": "é", "max_tokens": 2}
+    assert len(tags) == 3
+    connection.request("POST", "/v2/models/double/infer", b'{"a": 1}')
+    assert connection.getresponse().read() == b'{"a": 1}'
+    connection.request("GET", "/v2/health/ready")
+    assert connection.getresponse().read() == b"/v2/health/ready"
+    packed = gzip.compress(b'{"a": 1}')
+    connection.request("POST", GENERATE, packed, {"Content-Encoding": "gzip"})
+    assert connection.getresponse().read() == packed
+    connection.close()
+
+
+def test_bodies_of_any_size_and_in_chunks(relay: Relay) -> None:
+    connection = relay.connect()
+    big = {"text_input": "x" * 9_000_000}
+    connection.request("POST", GENERATE, json.dumps(big))
+    assert json.load(connection.getresponse())["text_input"] == big["text_input"]
+    connection.request("POST", GENERATE, iter([b" {", b'"a"', b": 1", b"}"]), encode_chunked=True)
+    got = json.load(connection.getresponse())
+    assert got.pop(CLIENT_TAG)
+    assert got == {"a": 1}
+    connection.request("POST", GENERATE, b"")
+    assert connection.getresponse().read() == b""
+    connection.close()
+
+
+def test_a_client_that_waits_to_be_told_to_continue(relay: Relay) -> None:
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\nExpect: 100-continue\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", relay.port), timeout=10) as connection:
+        connection.sendall(head)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b'{"a": 1}')
+        received = b""
+        while not received.endswith(b"}"):
+            received += connection.recv(4096)
+    assert CLIENT_TAG.encode() in received
+
+
+def test_the_tag_of_a_client_that_goes_is_told(relay: Relay) -> None:
+    while relay.cancels.poll(300):
+        relay.cancels.recv()
+    connection = relay.connect()
+    connection.request("POST", GENERATE, b'{"a": 1}')
+    first = json.load(connection.getresponse())[CLIENT_TAG]
+    assert not relay.cancels.poll(200), "it is still there"
+    assert connection.sock is not None
+    connection.sock.sendall(b"POST /v2/models/x/generate/wait HTTP/1.1\r\nContent-Length: 1\r\n\r\nx")
+    connection.close()
+    assert relay.cancels.poll(1000)
+    told = relay.cancels.recv().decode()
+    assert told.rpartition("-")[0] == first.rpartition("-")[0]
+    assert int(told.rpartition("-")[2]) == int(first.rpartition("-")[2]) + 1, "of its last request"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"POST / HTTP/1.1\r\nContent-Length: many\r\n\r\n", b"Content-Length 'many' is not a number"),
+        (b"GET / HTTP/1.1\r\nwhat is this\r\n\r\n", b"'what is this' is not a header"),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", b"longer than 65536 bytes"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"chunk size 'zz' is not a number"),
+    ],
+    ids=["length", "header", "long head", "chunk size"],
+)
+def test_what_is_no_http_is_refused(relay: Relay, data: bytes, message: bytes) -> None:
+    answer = relay.raw(data)
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert message in answer
+
+
+def test_while_the_triton_server_is_down(tmp_path: Path) -> None:
+    with running_relay(Ports.free().http, tmp_path) as relay:
+        connection = relay.connect()
+        connection.request("GET", "/v2/health/ready")
+        response = connection.getresponse()
+        assert response.status == 503
+        assert json.load(response) == {"error": "the Triton server does not answer"}
