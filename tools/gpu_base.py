@@ -5,6 +5,7 @@
 faults    a model with little to compute and 1.6 GB of KV a prompt, whose prompts are cached, so that copies by CUDA IPC
           are under way most of the time; workers are killed under load (tools.fault_storm). In float32, so that outputs
           are the same whatever the batch. With two GPUs, prefill is on the first and decode on the second.
+deaths    the exporter, then the importer of a pool is killed in the midst of a copy (tools.transfer_deaths)
 shares    both stages on one GPU with 0.45 of its memory each; and with shares that are too small
 two-gpus  tools.gpu_smoke's shapes from cuda:0 to cuda:1, where there are two; tools.bench_transfer has the copy's rate
 """
@@ -30,6 +31,7 @@ from tools.installation import ServerError
 from tools.processes import session_pids
 from tools.results import at_most, write_results
 from tools.server_state import workers
+from tools.transfer_deaths import death_rows
 from tools.triton_server import TritonServer
 
 Row = dict[str, Any]
@@ -232,7 +234,7 @@ def two_gpus(folder: Path) -> Iterable[Row]:
 
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="faults, shares, two-gpus. Default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="faults, deaths, shares, two-gpus. Default: all.")] = None,
     kills: Annotated[int, typer.Option(help="of each stage; the pause before a restart doubles each time")] = 4,
     one_gpu: Annotated[bool, typer.Option(help="both stages on cuda:0 in faults too")] = False,
     log_dir: Annotated[Path | None, typer.Option(help="keeps the servers' logs here")] = None,
@@ -243,6 +245,7 @@ def main(
     devices = ("cuda:0", "cuda:1") if has_two and not one_gpu else ("cuda:0", "cuda:0")
     sections: dict[str, Callable[[Path], Iterable[Row]]] = {
         "faults": lambda folder: faults(folder, devices, kills),
+        "deaths": lambda folder: death_rows(*devices),
         "shares": shares,
     }
     if has_two:
