@@ -6,6 +6,7 @@ time will cure.
 
 from typing import Any, Literal
 
+ERROR_MARK = "distserve: error:"  # in the server's log; tools.serve shows what follows as the reason of a failed start
 ErrorCode = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL", "UNSUPPORTED"]
 
 

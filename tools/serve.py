@@ -102,7 +102,7 @@ def main(
             status = server.wait()
         except KeyboardInterrupt:
             return
-        raise ServerError(f"the Triton server ended with status {status}: {server.failure_reason()}")
+        raise ServerError(f"{server.failure_reason()} (exit status {status})")
 
 
 def start(server: TritonServer, console: Console) -> None:

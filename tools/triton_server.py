@@ -20,19 +20,19 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
+from ensemble.errors import ERROR_MARK
 from ensemble.serving.cancels import CANCEL_ADDRESS_VARIABLE
 from tools.installation import Installation, ServerError, find_libpython
 from tools.processes import end_session, spawn
 
 MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 MARK = "distserve: "  # of lines in the server's log that are for the operator
-ERROR_MARK = "distserve: error: "  # the reason of a failed start
 SHM = Path("/dev/shm")
 TMP = Path("/tmp")  # whatever TMPDIR says, the Python backend makes an empty folder here
 CLOCK_TICK_S = 0.05  # by which a file's time may lag behind
@@ -49,13 +49,17 @@ class Ports:
 
     @classmethod
     def free(cls) -> "Ports":
-        """Three ports that nothing listens on, below the range from which outgoing connections take theirs."""
-        ports: set[int] = set()
-        while len(ports) < 3:
-            port = random.SystemRandom().randrange(10_000, 32_000)
-            if port_is_free("0.0.0.0", port):
-                ports.add(port)
-        return cls(*ports)
+        return cls(*free_ports(3))
+
+
+def free_ports(count: int, besides: Collection[int] = ()) -> list[int]:
+    """Ports that nothing listens on, below the range from which outgoing connections take theirs."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        if port not in besides and port_is_free("0.0.0.0", port):
+            ports.add(port)
+    return list(ports)
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -164,7 +168,9 @@ class TritonServer:
         for port in (self.ports.http, self.ports.grpc, self.ports.metrics):
             if not port_is_free(self.host, port):
                 raise ServerError(f"port {port} is in use")
-        self._own_http = ("127.0.0.1", Ports.free().http) if self._has_relay else (self.host, self.ports.http)
+        self._own_http = (self.host, self.ports.http)
+        if self._has_relay:
+            self._own_http = ("127.0.0.1", free_ports(1, besides={*astuple(self.ports)})[0])
         self._run_dir = make_run_dir()
         self._starting_s = (time.time(), math.inf)
         try:
@@ -218,13 +224,13 @@ class TritonServer:
         lines = self.log_path.read_text(errors="replace").splitlines()
         for line in lines:
             if line.startswith(ERROR_MARK):
-                return line.removeprefix(ERROR_MARK)
-        errors = [line for line in lines if line.startswith("E") and "] " in line]
-        if errors:
-            return errors[-1].split("] ", 1)[1].strip('" ')
+                return line.removeprefix(ERROR_MARK).strip()
         ended = self._ended()
-        name = "HTTP relay" if ended is self._relay else "Triton server"
-        return f"the {name} ended with status {ended.returncode if ended else None}"
+        status = ended.returncode if ended else None
+        if ended is not None and ended is self._relay:
+            return f"the HTTP relay ended with status {status}"
+        errors = [line for line in lines if line.startswith("E") and "] " in line]
+        return errors[-1].split("] ", 1)[1].strip('" ') if errors else f"the Triton server ended with status {status}"
 
     def stop(self) -> None:
         """Ends the server, its stubs and workers, and removes what they leave behind. Safe to repeat."""

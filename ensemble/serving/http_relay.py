@@ -20,11 +20,15 @@ from collections.abc import AsyncIterator, Iterator
 
 import zmq
 
+from ensemble.errors import ERROR_MARK
 from ensemble.serving.cancels import CLIENT_TAG
 
 CHUNK_BYTES = 64 << 10
 MAX_HEAD_BYTES = 64 << 10
+MAX_LEADING_BYTES = 1 << 10  # white space before a body's first member
+MAX_UNTOLD = 100_000  # tags on their way to the scheduler
 BACKLOG = 1024
+FRAMING = {b"content-length", b"transfer-encoding"}
 GENERATE = re.compile(rb"POST \S*/generate(?:_stream)?(?:\?\S*)? HTTP/1\.[01]\r\n")
 JSON_OBJECT_START = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*(?=[^ \t\r\n])")
 UNDECIDED = re.compile(rb"[ \t\r\n]*(?:\{[ \t\r\n]*)?")  # what may still become the start of an object
@@ -58,24 +62,25 @@ class HttpRelay:
                 writer.write(error_response(b"503 Service Unavailable", UPSTREAM_IS_DOWN))
                 return
             try:
-                await self._pass_requests(reader, upstream)
-            except BadRequest as error:
-                writer.write(error_response(b"400 Bad Request", json.dumps({"error": str(error)}).encode()))
+                await self._pass_requests(reader, writer, upstream)
             finally:
                 upstream.close()
 
-    async def _pass_requests(self, reader: asyncio.StreamReader, upstream: "Upstream") -> None:
-        """Until the client, or the Triton server, closes. Raises BadRequest."""
-        tag = ""
+    async def _pass_requests(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: "Upstream"
+    ) -> None:
+        """Until the client, or the Triton server, closes."""
+        tag = ""  # of the last `generate`: clients do not pipeline, so only that may be unanswered
         try:
             while head := await read_head(reader):
-                tag = next(self._tags)
-                await pass_request(head, reader, upstream, tag)
+                tag = await pass_request(head, reader, upstream, self._tags) or tag
         except (OSError, EOFError):  # reset, or closed in the midst of a request
             pass
-        # Clients do not pipeline: the last request is the one that may be unanswered.
+        except BadRequest as error:
+            if not tag:  # else an answer may be under way, which this would break into
+                writer.write(error_response(b"400 Bad Request", json.dumps({"error": str(error)}).encode()))
         if tag and not upstream.has_closed:
-            with contextlib.suppress(zmq.Again):  # a thousand wait there already: the scheduler is gone, or hangs
+            with contextlib.suppress(zmq.Again):  # MAX_UNTOLD wait there: the scheduler is gone, or hangs
                 self._cancels.send(tag.encode(), zmq.NOBLOCK)
 
 
@@ -136,26 +141,37 @@ class Upstream(asyncio.Protocol):
 async def read_head(reader: asyncio.StreamReader) -> bytes:
     """A request's line and headers, with the empty line; b"" when the client has closed. Raises BadRequest."""
     try:
-        return await reader.readuntil(b"\r\n\r\n")
+        while (line := await read_line(reader)) == b"\r\n":  # some clients send one after a body
+            pass
+        head = line
+        while line != b"\r\n":
+            line = await read_line(reader)
+            head += line
+            if len(head) > MAX_HEAD_BYTES:
+                raise BadRequest(f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
     except asyncio.IncompleteReadError:
         return b""
-    except asyncio.LimitOverrunError:
-        raise BadRequest(f"the request's head is longer than {MAX_HEAD_BYTES} bytes") from None
+    return head
 
 
-async def pass_request(head: bytes, reader: asyncio.StreamReader, upstream: Upstream, tag: str) -> None:
-    """One request to the Triton server, with a tag in its body if it is a `generate`. Raises BadRequest."""
-    headers = parse_headers(head)
-    is_chunked = headers.get(b"transfer-encoding", b"identity").lower() != b"identity"
+async def read_line(reader: asyncio.StreamReader) -> bytes:
+    """With its end. Raises BadRequest, asyncio.IncompleteReadError when the client closes before that."""
     try:
-        num_bytes = int(headers.get(b"content-length", b"0"))
-    except ValueError:
-        num_bytes = -1
-    if num_bytes < 0:
-        raise BadRequest(f"Content-Length {headers[b'content-length'].decode(errors='replace')!r} is not a number")
+        return await reader.readuntil(b"\r\n")
+    except asyncio.LimitOverrunError:
+        raise BadRequest(f"a line is longer than {MAX_HEAD_BYTES} bytes") from None
+
+
+async def pass_request(head: bytes, reader: asyncio.StreamReader, upstream: Upstream, tags: Iterator[str]) -> str:
+    """One request to the Triton server. The tag that it got, if it is a `generate`. Raises BadRequest."""
+    headers = parse_headers(head)
+    is_chunked = headers.get(b"transfer-encoding", b"identity").lower() == b"chunked"
+    num_bytes = int(headers.get(b"content-length", b"0"))
     body = read_chunked(reader) if is_chunked else read_sized(reader, num_bytes)
+    tag = ""
     has_json = GENERATE.match(head) is not None and (is_chunked or num_bytes > 0)
     if has_json and headers.get(b"content-encoding", b"identity").lower() == b"identity":
+        tag = next(tags)
         member = json.dumps({CLIENT_TAG: tag})[1:-1].encode() + b","
         body = with_first_member(body, member)
         if not is_chunked:
@@ -171,16 +187,26 @@ async def pass_request(head: bytes, reader: asyncio.StreamReader, upstream: Upst
         unsent += b"0\r\n\r\n"
     if unsent:
         await upstream.write(unsent)
+    return tag
 
 
 def parse_headers(head: bytes) -> dict[bytes, bytes]:
-    """By name in lower case. Raises BadRequest."""
-    headers = {}
+    """By name in lower case. Raises BadRequest, also where two readers might disagree on where the body ends."""
+    headers: dict[bytes, bytes] = {}
     for line in head.split(b"\r\n")[1:-2]:
         name, colon, value = line.partition(b":")
-        if not colon:
+        if not colon or name != name.strip():
             raise BadRequest(f"{line.decode(errors='replace')!r} is not a header")
-        headers[name.strip().lower()] = value.strip()
+        if name.lower() in headers and name.lower() in FRAMING:
+            raise BadRequest(f"{name.decode(errors='replace')} is there twice")
+        headers[name.lower()] = value.strip()
+    if headers.keys() >= FRAMING:
+        raise BadRequest("Content-Length and Transfer-Encoding are both there")
+    length, encoding = headers.get(b"content-length", b"0"), headers.get(b"transfer-encoding", b"identity")
+    if not length.isdigit():
+        raise BadRequest(f"Content-Length {length.decode(errors='replace')!r} is not a number")
+    if encoding.lower() not in (b"chunked", b"identity"):
+        raise BadRequest(f"Transfer-Encoding {encoding.decode(errors='replace')!r} is neither chunked nor identity")
     return headers
 
 
@@ -201,7 +227,7 @@ async def read_sized(reader: asyncio.StreamReader, num_bytes: int) -> AsyncItera
 async def read_chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     """The data of a chunked body, without its trailers. Raises BadRequest, EOFError."""
     while True:
-        size = (await reader.readuntil(b"\r\n")).partition(b";")[0].strip()
+        size = (await read_line(reader)).partition(b";")[0].strip()
         try:
             num_bytes = int(size, 16)
         except ValueError:
@@ -211,7 +237,7 @@ async def read_chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         async for data in read_sized(reader, num_bytes):
             yield data
         await reader.readexactly(2)
-    while await reader.readuntil(b"\r\n") != b"\r\n":
+    while await read_line(reader) != b"\r\n":
         pass
 
 
@@ -224,7 +250,7 @@ async def with_first_member(body: AsyncIterator[bytes], member: bytes) -> AsyncI
     async for data in body:
         seen += data
         undecided = UNDECIDED.match(seen)
-        if undecided is None or undecided.end() < len(seen) or len(seen) > CHUNK_BYTES:
+        if undecided is None or undecided.end() < len(seen) or len(seen) > MAX_LEADING_BYTES:
             break
     start = JSON_OBJECT_START.match(seen)
     if start is None or seen.startswith(b"}", start.end()):
@@ -255,8 +281,12 @@ def main(host: str, port: str, upstream_port: str, cancel_address: str) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # two for each connection
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     cancels: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    cancels.setsockopt(zmq.SNDHWM, MAX_UNTOLD)
     cancels.connect(cancel_address)
-    asyncio.run(HttpRelay(int(upstream_port), cancels).serve(host, int(port)))
+    try:
+        asyncio.run(HttpRelay(int(upstream_port), cancels).serve(host, int(port)))
+    except OSError as error:
+        sys.exit(f"{ERROR_MARK} the HTTP relay cannot listen on {host}:{port}: {error.strerror}")
 
 
 if __name__ == "__main__":

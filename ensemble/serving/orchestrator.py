@@ -64,6 +64,7 @@ from ensemble.workers.messages import (
 # A decode replica launches a step before it reads the one before, and answers that one then: with three it never waits.
 MAX_LOCAL_BATCHES_IN_FLIGHT = 3
 MAX_STRANDED_S = 30.0  # what waits in the bridge gives a dead decode stage this long to come back
+BY_CLIENT = "the client cancelled the request"
 
 
 class Orchestrator:
@@ -361,9 +362,17 @@ class Orchestrator:
             self._refuse(stream, error)
 
     def _cancel(self, request_id: int) -> None:
+        live = self._streams.get(request_id) or self._unanswered.get(request_id)
+        if live is not None and live.is_answered:
+            return  # the client has what it wanted, and closed before we were told
+        for early in self._early:
+            if early[0].request_id == request_id:
+                self._early.remove(early)
+                self._refuse(early[1], Cancelled(BY_CLIENT))
+                return
         stream = self._withdraw(request_id) or self._unanswered.pop(request_id, None)
         if stream is not None:
-            self._refuse(stream, Cancelled("the client cancelled the request"))
+            self._refuse(stream, Cancelled(BY_CLIENT))
 
     def _answered(self, request_id: int) -> None:
         stream = self._withdraw(request_id) or self._unanswered.pop(request_id, None)

@@ -36,9 +36,10 @@ class Scheduler:
         self._cancels = CancelReceiver(self._orchestrator.cancel)
         self._watch = CancelWatch(self._orchestrator.live_streams, self._orchestrator.cancel)
 
-    def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]], parameters: str = "{}") -> None:
-        """Takes one request; every outcome, errors too, goes to `call`. `parameters`: the request's, as JSON."""
+    def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Takes one request; every outcome, errors too, goes to `call`."""
         try:
+            tag = json.loads(call.parameters()).get(CLIENT_TAG)
             client_request = parse_request(tensors, next(self._request_ids), self._tokenizer, self._chat, self._limits)
         except Exception as error:
             known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
@@ -48,8 +49,8 @@ class Scheduler:
         request = client_request.request
         stream = ClientStream(call, client_request, self._tokenizer, self._cancels.handle_for(request.request_id))
         self._orchestrator.submit(request, stream)
-        if CLIENT_TAG in parameters:
-            self._cancels.watch(stream, str(json.loads(parameters)[CLIENT_TAG]))
+        if tag is not None:
+            self._cancels.watch(stream, str(tag))
 
     def close(self) -> None:
         self._watch.close()

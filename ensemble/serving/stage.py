@@ -19,7 +19,7 @@ from typing import Literal
 import zmq
 
 from ensemble.config import Deployment
-from ensemble.errors import ConfigError, DistServeError, InternalError, StageUnavailable
+from ensemble.errors import ERROR_MARK, ConfigError, DistServeError, InternalError, StageUnavailable
 from ensemble.serving.outbox import Outbox
 from ensemble.workers.messages import (
     Accepted,
@@ -42,7 +42,6 @@ from ensemble.workers.supervisor import Supervisor
 Reply = Callable[[bytes | DistServeError], None]
 MAX_POLL_S = 1.0
 MAX_DETACH_S = 5.0  # a dead worker's readers have this long to close their mappings before it is started again
-ERROR_MARK = "distserve: error:"  # tools.serve shows what follows as the reason of a failed start
 
 
 @dataclass(slots=True, eq=False)

@@ -38,6 +38,10 @@ class ClientCall(Protocol):
 
     def is_cancelled(self) -> bool: ...
 
+    def parameters(self) -> str:
+        """The request's, as a JSON object."""
+        ...
+
 
 @dataclass(slots=True, eq=False)
 class Timeline:
@@ -72,6 +76,7 @@ class ClientStream:
         self._call = call
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
+        self.is_answered = False  # it is being sent, or has been: `answered` follows, or a failure to send
         self.last_sent = time.monotonic()  # a response, or a heartbeat; at first the arrival
         self.timeline = Timeline(arrival_ns=time.time_ns())
         self.request = client_request.request
@@ -165,7 +170,12 @@ class ClientStream:
         if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
             with self._call_lock:
-                self._call.send(outputs, final=is_last)
+                self.is_answered = is_last
+                try:
+                    self._call.send(outputs, final=is_last)
+                except Exception:
+                    self.is_answered = False
+                    raise
                 self._is_closed = is_last
                 self.last_sent = time.monotonic()
             self._text, self._token_ids, self._is_first = "", [], False

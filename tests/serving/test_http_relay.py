@@ -60,7 +60,7 @@ def test_a_member_is_added_to_objects_alone(value: Any, before: bytes, inside: b
 
 
 class Echo(BaseHTTPRequestHandler):
-    """Answers with the body it got; to .../wait after `go_on`."""
+    """Answers with the body it got; to ...?wait after `go_on`."""
 
     protocol_version = "HTTP/1.1"
     go_on: ClassVar[threading.Event]
@@ -71,7 +71,7 @@ class Echo(BaseHTTPRequestHandler):
             if self.headers["Transfer-Encoding"]
             else self.rfile.read(int(self.headers["Content-Length"]))
         )
-        if self.path.endswith("/wait"):
+        if self.path.endswith("?wait"):
             self.go_on.wait(timeout=10)
         self.answer(body)
 
@@ -201,12 +201,38 @@ def test_the_tag_of_a_client_that_goes_is_told(relay: Relay) -> None:
     first = json.load(connection.getresponse())[CLIENT_TAG]
     assert not relay.cancels.poll(200), "it is still there"
     assert connection.sock is not None
-    connection.sock.sendall(b"POST /v2/models/x/generate/wait HTTP/1.1\r\nContent-Length: 1\r\n\r\nx")
+    connection.sock.sendall(b"POST /v2/models/x/generate?wait HTTP/1.1\r\nContent-Length: 1\r\n\r\nx")
     connection.close()
     assert relay.cancels.poll(1000)
     told = relay.cancels.recv().decode()
     assert told.rpartition("-")[0] == first.rpartition("-")[0]
     assert int(told.rpartition("-")[2]) == int(first.rpartition("-")[2]) + 1, "of its last request"
+
+
+def test_what_comes_after_a_generate_neither_answers_nor_hides_it(relay: Relay) -> None:
+    for junk in (b"junk\r\nx\r\n\r\n", b"x" * 200_000, b"\r\n\r\n"):
+        Echo.go_on.clear()
+        while relay.cancels.poll(100):
+            relay.cancels.recv()
+        with socket.create_connection(("127.0.0.1", relay.port), timeout=10) as connection:
+            head = f"POST {GENERATE}?wait HTTP/1.1\r\nContent-Length: 8\r\n\r\n"
+            connection.sendall(head.encode() + b'{"a": 1}')
+            assert not relay.cancels.poll(200)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(junk)
+            if junk.strip():
+                with contextlib.suppress(ConnectionError):
+                    assert connection.recv(4096) == b""
+        assert relay.cancels.poll(1000), junk[:10]
+        relay.cancels.recv()
+        Echo.go_on.set()
+
+
+def test_an_empty_line_after_a_body_is_passed_over(relay: Relay) -> None:
+    request = f"POST {GENERATE} HTTP/1.1\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+    answer = relay.raw(request + b"\r\n" + b"GET /ready HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+    assert answer.endswith(b"/ready")
 
 
 @pytest.mark.parametrize(
@@ -216,8 +242,13 @@ def test_the_tag_of_a_client_that_goes_is_told(relay: Relay) -> None:
         (b"GET / HTTP/1.1\r\nwhat is this\r\n\r\n", b"'what is this' is not a header"),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", b"longer than 65536 bytes"),
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"chunk size 'zz' is not a number"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 70_000, b"longer than 65536 bytes"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-length: 2\r\n\r\n", b"Content-length is there twice"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", b"are both there"),
+        (b"POST / HTTP/1.1\r\nContent-Length : 1\r\n\r\n", b"'Content-Length : 1' is not a header"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", b"neither chunked nor identity"),
     ],
-    ids=["length", "header", "long head", "chunk size"],
+    ids=["length", "header", "long head", "chunk size", "long chunk size", "two lengths", "both", "space", "encoding"],
 )
 def test_what_is_no_http_is_refused(relay: Relay, data: bytes, message: bytes) -> None:
     answer = relay.raw(data)

@@ -37,6 +37,9 @@ class Recorder:
         self.errors.append(error)
         self.ended.set()
 
+    def parameters(self) -> str:
+        return "{}"
+
     def is_cancelled(self) -> bool:
         assert not self.ended.is_set(), "asked after the final response"
         return False

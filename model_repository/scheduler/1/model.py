@@ -15,6 +15,7 @@ class ClientCall:
 
     def __init__(self, request):
         self._sender = request.get_response_sender()
+        self.parameters = request.parameters
 
     def send(self, outputs, final):
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
@@ -55,7 +56,7 @@ class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            self.scheduler.handle(ClientCall(request), tensors, request.parameters())
+            self.scheduler.handle(ClientCall(request), tensors)
 
     def finalize(self):
         self.scheduler.close()
