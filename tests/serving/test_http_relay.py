@@ -82,7 +82,8 @@ class Echo(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # the client has gone
+            self.wfile.write(body)
 
     def read_chunks(self) -> bytes:
         body = b""
