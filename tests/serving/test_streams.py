@@ -90,6 +90,18 @@ def test_a_response_that_cannot_be_sent_ends_the_stream_with_an_error(tokenizer:
     assert [str(error) for error in call.errors] == ["the server refuses"]
 
 
+@pytest.mark.parametrize("failures", [0, 1])
+def test_a_stream_is_answered_unless_its_last_response_could_not_be_sent(tokenizer: Tokenizer, failures: int) -> None:
+    """Whoever cancels an answered stream comes too late; one whose answer failed can only be cancelled."""
+    call, pool = Recorder(failures=failures), make_pool([])
+    stream = make_stream(call, tokenizer)
+    assert not stream.is_answered
+    pool.push(stream, 100, "length")
+    assert call.ended.wait(10)
+    pool.close()
+    assert stream.is_answered == (failures == 0)
+
+
 def test_a_stream_that_failed_sends_one_error(tokenizer: Tokenizer) -> None:
     call, pool = Recorder(), make_pool([])
     stream = make_stream(call, tokenizer, stream=True)

@@ -114,6 +114,23 @@ def test_a_killed_server_leaves_nothing_either(tmp_path: Path, deployment: Deplo
     assert not all(folder.exists() for folder in environments)
 
 
+def test_without_the_relay_the_port_is_the_triton_servers_own(tmp_path: Path, deployment: Deployment) -> None:
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    with TritonServer(deployment, model_repository=repository, http_relay=False) as server:
+        server.wait_ready(timeout_s=120)
+        assert server.http_url == server.direct_http_url
+        assert double(server, [3]) == [6]
+
+
+def test_a_server_whose_relay_dies_has_ended_and_says_so(tmp_path: Path, deployment: Deployment) -> None:
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    with TritonServer(deployment, model_repository=repository) as server:
+        server.wait_ready(timeout_s=120)
+        os.kill(server.relay_pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        assert server.failure_reason() == "the HTTP relay ended with status -9"
+
+
 def test_two_servers_at_once(tmp_path: Path, deployment: Deployment) -> None:
     repository = make_repository(tmp_path / "models", DOUBLE)
     servers = [TritonServer(deployment, model_repository=repository) for _ in range(2)]
