@@ -190,7 +190,9 @@ def test_a_client_that_waits_to_be_told_to_continue(relay: Relay) -> None:
         connection.sendall(b'{"a": 1}')
         received = b""
         while not received.endswith(b"}"):
-            received += connection.recv(4096)
+            data = connection.recv(4096)
+            assert data, f"closed after {received!r}"
+            received += data
     assert CLIENT_TAG.encode() in received
 
 
