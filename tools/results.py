@@ -18,8 +18,7 @@ PACKAGES = ("torch", "triton", "numpy", "nvidia-pytriton", "tritonclient")
 
 def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows: each has name, value, unit, and goal and met, None where there is no goal."""
-    # Where the file belongs, not where it lay on the machine that wrote it.
-    arguments = [f"docs/results/{path.name}" if argument == str(path) else argument for argument in sys.argv[1:]]
+    arguments = [_as_documented(argument, path) for argument in sys.argv[1:]]
     command = ["python", "-m", f"tools.{Path(sys.argv[0]).stem}", *arguments]
     result = {
         "device": device_name(),
@@ -67,6 +66,13 @@ def commit() -> str:
         return os.environ["COMMIT"]
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def _as_documented(argument: str, output: Path) -> str:
+    """Where the file belongs, not where it lay on the machine that wrote it; of other absolute paths the last name."""
+    if argument == str(output):
+        return f"docs/results/{output.name}"
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _version(package: str) -> str | None:
