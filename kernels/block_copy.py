@@ -14,7 +14,7 @@ from kernels import backend
 _CHUNK_BYTES = 32 * 1024  # of a block, per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["source_ids", "target_ids", "num_chunks"])
 def _copy_blocks_kernel(
     source,  # [Ns, words]
     target,  # [Nt, words]
@@ -24,16 +24,18 @@ def _copy_blocks_kernel(
     target_stride,
     num_words,
     chunks_per_block,
+    num_chunks,
     CHUNK: tl.constexpr,
 ):
-    """Grid [N * chunks_per_block]."""
-    index = tl.program_id(0) // chunks_per_block
-    words = tl.program_id(0) % chunks_per_block * CHUNK + tl.arange(0, CHUNK)
-    from_row = source + tl.load(source_ids + index) * source_stride
-    to_row = target + tl.load(target_ids + index) * target_stride
-    inside = words < num_words
-    values = tl.load(from_row + words, mask=inside, eviction_policy="evict_first")
-    tl.store(to_row + words, values, mask=inside, eviction_policy="evict_first")
+    """Grid [at most num_chunks]; num_chunks = N * chunks_per_block."""
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        index = chunk // chunks_per_block
+        words = chunk % chunks_per_block * CHUNK + tl.arange(0, CHUNK)
+        from_row = source + tl.load(source_ids + index) * source_stride
+        to_row = target + tl.load(target_ids + index) * target_stride
+        inside = words < num_words
+        values = tl.load(from_row + words, mask=inside, eviction_policy="evict_first")
+        tl.store(to_row + words, values, mask=inside, eviction_policy="evict_first")
 
 
 def _as_words(pool: Tensor) -> Tensor:
@@ -55,6 +57,7 @@ def copy_blocks(
     target: Tensor,  # [Nt, ...], same trailing shape and dtype, updated in place
     source_ids: Tensor,  # [N] int64
     target_ids: Tensor,  # [N] int64, distinct
+    num_programs: int | None = None,  # at most so many, so that the other multiprocessors are left to others
 ) -> None:
     """target[target_ids] = source[source_ids]. Ids are not checked on a GPU; the copy is asynchronous there."""
     if not (source.is_cuda or target.is_cuda or backend.interpret):
@@ -64,7 +67,8 @@ def copy_blocks(
     num_words = source.shape[1]
     chunk = _CHUNK_BYTES // source.element_size()
     chunks_per_block = triton.cdiv(num_words, chunk)
-    _copy_blocks_kernel[(len(source_ids) * chunks_per_block,)](
+    num_chunks = len(source_ids) * chunks_per_block
+    _copy_blocks_kernel[(min(num_chunks, num_programs or num_chunks),)](
         source,
         target,
         source_ids,
@@ -73,6 +77,7 @@ def copy_blocks(
         target.stride(0),
         num_words,
         chunks_per_block,
+        num_chunks,
         CHUNK=chunk,
         num_warps=8,
     )

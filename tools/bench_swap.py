@@ -9,7 +9,6 @@ steps      decode steps of a model with dummy weights, without swapping and with
 """
 
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -22,16 +21,15 @@ from rich.console import Console
 from ensemble.cache import swapper
 from ensemble.cache.kv_pool import KVLayout
 from ensemble.cache.swapper import Swapper, Way, make_host_pool
-from ensemble.engine.batch import Batch
 from ensemble.scheduling.preemptive_decode import Swap
-from tools.bench_engine import NUM_STEPS, Bench, commit
 from tools.results import write_results
+from tools.steps_beside import PROMPT_LEN, layout_of, make_bench, step_rows
 
 POOL_BYTES = 1 << 30  # of either pool: page-locking takes about a second for each GiB
 SWAP_BYTES, MAX_SWAP_BLOCKS = 256 << 20, 2048  # a call for each block by the copy engine: small blocks move less
 ROUNDS = 7
-BANDWIDTH_GOAL, STEP_GOAL = 0.92, 1.10
-BY = {"copy engine": 0, "kernel": 1 << 60}  # values of COPY_ENGINE_BLOCK_BYTES
+BANDWIDTH_GOAL = 0.92
+BY = {"copy engine": 0, "kernel": 1 << 60}  # values of COPY_ENGINE_RUN_BYTES
 LAYOUTS = {  # fp16; the number of tokens in a block is the last but one
     "LLaMA-2-7B, blocks of 16 tokens": KVLayout(32, 32, 16, 128, torch.float16),
     "LLaMA-2-7B, blocks of 64 tokens": KVLayout(32, 32, 64, 128, torch.float16),
@@ -41,9 +39,7 @@ LAYOUTS = {  # fp16; the number of tokens in a block is the last but one
     "SmolLM2-135M, blocks of 16 tokens": KVLayout(30, 3, 16, 64, torch.float16),
     "1 KV head, 8 layers, blocks of 16 tokens": KVLayout(8, 1, 16, 64, torch.float16),
 }
-DEFAULT_THRESHOLD = swapper.COPY_ENGINE_BLOCK_BYTES
-PROMPT_LEN = 512
-MODEL, BATCH_SIZES = "LLaMA-2-7B", (1, 32, 64)
+DEFAULT_THRESHOLD = swapper.COPY_ENGINE_RUN_BYTES
 
 
 def bandwidth_rows(name: str, layout: KVLayout) -> Iterator[dict[str, Any]]:
@@ -58,7 +54,7 @@ def bandwidth_rows(name: str, layout: KVLayout) -> Iterator[dict[str, Any]]:
     on_device = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     swappers = {}
     for by, threshold in BY.items():
-        swapper.COPY_ENGINE_BLOCK_BYTES = threshold
+        swapper.COPY_ENGINE_RUN_BYTES = threshold
         swappers[by] = Swapper(pool, host)
     ways: tuple[Way, Way] = ("out", "in")
     for way in ways:
@@ -106,8 +102,8 @@ def check(pool: torch.Tensor, host: torch.Tensor, pool_ids: list[int], host_ids:
             raise RuntimeError("a swapped block differs from its source")
 
 
-class _Churn:
-    """A copy under way in each direction all the time, of blocks that no running sequence has."""
+class SwapChurn:
+    """A swap under way in each direction."""
 
     def __init__(self, swaps: Swapper, block_ids: list[int], num_blocks: int) -> None:
         self._swaps = swaps
@@ -129,55 +125,11 @@ class _Churn:
             self._swaps.completed()
 
 
-def step_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    pool = bench.runner.kv_pool
-    spec = bench.spec
-    layout = KVLayout(spec.num_layers, spec.num_kv_heads, bench.runner.block_size, spec.head_dim, pool.dtype)
-    swap_blocks = bench.blocks_for(PROMPT_LEN)
-    swaps = Swapper(pool, make_host_pool(layout, 2 * swap_blocks, pool.device))
-    for batch_size in bench.batch_sizes:
-        alone, beside, moved, swapping_s = [], [], 0, 0.0
-        for _ in range(ROUNDS):
-            alone.append(step_ms(bench, batch_size, None)[0])
-            milliseconds, num_blocks = step_ms(bench, batch_size, swaps)
-            beside.append(milliseconds)
-            moved += num_blocks * layout.block_bytes
-            swapping_s += milliseconds * NUM_STEPS / 1e3
-        ratio = median(beside) / median(alone)
-        context_len = PROMPT_LEN + NUM_STEPS // 2
-        yield {
-            "name": f"{bench.name}: decode step beside swaps, batch {batch_size}, context {context_len}",
-            "value": round(ratio, 3),
-            "unit": "of a step alone",
-            "goal": STEP_GOAL,
-            "met": ratio <= STEP_GOAL,
-            "alone_ms": round(median(alone), 3),
-            "beside_ms": round(median(beside), 3),
-            "swapped_GBps": round(moved / swapping_s / 1e9, 1),
-        }
-
-
-def step_ms(bench: Bench, batch_size: int, swaps: Swapper | None) -> tuple[float, int]:
-    """Milliseconds of a step, each launched before the tokens of the one before are read; blocks swapped meanwhile."""
-    sequences = bench.make_sequences(batch_size, PROMPT_LEN, PROMPT_LEN)
-    running = {block_id for sequence in sequences for block_id in sequence.block_ids}
-    idle = [block_id for block_id in range(bench.num_blocks) if block_id not in running]
-    random.shuffle(idle)
-    churn = _Churn(swaps, idle, bench.blocks_for(PROMPT_LEN)) if swaps is not None else None
-    before = bench.runner.launch(Batch(decodes=sequences))
-    start = time.perf_counter()
-    for _ in range(NUM_STEPS):
-        if churn is not None:
-            churn.go_on()
-        handle = bench.runner.launch(Batch(decodes=sequences))
-        commit(sequences, before.token_ids())
-        before = handle
-    before.token_ids()
-    milliseconds = (time.perf_counter() - start) / NUM_STEPS * 1e3
-    if churn is None:
-        return milliseconds, 0
-    churn.end()
-    return milliseconds, churn.num_blocks
+def rows_of_steps() -> Iterator[dict[str, Any]]:
+    bench = make_bench()
+    pool, num_blocks = bench.runner.kv_pool, bench.blocks_for(PROMPT_LEN)
+    swaps = Swapper(pool, make_host_pool(layout_of(bench), 2 * num_blocks, pool.device))
+    yield from step_rows(bench, "swaps", lambda idle: SwapChurn(swaps, idle, num_blocks))
 
 
 def main(
@@ -191,9 +143,9 @@ def main(
     for name, layout in LAYOUTS.items():
         rows += bandwidth_rows(name, layout)
         torch.cuda.empty_cache()
-    swapper.COPY_ENGINE_BLOCK_BYTES = DEFAULT_THRESHOLD
+    swapper.COPY_ENGINE_RUN_BYTES = DEFAULT_THRESHOLD
     if steps:
-        rows += step_rows(Bench(MODEL, {}, BATCH_SIZES))
+        rows += rows_of_steps()
     for row in rows:
         details = ", ".join(f"{key} {row[key]}" for key in row if key.endswith(("GBps", "_ms")))
         console.print(f"{row['name']:75} {row['value']:.3f} {row['unit']} (goal {row['goal']}); {details}")

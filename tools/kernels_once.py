@@ -76,7 +76,7 @@ def copy(device: str, words: int) -> tuple[Tensor, Tensor]:
     source, target = torch.randn(6, words).half(), torch.zeros(5, words).half()
     ids = torch.tensor([5, 0, 3]), torch.tensor([2, 4, 0])
     out = target.to(device)
-    copy_blocks(source.to(device), out, *[each.to(device) for each in ids])
+    copy_blocks(source.to(device), out, ids[0].to(device), ids[1].to(device))
     copy_blocks_reference(source, target, *ids)
     return out, target
 

@@ -3,11 +3,14 @@
     python -m tools.transfer_deaths --source cuda:0 --target cuda:1
 
 Two processes do what a prefill and a decode worker do: one holds a pool and exports it; one maps it, and pulls all its
-blocks over and over, with several copies in its queue. While that never runs empty, a copy is under way at every
-moment, that of the kill and those of the death included. tools.gpu_base runs this on GPUs.
+blocks over and over, by copy engine and by kernel in turn, with several copies in its queue. While that never runs
+empty, a copy is under way at every moment, that of the kill and those of the death included. tools.gpu_base runs this
+on GPUs.
 """
 
+import itertools
 import json
+import random
 import select
 import signal
 import subprocess
@@ -20,7 +23,7 @@ import torch
 import typer
 
 from ensemble.cache.kv_pool import KVLayout, KVPool, map_peer_pool
-from ensemble.transfer.puller import Pull, make_puller
+from ensemble.transfer.puller import Pull, Puller
 from ensemble.workers.messages import decode_pool_handle, encode
 from tools.results import at_most, exactly, report
 
@@ -159,11 +162,13 @@ def import_(device: torch.device, source: torch.device, handle: str) -> None:
     free_before, pool_mib = free_mib(source), own.tensor.nbytes >> 20
     mappings_before = num_mappings()
     peer = map_peer_pool(decode_pool_handle(bytes.fromhex(handle)), device)
-    puller, block_ids = make_puller(own.tensor), list(range(own.num_blocks))
+    puller, blocks = Puller(own.tensor), range(own.num_blocks)
+    orders = itertools.cycle([list(blocks), random.sample(blocks, len(blocks))])  # by copy engine and by kernel
     num_completed = num_gaps = 0
     while True:
         num_gaps += num_completed > 0 and puller.num_in_flight == 0
         while puller.num_in_flight < NUM_AHEAD:
+            block_ids = next(orders)
             puller.start(Pull(0, peer, block_ids, block_ids))
         puller.wait(ANSWER_S)
         num_completed += len(puller.completed())

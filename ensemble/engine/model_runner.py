@@ -19,6 +19,7 @@ from ensemble.models.opt import Opt
 from ensemble.models.spec import ModelSpec
 from ensemble.models.weights import fill_with_random_weights, load_weights
 from ensemble.request import Request, SamplingParams, Sequence
+from kernels.block_copy import copy_blocks
 from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.gather_rows import gather_rows
 
@@ -172,6 +173,8 @@ class ModelRunner:
             )
         for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
             self.run(batch)
+        block_ids = torch.zeros(1, dtype=torch.int64, device=self.kv_pool.device)
+        copy_blocks(self.kv_pool, self.kv_pool, block_ids, block_ids)  # for hand-offs, swaps and cached blocks
 
 
 def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size: int) -> list[Batch]:

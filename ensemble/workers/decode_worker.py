@@ -22,7 +22,7 @@ from ensemble.errors import ConfigError
 from ensemble.request import FinishReason, Sequence
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
 from ensemble.scheduling.preemptive_decode import DecodePlan, PreemptiveDecodeScheduler
-from ensemble.transfer.puller import make_puller
+from ensemble.transfer.puller import Puller
 from ensemble.workers.arrivals import Arrivals
 from ensemble.workers.local_prefill import LocalPrefill, LocalStep
 from ensemble.workers.messages import (
@@ -73,7 +73,7 @@ class DecodeWorker:
         if config.host_kv_bytes and not self.num_host_blocks:
             raise ConfigError(f"host_kv_bytes = {config.host_kv_bytes}: a block has {layout.block_bytes} bytes")
         self.blocks = SwappableBlocks(engine.blocks, BlockManager(self.num_host_blocks, layout.block_size))
-        self._arrivals = Arrivals(engine.blocks, peers, make_puller(pool))
+        self._arrivals = Arrivals(engine.blocks, peers, Puller(pool))
         self._swapper = Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
         settings = DecodePolicySettings(config.policy, config.quantum_s, config.starvation_s)
         self._scheduler = PreemptiveDecodeScheduler(

@@ -16,7 +16,7 @@ SLOW_CYCLES = 200_000_000  # about 0.1 s of a GPU
 @pytest.fixture(params=[0, 1 << 40], ids=["copy engine", "kernel"])
 def either_way(request, monkeypatch):
     """On a GPU, whatever the size of a block."""
-    monkeypatch.setattr(swapper, "COPY_ENGINE_BLOCK_BYTES", request.param)
+    monkeypatch.setattr(swapper, "COPY_ENGINE_RUN_BYTES", request.param)
 
 
 def make_pools(device, num_blocks=24, num_host_blocks=40):

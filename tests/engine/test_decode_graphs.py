@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import make_tiny_llama, make_tiny_opt
 
+from ensemble.cache.block_copier import NUM_PROGRAMS, make_copier
 from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow, prepare_step
 from ensemble.engine.decode_graphs import DecodeInputs, graph_batch_sizes
@@ -160,4 +161,27 @@ def test_once_warm_a_launch_neither_compiles_nor_waits(warm_runner):
         triton.knobs.runtime.jit_post_compile_hook = None
     for handle in handles:
         handle.token_ids()
+    assert compiled == []
+
+
+@pytest.mark.gpu
+def test_once_warm_a_copy_of_blocks_neither_compiles_nor_waits(warm_runner):
+    """Hand-offs, swaps and cached blocks are copied by a kernel where they lie scattered."""
+    import triton
+
+    pool = warm_runner.kv_pool
+    host = torch.zeros(40, *pool.shape[1:], dtype=pool.dtype, pin_memory=True)
+    copier = make_copier(pool.device, min_run_bytes=1 << 40)
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs["fn"].name)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for count in (1, 2, 3, 16, NUM_PROGRAMS, NUM_PROGRAMS + 1):
+            block_ids = list(range(count))
+            copies = [copier.start(pool, host, block_ids, block_ids), copier.start(host, pool, block_ids, block_ids)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        triton.knobs.runtime.jit_post_compile_hook = None
+    torch.cuda.synchronize()
+    assert all(copy.is_done() for copy in copies)
     assert compiled == []

@@ -48,3 +48,13 @@ def test_more_than_2_31_elements():
     target = torch.zeros(2, 2**19 + 1, dtype=torch.int8, device="cuda")
     copy_blocks(source, target, torch.tensor([2**12 + 1], device="cuda"), torch.tensor([1], device="cuda"))
     assert torch.equal(target[1], source[-1])
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 7, 1000])
+def test_few_programs_copy_everything(num_programs, device):
+    source = torch.randn(5, 30000, device=device)  # four chunks a block
+    target = torch.zeros(4, 30000, device=device)
+    source_ids, target_ids = torch.tensor([4, 0, 2], device=device), torch.tensor([1, 3, 0], device=device)
+    copy_blocks(source, target, source_ids, target_ids, num_programs)
+    assert torch.equal(target[target_ids], source[source_ids])
+    assert not target[2].any()

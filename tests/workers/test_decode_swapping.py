@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from ensemble.cache import swapper
+from ensemble.cache import block_copier, swapper
 from ensemble.config import Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError
@@ -173,7 +173,7 @@ def test_slow_copies_are_waited_for(
             time.sleep(0.002)
             copy_blocks(source, target, source_ids[index : index + 1], target_ids[index : index + 1])
 
-    monkeypatch.setattr("ensemble.cache.swapper.copy_blocks", copy_slowly)
+    monkeypatch.setattr(block_copier, "copy_blocks", copy_slowly)
     requests = make_requests(1.0)
     pair = make_pair(swapping(model))
     events = run(pair, requests)
@@ -228,15 +228,15 @@ def test_on_a_gpu_with_copies_that_take_longer_than_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: int, slow_cycles: int
 ) -> None:
     """Blocks that are reused or read before a copy has ended would show in the tokens."""
-    monkeypatch.setattr(swapper, "COPY_ENGINE_BLOCK_BYTES", threshold)
+    monkeypatch.setattr(swapper, "COPY_ENGINE_RUN_BYTES", threshold)
     for name in ("copy_runs", "copy_blocks"):
-        copy = getattr(swapper, name)
+        copy = getattr(block_copier, name)
 
-        def copy_slowly(*arguments: Any, copy: Callable[..., None] = copy) -> None:
+        def copy_slowly(*arguments: Any, copy: Callable[..., None] = copy, **settings: Any) -> None:
             torch.cuda._sleep(slow_cycles)
-            copy(*arguments)
+            copy(*arguments, **settings)
 
-        monkeypatch.setattr(swapper, name, copy_slowly)
+        monkeypatch.setattr(block_copier, name, copy_slowly)
     torch.backends.cuda.matmul.allow_tf32 = False
     model = make_tiny_llama(tmp_path / "model", hidden_size=256)
     block_bytes = 2 * 2 * 2 * 16 * 64 * 4

@@ -1,0 +1,80 @@
+"""Copies of blocks beside the engine: the right blocks, by the way that suits how they lie."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ensemble.cache import block_copier
+from ensemble.cache.block_copier import make_copier, wait_for_any
+
+NUM_BLOCKS, BLOCK_SHAPE = 12, (3, 2, 2, 4, 16)
+BLOCK_BYTES = 3 * 2 * 2 * 4 * 16 * 4
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BY_ENGINE, BY_KERNEL = 0, 1 << 40  # min_run_bytes
+
+block_ids = st.permutations(range(NUM_BLOCKS))
+
+
+def copied(copier, source, target, source_ids, target_ids):
+    copy = copier.start(source, target, source_ids, target_ids)
+    wait_for_any([copy], 10.0)
+    assert copy.is_done() and copy.seconds() > 0
+    return target
+
+
+@given(source_ids=block_ids, target_ids=block_ids, start=st.integers(0, NUM_BLOCKS), length=st.integers(0, NUM_BLOCKS))
+def test_runs_cover_every_block_once_and_go_where_the_ids_say(source_ids, target_ids, start, length):
+    """Some of it in a row on both sides, at any place."""
+    source_ids[start : start + length] = sorted(source_ids[start : start + length])
+    target_ids[start : start + length] = sorted(target_ids[start : start + length])
+    source = torch.arange(NUM_BLOCKS) + 1
+    target = torch.zeros(NUM_BLOCKS, dtype=torch.int64)
+    runs = list(block_copier.runs_of(source_ids[:9], target_ids[:9]))
+    block_copier.copy_runs(source, target, runs)
+    expected = torch.zeros(NUM_BLOCKS, dtype=torch.int64)
+    expected[target_ids[:9]] = source[source_ids[:9]]
+    assert torch.equal(target, expected)
+    assert sum(length for *_, length in runs) == 9
+    for (first, to, length), (next_first, next_to, _) in itertools.pairwise(runs):
+        assert (next_first, next_to) != (first + length, to + length), "two runs that are one"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("min_run_bytes", [BY_ENGINE, BY_KERNEL], ids=["copy engine", "kernel"])
+def test_blocks_arrive_where_they_are_sent_and_nowhere_else(device, min_run_bytes):
+    source = torch.randn(NUM_BLOCKS, *BLOCK_SHAPE, device=device)
+    source_ids, target_ids = [4, 5, 6, 11, 0], [7, 8, 9, 2, 3]
+    copier = make_copier(source.device, min_run_bytes)
+    target = copied(copier, source, torch.zeros_like(source), source_ids, target_ids)
+    expected = torch.zeros_like(source)
+    expected[target_ids] = source[source_ids]
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("source_ids", "target_ids", "expected"),
+    [
+        ([0, 1, 2, 3], [4, 5, 6, 7], "copy_runs"),
+        ([0, 1, 2, 3], [4, 6, 8, 10], "copy_blocks"),
+        ([0, 1, 5, 6], [4, 5, 8, 9], "copy_runs"),  # two blocks a run
+    ],
+)
+def test_the_copy_engine_takes_what_lies_in_long_enough_rows(monkeypatch, source_ids, target_ids, expected):
+    used = []
+    for name in ("copy_runs", "copy_blocks"):
+        copy = getattr(block_copier, name)
+
+        def noted(*arguments, name=name, copy=copy, **settings):
+            used.append(name)
+            copy(*arguments, **settings)
+
+        monkeypatch.setattr(block_copier, name, noted)
+    source = torch.randn(NUM_BLOCKS, *BLOCK_SHAPE, device="cuda")
+    target = torch.zeros_like(source)
+    copied(make_copier(source.device, 2 * BLOCK_BYTES), source, target, source_ids, target_ids)
+    assert used == [expected]
+    assert torch.equal(target[target_ids], source[source_ids])
