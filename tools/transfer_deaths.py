@@ -216,11 +216,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def free_mib(device: torch.device) -> int:
-    """Of a GPU, by all processes; 0 of a CPU."""
+    """Of a GPU, what neither another process nor a mapping has; 0 of a CPU."""
     if device.type != "cuda":
         return 0
-    torch.cuda.empty_cache()  # this process's own garbage is none of the question
-    return torch.cuda.mem_get_info(device)[0] >> 20
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) >> 20
 
 
 def num_mappings() -> int:

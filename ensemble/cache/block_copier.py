@@ -17,6 +17,7 @@ from kernels.block_copy import copy_blocks
 # Of the kernel: as many reach 0.94 of NVLink's rate and nearly PCIe's, and leave the other multiprocessors to the
 # engine's steps: a step of LLaMA-2-7B beside pulls takes 1.07 to 1.08 times as long, with all programs 1.18 to 1.41.
 NUM_PROGRAMS = 32
+NUM_CHEAP_RUNS = 4  # a call each for so many takes the host less than the kernel's launch, its ids included
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class BlockCopier(Protocol):
 
 
 def make_copier(device: torch.device, min_run_bytes: int) -> BlockCopier:
-    """Pieces of `min_run_bytes` and more, on average, go by the copy engine, as far as there is one."""
+    """Few pieces, and pieces of `min_run_bytes` and more on average, go by the copy engine, as far as there is one."""
     return StreamCopier(device, min_run_bytes) if device.type == "cuda" else ThreadCopier()
 
 
@@ -80,7 +81,7 @@ def _copy_timed(
 
 class StreamCopier:
     """The copy engine leaves the multiprocessors to the engine's steps, but costs a call for each run of blocks that
-    are in a row on both sides; where runs are short, a kernel copies all blocks in one launch.
+    are in a row on both sides; where runs are many and short, a kernel copies all blocks in one launch.
     """
 
     def __init__(self, device: torch.device, min_run_bytes: int) -> None:
@@ -100,9 +101,9 @@ class StreamCopier:
         if after_steps:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         runs = list(runs_of(source_ids, target_ids))
-        by_engine = len(source_ids) * source[0].nbytes >= self._min_run_bytes * len(runs)
+        are_long = len(source_ids) * source[0].nbytes >= self._min_run_bytes * len(runs)
         with torch.cuda.stream(self._stream):
-            if by_engine:
+            if are_long or len(runs) <= NUM_CHEAP_RUNS:
                 began.record()
                 copy_runs(source, target, runs)
             else:

@@ -46,7 +46,7 @@ def test_runs_cover_every_block_once_and_go_where_the_ids_say(source_ids, target
 @pytest.mark.parametrize("min_run_bytes", [BY_ENGINE, BY_KERNEL], ids=["copy engine", "kernel"])
 def test_blocks_arrive_where_they_are_sent_and_nowhere_else(device, min_run_bytes):
     source = torch.randn(NUM_BLOCKS, *BLOCK_SHAPE, device=device)
-    source_ids, target_ids = [4, 5, 6, 11, 0], [7, 8, 9, 2, 3]
+    source_ids, target_ids = [4, 5, 6, 11, 0, 9, 2], [7, 8, 9, 2, 3, 0, 11]
     copier = make_copier(source.device, min_run_bytes)
     target = copied(copier, source, torch.zeros_like(source), source_ids, target_ids)
     expected = torch.zeros_like(source)
@@ -58,12 +58,13 @@ def test_blocks_arrive_where_they_are_sent_and_nowhere_else(device, min_run_byte
 @pytest.mark.parametrize(
     ("source_ids", "target_ids", "expected"),
     [
-        ([0, 1, 2, 3], [4, 5, 6, 7], "copy_runs"),
-        ([0, 1, 2, 3], [4, 6, 8, 10], "copy_blocks"),
-        ([0, 1, 5, 6], [4, 5, 8, 9], "copy_runs"),  # two blocks a run
+        ([*range(12)], [*range(12)], "copy_runs"),
+        ([0, 1, 2, 3, 4, 5], [0, 2, 4, 6, 8, 10], "copy_blocks"),
+        ([*range(10)], [2, 3, 0, 1, 6, 7, 4, 5, 10, 11], "copy_runs"),  # two blocks a run
+        ([0, 1], [4, 6], "copy_runs"),  # few
     ],
 )
-def test_the_copy_engine_takes_what_lies_in_long_enough_rows(monkeypatch, source_ids, target_ids, expected):
+def test_the_copy_engine_takes_what_lies_in_few_rows_or_in_long_ones(monkeypatch, source_ids, target_ids, expected):
     used = []
     for name in ("copy_runs", "copy_blocks"):
         copy = getattr(block_copier, name)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ensemble.cache import swapper
+from ensemble.cache import block_copier, swapper
 from ensemble.cache.kv_pool import KVLayout
 from ensemble.cache.swapper import Swapper, make_host_pool
 from ensemble.scheduling.preemptive_decode import Swap
@@ -15,8 +15,9 @@ SLOW_CYCLES = 200_000_000  # about 0.1 s of a GPU
 
 @pytest.fixture(params=[0, 1 << 40], ids=["copy engine", "kernel"])
 def either_way(request, monkeypatch):
-    """On a GPU, whatever the size of a block."""
+    """On a GPU, however the blocks lie."""
     monkeypatch.setattr(swapper, "COPY_ENGINE_RUN_BYTES", request.param)
+    monkeypatch.setattr(block_copier, "NUM_CHEAP_RUNS", 0)
 
 
 def make_pools(device, num_blocks=24, num_host_blocks=40):

@@ -229,6 +229,7 @@ def test_on_a_gpu_with_copies_that_take_longer_than_steps(
 ) -> None:
     """Blocks that are reused or read before a copy has ended would show in the tokens."""
     monkeypatch.setattr(swapper, "COPY_ENGINE_RUN_BYTES", threshold)
+    monkeypatch.setattr(block_copier, "NUM_CHEAP_RUNS", 0)
     for name in ("copy_runs", "copy_blocks"):
         copy = getattr(block_copier, name)
 
