@@ -17,9 +17,9 @@ from rich.console import Console
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
 from ensemble.tokenizer import Tokenizer
 from tools.bench_engine import SHAPES
-from tools.bench_serving import Lengths, drive, make_inputs, rows
 from tools.gpu_smoke import write_model_dir
 from tools.results import write_results
+from tools.serving_load import Lengths, drive, make_inputs, rows
 from tools.triton_server import TritonServer
 
 MODEL = "LLaMA-2-7B"
