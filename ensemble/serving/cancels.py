@@ -1,9 +1,9 @@
 """How a client's cancel reaches the scheduler: asked of the Triton server, told by `postprocess`, or by the HTTP relay.
 
 A cancelled ensemble request is seen by the steps that are executed after the cancel, never by the decoupled step that
-runs: `postprocess` sees it, and tells the scheduler over a socket whose address, with the stream's number, the
-scheduler put among its outputs (`cancel_handle`). While there is nothing to answer, the scheduler sends heartbeats:
-responses of the `cancel_handle` alone, which `postprocess` does not pass on.
+runs: `postprocess` sees it, and tells the scheduler over a socket. For that it needs a `cancel_handle` among the
+scheduler's outputs: the number of the stream, that of the response (window.py), and the address of the socket. While
+there is nothing to answer, the scheduler sends heartbeats: responses of the handle alone, which are not passed on.
 
 The relay (http_relay.py) knows no stream's number. It tags requests, and tells the tag of a client that has gone.
 """
@@ -23,9 +23,10 @@ import zmq
 from ensemble.serving.streams import ClientStream
 
 CHECK_INTERVAL_S = 0.1  # asking whether a request is cancelled is a round trip to the Triton server
-HEARTBEAT_S = 0.2  # of silence
+HEARTBEAT_S = 0.2  # without a response that carries a handle
 MAX_HEARTBEATS = 100  # in each CHECK_INTERVAL_S: a heartbeat costs as much as a response
 MAX_REMEMBERED = 8192
+PASSED, CANCELLED = "passed", "cancelled"  # what `postprocess` tells; the relay tells a tag alone
 CLIENT_TAG = "distserve_client_tag"  # the request parameter by which the HTTP relay finds a request again
 CANCEL_ADDRESS_VARIABLE = "DISTSERVE_CANCEL_ADDRESS"  # environment variable: where the scheduler hears of cancels
 
@@ -52,39 +53,36 @@ class CancelWatch:
                 with contextlib.suppress(Exception):  # the server stops, or has forgotten the request
                     if not stream.needs_heartbeats and stream.is_cancelled():
                         self._on_cancel(stream.request_id)
-            for stream in longest_silent(streams, started):
+            for stream in heartbeats_due(streams, started):
                 with contextlib.suppress(Exception):
                     stream.send_heartbeat()
             self._closing.wait(max(0.0, CHECK_INTERVAL_S - (time.monotonic() - started)))
 
 
-def longest_silent(streams: Iterable[ClientStream], now: float) -> list[ClientStream]:
-    """The streams whose heartbeat is due, those first that have waited longest for it, at most MAX_HEARTBEATS."""
-    due = [stream for stream in streams if stream.needs_heartbeats and now - stream.last_sent >= HEARTBEAT_S]
-    return heapq.nsmallest(MAX_HEARTBEATS, due, key=lambda stream: stream.last_sent)
+def heartbeats_due(streams: Iterable[ClientStream], now: float) -> list[ClientStream]:
+    """Of which streams, those first that have waited longest for it, at most MAX_HEARTBEATS."""
+    due = [stream for stream in streams if stream.needs_heartbeats and now - stream.last_handle >= HEARTBEAT_S]
+    return heapq.nsmallest(MAX_HEARTBEATS, due, key=lambda stream: stream.last_handle)
 
 
 class CancelReceiver:
-    """The scheduler's end: `on_cancel(request_id)` is called on a thread of its own.
+    """The scheduler's end: `on_cancel(request_id)` and `on_passed(number)` are called on a thread of its own.
 
     Listens where the environment says, else in a folder of its own (mode 0700).
     """
 
-    def __init__(self, on_cancel: Callable[[int], None]) -> None:
+    def __init__(self, on_cancel: Callable[[int], None], on_passed: Callable[[int], None]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="distserve-cancel-")
-        self._address = os.environ.get(CANCEL_ADDRESS_VARIABLE) or f"ipc://{self._folder.name}/socket"
+        self.address = os.environ.get(CANCEL_ADDRESS_VARIABLE) or f"ipc://{self._folder.name}/socket"
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
-        self._socket.bind(self._address)
-        self._on_cancel = on_cancel
+        self._socket.bind(self.address)
+        self._on_cancel, self._on_passed = on_cancel, on_passed
         self._lock = threading.Lock()
         self._tagged: weakref.WeakValueDictionary[str, ClientStream] = weakref.WeakValueDictionary()
         self._gone: OrderedDict[str, None] = OrderedDict()  # tags told before their request came; oldest first
         self._thread = threading.Thread(target=self._run, name="cancel-receiver", daemon=True)
         self._thread.start()
-
-    def handle_for(self, request_id: int) -> str:
-        return f"{request_id}@{self._address}"
 
     def watch(self, stream: ClientStream, tag: str) -> None:
         """Cancels a stream that has been submitted when the relay tells its tag, or at once if it has."""
@@ -103,8 +101,11 @@ class CancelReceiver:
         try:
             while True:
                 message = self._socket.recv().decode()
-                if message.isdigit():
-                    self._on_cancel(int(message))
+                kind, _, what = message.partition(" ")
+                if kind == PASSED:
+                    self._on_passed(int(what))
+                elif kind == CANCELLED:
+                    self._on_cancel(int(what))
                 else:
                     self._client_gone(message)
         except zmq.ContextTerminated:
@@ -122,28 +123,22 @@ class CancelReceiver:
 
 
 class CancelSender:
-    """`postprocess`'s end, on its one thread: asks at most every CHECK_INTERVAL_S for each stream."""
+    """`postprocess`'s end, on its one thread."""
 
     def __init__(self) -> None:
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._next_check: OrderedDict[str, float] = OrderedDict()  # handle |-> time; oldest first
 
-    def check(self, handle: str, is_cancelled: Callable[[], bool]) -> None:
-        """Tells the scheduler if the stream's client is gone."""
-        now = time.monotonic()
-        if now < self._next_check.get(handle, 0.0):
-            return
-        self._next_check[handle] = now + CHECK_INTERVAL_S
-        self._next_check.move_to_end(handle)
-        if len(self._next_check) > MAX_REMEMBERED:
-            self._next_check.popitem(last=False)
-        if is_cancelled():
-            request_id, _, address = handle.partition("@")
-            if address not in self._sockets:
-                self._sockets[address] = self._context.socket(zmq.PUSH)
-                self._sockets[address].connect(address)
-            self._sockets[address].send(request_id.encode())
+    def passed(self, handle: str, is_cancelled: bool) -> None:
+        """Tells the scheduler how far its responses have come, and if the stream's client is gone."""
+        stream, _, address = handle.partition("@")
+        request_id, _, number = stream.partition(":")
+        if address not in self._sockets:
+            self._sockets[address] = self._context.socket(zmq.PUSH)
+            self._sockets[address].connect(address)
+        self._sockets[address].send(f"{PASSED} {number}".encode())
+        if is_cancelled:
+            self._sockets[address].send(f"{CANCELLED} {request_id}".encode())
 
     def close(self) -> None:
         self._context.destroy(linger=0)

@@ -17,6 +17,7 @@ from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.orchestrator import Orchestrator
 from ensemble.serving.stage_calls import CallModel
 from ensemble.serving.streams import ClientCall, ClientStream, SenderPool, Timeline
+from ensemble.serving.window import Window
 from ensemble.tokenizer import Tokenizer
 
 
@@ -33,7 +34,8 @@ class Scheduler:
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
         self._orchestrator = Orchestrator(deployment, call_model, self._senders, self._count)
         self._metrics = Metrics(make_family, self._orchestrator.gauges) if make_family is not None else None
-        self._cancels = CancelReceiver(self._orchestrator.cancel)
+        self._window = Window()
+        self._cancels = CancelReceiver(self._orchestrator.cancel, self._window.passed)
         self._watch = CancelWatch(self._orchestrator.live_streams, self._orchestrator.cancel)
 
     def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -47,7 +49,7 @@ class Scheduler:
             self._count(Ended(Timeline(), 0, 0, known.code, is_error=True))
             return
         request = client_request.request
-        stream = ClientStream(call, client_request, self._tokenizer, self._cancels.handle_for(request.request_id))
+        stream = ClientStream(call, client_request, self._tokenizer, self._window, self._cancels.address)
         self._orchestrator.submit(request, stream)
         if tag is not None:
             self._cancels.watch(stream, str(tag))

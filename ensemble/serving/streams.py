@@ -21,9 +21,11 @@ from ensemble.errors import DistServeError
 from ensemble.request import FinishReason
 from ensemble.serving.inputs import ClientRequest
 from ensemble.serving.stop_strings import StopStrings
+from ensemble.serving.window import STAMP_EVERY, Window
 from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
 
 MAX_TOKENS_PER_RESPONSE = 8
+HANDLE_INTERVAL_S = 0.1  # in which `postprocess` looks for a stream's cancel, as long as there are tokens to send
 Outputs = dict[str, npt.NDArray[Any]]
 
 
@@ -71,13 +73,18 @@ class ClientStream:
     """One client's answer in the making."""
 
     def __init__(
-        self, call: ClientCall, client_request: ClientRequest, tokenizer: Tokenizer, cancel_handle: str = ""
+        self,
+        call: ClientCall,
+        client_request: ClientRequest,
+        tokenizer: Tokenizer,
+        window: Window | None = None,  # of the ensemble, for its clients
+        cancel_address: str = "",  # where `postprocess` tells what it sees
     ) -> None:
         self._call = call
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
         self.is_answered = False  # it is being sent, or has been: `answered` follows, or a failure to send
-        self.last_sent = time.monotonic()  # a response, or a heartbeat; at first the arrival
+        self.last_handle = time.monotonic()  # when `postprocess` was last sent one; at first the arrival
         self.timeline = Timeline(arrival_ns=time.time_ns())
         self.request = client_request.request
         self.hints = client_request.hints
@@ -86,7 +93,8 @@ class ClientStream:
         self.deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._options = client_request.options
         self._tokenizer = tokenizer
-        self._cancel_handle = cancel_handle
+        self._window = window if client_request.options.return_cancel_handle else None
+        self._cancel_address = cancel_address
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._prompt_text = client_request.prompt_text
         self._stop_strings = StopStrings(client_request.stop_strings)
@@ -135,8 +143,8 @@ class ClientStream:
 
     @property
     def needs_heartbeats(self) -> bool:
-        """Whether `postprocess` looks for its cancel, whenever a response passes."""
-        return self._options.return_cancel_handle
+        """Whether `postprocess` looks for its cancel, whenever a handle comes."""
+        return self._window is not None
 
     def is_cancelled(self) -> bool:
         """Asks the Triton server. Never beside or after the final response: the 24.10 server crashes on that."""
@@ -144,11 +152,16 @@ class ClientStream:
             return not self._is_closed and self._call.is_cancelled()
 
     def send_heartbeat(self) -> None:
-        """Sends `postprocess` a response of the cancel handle alone, which it does not pass on."""
+        """Sends a response of the cancel handle alone, which goes to `postprocess` and not to the client."""
+        assert self._window is not None
         with self._call_lock:
-            self.last_sent = time.monotonic()
             if not self._is_closed:
-                self._call.send(self._handle_output(), final=False)
+                self._call.send(self._handle(self._window.enter(waits=False)), final=False)
+
+    def _handle(self, number: int) -> Outputs:
+        self.last_handle = time.monotonic()
+        handle = f"{self.request_id}:{number}@{self._cancel_address}"
+        return {"cancel_handle": np.array([handle.encode()], dtype=object)}
 
     def send_next(self) -> Progress:
         """Sends one response of what is pending, if it shows anything."""
@@ -169,6 +182,10 @@ class ClientStream:
             self.timeline.last_token_ns = time.time_ns()
         if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
+            if self._window is not None:
+                number = self._window.enter()
+                if number % STAMP_EVERY == 0 or time.monotonic() - self.last_handle >= HANDLE_INTERVAL_S:
+                    outputs |= self._handle(number)
             with self._call_lock:
                 self.is_answered = is_last
                 try:
@@ -177,7 +194,6 @@ class ClientStream:
                     self.is_answered = False
                     raise
                 self._is_closed = is_last
-                self.last_sent = time.monotonic()
             self._text, self._token_ids, self._is_first = "", [], False
         if is_last:
             return Progress.ANSWERED
@@ -222,14 +238,9 @@ class ClientStream:
             outputs["num_output_tokens"] = np.array([len(self._token_ids)], np.int32)
         if options.return_output_ids:
             outputs["output_ids"] = np.array(self._token_ids, np.int32)
-        if options.return_cancel_handle:
-            outputs |= self._handle_output()
         if options.return_perf_metrics and is_last:
             outputs |= self._perf_metrics()
         return outputs
-
-    def _handle_output(self) -> Outputs:
-        return {"cancel_handle": np.array([self._cancel_handle.encode()], dtype=object)}
 
     def _perf_metrics(self) -> Outputs:
         timeline = self.timeline

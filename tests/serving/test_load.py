@@ -8,12 +8,14 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.serving.clients import blocks_in_use, read_metrics, run_streams
+from ensemble.serving.window import LIMIT
+from tests.serving.clients import StreamClient, blocks_in_use, generate, read_metrics, run_streams
 from tools.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 
 NUM_CLIENTS, NUM_REQUESTS = 64, 200
+NUM_GATHERING = 16
 
 
 def workload() -> list[dict[str, Any]]:
@@ -49,6 +51,15 @@ def may_be_ours(name: str, server: TritonServer) -> bool:
     return server.run_dir.name in name or not name.startswith("triton_python_backend_shm_region_distserve-")
 
 
+def is_stub(process: psutil.Process, model: str) -> bool:
+    return any(f"/{model}/" in argument for argument in process.cmdline())
+
+
+def pending(server: TritonServer, model: str) -> float:
+    name = f'nv_inference_pending_request_count{{model="{model}"'
+    return sum(value for key, value in read_metrics(server.metrics_url).items() if key.startswith(name))
+
+
 def in_use(server: TritonServer) -> float:
     return blocks_in_use(read_metrics(server.metrics_url))
 
@@ -75,3 +86,28 @@ def test_64_streams_are_complete_equal_to_their_solo_runs_and_leave_nothing(tiny
         time.sleep(0.1)
     assert in_use(tiny_server) == 0
     assert footprint(tiny_server) == before
+
+
+def test_behind_a_step_that_does_not_keep_up_tokens_gather_and_the_queue_stays_short(tiny_server: TritonServer) -> None:
+    """`postprocess` is stopped for half a second, in which the engine makes hundreds of tokens.
+
+    (After a second the Triton server would take it for dead.)
+    """
+    server = tiny_server
+    (stub,) = (each for each in psutil.Process(server.pid).children(recursive=True) if is_stub(each, "postprocess"))
+    asked = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True, "stream": True}
+    client = StreamClient(server.grpc_url)
+    for index in range(NUM_GATHERING):
+        client.send("ensemble", str(index), text_input=f"Once {index}", **asked)
+    time.sleep(0.2)
+    stub.suspend()
+    time.sleep(0.5)
+    num_pending = pending(server, "postprocess")
+    stub.resume()
+    answers = client.wait()
+    client.close()
+    assert LIMIT / 2 <= num_pending <= LIMIT + NUM_GATHERING * 3  # heartbeats too
+    for index in range(NUM_GATHERING):
+        answer = answers[str(index)]
+        assert answer.error is None
+        assert answer.text == generate(server.grpc_url, text_input=f"Once {index}", **asked).text

@@ -1,17 +1,22 @@
 """A client's stream: every outcome ends it exactly once, and what is sent is what was generated."""
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from ensemble.errors import Cancelled, DistServeError, InternalError
 from ensemble.request import Request, SamplingParams
-from ensemble.serving.cancels import HEARTBEAT_S, MAX_HEARTBEATS, longest_silent
+from ensemble.serving.cancels import HEARTBEAT_S, MAX_HEARTBEATS, heartbeats_due
 from ensemble.serving.inputs import ClientRequest, OutputOptions
 from ensemble.serving.streams import ClientStream, Outputs, SenderPool
+from ensemble.serving.window import STAMP_EVERY, Window
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import make_tiny_tokenizer
+
+ADDRESS = "ipc:///somewhere"
 
 
 class Recorder:
@@ -52,9 +57,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_dir(path)
 
 
-def make_stream(call: Recorder, tokenizer: Tokenizer, **options: Any) -> ClientStream:
+def make_stream(call: Recorder, tokenizer: Tokenizer, window: Window | None = None, **options: Any) -> ClientStream:
     request = Request(request_id=0, prompt_token_ids=[3], sampling=SamplingParams(max_tokens=100))
-    return ClientStream(call, ClientRequest(request, OutputOptions(**options), None), tokenizer)
+    client_request = ClientRequest(request, OutputOptions(**options), None)
+    return ClientStream(call, client_request, tokenizer, window or Window(), ADDRESS)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def make_pool(failed: list[Exception]) -> SenderPool:
@@ -124,16 +137,37 @@ def test_a_heartbeat_is_the_handle_alone_and_never_follows_the_end(tokenizer: To
     assert len(call.outputs) == 2
 
 
-def test_heartbeats_have_a_bound_and_reach_every_silent_stream_in_turn(tokenizer: Tokenizer) -> None:
+def test_heartbeats_have_a_bound_and_reach_every_stream_in_turn(tokenizer: Tokenizer) -> None:
     streams = [make_stream(Recorder(), tokenizer, return_cancel_handle=True) for _ in range(3 * MAX_HEARTBEATS)]
     direct = make_stream(Recorder(), tokenizer)
-    now = direct.last_sent + 2 * HEARTBEAT_S
+    now = direct.last_handle + 2 * HEARTBEAT_S
     served = []
     for _ in range(3):
-        batch = longest_silent([direct, *streams], now)
+        batch = heartbeats_due([direct, *streams], now)
         assert len(batch) == MAX_HEARTBEATS
         served += batch
         for stream in batch:
-            stream.last_sent = now
+            stream.last_handle = now
     assert set(served) == set(streams)
-    assert longest_silent([direct, *streams], now) == []
+    assert heartbeats_due([direct, *streams], now) == []
+
+
+def test_some_responses_carry_a_handle_and_none_of_a_client_that_came_directly(tokenizer: Tokenizer) -> None:
+    calls = [Recorder(), Recorder()]
+    window, pool = Window(), make_pool([])
+    streams = [
+        make_stream(calls[0], tokenizer, window, stream=True, return_output_ids=True, return_cancel_handle=True),
+        make_stream(calls[1], tokenizer, window, stream=True, return_output_ids=True),
+    ]
+    num_responses = 2 * STAMP_EVERY
+    for index in range(num_responses):
+        for call, stream in zip(calls, streams, strict=True):
+            pool.push(stream, 100, "length" if index == num_responses - 1 else None)
+            wait_until(lambda call=call, index=index: len(call.outputs) > index)  # type: ignore[misc]
+    pool.close()
+    carriers = [index for index, outputs in enumerate(calls[0].outputs) if "cancel_handle" in outputs]
+    assert {STAMP_EVERY - 1, 2 * STAMP_EVERY - 1} <= set(carriers) and len(carriers) < num_responses
+    handle = calls[0].outputs[STAMP_EVERY - 1]["cancel_handle"][0].decode()
+    assert handle == f"0:{STAMP_EVERY}@{ADDRESS}"
+    assert not any("cancel_handle" in outputs for outputs in calls[1].outputs)
+    assert window.num_inside == num_responses
