@@ -35,7 +35,7 @@ def report(rows: list[dict[str, Any]], output: Path | None) -> None:
     console = Console(highlight=False)
     for row in rows:
         met = {True: "yes", False: "NO", None: ""}[row.get("met")]
-        console.print(f"{met:3} {row['name']:60} {row['value']} {row['unit']}")
+        console.print(f"{met:3} {row['name']:60} {row['value']} {row['unit']}", soft_wrap=True)
     if output is not None:
         write_results(output, rows)
     if not all(row.get("met") in (None, True) for row in rows):
