@@ -109,9 +109,9 @@ def drive(url: str, inputs: list[dict[str, Any]], gaps_s: list[float] | None, ma
             said = (result.stderr or result.stdout).strip().splitlines()
             raise LoadError(f"perf_analyzer against {url}: {said[0] if said else result.returncode}")
         (experiment,) = json.loads(export.read_text())["experiments"]
-    requests = experiment["requests"]
-    start_ns = min(each["timestamp"] for each in requests)
-    return [as_served(each, start_ns) for each in requests]
+    requests = sorted(experiment["requests"], key=lambda each: each["timestamp"])
+    # With intervals perf_analyzer goes on, from the first inputs, until it has seen that there were enough.
+    return [as_served(each, requests[0]["timestamp"]) for each in requests[: len(inputs)]]
 
 
 def as_served(request: dict[str, Any], start_ns: int) -> Served:
