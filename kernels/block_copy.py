@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import backend
 
-_CHUNK_BYTES = 32 * 1024  # of a block, per program
+_CHUNK_BYTES = 32 * 1024  # of a block, that a program copies at a time
 
 
 @triton.jit(do_not_specialize=["source_ids", "target_ids", "num_chunks"])

@@ -5,7 +5,8 @@
 
 Requests come from NVIDIA's perf_analyzer, a stream of gRPC each, to the model `ensemble`: random text of so many
 tokens, for exactly so many tokens of output. TTFT: from the request to its first response; TPOT: from there to the
-last, by the tokens after the first; ITL: between two responses. Goodput: requests per second that meet all targets.
+last, by the tokens after it; ITL: between two responses, which hold several tokens where the server is behind.
+Goodput: requests per second that meet all targets.
 """
 
 import csv
@@ -60,7 +61,7 @@ def read_trace(path: Path) -> list[Lengths]:
     try:
         with path.open(newline="") as file:
             return [Lengths(*(max(1, int(row[column])) for column in TRACE_COLUMNS)) for row in csv.DictReader(file)]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(f"--trace {path}: needs the columns {' and '.join(TRACE_COLUMNS)}: {error!r}") from None
 
 

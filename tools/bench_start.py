@@ -2,7 +2,7 @@
 
     python -m tools.bench_start --output docs/results/start.json
 
-Dummy weights, fp16; disaggregated, both stages on one GPU, and colocated. Ready: every model is, over HTTP and gRPC.
+Dummy weights, fp16; disaggregated, both stages on one GPU, and colocated. And the first request after that.
 """
 
 import tempfile

@@ -16,6 +16,7 @@ from tools.perf_analyzer import ensure_perf_analyzer
 
 METRICS = ("ttft", "tpot", "itl", "e2e")
 TIMEOUT_S = 3600.0
+DRAIN_US = 5_000_000
 Row = dict[str, Any]
 
 
@@ -38,13 +39,15 @@ class Served:
     sent: float
     responses: list[float]
     num_tokens: int
+    num_first_tokens: int = 1  # in the first response
 
     def milliseconds(self, metric: str) -> list[float]:
-        """One value, or none or many of ITL; no TPOT of one token."""
+        """One value, or none or many of ITL; no TPOT of one response."""
         first, last = self.responses[0], self.responses[-1]
+        num_later = self.num_tokens - self.num_first_tokens
         seconds = {
             "ttft": [first - self.sent],
-            "tpot": [(last - first) / (self.num_tokens - 1)] if self.num_tokens > 1 else [],
+            "tpot": [(last - first) / num_later] if num_later else [],
             "itl": [after - before for before, after in zip(self.responses, self.responses[1:], strict=False)],
             "e2e": [last - self.sent],
         }
@@ -61,6 +64,7 @@ def make_inputs(tokenizer: Tokenizer, lengths: list[Lengths], rng: random.Random
             "temperature": [0.0],
             "ignore_eos": [True],
             "stream": [True],
+            "return_num_output_tokens": [True],
         }
         for each in lengths
     ]
@@ -99,19 +103,26 @@ def drive(url: str, inputs: list[dict[str, Any]], gaps_s: list[float] | None, ma
         data.write_text(json.dumps({"data": inputs}))
         load = ["--concurrency-range", str(max_concurrency)]
         if gaps_s:
-            intervals.write_text("".join(f"{max(1, round(1e6 * gap))}\n" for gap in gaps_s))  # microseconds
+            # In microseconds, the first before the first request. perf_analyzer begins anew after the last, and looks
+            # only each second whether there have been enough: a pause, in which the answers are awaited.
+            gaps_us = [*(max(1, round(1e6 * gap)) for gap in gaps_s), DRAIN_US]
+            intervals.write_text("".join(f"{gap}\n" for gap in gaps_us))
             load = ["--request-intervals", str(intervals)]
         command = [str(program), "-m", "ensemble", "-u", url, "-i", "grpc", "--async", "--streaming", *load]
         command += ["--input-data", str(data), "--profile-export-file", str(export), "--max-threads", "16"]
         command += ["--request-count", str(len(inputs)), "--stability-percentage", "999"]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+        try:
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise LoadError(f"perf_analyzer against {url}: not done after {TIMEOUT_S:.0f} s") from None
         if result.returncode or not export.exists():
             said = (result.stderr or result.stdout).strip().splitlines()
             raise LoadError(f"perf_analyzer against {url}: {said[0] if said else result.returncode}")
         (experiment,) = json.loads(export.read_text())["experiments"]
-    requests = sorted(experiment["requests"], key=lambda each: each["timestamp"])
-    # With intervals perf_analyzer goes on, from the first inputs, until it has seen that there were enough.
-    return [as_served(each, requests[0]["timestamp"]) for each in requests[: len(inputs)]]
+    requests = sorted(experiment["requests"], key=lambda each: each["timestamp"])[: len(inputs)]
+    if len(requests) < len(inputs):
+        raise LoadError(f"perf_analyzer against {url}: {len(requests)} of {len(inputs)} requests were served")
+    return [as_served(each, requests[0]["timestamp"]) for each in requests]
 
 
 def as_served(request: dict[str, Any], start_ns: int) -> Served:
@@ -120,7 +131,14 @@ def as_served(request: dict[str, Any], start_ns: int) -> Served:
         (request["timestamp"] - start_ns) / 1e9,
         [(each - start_ns) / 1e9 for each in request["response_timestamps"]],
         int(request["request_inputs"]["max_tokens"]),
+        _number(request["response_outputs"][0]["num_output_tokens"]),
     )
+
+
+def _number(exported: int | str) -> int:
+    """Of an INT32, which perf_analyzer exports as the characters of its four bytes."""
+    is_bytes = isinstance(exported, str) and len(exported) == 4
+    return int.from_bytes(str(exported).encode("latin-1"), "little") if is_bytes else int(exported)
 
 
 def rows(served: list[Served], num_input_tokens: int, targets: dict[str, float]) -> Iterable[Row]:

@@ -15,9 +15,9 @@ import torch
 from kernels.block_copy import copy_blocks
 
 # Of the kernel: as many reach 0.94 of NVLink's rate and nearly PCIe's, and leave the other multiprocessors to the
-# engine's steps: a step of LLaMA-2-7B beside pulls takes 1.07 to 1.08 times as long, with all programs 1.18 to 1.41.
+# engine's steps: a step of LLaMA-2-7B beside pulls takes 1.07 to 1.09 times as long, with all programs 1.18 to 1.41.
 NUM_PROGRAMS = 32
-NUM_CHEAP_RUNS = 4  # a call each for so many takes the host less than the kernel's launch, its ids included
+NUM_CHEAP_RUNS = 8  # calls, which took the host 124 us; the kernel's launch, its ids included, 97 to 250 us
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,9 @@ def _copy_timed(
     source: torch.Tensor, target: torch.Tensor, source_ids: list[int], target_ids: list[int]
 ) -> float:  # seconds
     start = time.perf_counter()
-    copy_blocks(source, target, torch.tensor(source_ids), torch.tensor(target_ids))
+    copy_blocks(
+        source, target, torch.tensor(source_ids, dtype=torch.int64), torch.tensor(target_ids, dtype=torch.int64)
+    )
     return time.perf_counter() - start
 
 

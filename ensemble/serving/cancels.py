@@ -100,14 +100,14 @@ class CancelReceiver:
     def _run(self) -> None:
         try:
             while True:
-                message = self._socket.recv().decode()
-                kind, _, what = message.partition(" ")
-                if kind == PASSED:
-                    self._on_passed(int(what))
-                elif kind == CANCELLED:
-                    self._on_cancel(int(what))
-                else:
+                message = self._socket.recv().decode(errors="replace")
+                kind, _, number = message.partition(" ")
+                if not number:
                     self._client_gone(message)
+                elif kind == PASSED and number.isdigit():
+                    self._on_passed(int(number))
+                elif kind == CANCELLED and number.isdigit():
+                    self._on_cancel(int(number))
         except zmq.ContextTerminated:
             self._socket.close(linger=0)
 
@@ -127,18 +127,25 @@ class CancelSender:
 
     def __init__(self) -> None:
         self._context = zmq.Context()
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._only_address = os.environ.get(CANCEL_ADDRESS_VARIABLE)  # None: whatever the handles say
+        self._address = ""
+        self._socket: zmq.Socket[bytes] | None = None
 
     def passed(self, handle: str, is_cancelled: bool) -> None:
-        """Tells the scheduler how far its responses have come, and if the stream's client is gone."""
+        """Tells the scheduler how far its responses have come, and if the stream's client is gone. Never waits."""
         stream, _, address = handle.partition("@")
         request_id, _, number = stream.partition(":")
-        if address not in self._sockets:
-            self._sockets[address] = self._context.socket(zmq.PUSH)
-            self._sockets[address].connect(address)
-        self._sockets[address].send(f"{PASSED} {number}".encode())
-        if is_cancelled:
-            self._sockets[address].send(f"{CANCELLED} {request_id}".encode())
+        if self._only_address not in (None, address):
+            return  # this handle is not the scheduler's
+        if self._socket is None or address != self._address:
+            if self._socket is not None:
+                self._socket.close(linger=0)
+            self._address, self._socket = address, self._context.socket(zmq.PUSH)
+            self._socket.connect(address)
+        with contextlib.suppress(zmq.Again):  # nobody takes them; a later one tells the same
+            self._socket.send(f"{PASSED} {number}".encode(), zmq.NOBLOCK)
+            if is_cancelled:
+                self._socket.send(f"{CANCELLED} {request_id}".encode(), zmq.NOBLOCK)
 
     def close(self) -> None:
         self._context.destroy(linger=0)

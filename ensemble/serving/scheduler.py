@@ -59,8 +59,8 @@ class Scheduler:
         if self._metrics is not None:
             self._metrics.close()
         self._orchestrator.close()
+        self._senders.close()  # what they have to say passes the window, which the receiver empties
         self._cancels.close()
-        self._senders.close()
 
     def _count(self, ended: Ended) -> None:
         if self._metrics is not None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,6 +67,7 @@ class Progress(Enum):
 
     SENT = "nothing until more tokens come"
     MORE_PENDING = "send again"
+    PARKED = "nothing until the ensemble has room"
     ANSWERED = "the last response was sent, perhaps before the last token: whoever makes the tokens has to be told"
 
 
@@ -131,11 +133,11 @@ class ClientStream:
             self._finish_reason = finish_reason
             return self._claim()
 
-    def fail(self, error: DistServeError) -> bool:
-        """Ends the stream with an error. True if the stream has to be queued at its sender."""
+    def fail(self, error: DistServeError) -> None:
+        """Ends the stream with an error. It has to be queued at its sender then, though it may be parked."""
         with self._lock:
             self._error = error
-            return self._claim()
+            self._is_queued = True
 
     def _claim(self) -> bool:
         claimed, self._is_queued = not self._is_queued, True
@@ -156,15 +158,18 @@ class ClientStream:
         assert self._window is not None
         with self._call_lock:
             if not self._is_closed:
-                self._call.send(self._handle(self._window.enter(waits=False)), final=False)
+                self._call.send(self._handle(self._window.enter()), final=False)
 
     def _handle(self, number: int) -> Outputs:
         self.last_handle = time.monotonic()
         handle = f"{self.request_id}:{number}@{self._cancel_address}"
         return {"cancel_handle": np.array([handle.encode()], dtype=object)}
 
-    def send_next(self) -> Progress:
-        """Sends one response of what is pending, if it shows anything."""
+    def send_next(self, call_back: Callable[[], None]) -> Progress:
+        """Sends one response of what is pending, if it shows anything. When parked, `call_back` is called later."""
+        may_wait = self._options.stream and self._error is None and not self._is_closed
+        if may_wait and self._window is not None and not self._window.has_room(call_back):
+            return Progress.PARKED
         with self._lock:
             limit = MAX_TOKENS_PER_RESPONSE if self._options.stream else len(self._pending)
             token_ids = [self._pending.popleft() for _ in range(min(limit, len(self._pending)))]
@@ -284,8 +289,8 @@ class SenderPool:
             self._queue_of(stream).put(stream)
 
     def fail(self, stream: ClientStream, error: DistServeError) -> None:
-        if stream.fail(error):
-            self._queue_of(stream).put(stream)
+        stream.fail(error)
+        self._queue_of(stream).put(stream)
 
     def close(self) -> None:
         """Sends what is pending, then ends the threads."""
@@ -306,7 +311,7 @@ class SenderPool:
                 streams.put(None)  # behind what is pending
                 continue
             try:
-                progress = stream.send_next()
+                progress = stream.send_next(partial(streams.put, stream))
             except Exception as error:  # of the Triton server, or a fault of ours: it ends this stream alone
                 self._on_failure(stream, error)
                 continue

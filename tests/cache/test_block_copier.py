@@ -44,7 +44,8 @@ def test_runs_cover_every_block_once_and_go_where_the_ids_say(source_ids, target
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("min_run_bytes", [BY_ENGINE, BY_KERNEL], ids=["copy engine", "kernel"])
-def test_blocks_arrive_where_they_are_sent_and_nowhere_else(device, min_run_bytes):
+def test_blocks_arrive_where_they_are_sent_and_nowhere_else(monkeypatch, device, min_run_bytes):
+    monkeypatch.setattr(block_copier, "NUM_CHEAP_RUNS", 0)
     source = torch.randn(NUM_BLOCKS, *BLOCK_SHAPE, device=device)
     source_ids, target_ids = [4, 5, 6, 11, 0, 9, 2], [7, 8, 9, 2, 3, 0, 11]
     copier = make_copier(source.device, min_run_bytes)
@@ -65,6 +66,7 @@ def test_blocks_arrive_where_they_are_sent_and_nowhere_else(device, min_run_byte
     ],
 )
 def test_the_copy_engine_takes_what_lies_in_few_rows_or_in_long_ones(monkeypatch, source_ids, target_ids, expected):
+    monkeypatch.setattr(block_copier, "NUM_CHEAP_RUNS", 4)
     used = []
     for name in ("copy_runs", "copy_blocks"):
         copy = getattr(block_copier, name)

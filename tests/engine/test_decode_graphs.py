@@ -176,7 +176,7 @@ def test_once_warm_a_copy_of_blocks_neither_compiles_nor_waits(warm_runner):
     triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs["fn"].name)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for count in (5, 6, 16, NUM_PROGRAMS, NUM_PROGRAMS + 1):
+        for count in (9, 10, 16, NUM_PROGRAMS, NUM_PROGRAMS + 1):
             block_ids = list(range(count, 0, -1))
             copies = [copier.start(pool, host, block_ids, block_ids), copier.start(host, pool, block_ids, block_ids)]
     finally:
