@@ -37,7 +37,9 @@ def test_what_waits_behind_a_long_prompt_starts_in_the_order_of_the_policy(
         generate(server.grpc_url, text_input="x", max_tokens=2)
         client = StreamClient(server.grpc_url)
         for index in range(2):
-            client.send("scheduler", f"blocker {index}", **BLOCKER)
+            client.send(
+                "scheduler", f"blocker {index}", **{**BLOCKER, "input_ids": [5] * 6000}
+            )  # all are here before it is through
         for name, values in WAITING.items():
             client.send("scheduler", name, max_tokens=1, return_perf_metrics=True, **values)
         answers = client.wait()
