@@ -7,7 +7,6 @@ processes takes for a response. Workers, server and perf_analyzer share the mach
 """
 
 import random
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -15,13 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ensemble.config import Deployment
 from ensemble.tokenizer import Tokenizer
-from tools.gpu_smoke import write_model_dir
 from tools.results import report
 from tools.server_state import processes
 from tools.serving_load import Lengths, drive, make_inputs
-from tools.soak import TINY_MODEL
+from tools.tiny_server import tiny_server
 from tools.triton_server import TritonServer
 
 LENGTHS = Lengths(prompt=20, output=60)
@@ -34,16 +31,9 @@ def main(
     in_flight: Annotated[list[int] | None, typer.Option(help="Default: 1, 16, 64, 200.")] = None,
 ) -> None:
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model"
-        write_model_dir(path, TINY_MODEL)
-        stage = {"devices": ["cpu"], "kv_cache_bytes": 64 << 20}
-        model = {"path": path, "load_format": "dummy", "dtype": "float32"}
-        deployment = Deployment.parse({"model": model, "prefill": stage, "decode": stage})
-        with TritonServer(deployment, log_path=Path(folder) / "log") as server:
-            server.wait_ready(timeout_s=120)
-            for count in in_flight or (1, 16, 64, 200):
-                rows += load_rows(server, Tokenizer.from_dir(path), count)
+    with tiny_server() as server:
+        for count in in_flight or (1, 16, 64, 200):
+            rows += load_rows(server, Tokenizer.from_dir(server.deployment.model.path), count)
     report(rows, output)
 
 

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import statistics
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,11 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ensemble.config import Deployment
-from tools.gpu_smoke import write_model_dir
 from tools.results import at_least, at_most, report
-from tools.soak import TINY_MODEL
-from tools.triton_server import TritonServer
+from tools.tiny_server import tiny_server
 
 NUM_ROUNDS = 5  # of each way, by turns
 NUM_SMALL, NUM_STREAMS, NUM_CLIENTS = 400, 40, 64  # requests in a round: small, one after the other, at once
@@ -42,26 +38,17 @@ class Way:
 
 
 def main(output: Annotated[Path | None, typer.Option(help="JSON file for the result")] = None) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model"
-        write_model_dir(path, TINY_MODEL)
-        stage = {"devices": ["cpu"], "kv_cache_bytes": 64 << 20}
-        model = {"path": path, "load_format": "dummy", "dtype": "float32"}
-        deployment = Deployment.parse({"model": model, "prefill": stage, "decode": stage})
-        with TritonServer(deployment, log_path=Path(folder) / "log") as server:
-            server.wait_ready(timeout_s=120)
-            direct, relayed = (
-                Way(url.split("/")[-1], [], [], [], []) for url in (server.direct_http_url, server.http_url)
-            )
-            measure(direct)  # warms up, and is thrown away
-            measure(relayed)
-            direct, relayed = Way(direct.netloc, [], [], [], []), Way(relayed.netloc, [], [], [], [])
-            num_events, cpu_s = 0, 0.0
-            for _ in range(NUM_ROUNDS):
-                measure(direct)
-                before_s = cpu_seconds(server.relay_pid)
-                num_events += measure(relayed)
-                cpu_s += cpu_seconds(server.relay_pid) - before_s
+    with tiny_server() as server:
+        direct, relayed = (Way(url.split("/")[-1], [], [], [], []) for url in (server.direct_http_url, server.http_url))
+        measure(direct)  # warms up, and is thrown away
+        measure(relayed)
+        direct, relayed = Way(direct.netloc, [], [], [], []), Way(relayed.netloc, [], [], [], [])
+        num_events, cpu_s = 0, 0.0
+        for _ in range(NUM_ROUNDS):
+            measure(direct)
+            before_s = cpu_seconds(server.relay_pid)
+            num_events += measure(relayed)
+            cpu_s += cpu_seconds(server.relay_pid) - before_s
     report(rows(direct, relayed, cpu_s, num_events), output)
 
 

@@ -7,7 +7,7 @@ Dummy weights, fp16; prompts of 512 tokens, 128 of output. So many requests in f
 
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from ensemble.tokenizer import Tokenizer
 from tools.bench_engine import SHAPES
 from tools.gpu_smoke import write_model_dir
 from tools.results import write_results
-from tools.serving_load import Lengths, drive, make_inputs, rows
+from tools.serving_load import Lengths, Row, drive, make_inputs, rows
 from tools.triton_server import TritonServer
 
 MODEL = "LLaMA-2-7B"
@@ -84,7 +84,7 @@ def loads(url: str, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
         yield from shown(f"{rate:g} requests a second", rows(served, PROMPT_LEN * len(lengths), TARGETS))
 
 
-def shown(load: str, all_rows: Any) -> Iterator[dict[str, Any]]:
+def shown(load: str, all_rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
     for row in all_rows:
         if row["name"] in SHOWN or row["name"].startswith(("SLO", "goodput")):
             yield row | {"name": f"{load}: {row['name']}"}

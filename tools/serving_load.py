@@ -16,7 +16,7 @@ from tools.perf_analyzer import ensure_perf_analyzer
 
 METRICS = ("ttft", "tpot", "itl", "e2e")
 TIMEOUT_S = 3600.0
-DRAIN_US = 5_000_000
+DRAIN_US = 5_000_000  # after the last arrival
 Row = dict[str, Any]
 
 
@@ -39,7 +39,7 @@ class Served:
     sent: float
     responses: list[float]
     num_tokens: int
-    num_first_tokens: int = 1  # in the first response
+    num_first_tokens: int  # in the first response
 
     def milliseconds(self, metric: str) -> list[float]:
         """One value, or none or many of ITL; no TPOT of one response."""

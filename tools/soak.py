@@ -26,21 +26,9 @@ from tools.grpc_request import ask
 from tools.http_request import ask_http
 from tools.results import at_most, exactly, report
 from tools.server_state import Metrics, processes, resident_bytes, shared_memory, workers
+from tools.tiny_server import TINY_MODEL
 from tools.triton_server import TritonServer
 
-TINY_MODEL: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "vocab_size": 384,
-    "eos_token_id": 2,
-}
 MAX_GROWTH = 1.10  # of the resident memory of all processes, late over early
 REQUEST_TIMEOUT_S = 60.0
 MAX_SILENCE_S = 15.0  # without any completed request: a worker is started again and loads

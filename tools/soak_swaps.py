@@ -34,7 +34,7 @@ from tools.grpc_request import Answer, Inputs, ask
 from tools.offline import generate
 from tools.results import at_least, exactly, report
 from tools.server_state import Metrics, processes, shared_memory
-from tools.soak import TINY_MODEL
+from tools.tiny_server import TINY_MODEL
 from tools.triton_server import TritonServer
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 8  # layers, key and value, KV heads, tokens, head_dim, float64

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -26,21 +25,7 @@ class Copy:
     seconds: Callable[[], float]  # of the copy itself, once it is done; raises what the copy raised
 
 
-class BlockCopier(Protocol):
-    def start(
-        self,
-        source: torch.Tensor,
-        target: torch.Tensor,
-        source_ids: list[int],
-        target_ids: list[int],
-        *,
-        after_steps: bool = False,
-    ) -> Copy:
-        """Starts target[target_ids] = source[source_ids]; `after_steps`: once the steps launched before have ended."""
-        ...
-
-
-def make_copier(device: torch.device, min_run_bytes: int) -> BlockCopier:
+def make_copier(device: torch.device, min_run_bytes: int) -> "StreamCopier | ThreadCopier":
     """Few pieces, and pieces of `min_run_bytes` and more on average, go by the copy engine, as far as there is one."""
     return StreamCopier(device, min_run_bytes) if device.type == "cuda" else ThreadCopier()
 
@@ -67,6 +52,7 @@ class ThreadCopier:
         *,
         after_steps: bool = False,
     ) -> Copy:
+        """Starts target[target_ids] = source[source_ids]; `after_steps`: once the steps launched before have ended."""
         future = self._thread.submit(_copy_timed, source, target, source_ids, target_ids)
         return Copy(future.done, future.result)
 
@@ -99,6 +85,7 @@ class StreamCopier:
         *,
         after_steps: bool = False,
     ) -> Copy:
+        """Starts target[target_ids] = source[source_ids]; `after_steps`: once the steps launched before have ended."""
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if after_steps:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -102,12 +102,13 @@ class CancelReceiver:
             while True:
                 message = self._socket.recv().decode(errors="replace")
                 kind, _, number = message.partition(" ")
-                if not number:
-                    self._client_gone(message)
-                elif kind == PASSED and number.isdigit():
-                    self._on_passed(int(number))
-                elif kind == CANCELLED and number.isdigit():
-                    self._on_cancel(int(number))
+                with contextlib.suppress(ValueError):  # a client's own handle, sent to `postprocess` itself
+                    if not number:
+                        self._client_gone(message)
+                    elif kind == PASSED:
+                        self._on_passed(int(number))
+                    elif kind == CANCELLED:
+                        self._on_cancel(int(number))
         except zmq.ContextTerminated:
             self._socket.close(linger=0)
 

@@ -79,8 +79,8 @@ class ClientStream:
         call: ClientCall,
         client_request: ClientRequest,
         tokenizer: Tokenizer,
-        window: Window | None = None,  # of the ensemble, for its clients
-        cancel_address: str = "",  # where `postprocess` tells what it sees
+        window: Window,  # of the ensemble, for its clients
+        cancel_address: str,  # where `postprocess` tells what it sees
     ) -> None:
         self._call = call
         self._call_lock = threading.Lock()

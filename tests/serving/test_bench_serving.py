@@ -38,7 +38,10 @@ def test_prompts_have_the_lengths_that_were_asked_for(tmp_path: Path) -> None:
 
 
 def test_figures_of_two_requests() -> None:
-    served = [Served(0.0, [0.1, 0.2, 0.3], num_tokens=3), Served(1.0, [1.4, 2.0], num_tokens=4, num_first_tokens=1)]
+    served = [
+        Served(0.0, [0.1, 0.2, 0.3], num_tokens=3, num_first_tokens=1),
+        Served(1.0, [1.4, 2.0], num_tokens=4, num_first_tokens=1),
+    ]
     found = {row["name"]: row["value"] for row in rows(served, 20, {"ttft": 200.0, "tpot": 150.0})}
     assert found["duration"] == 2.0
     assert found["output tokens"] == 3.5 and found["input tokens"] == 10.0

@@ -67,7 +67,8 @@ def in_use(server: TritonServer) -> float:
 def test_64_streams_are_complete_equal_to_their_solo_runs_and_leave_nothing(tiny_server: TritonServer) -> None:
     requests = workload()
     # Warm-up: every thread pool of the server has grown to its size. One client after the other gives the solo runs.
-    run_streams(tiny_server.grpc_url, requests, NUM_CLIENTS)
+    for _ in range(2):  # after one, gRPC now and then lacks a thread
+        run_streams(tiny_server.grpc_url, requests, NUM_CLIENTS)
     solo = run_streams(tiny_server.grpc_url, requests, 1)
     before = footprint(tiny_server)
 

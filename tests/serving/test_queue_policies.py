@@ -19,6 +19,7 @@ pytestmark = pytest.mark.server
 
 ONE_AT_A_TIME = {"max_num_batched_tokens": 16, "max_num_seqs": 1}
 BLOCKER: dict[str, Any] = {"input_ids": [5] * 2000, "max_tokens": 2, "tenant": "busy"}
+LONG_BLOCKER = {**BLOCKER, "input_ids": [5] * 6000}  # all that waits has come before it is through
 WAITING: dict[str, dict[str, Any]] = {
     "a": {"input_ids": [7] * 60, "priority": 1, "ttft_target_ms": 20_000.0, "tenant": "busy"},
     "b": {"input_ids": [7] * 40, "priority": -1, "ttft_target_ms": 30_000.0, "tenant": "idle"},
@@ -37,9 +38,7 @@ def test_what_waits_behind_a_long_prompt_starts_in_the_order_of_the_policy(
         generate(server.grpc_url, text_input="x", max_tokens=2)
         client = StreamClient(server.grpc_url)
         for index in range(2):
-            client.send(
-                "scheduler", f"blocker {index}", **{**BLOCKER, "input_ids": [5] * 6000}
-            )  # all are here before it is through
+            client.send("scheduler", f"blocker {index}", **LONG_BLOCKER)
         for name, values in WAITING.items():
             client.send("scheduler", name, max_tokens=1, return_perf_metrics=True, **values)
         answers = client.wait()

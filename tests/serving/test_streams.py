@@ -11,8 +11,8 @@ from ensemble.errors import Cancelled, DistServeError, InternalError
 from ensemble.request import Request, SamplingParams
 from ensemble.serving.cancels import HEARTBEAT_S, MAX_HEARTBEATS, heartbeats_due
 from ensemble.serving.inputs import ClientRequest, OutputOptions
-from ensemble.serving.streams import ClientStream, Outputs, SenderPool
-from ensemble.serving.window import STAMP_EVERY, Window
+from ensemble.serving.streams import MAX_TOKENS_PER_RESPONSE, ClientStream, Outputs, SenderPool
+from ensemble.serving.window import LIMIT, STAMP_EVERY, Window
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import make_tiny_tokenizer
 
@@ -171,3 +171,28 @@ def test_some_responses_carry_a_handle_and_none_of_a_client_that_came_directly(t
     assert handle == f"0:{STAMP_EVERY}@{ADDRESS}"
     assert not any("cancel_handle" in outputs for outputs in calls[1].outputs)
     assert window.num_inside == num_responses
+
+
+def test_a_full_window_parks_its_streams_and_nobody_else(tokenizer: Tokenizer) -> None:
+    """All on one sender thread: a client that came directly, and an error, pass by the stream that waits for room."""
+    window, pool = Window(), SenderPool(lambda stream: None, lambda stream, error: None, num_threads=1)
+    options = {"stream": True, "return_output_ids": True}
+    waiting, failing, direct = Recorder(), Recorder(), Recorder()
+    through, doomed = (
+        make_stream(call, tokenizer, window, return_cancel_handle=True, **options) for call in (waiting, failing)
+    )
+    past = make_stream(direct, tokenizer, window, **options)
+    for _ in range(LIMIT):
+        window.enter()
+    for stream in (through, doomed, past):
+        for token_id in range(100, 120):
+            pool.push(stream, token_id, "length" if token_id == 119 else None)
+    pool.fail(doomed, Cancelled("gone"))
+    assert direct.ended.wait(10) and failing.ended.wait(10)
+    assert waiting.outputs == [] and failing.outputs == []
+    window.passed(LIMIT)
+    assert waiting.ended.wait(10)
+    pool.close()
+    sent = [each["output_ids"].tolist() for each in waiting.outputs]
+    assert [token_id for each in sent for token_id in each] == list(range(100, 120))
+    assert max(map(len, sent)) == MAX_TOKENS_PER_RESPONSE, "they have gathered"
