@@ -38,8 +38,8 @@ test:
 
 soak:
 	$(BOOTSTRAP) test
-	$(PYTHON) -m tools.soak --output docs/results/soak.json
-	$(PYTHON) -m tools.soak_swaps --output docs/results/soak-swaps.json
+	$(PYTHON) -m tools.proofs.soak --output docs/results/soak.json
+	$(PYTHON) -m tools.proofs.soak_swaps --output docs/results/soak-swaps.json
 
 check:
 	$(BOOTSTRAP) check

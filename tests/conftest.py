@@ -24,6 +24,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The default model, downloaded and converted at its first use."""
-    from tools.default_model import ensure_default_model
+    from tools.installation.default_model import ensure_default_model
 
     return ensure_default_model()

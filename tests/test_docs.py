@@ -32,7 +32,7 @@ def test_links_lead_to_files(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_exist(document: str) -> None:
     text = DOCUMENTS[document]
-    modules = set(re.findall(r"python -m (tools\.\w+)", text))
+    modules = set(re.findall(r"python -m (tools(?:\.\w+)+)", text))
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`?make (demo|serve|test|check|clean|help)\b", text)) <= targets

@@ -19,11 +19,11 @@ from typer import Option
 
 from ensemble.errors import ConfigError
 from ensemble.tokenizer import Tokenizer
+from tools.benchmarks.results import report
+from tools.benchmarks.serving_load import Lengths, drive, make_inputs, rows
 from tools.command_line import run
-from tools.default_model import ensure_default_model
-from tools.model_source import resolve_model
-from tools.results import report
-from tools.serving_load import Lengths, drive, make_inputs, rows
+from tools.installation.default_model import ensure_default_model
+from tools.installation.model_source import resolve_model
 
 TRACE_COLUMNS = "ContextTokens", "GeneratedTokens"  # those of the Azure LLM inference traces
 

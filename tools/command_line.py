@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ensemble.errors import DistServeError
-from tools.cache import DownloadError
+from tools.installation.cache import DownloadError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Option
 
-from tools.cache import cache_dir
 from tools.client import RequestError, generate_stream
 from tools.command_line import run
-from tools.deployment import make_deployment
+from tools.installation.cache import cache_dir
 from tools.serve import start
-from tools.triton_server import TritonServer
+from tools.server.deployment import make_deployment
+from tools.server.triton_server import TritonServer
 
 PROMPT = "The planets of the solar system, in order from the Sun, are"
 

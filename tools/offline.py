@@ -23,7 +23,7 @@ from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError, DistServeError, InvalidRequest
 from ensemble.request import Request, SamplingParams, Sequence
 from ensemble.tokenizer import Tokenizer
-from tools.model_source import resolve_model
+from tools.installation.model_source import resolve_model
 
 
 def generate(

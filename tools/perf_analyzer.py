@@ -14,7 +14,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
-from tools.cache import DownloadError, cache_dir, download_wheel, make_once
+from tools.installation.cache import DownloadError, cache_dir, download_wheel, make_once
 
 PACKAGE = "tritonclient==2.48.0"
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}  # as in the server's wheel

@@ -13,12 +13,12 @@ from rich.console import Console
 from typer import Option
 
 from ensemble.errors import ConfigError
-from tools.cache import cache_dir
 from tools.command_line import run
-from tools.deployment import make_deployment
-from tools.installation import ServerError
-from tools.model_source import model_name
-from tools.triton_server import Ports, TritonServer
+from tools.installation.cache import cache_dir
+from tools.installation.model_source import model_name
+from tools.installation.server_files import ServerError
+from tools.server.deployment import make_deployment
+from tools.server.triton_server import Ports, TritonServer
 
 CURL = """curl -s {url}/v2/models/ensemble/generate \
 -d '{{"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""

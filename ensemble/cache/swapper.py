@@ -22,7 +22,7 @@ from ensemble.scheduling.preemptive_decode import Swap
 
 Way: TypeAlias = Literal["out", "in"]
 
-# Smaller pieces would cost the copy engine more for a call than for its bytes. tools.bench_swap measures both.
+# Smaller pieces would cost the copy engine more for a call than for its bytes. tools.benchmarks.swap measures both.
 COPY_ENGINE_RUN_BYTES = 2 << 20
 
 

@@ -12,7 +12,7 @@ import torch
 from ensemble.cache.block_copier import Copy, make_copier, wait_for_any
 
 # Over NVLink the copy engine takes 3.6 us for a call beside its bytes, the time of 1.4 MB: pieces of 16 MiB and more
-# reach the kernel's 0.93 of the rate of one contiguous copy, and larger ones pass it (tools.bench_transfer).
+# reach the kernel's 0.93 of the rate of one contiguous copy, and larger ones pass it (tools.benchmarks.transfer).
 COPY_ENGINE_RUN_BYTES = 16 << 20
 
 

@@ -1,6 +1,6 @@
 """What the policies are for, on one seed of the simulation whose full run is docs/results/scheduling.json."""
 
-from tools.simulate_scheduling import heavy_tailed_jobs, mixed_target_jobs, simulate_decode, simulate_prefill
+from tools.benchmarks.simulate_scheduling import heavy_tailed_jobs, mixed_target_jobs, simulate_decode, simulate_prefill
 
 
 def test_feedback_queues_beat_first_come_first_served_on_heavy_tails():

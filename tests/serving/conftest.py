@@ -7,7 +7,7 @@ import pytest
 
 from tests.checkpoints import make_tiny_llama
 from tests.serving.deployments import deploy
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 
 @pytest.fixture(scope="session")

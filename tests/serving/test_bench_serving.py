@@ -15,9 +15,9 @@ from tests.checkpoints import make_tiny_llama
 from tests.serving.clients import read_metrics
 from tests.serving.deployments import deploy
 from tools.bench_serving import parse_targets, read_trace
+from tools.benchmarks.serving_load import Lengths, Served, at, make_inputs, rows
 from tools.perf_analyzer import ensure_perf_analyzer
-from tools.serving_load import Lengths, Served, at, make_inputs, rows
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 
 @pytest.fixture(scope="module")

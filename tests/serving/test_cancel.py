@@ -16,7 +16,7 @@ from tests.checkpoints import make_tiny_llama
 from tests.serving.clients import StreamClient, blocks_in_use, generate, read_metrics
 from tests.serving.deployments import deploy
 from tests.serving.test_faults import worker
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 

@@ -15,7 +15,7 @@ from tests.serving.deployments import deploy
 from tests.serving.oracle import greedy_by_transformers
 from tests.serving.test_equality import random_prompts
 from tests.serving.test_faults import in_background, kill_worker, wait_until
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 

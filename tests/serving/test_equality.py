@@ -13,7 +13,7 @@ from tests.serving.clients import StreamClient
 from tests.serving.deployments import deploy
 from tests.serving.oracle import greedy_by_transformers
 from tools.offline import generate
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 

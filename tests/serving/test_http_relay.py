@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from ensemble.serving.cancels import CLIENT_TAG
 from ensemble.serving.http_relay import with_first_member
-from tools.processes import spawn
-from tools.triton_server import Ports
+from tools.server.processes import spawn
+from tools.server.triton_server import Ports
 
 GENERATE = "/v2/models/ensemble/generate"
 JSON_VALUES = st.recursive(

@@ -10,7 +10,7 @@ import pytest
 
 from ensemble.serving.window import LIMIT, PATIENCE_S
 from tests.serving.clients import StreamClient, blocks_in_use, generate, read_metrics, run_streams
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 

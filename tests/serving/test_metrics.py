@@ -15,7 +15,7 @@ import pytest
 from tests.serving.clients import Answer, StreamClient, generate, read_metrics
 from tests.serving.deployments import deploy
 from tests.serving.test_cancel import sample, stopped, wait_until
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 

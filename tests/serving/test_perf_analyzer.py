@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools.perf_analyzer import ensure_perf_analyzer
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 NUM_REQUESTS = 20
 

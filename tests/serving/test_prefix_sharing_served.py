@@ -8,7 +8,7 @@ import pytest
 
 from tests.serving.clients import blocks_in_use, read_metrics, run_streams
 from tests.serving.deployments import deploy
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 

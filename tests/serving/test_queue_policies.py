@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.serving.clients import Answer, StreamClient, blocks_in_use, generate, read_metrics
 from tests.serving.deployments import deploy
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 

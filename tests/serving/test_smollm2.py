@@ -13,7 +13,7 @@ from tests.serving.clients import StreamClient, generate
 from tests.serving.deployments import deploy
 from tests.serving.oracle import GreedyJudge
 from tools import offline
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ensemble.serving.stop_strings import StopStrings
 from tests.serving.clients import blocks_in_use, generate, read_metrics
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pieces = st.lists(st.text(alphabet="ab\n", max_size=4), max_size=12)
 stops = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), min_size=1, max_size=3)

@@ -16,7 +16,7 @@ from ensemble.scheduling.decode_policies import DecodePolicyName
 from tests.serving.clients import blocks_in_use, read_metrics, run_streams
 from tests.serving.deployments import deploy
 from tools.offline import generate
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 

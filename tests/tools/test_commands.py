@@ -13,9 +13,9 @@ import pytest
 
 from tests.checkpoints import make_tiny_llama
 from tools.client import generate_stream
-from tools.deployment import make_deployment
-from tools.processes import session_pids
-from tools.triton_server import Ports, TritonServer
+from tools.server.deployment import make_deployment
+from tools.server.processes import session_pids
+from tools.server.triton_server import Ports, TritonServer
 
 
 @pytest.fixture(scope="module")

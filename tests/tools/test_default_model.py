@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from tools import default_model
-from tools.default_model import download_gguf, ensure_default_model
+from tools.installation import default_model
+from tools.installation.default_model import download_gguf, ensure_default_model
 
 CONFIG_FIELDS = (
     "model_type",

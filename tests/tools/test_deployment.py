@@ -7,7 +7,7 @@ import torch
 
 from ensemble.errors import ConfigError
 from tests.checkpoints import make_tiny_llama
-from tools.deployment import make_deployment
+from tools.server.deployment import make_deployment
 
 
 @pytest.fixture(scope="module")

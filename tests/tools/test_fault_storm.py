@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tools.fault_storm import HUNG, Kill, Outcome, storm_rows
+from tools.proofs.fault_storm import HUNG, Kill, Outcome, storm_rows
 
 KILL = Kill("decode", killed_at=10.0, gone_s=0.1, served_at=16.0)
 EXPECTED = [[1, 2], [3, 4]]

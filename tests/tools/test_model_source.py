@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_tiny_opt
-from tools.model_source import model_name, resolve_model
+from tools.installation.model_source import model_name, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "facebook/opt-tiny"
@@ -93,7 +93,7 @@ def resolve(name: str, home: Path, **variables: str) -> subprocess.CompletedProc
     program = """
 import sys
 from ensemble.errors import ModelError
-from tools.model_source import resolve_model
+from tools.installation.model_source import resolve_model
 try:
     print(resolve_model(sys.argv[1]))
 except ModelError as error:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tools.grpc_request import Answer
-from tools.soak_swaps import FAULTS, MIN_PREEMPTIONS, UNITS, Figures, Outcome, rows_of
+from tools.proofs.grpc_request import Answer
+from tools.proofs.soak_swaps import FAULTS, MIN_PREEMPTIONS, UNITS, Figures, Outcome, rows_of
 
 EXPECTED = [1, 2, 3]
 

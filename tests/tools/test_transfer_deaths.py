@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.transfer_deaths import death_rows
+from tools.proofs.transfer_deaths import death_rows
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from ensemble.config import Deployment
-from tools import installation
-from tools.installation import Installation, ServerError
-from tools.processes import session_pids
-from tools.triton_server import SHM, Ports, TritonServer
+from tools.installation import server_files as installation
+from tools.installation.server_files import Installation, ServerError
+from tools.server.processes import session_pids
+from tools.server.triton_server import SHM, Ports, TritonServer
 
 pytestmark = pytest.mark.server
 
@@ -236,7 +236,7 @@ STARTER = """
 import sys, time
 from pathlib import Path
 from ensemble.config import Deployment
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 stage = {"devices": ["cpu"]}
 deployment = Deployment.parse({"model": {"path": "/unused"}, "prefill": stage, "decode": stage})
 server = TritonServer(deployment, model_repository=Path(sys.argv[1]))

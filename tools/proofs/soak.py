@@ -1,6 +1,6 @@
 """Keeps a server under mixed load for minutes, and checks that nothing is left over.
 
-    python -m tools.soak --minutes 10 --output docs/results/soak.json
+    python -m tools.proofs.soak --minutes 10 --output docs/results/soak.json
 
 Clients send random prompts (the lengths heavy-tailed), one in ten goes away early, one in twenty sends bad input, and
 every so often a worker is killed. Requests must go on being answered. Afterwards every block must be free, the
@@ -21,13 +21,13 @@ import typer
 from rich.console import Console
 
 from ensemble.config import Deployment
-from tools.gpu_smoke import write_model_dir
-from tools.grpc_request import ask
-from tools.http_request import ask_http
-from tools.results import at_most, exactly, report
-from tools.server_state import Metrics, processes, resident_bytes, shared_memory, workers
-from tools.tiny_server import TINY_MODEL
-from tools.triton_server import TritonServer
+from tools.benchmarks.results import at_most, exactly, report
+from tools.proofs.gpu_smoke import write_model_dir
+from tools.proofs.grpc_request import ask
+from tools.proofs.http_request import ask_http
+from tools.server.server_state import Metrics, processes, resident_bytes, shared_memory, workers
+from tools.server.tiny_server import TINY_MODEL
+from tools.server.triton_server import TritonServer
 
 MAX_GROWTH = 1.10  # of the resident memory of all processes, late over early
 REQUEST_TIMEOUT_S = 60.0

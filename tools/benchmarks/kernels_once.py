@@ -1,8 +1,8 @@
 """Runs the kernels that walk tables or share memory between warps once each, tiny, for compute-sanitizer.
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1        # every tensor has an allocation of its own, so that an overrun shows
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m tools.kernels_once
-    compute-sanitizer --tool racecheck --error-exitcode 9 python -m tools.kernels_once
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m tools.benchmarks.kernels_once
+    compute-sanitizer --tool racecheck --error-exitcode 9 python -m tools.benchmarks.kernels_once
 
 Inputs are made, and results compared with the torch references, on the CPU: what runs on the GPU is ours, and copies.
 """

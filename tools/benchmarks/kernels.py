@@ -1,6 +1,6 @@
 """Times every Triton kernel against the machine's ceilings and the best library kernel.
 
-    python -m tools.bench_kernels --output docs/results/kernels.json
+    python -m tools.benchmarks.kernels --output docs/results/kernels.json
 
 The ceilings come first, in the same process: a device copy of 2 GiB (bytes read plus bytes written) and 8192-cubed
 matrix products. Then each case: its launches are captured in a CUDA graph that rotates over inputs (nothing is found in
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tools.kernel_cases import GROUPS, Case, Run
+from tools.benchmarks.kernel_cases import GROUPS, Case, Run
 
 TARGET_US = 2000.0  # length of a replay
 REPLAYS = 5
@@ -153,7 +153,7 @@ def main(
             "device": device,
             "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
             "commit": commit or current_commit(),
-            "command": " ".join(["python", "-m", "tools.bench_kernels", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", "tools.benchmarks.kernels", *sys.argv[1:]]),
             "rows": [{"goal": None, "met": None, **row} for row in ceiling_rows] + rows,
         }
         output.write_text(json.dumps(result, indent=1) + "\n")

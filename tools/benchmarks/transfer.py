@@ -1,6 +1,6 @@
 """Measures the hand-off's copy between two processes over a CUDA IPC mapping, and what it costs the steps beside it.
 
-    python -m tools.bench_transfer --source cuda:0 --target cuda:1 --output docs/results/transfer.json
+    python -m tools.benchmarks.transfer --source cuda:0 --target cuda:1 --output docs/results/transfer.json
 
 One process holds a KV pool and exports it as a prefill worker does; this one maps it and pulls blocks as a decode
 worker does, by copy engine or by kernel as they lie: scattered, or in a row. The ceiling is a contiguous copy of as
@@ -25,8 +25,8 @@ import typer
 from ensemble.cache.kv_pool import KVLayout, map_peer_pool
 from ensemble.transfer.puller import Pull, Puller
 from ensemble.workers.messages import decode_pool_handle
-from tools.results import report
-from tools.steps_beside import PROMPT_LEN, make_bench, step_rows
+from tools.benchmarks.results import report
+from tools.benchmarks.steps_beside import PROMPT_LEN, make_bench, step_rows
 
 POOL_BYTES = 2 << 30
 SIZES = (16 << 20, 128 << 20, 512 << 20)
@@ -43,7 +43,7 @@ EXPORTER = """
 import sys, torch
 from ensemble.cache.kv_pool import KVPool
 from ensemble.workers.messages import encode
-from tools.bench_transfer import LAYOUTS, POOL_BYTES
+from tools.benchmarks.transfer import LAYOUTS, POOL_BYTES
 device = torch.device(sys.argv[2]); torch.cuda.set_device(device)
 layout = LAYOUTS[sys.argv[1]]
 pool = KVPool(layout, POOL_BYTES // layout.block_bytes, device)

@@ -1,4 +1,4 @@
-"""What `tools.bench_kernels` measures: one function per kernel, and the shapes it is measured at.
+"""What `tools.benchmarks.kernels` measures: one function per kernel, and the shapes it is measured at.
 
 Every case rotates over enough copies of its inputs that none is found in the L2 cache, and has random data.
 """

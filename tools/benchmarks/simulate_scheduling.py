@@ -1,6 +1,6 @@
 """What the scheduling policies gain, in virtual time: the real schedulers, a cost model instead of a GPU.
 
-    python -m tools.simulate_scheduling            writes docs/results/scheduling.json
+    python -m tools.benchmarks.simulate_scheduling            writes docs/results/scheduling.json
 
 Times are those that DistServe's authors fitted for OPT-13B on one A100-80GB (prefill and decode, in ms; simdistserve in
 their repository); swaps and hand-offs move 12.5 MiB a block at the bandwidths below. Seeds are fixed: the same numbers
@@ -263,7 +263,7 @@ def main(out: Path = Path("docs/results/scheduling.json"), num_jobs: int = 2000,
         "device": "none: virtual time, cost model of OPT-13B on one A100-80GB",
         "versions": {"python": platform.python_version()},
         "commit": commit.stdout.strip(),
-        "command": "python -m tools.simulate_scheduling " + " ".join(sys.argv[1:]),
+        "command": "python -m tools.benchmarks.simulate_scheduling " + " ".join(sys.argv[1:]),
         "rows": rows,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

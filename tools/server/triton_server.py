@@ -28,10 +28,10 @@ from types import TracebackType
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
 from ensemble.errors import ERROR_MARK
 from ensemble.serving.cancels import CANCEL_ADDRESS_VARIABLE
-from tools.installation import Installation, ServerError, find_libpython
-from tools.processes import end_session, spawn
+from tools.installation.server_files import Installation, ServerError, find_libpython
+from tools.server.processes import end_session, spawn
 
-MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
+MODEL_REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 MARK = "distserve: "  # of lines in the server's log that are for the operator
 SHM = Path("/dev/shm")
 TMP = Path("/tmp")  # whatever TMPDIR says, the Python backend makes an empty folder here

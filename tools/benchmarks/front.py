@@ -1,6 +1,6 @@
 """What the way from the engine to the client carries: a model too small to matter, and many streams at once.
 
-    python -m tools.bench_front --output docs/results/front.json
+    python -m tools.benchmarks.front --output docs/results/front.json
 
 Tokens and responses a second through `ensemble`, by requests in flight, and the CPU time that each of the server's
 processes takes for a response. Workers, server and perf_analyzer share the machine's cores. No GPU needed.
@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from ensemble.tokenizer import Tokenizer
-from tools.results import report
-from tools.server_state import processes
-from tools.serving_load import Lengths, drive, make_inputs
-from tools.tiny_server import tiny_server
-from tools.triton_server import TritonServer
+from tools.benchmarks.results import report
+from tools.benchmarks.serving_load import Lengths, drive, make_inputs
+from tools.server.server_state import processes
+from tools.server.tiny_server import tiny_server
+from tools.server.triton_server import TritonServer
 
 LENGTHS = Lengths(prompt=20, output=60)
 REQUESTS_EACH = 12  # of a client, one after the other

@@ -1,6 +1,6 @@
 """The same load on both modes of LLaMA-2-7B's shape, on two GPUs: a prefill and a decode worker, or two colocated ones.
 
-    python -m tools.compare_modes --output docs/results/serving.json
+    python -m tools.benchmarks.compare_modes --output docs/results/serving.json
 
 Dummy weights, fp16; prompts of 512 tokens, 128 of output. So many requests in flight, then Poisson arrivals.
 """
@@ -16,11 +16,11 @@ from rich.console import Console
 
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
 from ensemble.tokenizer import Tokenizer
-from tools.bench_engine import SHAPES
-from tools.gpu_smoke import write_model_dir
-from tools.results import write_results
-from tools.serving_load import Lengths, Row, drive, make_inputs, rows
-from tools.triton_server import TritonServer
+from tools.benchmarks.engine import SHAPES
+from tools.benchmarks.results import write_results
+from tools.benchmarks.serving_load import Lengths, Row, drive, make_inputs, rows
+from tools.proofs.gpu_smoke import write_model_dir
+from tools.server.triton_server import TritonServer
 
 MODEL = "LLaMA-2-7B"
 PROMPT_LEN, OUTPUT_LEN = 512, 128

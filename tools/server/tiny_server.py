@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.config import Deployment
-from tools.gpu_smoke import write_model_dir
-from tools.triton_server import TritonServer
+from tools.proofs.gpu_smoke import write_model_dir
+from tools.server.triton_server import TritonServer
 
 TINY_MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

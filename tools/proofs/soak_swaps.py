@@ -1,6 +1,6 @@
 """A swap storm: 2,000 random requests through servers whose decode pool is so small that most sequences are swapped.
 
-    python -m tools.soak_swaps --output docs/results/soak-swaps.json
+    python -m tools.proofs.soak_swaps --output docs/results/soak-swaps.json
 
 The requests are divided over the decode policies, and one more part whose decode replica computes the prompts too. The
 first requests of each part are all served to their end, so that every byte that was swapped out has to come back; of
@@ -29,13 +29,13 @@ from ensemble.config import Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.decode_policies import DecodePolicyName
-from tools.gpu_smoke import write_model_dir
-from tools.grpc_request import Answer, Inputs, ask
+from tools.benchmarks.results import at_least, exactly, report
 from tools.offline import generate
-from tools.results import at_least, exactly, report
-from tools.server_state import Metrics, processes, shared_memory
-from tools.tiny_server import TINY_MODEL
-from tools.triton_server import TritonServer
+from tools.proofs.gpu_smoke import write_model_dir
+from tools.proofs.grpc_request import Answer, Inputs, ask
+from tools.server.server_state import Metrics, processes, shared_memory
+from tools.server.tiny_server import TINY_MODEL
+from tools.server.triton_server import TritonServer
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 8  # layers, key and value, KV heads, tokens, head_dim, float64
 NUM_DEVICE_BLOCKS, NUM_HOST_BLOCKS = 16, 400  # a sequence has up to 9

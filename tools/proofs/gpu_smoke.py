@@ -1,8 +1,8 @@
 """Serves OPT-1.3b- and SmolLM2-shaped models (dummy weights) disaggregated on GPUs; compares with the offline engine.
 
-    python -m tools.gpu_smoke --output docs/results/gpu-smoke.json
-    python -m tools.gpu_smoke --prefill-device cuda:0 --decode-device cuda:1
-    python -m tools.gpu_smoke --colocated
+    python -m tools.proofs.gpu_smoke --output docs/results/gpu-smoke.json
+    python -m tools.proofs.gpu_smoke --prefill-device cuda:0 --decode-device cuda:1
+    python -m tools.proofs.gpu_smoke --colocated
 
 The Triton server runs one prefill and one decode worker; KV goes over by CUDA IPC. Greedy tokens in fp32 (TF32 off)
 must equal the offline engine's on the same GPU up to the first where its two best log-probabilities are closer than
@@ -28,10 +28,10 @@ from ensemble.engine.batch import Batch, PrefillRow, prepare_step
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.engine.staging import Staging
 from ensemble.request import Request, SamplingParams, Sequence
-from tools.grpc_request import Inputs, make_tensors
+from tools.benchmarks.results import report
 from tools.offline import generate
-from tools.results import report
-from tools.triton_server import TritonServer
+from tools.proofs.grpc_request import Inputs, make_tensors
+from tools.server.triton_server import TritonServer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {

@@ -1,6 +1,6 @@
 """Times swapping on one GPU: its bandwidth beside a plain pinned copy, and what it costs the steps that it runs beside.
 
-    python -m tools.bench_swap --output docs/results/swap.json
+    python -m tools.benchmarks.swap --output docs/results/swap.json
 
 bandwidth  a sequence's blocks, scattered over both pools, out to the host and back in, by the copy engine and by the
            kernel; the ceiling is a contiguous copy of as many bytes from or to pinned memory, by turns in the same run.
@@ -22,8 +22,8 @@ from ensemble.cache import swapper
 from ensemble.cache.kv_pool import KVLayout
 from ensemble.cache.swapper import Swapper, Way, make_host_pool
 from ensemble.scheduling.preemptive_decode import Swap
-from tools.results import write_results
-from tools.steps_beside import PROMPT_LEN, layout_of, make_bench, step_rows
+from tools.benchmarks.results import write_results
+from tools.benchmarks.steps_beside import PROMPT_LEN, layout_of, make_bench, step_rows
 
 POOL_BYTES = 1 << 30  # of either pool: page-locking takes about a second for each GiB
 SWAP_BYTES, MAX_SWAP_BLOCKS = 256 << 20, 2048  # a call for each block by the copy engine: small blocks move less

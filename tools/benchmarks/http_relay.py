@@ -1,6 +1,6 @@
 """What the HTTP relay costs: the same requests through it and to the Triton server itself, by turns.
 
-python -m tools.bench_http_relay --output docs/results/http-relay.json
+python -m tools.benchmarks.http_relay --output docs/results/http-relay.json
 """
 
 import http.client
@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tools.results import at_least, at_most, report
-from tools.tiny_server import tiny_server
+from tools.benchmarks.results import at_least, at_most, report
+from tools.server.tiny_server import tiny_server
 
 NUM_ROUNDS = 5  # of each way, by turns
 NUM_SMALL, NUM_STREAMS, NUM_CLIENTS = 400, 40, 64  # requests in a round: small, one after the other, at once

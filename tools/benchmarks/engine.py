@@ -1,6 +1,6 @@
 """Times the engine's steps on one GPU, with dummy weights of published shapes, beside what the hardware allows.
 
-python -m tools.bench_engine --output docs/results/engine.json
+python -m tools.benchmarks.engine --output docs/results/engine.json
 
 decode   a batch of prompts of 512 (2,048) tokens, mean over the next 64 steps; each step is launched before the
          tokens of the one before it are read, as the engine does. Floor: the weights once (the output projection
@@ -31,8 +31,8 @@ from ensemble.engine.model_runner import ModelRunner, StepHandle, load_model
 from ensemble.models import layers
 from ensemble.models.spec import ModelSpec, load_model_spec
 from ensemble.request import Request, SamplingParams, Sequence
-from tools.bench_kernels import copy_rate, matmul_rate
-from tools.results import write_results
+from tools.benchmarks.kernels import copy_rate, matmul_rate
+from tools.benchmarks.results import write_results
 
 NUM_STEPS = 64
 MAX_NUM_BATCHED_TOKENS = 8192

@@ -19,7 +19,8 @@ PACKAGES = ("torch", "triton", "numpy", "nvidia-pytriton", "tritonclient")
 def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows: each has name, value, unit, and goal and met, None where there is no goal."""
     arguments = [_as_documented(argument, path) for argument in sys.argv[1:]]
-    command = ["python", "-m", f"tools.{Path(sys.argv[0]).stem}", *arguments]
+    program = sys.modules["__main__"].__spec__  # None: it was not started by -m
+    command = ["python", "-m", program.name if program is not None else sys.argv[0], *arguments]
     result = {
         "device": device_name(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},

@@ -1,13 +1,14 @@
 """Runs on GPUs what no CPU shows: deaths in mid-transfer, memory shares, hand-off between two GPUs, a clean end.
 
-    python -m tools.gpu_base --output docs/results/gpu-base.json
+    python -m tools.proofs.gpu_base --output docs/results/gpu-base.json
 
 faults    a model with little to compute and 1.6 GB of KV a prompt, whose prompts are cached, so that copies by CUDA IPC
-          are under way most of the time; workers are killed under load (tools.fault_storm). In float32, so that outputs
-          are the same whatever the batch. With two GPUs, prefill is on the first and decode on the second.
-deaths    the exporter, then the importer of a pool is killed in the midst of a copy (tools.transfer_deaths)
+          are under way most of the time; workers are killed under load (tools.proofs.fault_storm). In float32, so that
+          outputs are the same whatever the batch. With two GPUs, prefill is on the first and decode on the second.
+deaths    the exporter, then the importer of a pool is killed in the midst of a copy (tools.proofs.transfer_deaths)
 shares    both stages on one GPU with 0.45 of its memory each; and with shares that are too small
-two-gpus  tools.gpu_smoke's shapes from cuda:0 to cuda:1, where there are two; tools.bench_transfer has the copy's rate
+two-gpus  tools.proofs.gpu_smoke's shapes from cuda:0 to cuda:1, where there are two; tools.benchmarks.transfer has the
+          copy's rate
 """
 
 import os
@@ -25,14 +26,14 @@ import typer
 from rich.console import Console
 
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
-from tools.fault_storm import Load, request, settled, storm, storm_rows
-from tools.gpu_smoke import SHAPES, make_requests, run_shape, serve, write_model_dir
-from tools.installation import ServerError
-from tools.processes import session_pids
-from tools.results import at_most, write_results
-from tools.server_state import workers
-from tools.transfer_deaths import death_rows
-from tools.triton_server import TritonServer
+from tools.benchmarks.results import at_most, write_results
+from tools.installation.server_files import ServerError
+from tools.proofs.fault_storm import Load, request, settled, storm, storm_rows
+from tools.proofs.gpu_smoke import SHAPES, make_requests, run_shape, serve, write_model_dir
+from tools.proofs.transfer_deaths import death_rows
+from tools.server.processes import session_pids
+from tools.server.server_state import workers
+from tools.server.triton_server import TritonServer
 
 Row = dict[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.grpc_request import Answer, Inputs
+from tools.proofs.grpc_request import Answer, Inputs
 
 
 def ask_http(url: str, inputs: Inputs, timeout_s: float) -> Answer:

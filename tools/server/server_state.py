@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from tools.triton_server import TritonServer
+from tools.server.triton_server import TritonServer
 
 
 def processes(server: TritonServer) -> list[psutil.Process]:

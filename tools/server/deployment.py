@@ -10,8 +10,8 @@ import torch
 from ensemble.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Deployment
 from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
-from tools.default_model import ensure_default_model
-from tools.model_source import resolve_model
+from tools.installation.default_model import ensure_default_model
+from tools.installation.model_source import resolve_model
 
 GPU_SHARE = 0.9  # of a device's memory, divided among the workers on it
 

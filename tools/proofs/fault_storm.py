@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-from tools.gpu_smoke import greedy_inputs
-from tools.grpc_request import ask
-from tools.results import at_least, at_most
-from tools.server_state import Metrics, workers
-from tools.triton_server import TritonServer
+from tools.benchmarks.results import at_least, at_most
+from tools.proofs.gpu_smoke import greedy_inputs
+from tools.proofs.grpc_request import ask
+from tools.server.server_state import Metrics, workers
+from tools.server.triton_server import TritonServer
 
 StageName = Literal["prefill", "decode"]
 REQUEST_TIMEOUT_S = 60.0

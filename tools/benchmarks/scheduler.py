@@ -1,6 +1,6 @@
 """What one scheduling decision costs, by policy and size, on one core.
 
-    python -m tools.bench_scheduler
+    python -m tools.benchmarks.scheduler
 
 A prefill decision forms one batch of 2,048 tokens (prompts of 128 to 1,024 tokens) from a queue; a decode decision
 plans an iteration of 256 sequences among all, with a few swaps, and accounts for it. Times are CPU time of the thread.
@@ -117,7 +117,7 @@ def main(out: Path = Path("docs/results/scheduler-cost.json")) -> None:
         "device": f"one CPU core ({platform.machine()})",
         "versions": {"python": platform.python_version()},
         "commit": commit.stdout.strip(),
-        "command": "python -m tools.bench_scheduler",
+        "command": "python -m tools.benchmarks.scheduler",
         "rows": rows,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

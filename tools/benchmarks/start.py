@@ -1,6 +1,6 @@
 """How long a server of LLaMA-2-7B's shape takes from its start to ready, with cold and with warm kernel caches.
 
-    python -m tools.bench_start --output docs/results/start.json
+    python -m tools.benchmarks.start --output docs/results/start.json
 
 Dummy weights, fp16; disaggregated, both stages on one GPU, and colocated. And the first request after that.
 """
@@ -13,12 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
-from tools.bench_engine import SHAPES
-from tools.fault_storm import request
-from tools.gpu_smoke import write_model_dir
-from tools.installation import ServerError
-from tools.results import report
-from tools.triton_server import TritonServer
+from tools.benchmarks.engine import SHAPES
+from tools.benchmarks.results import report
+from tools.installation.server_files import ServerError
+from tools.proofs.fault_storm import request
+from tools.proofs.gpu_smoke import write_model_dir
+from tools.server.triton_server import TritonServer
 
 MODEL = "LLaMA-2-7B"
 SHARE = {"disaggregated": 0.45, "colocated": 0.9}  # of the GPU, for a worker
