@@ -41,10 +41,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0  # class; a smaller one is more urgent
+    resumed_token_ids: list[
+        int
+    ] = []  # outputs of earlier attempts, which were lost with their replica: prefilled again
 
     @property
     def prompt_len(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def prefill_len(self) -> int:
+        """Tokens to prefill: the prompt, and what was generated before this attempt."""
+        return self.prompt_len + len(self.resumed_token_ids)
 
     @property
     def max_num_tokens(self) -> int:
@@ -67,6 +75,11 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)  # block_ids[i] |-> block of tokens [i*B, (i+1)*B)
     finish_reason: FinishReason | None = None
 
+    @classmethod
+    def of(cls, request: Request) -> "Sequence":
+        """The sequence of a request that has yet to be prefilled, without blocks."""
+        return cls(request, output_token_ids=list(request.resumed_token_ids))
+
     @property
     def request_id(self) -> int:
         return self.request.request_id
@@ -84,8 +97,9 @@ class Sequence:
         return self.request.prompt_len + len(self.output_token_ids)
 
     @property
-    def is_prefilled(self) -> bool:
-        return self.num_computed_tokens >= self.request.prompt_len
+    def num_left_tokens(self) -> int:
+        """Tokens that may still be sampled."""
+        return self.sampling.max_tokens - len(self.output_token_ids)
 
     @property
     def is_finished(self) -> bool:

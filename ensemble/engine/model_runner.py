@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.gather_rows import gather_rows
 
 Model = Llama | Opt
-Role = Literal["prefill", "decode", "mixed"]  # which steps a replica runs: of prompts, of running sequences, of both
 
 
 def resolve_dtype(model_config: ModelConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -156,21 +154,18 @@ class ModelRunner:
         return replace(attention, decode_workspace=workspace)
 
     @torch.inference_mode()
-    def warm_up(self, role: Role, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
-        """Before the first request, on a GPU: compiles every kernel, captures the graphs of the role's steps, takes
-        the memory that the largest step needs. Overwrites what is in the pool.
+    def warm_up(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """Before the first request, on a GPU: compiles every kernel, captures the graphs, takes the memory that the
+        largest step needs. Overwrites what is in the pool.
         """
         if self.kv_pool.device.type != "cuda":
             return
         for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
             self.run(batch)
-        if role != "prefill":
-            self._decode_graphs = DecodeGraphs(self.model, self.kv_pool, self.block_size, max_num_seqs, max_model_len)
-        if role != "decode":
-            max_num_decodes = max_num_seqs if role == "mixed" else 0
-            self._prefill_graphs = PrefillGraphs(
-                self.model, self.kv_pool, self.block_size, max_num_batched_tokens, max_num_decodes, max_model_len
-            )
+        self._decode_graphs = DecodeGraphs(self.model, self.kv_pool, self.block_size, max_num_seqs, max_model_len)
+        self._prefill_graphs = PrefillGraphs(
+            self.model, self.kv_pool, self.block_size, max_num_batched_tokens, max_num_seqs, max_model_len
+        )
         for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
             self.run(batch)
         block_ids = torch.zeros(1, dtype=torch.int64, device=self.kv_pool.device)

@@ -19,6 +19,11 @@ from kernels.prefill_attention import prefill_attention
 Empty = Callable[..., Tensor]  # torch.empty with device and dtype bound
 NamedWeights = Iterator[tuple[str, Tensor]]  # checkpoint name |-> tensor to fill, of the checkpoint tensor's shape
 
+
+def no_progress() -> None:
+    """Nobody waits for word of each layer."""
+
+
 # False: every product on a GPU is cuBLAS's. tools.benchmarks.engine compares the two.
 use_decode_linear = True
 

@@ -1,11 +1,12 @@
 """LLaMA: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, paged_attention
+from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, no_progress, paged_attention
 from ensemble.models.spec import ModelSpec, RopeSpec
 from kernels.activation import silu_and_mul
 from kernels.embedding import embed
@@ -72,6 +73,7 @@ class Llama:
         if spec.rope is None:
             raise ValueError("a LLaMA has rotary positions")
         self.spec = spec
+        self.on_layer: Callable[[], None] = no_progress  # called before each layer
         self.embed_tokens = empty(spec.vocab_size, spec.hidden_size)
         self.layers = [LlamaLayer(spec, empty) for _ in range(spec.num_layers)]
         self.norm = empty(spec.hidden_size)
@@ -92,6 +94,7 @@ class Llama:
         x = rms_norm(residual, self.layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, kv_cache, next_norm in zip(self.layers, kv_pool.unbind(1), next_norms, strict=True):
+            self.on_layer()
             x = layer.attention(x, positions, self.cos_sin, kv_cache, metadata)
             x = add_rms_norm(x, residual, layer.post_attention_norm, eps)
             x = add_rms_norm(layer.mlp(x), residual, next_norm, eps)

@@ -1,8 +1,10 @@
 """OPT: LayerNorm before each half layer (after it in opt-350m), learned positions, multi-head attention, ReLU MLP."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, paged_attention
+from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, no_progress, paged_attention
 from ensemble.models.spec import ModelSpec
 from kernels.activation import bias_activation
 from kernels.embedding import embed, embed_with_positions
@@ -82,6 +84,7 @@ class Opt:
 
     def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty) -> None:
         self.spec = spec
+        self.on_layer: Callable[[], None] = no_progress  # called before each layer
         self.embed_tokens = empty(spec.vocab_size, spec.embedding_size)
         self.embed_positions = empty(spec.max_model_len + _POSITION_OFFSET, spec.hidden_size)
         self.layers = [OptLayer(spec, empty) for _ in range(spec.num_layers)]
@@ -119,12 +122,14 @@ class Opt:
         x = self.layers[0].attention_norm(residual)
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [final_norm]
         for layer, kv_cache, next_norm in zip(self.layers, kv_caches, next_norms, strict=True):
+            self.on_layer()
             x = layer.mlp_norm.add(layer.attention(x, kv_cache, metadata), residual)
             x = next_norm.add(layer.mlp(x), residual)
         return x
 
     def _post_norm(self, x: Tensor, kv_caches: tuple[Tensor, ...], metadata: AttentionMetadata) -> Tensor:
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            self.on_layer()
             x = layer.attention_norm.add(layer.attention(x, kv_cache, metadata), residual=x)
             x = layer.mlp_norm.add(layer.mlp(x), residual=x)
         return x

@@ -23,7 +23,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class KVHandoff(msgspec.Struct, frozen=True, kw_only=True):
-    """A prefilled sequence's KV. It stays in the source's blocks until the reader acknowledges, or the router cancels."""
+    """A prefilled sequence's KV: in the source's blocks until the reader acknowledges, or the router cancels."""
 
     request_id: int
     source: str  # address of the source replica's peer socket, which is that of one life

@@ -14,11 +14,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
+from ensemble.config import DecodePolicyName
 from ensemble.request import Sequence
-
-DecodePolicyName = Literal["fcfs", "srpt", "priority", "mlfq", "sj-mlfq"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,15 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from ensemble.errors import ErrorCode
 from ensemble.request import FinishReason
+from ensemble.router.lives import Timeline
+from ensemble.router.router import Gauges, Labels
 from ensemble.serving.inputs import NO_TARGETS, Targets
-from ensemble.serving.streams import Timeline
 
 INTERVAL_S = 0.25
 _REQUEST_S = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60]
@@ -25,8 +26,6 @@ _WAIT_S = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 Kind = Literal["counter", "gauge", "histogram"]
 MakeFamily = Callable[[str, str, Kind], Any]  # name, description, kind -> a family of the Triton server's metrics API
-Labels: TypeAlias = tuple[tuple[str, str], ...]
-Gauges = Mapping[tuple[str, Labels], float]  # (name, labels) |-> value; of counters, the total so far
 
 METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "vllm:prompt_tokens_total": ("counter", "Prompt tokens of requests whose prefill has finished"),
@@ -47,6 +46,10 @@ METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "vllm:num_requests_waiting": ("gauge", "Requests in the prefill queue"),
     "vllm:num_requests_running": ("gauge", "Requests in prefill, bridge and decode"),
     "vllm:num_requests_swapped": ("gauge", "Requests whose KV is in a decode replica's host pool, or on the way"),
+    "distserve:recoveries_total": (
+        "counter",
+        "Requests computed again from what their clients had, by cause: death of a replica, drain, unreachable",
+    ),
     "vllm:num_preemptions_total": ("counter", "Sequences swapped out in the midst of decode"),
     "distserve:swap_bytes_total": ("counter", "KV moved between device and host pools, by direction"),
     "vllm:prefix_cache_queries_total": ("counter", "Prompt tokens looked up in the prefill replicas' prefix caches"),

@@ -1,7 +1,8 @@
-"""What the `scheduler` model does: takes clients' requests in, has the orchestrator run them, notices cancels."""
+"""What the `scheduler` model does: takes clients' requests in, has the router run them, notices cancels."""
 
 import itertools
 import json
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,13 @@ from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError
 from ensemble.models.spec import load_model_spec
+from ensemble.router.lives import Timeline
 from ensemble.serving.cancels import CLIENT_TAG, CancelReceiver, CancelWatch
+from ensemble.serving.exchange import CallModel
 from ensemble.serving.inputs import ModelLimits, parse_request
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
-from ensemble.serving.orchestrator import Orchestrator
-from ensemble.serving.stage_calls import CallModel
-from ensemble.serving.streams import ClientCall, ClientStream, SenderPool, Timeline
+from ensemble.serving.router_thread import RouterThread
+from ensemble.serving.streams import ClientCall, ClientStream, SenderPool
 from ensemble.serving.window import Window
 from ensemble.tokenizer import Tokenizer
 
@@ -29,14 +31,14 @@ class Scheduler:
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
         self._chat = ChatTemplate.from_dir(deployment.model.path)
         self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
-        self._request_ids = itertools.count()
+        self._request_ids = itertools.count(secrets.randbits(40) << 20)  # no other run's: stages may outlive this one
         self._senders = SenderPool(self._answered, self._send_failed)
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
-        self._orchestrator = Orchestrator(deployment, call_model, self._senders, self._count)
-        self._metrics = Metrics(make_family, self._orchestrator.gauges) if make_family is not None else None
+        self._router = RouterThread(deployment, call_model, self._senders, self._request_ids.__next__, self._count)
+        self._metrics = Metrics(make_family, self._router.gauges) if make_family is not None else None
         self._window = Window()
-        self._cancels = CancelReceiver(self._orchestrator.cancel, self._window.passed)
-        self._watch = CancelWatch(self._orchestrator.live_streams, self._orchestrator.cancel)
+        self._cancels = CancelReceiver(self._router.cancel, self._window.passed)
+        self._watch = CancelWatch(self._router.live_streams, self._router.cancel)
 
     def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
         """Takes one request; every outcome, errors too, goes to `call`."""
@@ -50,7 +52,7 @@ class Scheduler:
             return
         request = client_request.request
         stream = ClientStream(call, client_request, self._tokenizer, self._window, self._cancels.address)
-        self._orchestrator.submit(request, stream)
+        self._router.submit(request, stream)
         if tag is not None:
             self._cancels.watch(stream, str(tag))
 
@@ -58,7 +60,7 @@ class Scheduler:
         self._watch.close()
         if self._metrics is not None:
             self._metrics.close()
-        self._orchestrator.close()
+        self._router.close()
         self._senders.close()  # what they have to say passes the window, which the receiver empties
         self._cancels.close()
 
@@ -67,9 +69,9 @@ class Scheduler:
             self._metrics.count(ended)
 
     def _answered(self, stream: ClientStream) -> None:
-        self._orchestrator.answered(stream.request_id)
+        self._router.answered(stream.request_id)
 
     def _send_failed(self, stream: ClientStream, error: Exception) -> None:
         """The client is gone, or our answer is faulty."""
         stream.abort(InternalError(f"the answer could not be sent: {type(error).__name__}: {error}"))
-        self._orchestrator.cancel(stream.request_id)
+        self._router.cancel(stream.request_id)

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from ensemble.errors import DistServeError
 from ensemble.request import FinishReason
+from ensemble.router.lives import Timeline
 from ensemble.serving.inputs import ClientRequest
 from ensemble.serving.stop_strings import StopStrings
 from ensemble.serving.window import STAMP_EVERY, Window
@@ -44,22 +44,6 @@ class ClientCall(Protocol):
     def parameters(self) -> str:
         """The request's, as a JSON object."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class Timeline:
-    """When a request passed each point, in nanoseconds of time.time_ns(); 0 until it has."""
-
-    arrival_ns: int = 0
-    first_scheduled_ns: int = 0
-    first_token_ns: int = 0
-    decode_submitted_ns: int = 0
-    decode_joined_ns: int = 0
-    last_token_ns: int = 0
-    kv_transfer_ns: int = 0  # the copy itself
-    kv_transfer_bytes: int = 0
-    prefill_replica: int = -1
-    decode_replica: int = -1  # -1: ended with its first token
 
 
 class Progress(Enum):

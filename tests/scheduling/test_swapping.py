@@ -15,7 +15,7 @@ from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.request import Request, SamplingParams, Sequence
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
-from ensemble.scheduling.preemptive_decode import PreemptiveDecodeScheduler
+from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.scheduling.swapping import Footprint, Memory, plan_iteration
 from ensemble.workers.messages import KVHandoff
 

@@ -12,7 +12,7 @@ import torch
 
 from ensemble.engine.engine import load_engine
 from ensemble.request import Request, SamplingParams
-from ensemble.scheduling.decode_policies import DecodePolicyName
+from ensemble.config import DecodePolicyName
 from tests.serving.clients import blocks_in_use, read_metrics, run_streams
 from tests.serving.deployments import deploy
 from tools.offline import generate

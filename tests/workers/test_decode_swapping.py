@@ -15,7 +15,7 @@ from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission
-from ensemble.scheduling.decode_policies import DecodePolicyName
+from ensemble.config import DecodePolicyName
 from ensemble.workers.messages import CancelRequests, SwapReport, WorkerEvent
 from kernels.block_copy import copy_blocks
 from tests.checkpoints import make_tiny_llama

@@ -23,9 +23,12 @@ import typer
 
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.request import Request, SamplingParams, Sequence
-from ensemble.scheduling.decode_policies import DecodePolicyName, DecodePolicySettings, make_decode_policy
-from ensemble.scheduling.policies import Hints, PolicyName, QueuePolicy
-from ensemble.scheduling.preemptive_decode import PreemptiveDecodeScheduler, Swap
+from ensemble.config import DecodePolicyName
+from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.config import PolicyName
+from ensemble.scheduling.policies import Hints, QueuePolicy
+from ensemble.cache.block_manager import Swap
+from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.scheduling.prefill import PrefillScheduler
 
 BLOCK_SIZE = 16

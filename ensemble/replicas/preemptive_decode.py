@@ -2,20 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from ensemble.cache.block_manager import Owner, SwappableBlocks
+from ensemble.cache.block_manager import Owner, Swap, SwappableBlocks
 from ensemble.errors import InternalError
 from ensemble.request import Sequence
 from ensemble.scheduling.decode_policies import DecodePolicy
 from ensemble.scheduling.swapping import Footprint, Memory, limit_headroom, plan_iteration
-
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """Copies block i of the source's list to block i of the destination's; report its end to `swap_ended`."""
-
-    request_id: int
-    source_block_ids: list[int]
-    destination_block_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
