@@ -13,7 +13,7 @@ from ensemble.config import Role, StageName
 from ensemble.protocol.router_replica import ReplicaUp
 from ensemble.scheduling.credits import Credits
 
-State = Literal["loading", "up", "draining", "down"]
+State = Literal["loading", "up", "draining", "leaving", "down"]
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +36,7 @@ class Replica:
 
     @property
     def is_up(self) -> bool:
-        return self.state in ("up", "draining")
+        return self.state in ("up", "draining", "leaving")
 
     @property
     def takes_prompts(self) -> bool:
