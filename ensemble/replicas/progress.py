@@ -6,11 +6,14 @@ Beats can be read while the process that counts them stands still, and cost a st
 import mmap
 import os
 from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 SIZE = 64  # bytes: beats, u64; step_s, f64; the rest is free
 SLOW_STEPS = 10  # a step may take that many times what steps took lately
 STEP_DECAY = 0.9  # by step, of a long one's weight
 MAX_LATE_S = 1.0  # a watcher that looks less often has stood still itself
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Progress:
@@ -53,7 +56,7 @@ class HangWatch:
         self._looked_at = float("-inf")
         self._since: dict[Hashable, tuple[int, float]] = {}  # key |-> beats, since when
 
-    def hung(self, progresses: Mapping[Hashable, Progress], now: float) -> dict[Hashable, float]:
+    def hung(self, progresses: Mapping[Key, Progress], now: float) -> dict[Key, float]:
         """Key |-> seconds without a beat, of those that have had none for too long. To be asked twice a second.
 
         Who was late itself does not judge: what stopped it may have stopped the others as well.
@@ -62,10 +65,11 @@ class HangWatch:
             self._since.clear()
         self._looked_at = now
         self._since = {key: self._beats_since(key, progress, now) for key, progress in progresses.items()}
+        stood_still_s = {key: now - self._since[key][1] for key in progresses}
         return {
-            key: now - since
-            for key, (_, since) in self._since.items()
-            if now - since >= max(self._hang_timeout_s, SLOW_STEPS * progresses[key].step_s)
+            key: seconds
+            for key, seconds in stood_still_s.items()
+            if seconds >= max(self._hang_timeout_s, SLOW_STEPS * progresses[key].step_s)
         }
 
     def _beats_since(self, key: Hashable, progress: Progress, now: float) -> tuple[int, float]:

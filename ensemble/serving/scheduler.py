@@ -12,10 +12,10 @@ from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError
 from ensemble.models.spec import load_model_spec
 from ensemble.serving.cancels import CLIENT_TAG, CancelReceiver, CancelWatch
+from ensemble.serving.exchange import CallModel
 from ensemble.serving.inputs import ModelLimits, parse_request
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.orchestrator import Orchestrator
-from ensemble.serving.stage_calls import CallModel
 from ensemble.serving.streams import ClientCall, ClientStream, SenderPool, Timeline
 from ensemble.serving.window import Window
 from ensemble.tokenizer import Tokenizer
