@@ -108,6 +108,7 @@ def test_what_either_end_says_does_not_wait_for_the_parked_call_to_end() -> None
             far_end.wait_until(f"len(items) == {number + 1}")
             far_end.send(encode(down(number)))
             far_end.wait_until(f"len(arrived) == {number + 1}")
+        assert far_end.num_calls <= 1 + 2 * 5, "one for each item of ours, one after each of theirs"
     assert far_end.items == list(range(5))
     assert far_end.arrived == list(map(down, range(5)))
 
