@@ -113,6 +113,9 @@ class Deployment(_Frozen):
     decode: DecodeConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     block_size: int = Field(default=16, ge=1, le=256)
+    # A worker without progress for so long, or for ten steps where steps are longer, is killed and started again. One
+    # that idles tells of itself once a second.
+    hang_timeout_s: float = Field(default=10.0, ge=2)
 
     @field_validator("block_size")
     @classmethod

@@ -1,7 +1,7 @@
 """One end of an ordered, resumable channel over calls that may be lost, repeated, or overtake each other.
 
-    sender  ... acknowledged | first .......... sent or not, unacknowledged ......... |
-    segment (run, first, items, acknowledged)        cumulative: all that is unacknowledged, up to MAX_SEGMENT_BYTES
+    sender  ... acknowledged | first ... carried, unacknowledged ... | ... waiting: more ... |
+    segment (run, first, items, more, acknowledged)      cumulative: all that is carried, up to MAX_SEGMENT_BYTES
 
 As in TCP, every segment repeats what the other end has not acknowledged, and tells how far this end has come; a
 receiver drops what it knows. So a segment that overtakes another, comes twice, or never comes is harmless.
@@ -19,7 +19,8 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     run: str  # of the end that opened the channel; another one is another channel
     first: int  # number of the first item
-    items: list[msgspec.Raw]
+    items: list[bytes]
+    more: bool  # there is more to carry, as soon as these items are acknowledged
     acknowledged: int  # number of the first item of the other end that has not come
 
 
@@ -28,52 +29,65 @@ class Channel:
 
     def __init__(self, run: str) -> None:
         self.run = run
-        self._unacknowledged: deque[bytes] = deque()
-        self._first = 0  # number of the first of them
-        self._num_carried = 0  # items that some segment has held
+        self._carried: deque[bytes] = deque()  # by some segment, and not acknowledged
+        self._carried_bytes = 0
+        self._waiting: deque[bytes] = deque()  # behind them
+        self._first = 0  # number of the first of all these
         self._next = 0  # number of the first item that has not come
+        self._owes_acknowledgement = False  # the other end has more to carry
 
     @property
     def has_news(self) -> bool:
-        """Whether there are items that no segment has held yet."""
-        return self._num_carried < self._first + len(self._unacknowledged)
+        """Whether a segment now would carry an item that none has carried, or one that the other end waits for."""
+        return self._owes_acknowledgement or self._fits_one_more
 
     @property
     def num_unacknowledged(self) -> int:
-        return len(self._unacknowledged)
+        return len(self._carried) + len(self._waiting)
+
+    @property
+    def _fits_one_more(self) -> bool:
+        if not self._carried or not self._waiting:
+            return bool(self._waiting)
+        return self._carried_bytes + len(self._waiting[0]) <= MAX_SEGMENT_BYTES
 
     def send(self, item: bytes) -> None:
         """Puts one encoded message behind those before it."""
-        self._unacknowledged.append(item)
+        self._waiting.append(item)
 
     def segment(self) -> Segment:
         """What is to be told now."""
-        items: list[msgspec.Raw] = []
-        num_bytes = 0
-        for item in self._unacknowledged:
-            num_bytes += len(item)
-            if items and num_bytes > MAX_SEGMENT_BYTES:
-                break
-            items.append(msgspec.Raw(item))
-        self._num_carried = max(self._num_carried, self._first + len(items))
-        return Segment(run=self.run, first=self._first, items=items, acknowledged=self._next)
+        while self._fits_one_more:
+            item = self._waiting.popleft()
+            self._carried.append(item)
+            self._carried_bytes += len(item)
+        self._owes_acknowledgement = False
+        return self._segment(list(self._carried), more=bool(self._waiting))
 
-    def receive(self, segment: Segment) -> list[msgspec.Raw]:
+    def acknowledgement(self) -> Segment:
+        """A segment of no items: what is to be told where another is to carry them."""
+        return self._segment([], more=False)
+
+    def _segment(self, items: list[bytes], more: bool) -> Segment:
+        return Segment(run=self.run, first=self._first, items=items, more=more, acknowledged=self._next)
+
+    def receive(self, segment: Segment) -> list[bytes]:
         """Takes what the other end tells. Returns its items that are new here, in order; each comes out once.
 
         Raises ValueError, and changes nothing, for a segment that this channel's other end cannot have sent.
         """
-        end = self._first + len(self._unacknowledged)
-        if segment.run != self.run or segment.acknowledged > end or segment.first > self._next:
+        end = self._first + len(self._carried)
+        if segment.run != self.run or not 0 <= segment.acknowledged <= end or not 0 <= segment.first <= self._next:
             raise ValueError(
                 f"segment of run {segment.run!r}, items {segment.first} on, acknowledging {segment.acknowledged}:"
-                f" this is run {self.run!r}, {self._next} items have come and {end} were sent"
+                f" this is run {self.run!r}, {self._next} items have come and {end} have gone out"
             )
         while self._first < segment.acknowledged:
-            self._unacknowledged.popleft()
+            self._carried_bytes -= len(self._carried.popleft())
             self._first += 1
         new = segment.items[self._next - segment.first :]
         self._next += len(new)
+        self._owes_acknowledgement |= segment.more
         return new
 
 

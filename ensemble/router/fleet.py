@@ -1,8 +1,8 @@
 """The replicas: what they are, whether they serve, what the router has sent them, and who maps whose pool.
 
-loading --ReplicaUp--> up <--> draining --empty--> (removed)
-   ^                    |          |
-   +-----ReplicaDown----+----------+        until its next life is up
+loading --ReplicaUp--> up <--> draining --empty, to be removed--> leaving
+   ^                    |          |                                 |
+   +-----ReplicaDown----+----------+        its next life            +--ReplicaDown--> gone
 """
 
 from collections.abc import Iterator

@@ -357,7 +357,7 @@ class Router:
         if replica.state == "up":
             replica.state = "draining"
             self._refuse(self.dispatch.role_changed(replica))
-        elif is_leaving and not replica.is_up:
+        elif is_leaving and replica.state in ("loading", "down"):
             self._send(replica.home, RemoveReplica(replica=replica.id))
 
     def undrain(self, replica: Replica) -> None:
@@ -384,7 +384,7 @@ class Router:
                     if life is not None and replica.id in (life.prefill_replica, life.decode_replica):
                         self._recover(life, "drain", now)
             if replica.is_leaving and not replica.credits.num_requests:
-                replica.is_leaving = False
+                replica.state = "leaving"
                 self._send(replica.home, RemoveReplica(replica=replica.id))
 
     def _removed(self, replica_id: int) -> None:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
+from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.request import Request, SamplingParams, Sequence
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
-from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.scheduling.swapping import Footprint, Memory, plan_iteration
 from ensemble.workers.messages import KVHandoff
 

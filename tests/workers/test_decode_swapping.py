@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from ensemble.cache import block_copier, swapper
-from ensemble.config import Deployment
+from ensemble.config import DecodePolicyName, Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission
-from ensemble.config import DecodePolicyName
 from ensemble.workers.messages import CancelRequests, SwapReport, WorkerEvent
 from kernels.block_copy import copy_blocks
 from tests.checkpoints import make_tiny_llama

@@ -21,14 +21,12 @@ from typing import Any
 
 import typer
 
-from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
-from ensemble.request import Request, SamplingParams, Sequence
-from ensemble.config import DecodePolicyName
-from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
-from ensemble.config import PolicyName
-from ensemble.scheduling.policies import Hints, QueuePolicy
-from ensemble.cache.block_manager import Swap
+from ensemble.cache.block_manager import BlockManager, Owner, Swap, SwappableBlocks
+from ensemble.config import DecodePolicyName, PolicyName
 from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
+from ensemble.request import Request, SamplingParams, Sequence
+from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
 
 BLOCK_SIZE = 16
