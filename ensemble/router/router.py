@@ -245,7 +245,7 @@ class Router:
             self._replica_down(ReplicaDown(replica=up.replica, life=known.life, reason="another life began"), now)
         replica = self.fleet.up(up)
         if replica is not None:
-            self._refuse(self.dispatch.replica_up(replica, up))
+            self._pools_changed(self.dispatch.replica_up(replica, up))
 
     def _replica_down(self, down: ReplicaDown, now: float) -> None:
         replica = self.fleet.down(down.replica, down.life, down.reason)
@@ -349,21 +349,21 @@ class Router:
         """What it is given from now on; what it has goes on there."""
         replica.role = role
         if replica.is_up:
-            self._refuse(self.dispatch.role_changed(replica))
+            self._pools_changed(self.dispatch.role_changed(replica))
 
     def drain(self, replica: Replica, until: float | None, *, is_leaving: bool = False) -> None:
         """It gets no more requests. Those it has end there or, at `until`, go on elsewhere."""
         replica.drain_until, replica.is_leaving = until, replica.is_leaving or is_leaving
         if replica.state == "up":
             replica.state = "draining"
-            self._refuse(self.dispatch.role_changed(replica))
+            self._pools_changed(self.dispatch.role_changed(replica))
         elif is_leaving and replica.state in ("loading", "down"):
             self._send(replica.home, RemoveReplica(replica=replica.id))
 
     def undrain(self, replica: Replica) -> None:
         if replica.state == "draining" and not replica.is_leaving:
             replica.state, replica.drain_until = "up", None
-            self._refuse(self.dispatch.role_changed(replica))
+            self._pools_changed(self.dispatch.role_changed(replica))
 
     def add(self, home: StageName, device: str, role: Role) -> Replica:
         replica = self.fleet.add(home, device, role)
@@ -395,20 +395,20 @@ class Router:
 
     # ---- ends
 
-    def _refuse(self, attempt_ids: list[int]) -> None:
-        """They have left the queue: no pool could ever hold them."""
-        for attempt_id in attempt_ids:
+    def _pools_changed(self, refused: list[int]) -> None:
+        """What no known pool could ever hold ends: attempts that have left the queue so, and what has gone further."""
+        limit = self.dispatch.prefill.max_prompt_len
+        for attempt_id in refused:
             life = self.lives.of_attempt(attempt_id)
             if life is not None:
-                limit = self.dispatch.prefill.max_prompt_len
-                self._fail(
-                    life,
-                    InvalidRequest(
-                        "length of input_ids or text_input",
-                        life.attempt.prefill_len,
-                        f"the prefill pool holds {limit} tokens",
-                    ),
-                )
+                field, allowed = "length of input_ids or text_input", f"the prefill pool holds {limit} tokens"
+                self._fail(life, InvalidRequest(field, life.attempt.prefill_len, allowed))
+        for life in self.lives:
+            if life.phase in ("queued", "prefill", "bridge"):
+                try:
+                    self.dispatch.admission.check(life.attempt)
+                except InvalidRequest as error:
+                    self._fail(life, error)
 
     def _fail(self, life: Life, error: DistServeError) -> None:
         """Ends a live request with an error, wherever it is, and has its blocks freed."""

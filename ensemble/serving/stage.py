@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from ensemble.config import Deployment
+from ensemble.config import Deployment, StageName
 from ensemble.errors import ERROR_MARK, ConfigError, DistServeError, InternalError, StageUnavailable
 from ensemble.protocol.channel import Channel, decode_segment, encode_segment
 from ensemble.protocol.router_replica import (
@@ -38,7 +38,6 @@ from ensemble.protocol.router_replica import (
 )
 from ensemble.replicas.progress import HangWatch
 from ensemble.replicas.supervisor import Supervisor, WorkerProcess
-from ensemble.serving.exchange import StageName
 from ensemble.threads import start_vital_thread
 
 Reply = Callable[[bytes | DistServeError], None]

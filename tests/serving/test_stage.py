@@ -33,7 +33,7 @@ from ensemble.protocol.router_replica import (
     encode,
 )
 from ensemble.serving import stage as stage_module
-from ensemble.serving.exchange import StageName
+from ensemble.config import StageName
 from ensemble.serving.stage import Stage
 
 DEADLINE_S = 60.0
