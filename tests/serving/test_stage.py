@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ensemble.config import Deployment
+from ensemble.config import Deployment, StageName
 from ensemble.errors import ConfigError, DistServeError
 from ensemble.protocol.channel import Channel, Segment, decode_segment, encode_segment
 from ensemble.protocol.router_replica import (
@@ -33,7 +33,6 @@ from ensemble.protocol.router_replica import (
     encode,
 )
 from ensemble.serving import stage as stage_module
-from ensemble.config import StageName
 from ensemble.serving.stage import Stage
 
 DEADLINE_S = 60.0

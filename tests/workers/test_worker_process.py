@@ -27,7 +27,7 @@ def prefill_worker(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], zmq.
     alive, stage_lives = os.pipe()
     arguments = ["prefill", "0", "0", f"ipc://{tmp_path}/stage", f"ipc://{tmp_path}/peer", str(alive)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ensemble.workers.worker", *arguments],
+        [sys.executable, "-m", "ensemble.replicas.worker", *arguments],
         pass_fds=[alive],
         env={**os.environ, DEPLOYMENT_VARIABLE: str(deployment)},
         stderr=subprocess.PIPE,
