@@ -177,6 +177,8 @@ class EngineLoop:
         ended = [request_id for request_id in request_ids if request_id in self._leases]
         for request_id in ended:
             self._end_lease(request_id)
+        if ended:
+            self.start_pulls()
         return self._released(ended)
 
     def cancel_all(self) -> list[Event]:
@@ -389,6 +391,7 @@ class EngineLoop:
             self._arrivals.wait(1e-3)
             events += self._join()
         self.peers.detach(address)
+        self.start_pulls()
         return [*events, Detached(address=address)]
 
     def _leave(self, request_id: int) -> bool:
