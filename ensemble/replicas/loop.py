@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.cache.swapper import Swapper, make_host_pool
-from ensemble.config import Batching
+from ensemble.config import Batching, Deployment, StageName
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
 from ensemble.errors import ConfigError
@@ -61,6 +61,20 @@ class LoopSettings:
     headroom_blocks: int = 0
     host_kv_bytes: int = 0
     prefix_cache: bool = False
+
+
+def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
+    decode = deployment.decode
+    return LoopSettings(
+        max_num_prompt_tokens=deployment.prefill.max_num_batched_tokens,
+        max_num_prompt_tokens_beside=deployment.num_prompt_tokens_beside,
+        max_num_seqs=deployment.stage(home).max_num_seqs,
+        policy=DecodePolicySettings(decode.policy, decode.quantum_s, decode.starvation_s),
+        batching=decode.batching,
+        headroom_blocks=decode.headroom_blocks,
+        host_kv_bytes=decode.host_kv_bytes if home == "decode" else 0,
+        prefix_cache=deployment.prefill.prefix_cache,
+    )
 
 
 @dataclass(frozen=True, slots=True)
