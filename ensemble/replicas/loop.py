@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.cache.swapper import Swapper, make_host_pool
-from ensemble.config import Batching
+from ensemble.config import Batching, Deployment, StageName
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
 from ensemble.errors import ConfigError
@@ -61,6 +61,20 @@ class LoopSettings:
     headroom_blocks: int = 0
     host_kv_bytes: int = 0
     prefix_cache: bool = False
+
+
+def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
+    decode = deployment.decode
+    return LoopSettings(
+        max_num_prompt_tokens=deployment.prefill.max_num_batched_tokens,
+        max_num_prompt_tokens_beside=deployment.num_prompt_tokens_beside,
+        max_num_seqs=deployment.stage(home).max_num_seqs,
+        policy=DecodePolicySettings(decode.policy, decode.quantum_s, decode.starvation_s),
+        batching=decode.batching,
+        headroom_blocks=decode.headroom_blocks,
+        host_kv_bytes=decode.host_kv_bytes if home == "decode" else 0,
+        prefix_cache=deployment.prefill.prefix_cache,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +191,8 @@ class EngineLoop:
         ended = [request_id for request_id in request_ids if request_id in self._leases]
         for request_id in ended:
             self._end_lease(request_id)
+        if ended:
+            self.start_pulls()
         return self._released(ended)
 
     def cancel_all(self) -> list[Event]:
@@ -389,6 +405,7 @@ class EngineLoop:
             self._arrivals.wait(1e-3)
             events += self._join()
         self.peers.detach(address)
+        self.start_pulls()
         return [*events, Detached(address=address)]
 
     def _leave(self, request_id: int) -> bool:

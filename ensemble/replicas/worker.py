@@ -24,10 +24,9 @@ from ensemble.config import Deployment, StageName
 from ensemble.engine.engine import load_engine
 from ensemble.errors import ConfigError
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
-from ensemble.replicas.loop import EngineLoop, LoopSettings
+from ensemble.replicas.loop import EngineLoop, loop_settings
 from ensemble.replicas.peers import Peers, PeerServer
 from ensemble.replicas.progress import Progress
-from ensemble.scheduling.decode_policies import DecodePolicySettings
 
 GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
 IDLE_POLL_MS = 500  # between two beats of an idle loop
@@ -70,20 +69,6 @@ def main() -> None:
     )
     server = PeerServer(context, peer_address, engine.pool)
     Worker(loop, socket, server, progress, up).serve()
-
-
-def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
-    decode = deployment.decode
-    return LoopSettings(
-        max_num_prompt_tokens=deployment.prefill.max_num_batched_tokens,
-        max_num_prompt_tokens_beside=deployment.num_prompt_tokens_beside,
-        max_num_seqs=deployment.stage(home).max_num_seqs,
-        policy=DecodePolicySettings(decode.policy, decode.quantum_s, decode.starvation_s),
-        batching=decode.batching,
-        headroom_blocks=decode.headroom_blocks,
-        host_kv_bytes=decode.host_kv_bytes if home == "decode" else 0,
-        prefix_cache=deployment.prefill.prefix_cache,
-    )
 
 
 @dataclass(slots=True)

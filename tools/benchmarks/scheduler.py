@@ -22,6 +22,7 @@ from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.config import DecodePolicyName, PolicyName
 from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.request import Request, SamplingParams, Sequence
+from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
 from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
@@ -49,7 +50,7 @@ def prefill_ms(name: PolicyName, num_queued: int) -> list[float]:
         policy=QueuePolicy(name, max_wait_s=1e9),
         max_long_tokens=1024,
     )
-    scheduler.replica_up(0, num_blocks=100_000)
+    scheduler.replica_up(0, Credits(100_000), scheduler.limits)
     num_requests, times_ms = 0, []
     for decision in range(NUM_DECISIONS):
         while scheduler.num_waiting < num_queued:

@@ -25,6 +25,7 @@ from ensemble.cache.block_manager import BlockManager, Owner, Swap, SwappableBlo
 from ensemble.config import DecodePolicyName, PolicyName
 from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.request import Request, SamplingParams, Sequence
+from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
 from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
@@ -192,7 +193,7 @@ def simulate_prefill(name: PolicyName, jobs: list[Job]) -> float:
         max_queue_tokens=sum(job.prompt_len for job in jobs),
         policy=QueuePolicy(name, max_wait_s=30.0),
     )
-    scheduler.replica_up(0, num_blocks=5000)
+    scheduler.replica_up(0, Credits(5000), scheduler.limits)
     arrivals = deque(enumerate(jobs))
     num_in_time, now = 0, 0.0
     while arrivals or scheduler.num_waiting:
