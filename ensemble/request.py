@@ -32,7 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     seed: int = 0  # uint64; the random numbers are a function of (seed, position) alone
     ignore_eos: bool = False  # of the model's end-of-sequence tokens; those of the client stop it all the same
-    stop_token_ids: frozenset[int] = frozenset()  # the client's own end tokens
+    stop_token_ids: tuple[int, ...] = ()  # the end tokens of the client itself
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

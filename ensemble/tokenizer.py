@@ -79,6 +79,21 @@ class Tokenizer:
         return detokenizer.push(token_ids) + detokenizer.flush()
 
 
+def read_eos_token_id(path: Path) -> int | None:
+    """As `Tokenizer.from_dir` has it, of a model directory that may be without a tokenizer. Raises ModelError.
+
+    A large tokenizer takes half a second to read; most have their end token's id in tokenizer_config.json.
+    """
+    config = read_tokenizer_config(path)
+    eos = config.special_tokens.get("eos_token")
+    for token_id, token in config.added_tokens.items():
+        if token.content == eos:
+            return token_id
+    if not any((path / name).exists() for name in ("tokenizer.json", "merges.txt", "tokenizer.model")):
+        return None
+    return Tokenizer.from_dir(path).eos_token_id
+
+
 class IncrementalDetokenizer:
     """Text of one sequence, token by token: all that `push` and `flush` return is `decode` of all tokens.
 
