@@ -196,7 +196,7 @@ def _refuse_features(path: Path, config: Mapping[str, Any]) -> None:
 
 def _read_json(file: Path, required: bool = True) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if required:
             raise ModelError(f"model path {file.parent}: has no {file.name}") from None
