@@ -1,18 +1,20 @@
-"""Text to token ids and back, also token by token, on the `tokenizers` library.
+"""Text to token ids and back, also token by token, on the `tokenizers` library."""
 
-Every token stands for some bytes; the text is the concatenation of the bytes, read as UTF-8. That holds for the two
-families of tokenizers that OPT and LLaMA models have, byte-level BPE and SentencePiece with byte fallback, and makes
-streaming exact and of constant cost per token: a character is complete when its last byte has come.
-"""
-
-import codecs
 import json
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from ensemble.detokenizer import (
+    ByteLevelText,
+    ByteLevelTokens,
+    SentencePieceText,
+    SentencePieceTokens,
+    TextDecoder,
+)
 from ensemble.errors import ModelError
 from ensemble.sentencepiece_model import read_sentencepiece_model
 from ensemble.tokenizer_config import read_tokenizer_config
@@ -27,7 +29,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder().items()
         self.special_tokens: dict[int, str] = {i: token.content for i, token in added if token.special}
         self._backend = backend
-        self._token_bytes = _TokenBytes(backend, self.special_tokens)
+        self._new_decoder, self._strips_first_space = _decoder_of(backend, self.special_tokens)
         self.eos_token_id = eos_token_id
         self.vocab_size: int = backend.get_vocab_size()
 
@@ -78,6 +80,11 @@ class Tokenizer:
         detokenizer = IncrementalDetokenizer(self)
         return detokenizer.push(token_ids) + detokenizer.flush()
 
+    def decode_prompt(self, token_ids: Sequence[int]) -> str:
+        """What `IncrementalDetokenizer` goes on with after these tokens: a half character is left to the answer."""
+        detokenizer = IncrementalDetokenizer(self)
+        return detokenizer.push(token_ids) + detokenizer.settle()
+
 
 def read_eos_token_id(path: Path) -> int | None:
     """As `Tokenizer.from_dir` has it, of a model directory that may be without a tokenizer. Raises ModelError.
@@ -97,23 +104,27 @@ def read_eos_token_id(path: Path) -> int | None:
 class IncrementalDetokenizer:
     """Text of one sequence, token by token: all that `push` and `flush` return is `decode` of all tokens.
 
-    With a prompt it is the text that the prompt's goes on with: SentencePiece's space before a first word stays, and a
-    character that the prompt has begun is completed.
+    After a prompt it is the text that `decode_prompt` goes on with: SentencePiece's space before a first word stays,
+    and a character that the prompt has begun is completed. Costs the same after any prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
-        self._token_bytes = tokenizer._token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors=self._token_bytes.errors)
-        self._strips_space = self._token_bytes.strips_first_space
-        self._strip(self._decoder.decode(self._token_bytes.end_of(prompt_token_ids)))
+        self._decoder = tokenizer._new_decoder()
+        self._strips_space = tokenizer._strips_first_space
+        self.push(self._decoder.last_tokens(prompt_token_ids))
+        self.settle()
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete; a character whose last byte is still to come is held back."""
-        return self._strip(self._decoder.decode(b"".join(map(self._token_bytes.of, token_ids))))
+        return self._strip(self._decoder.push(token_ids))
+
+    def settle(self) -> str:
+        """Whole characters that are held back."""
+        return self._strip(self._decoder.settle())
 
     def flush(self) -> str:
         """What is still held back: half a character, as U+FFFD. Ends the sequence."""
-        return self._strip(self._decoder.decode(b"", final=True))
+        return self._strip(self._decoder.flush())
 
     def _strip(self, text: str) -> str:
         if self._strips_space and text:
@@ -122,53 +133,22 @@ class IncrementalDetokenizer:
         return text
 
 
-class _TokenBytes:
-    """token id |-> its bytes, none for special tokens and ids without a token. Filled as tokens are met."""
-
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Container[int]) -> None:
-        self._backend = backend
-        self._special_tokens = special_tokens
-        self._cache: dict[int, bytes] = {}
-        decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "none"}
-        steps = decoder.get("decoders", [decoder])
-        kinds = [step["type"] for step in steps]
-        self._is_byte_level = kinds == ["ByteLevel"]
-        self.strips_first_space = "Strip" in kinds
-        self.errors = "replace" if self._is_byte_level else _REPLACE_EACH_BYTE
-        if kinds in _SENTENCEPIECE_DECODERS:
-            self._space = steps[0]["pattern"]["String"]
-        elif not self._is_byte_level:
-            raise ModelError(
-                f"tokenizer decoder {'+'.join(kinds)} is not supported; supported: ByteLevel,"
-                f" {' and '.join('+'.join(names) for names in _SENTENCEPIECE_DECODERS)}"
-            )
-
-    def of(self, token_id: int) -> bytes:
-        found = self._cache.get(token_id)
-        if found is None:
-            found = self._cache[token_id] = self._find(token_id)
-        return found
-
-    def end_of(self, token_ids: Sequence[int]) -> bytes:
-        """The last bytes of the tokens' text, enough to tell a character that has only begun: three, if it has them."""
-        end = b""
-        for token_id in reversed(token_ids):
-            end = self.of(token_id) + end
-            if len(end) >= 3:
-                break
-        return end
-
-    def _find(self, token_id: int) -> bytes:
-        token: str | None = self._backend.id_to_token(token_id)
-        if token is None or token_id in self._special_tokens:
-            return b""
-        if self._is_byte_level:
-            if all(char in _BYTE_OF_CHAR for char in token):
-                return bytes(_BYTE_OF_CHAR[char] for char in token)
-            return token.encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes.fromhex(token[3:5])
-        return token.replace(self._space, " ").encode()
+def _decoder_of(
+    backend: tokenizers.Tokenizer, special_tokens: Container[int]
+) -> tuple[Callable[[], TextDecoder], bool]:
+    """What makes a sequence's decoder, and whether the text's first space is none. Raises ModelError."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "none"}
+    steps = decoder.get("decoders", [decoder])
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return partial(ByteLevelText, ByteLevelTokens(backend, special_tokens)), False
+    if kinds in _SENTENCEPIECE_DECODERS:
+        tokens = SentencePieceTokens(backend, special_tokens, steps[0]["pattern"]["String"])
+        return partial(SentencePieceText, tokens), "Strip" in kinds
+    raise ModelError(
+        f"tokenizer decoder {'+'.join(kinds)} is not supported; supported: ByteLevel,"
+        f" {' and '.join('+'.join(names) for names in _SENTENCEPIECE_DECODERS)}"
+    )
 
 
 def _read_gpt2_files(path: Path) -> tokenizers.Tokenizer:
@@ -213,23 +193,3 @@ def _put_around(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None)
         single=[*([bos] if bos is not None else []), "$A", *([eos] if eos is not None else [])],
         special_tokens=[(token, backend.token_to_id(token)) for token in tokens],
     )
-
-
-def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """As SentencePiece shows bytes that are no text."""
-    assert isinstance(error, UnicodeDecodeError)
-    return "\ufffd" * (error.end - error.start), error.end
-
-
-_REPLACE_EACH_BYTE = "distserve.replace_each_byte"
-codecs.register_error(_REPLACE_EACH_BYTE, _replace_each_byte)
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable characters stand for their own byte, the 68 others for bytes from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()

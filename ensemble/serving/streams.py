@@ -23,7 +23,7 @@ from ensemble.request import FinishReason
 from ensemble.serving.answer_text import AnswerText
 from ensemble.serving.inputs import ClientRequest
 from ensemble.serving.window import STAMP_EVERY, Window
-from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
+from ensemble.tokenizer import Tokenizer
 
 MAX_TOKENS_PER_RESPONSE = 8
 HANDLE_INTERVAL_S = 0.1  # in which `postprocess` looks for a stream's cancel, as long as there are tokens to send
@@ -229,9 +229,7 @@ class ClientStream:
         options, texts = self._options, self._texts
         if self._is_first and not options.exclude_input_in_output:
             prompt = self._prompt_text
-            if prompt is None:  # the answer goes on where its last character may be cut
-                prompt = IncrementalDetokenizer(self._tokenizer).push(self.request.prompt_token_ids)
-            texts = [prompt, *texts]
+            texts = [self._tokenizer.decode_prompt(self.request.prompt_token_ids) if prompt is None else prompt, *texts]
         outputs: Outputs = {"text_output": np.array(["".join(texts).encode()], dtype=object)}
         if options.return_finish_reason:
             reason = self.finish_reason if is_last else None
