@@ -165,10 +165,10 @@ class Deployment(_Frozen):
     def from_yaml(cls, path: str | Path) -> "Deployment":
         """Reads and validates the file. Raises ConfigError in one line that names the field."""
         try:
-            raw = yaml.safe_load(Path(path).read_text())
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"deployment file {path}: {error.strerror}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"deployment file {path}: {' '.join(str(error).split())}") from None
         return cls.parse(raw)
 

@@ -4,8 +4,11 @@ Each class carries the Triton error code its response gets; `retry_after_s` is t
 time will cure.
 """
 
+import reprlib
 from typing import Any, Literal
 
+_SHORT = reprlib.Repr()  # a client's value may be huge, or nested deeper than repr() follows
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 ERROR_MARK = "distserve: error:"  # in the server's log; tools.serve shows what follows as the reason of a failed start
 ErrorCode = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL", "UNSUPPORTED"]
 
@@ -32,7 +35,7 @@ class InvalidRequest(DistServeError):
     code: ErrorCode = "INVALID_ARG"
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
-        shown = repr(value)
+        shown = _SHORT.repr(value)
         if len(shown) > 80:
             shown = shown[:77] + "..."
         super().__init__(f"{field} = {shown} is not valid: {allowed}")

@@ -22,7 +22,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen, and when to stop. Names, defaults and ranges are those of vLLM and TensorRT-LLM."""
 
     max_tokens: int = 16
-    min_tokens: int = 0  # end-of-sequence tokens are not sampled before this many output tokens
+    min_tokens: int = 0  # nothing stops the answer, and no token that would is sampled, before this many output tokens
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0
@@ -31,7 +31,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0  # uint64; the random numbers are a function of (seed, position) alone
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # of the model's end-of-sequence tokens; those of the client stop it all the same
+    stop_token_ids: tuple[int, ...] = ()  # the end tokens of the client itself
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,11 +121,13 @@ class Sequence:
         return (prompt + self.output_token_ids)[start:end]
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
-        """Commits a sampled token and returns the reason if it ends the sequence."""
+        """Commits a sampled token and returns the reason if it ends the sequence: "stop" goes before "length"."""
         self.output_token_ids.append(token_id)
-        num_output = len(self.output_token_ids)
-        if token_id in eos_token_ids and not self.sampling.ignore_eos:
+        num_output, sampling = len(self.output_token_ids), self.sampling
+        if num_output < sampling.min_tokens:
+            return None
+        if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos):
             self.finish_reason = "stop"
-        elif num_output >= self.sampling.max_tokens:
+        elif num_output >= sampling.max_tokens:
             self.finish_reason = "length"
         return self.finish_reason

@@ -159,7 +159,7 @@ def main(
     if output is None:
         print(lines, end="")
     else:
-        output.write_text(lines)
+        output.write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 
 from ensemble.errors import ModelError
+from ensemble.models.end_tokens import read_end_token_ids
 from kernels.activation import Activation
 
 Architecture = Literal["llama", "opt"]
@@ -70,7 +71,10 @@ class ModelSpec:
 
 
 def load_model_spec(path: str | Path) -> ModelSpec:
-    """Reads config.json, and generation_config.json where there is one. Raises ModelError in one line."""
+    """Reads config.json, generation_config.json where there is one, and the tokenizer's end token.
+
+    Raises ModelError in one line.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ModelError(f"model path {path}: no such directory")
@@ -91,7 +95,6 @@ def _parse(path: Path, config: dict[str, Any], generation_config: dict[str, Any]
         found = ", ".join(names) or f"none (model_type {config.get('model_type')})"
         raise ModelError(f"model {path}: architecture {found} is not supported; supported: {', '.join(_ARCHITECTURES)}")
     _refuse_features(path, config)
-    eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
     common: dict[str, Any] = {
         "path": path,
         "architecture": architecture,
@@ -102,7 +105,7 @@ def _parse(path: Path, config: dict[str, Any], generation_config: dict[str, Any]
         "max_model_len": int(config["max_position_embeddings"]),
         "dtype": _parse_dtype(config),
         "bos_token_id": config.get("bos_token_id"),
-        "eos_token_ids": frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos),
+        "eos_token_ids": read_end_token_ids(path, config, generation_config, int(config["vocab_size"])),
         "pad_token_id": config.get("pad_token_id"),
     }
     if common["hidden_size"] % common["num_heads"] and not config.get("head_dim"):
@@ -193,7 +196,7 @@ def _refuse_features(path: Path, config: Mapping[str, Any]) -> None:
 
 def _read_json(file: Path, required: bool = True) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if required:
             raise ModelError(f"model path {file.parent}: has no {file.name}") from None

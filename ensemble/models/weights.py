@@ -63,7 +63,10 @@ def _find_weights(path: Path) -> dict[str, str]:
         index = path / f"{name}.index.json"
         if index.exists():
             try:
-                return {str(key): str(file) for key, file in json.loads(index.read_text())["weight_map"].items()}
+                return {
+                    str(key): str(file)
+                    for key, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+                }
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ModelError(f"{index}: cannot be read: {_one_line(error)}") from None
         if (path / name).exists():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import secrets
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ class Scheduler:
         spec = load_model_spec(deployment.model.path)
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
         self._chat = ChatTemplate.from_dir(deployment.model.path)
+        if self._chat.fault:
+            print(f"distserve: `messages` cannot be served: {self._chat.fault}", file=sys.stderr, flush=True)
         self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
         self._request_ids = itertools.count(secrets.randbits(40) << 20)  # no other run's: stages may outlive this one
         self._senders = SenderPool(self._answered, self._send_failed)

@@ -20,10 +20,10 @@ import numpy.typing as npt
 from ensemble.errors import DistServeError
 from ensemble.request import FinishReason
 from ensemble.router.lives import Timeline
+from ensemble.serving.answer_text import AnswerText
 from ensemble.serving.inputs import ClientRequest
-from ensemble.serving.stop_strings import StopStrings
 from ensemble.serving.window import STAMP_EVERY, Window
-from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
+from ensemble.tokenizer import Tokenizer
 
 MAX_TOKENS_PER_RESPONSE = 8
 HANDLE_INTERVAL_S = 0.1  # in which `postprocess` looks for a stream's cancel, as long as there are tokens to send
@@ -81,17 +81,15 @@ class ClientStream:
         self._tokenizer = tokenizer
         self._window = window if client_request.options.return_cancel_handle else None
         self._cancel_address = cancel_address
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._prompt_text = client_request.prompt_text
-        self._stop_strings = StopStrings(client_request.stop_strings)
-        self._is_stopped = False  # by a stop string
+        self._answer_text = AnswerText(tokenizer, client_request.request, client_request.stop_strings)
         self._lock = threading.Lock()
         self._pending: deque[int] = deque()
         self._finish_reason: FinishReason | None = None
         self._error: DistServeError | None = None
         self._is_queued = False  # at the sender
         self._is_first = True
-        self._text = ""  # not yet sent
+        self._texts: list[str] = []  # not yet sent
         self._token_ids: list[int] = []  # not yet sent
         self.num_output_tokens = 0
         self.num_sent_tokens = 0  # those that the client's answer was made of
@@ -107,7 +105,7 @@ class ClientStream:
     @property
     def finish_reason(self) -> FinishReason | None:
         """How an answered stream ended."""
-        return "stop" if self._is_stopped else self._finish_reason
+        return "stop" if self._answer_text.is_stopped else self._finish_reason
 
     def push(self, token_id: int, finish_reason: FinishReason | None) -> bool:
         """Adds a token. True if the stream has to be queued at its sender."""
@@ -166,10 +164,10 @@ class ClientStream:
             self._send_error(error)
             return Progress.SENT
         self._read(token_ids, has_all)
-        is_last = has_all or self._is_stopped
+        is_last = has_all or self._answer_text.is_stopped
         if is_last and not self.timeline.last_token_ns:  # the stop string came before the last token
             self.timeline.last_token_ns = time.time_ns()
-        if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
+        if is_last or (self._options.stream and (any(self._texts) or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
             if self._window is not None:
                 number = self._window.enter()
@@ -183,7 +181,7 @@ class ClientStream:
                     self.is_answered = False
                     raise
                 self._is_closed = is_last
-            self._text, self._token_ids, self._is_first = "", [], False
+            self._texts, self._token_ids, self._is_first = [], [], False
         if is_last:
             return Progress.ANSWERED
         return Progress.MORE_PENDING if more else Progress.SENT
@@ -201,23 +199,22 @@ class ClientStream:
 
     def _read(self, token_ids: list[int], has_all: bool) -> None:
         """Tokens to text, up to a stop string; what comes after it is not counted."""
-        for token_id in token_ids:
+        ends_itself = has_all and self._finish_reason == "stop"
+        for index, token_id in enumerate(token_ids, 1):
             self._token_ids.append(token_id)
             self.num_sent_tokens += 1
-            text, self._is_stopped = self._stop_strings.push(self._detokenizer.push([token_id]))
-            self._text += text
-            if self._is_stopped:
+            self._texts.append(self._answer_text.push(token_id, ends_itself and index == len(token_ids)))
+            if self._answer_text.is_stopped:
                 return
         if has_all:
-            text, self._is_stopped = self._stop_strings.push(self._detokenizer.flush())
-            self._text += text + self._stop_strings.flush()
+            self._texts.append(self._answer_text.flush())
 
     def _outputs(self, is_last: bool) -> Outputs:
-        options, text = self._options, self._text
+        options, texts = self._options, self._texts
         if self._is_first and not options.exclude_input_in_output:
             prompt = self._prompt_text
-            text = (self._tokenizer.decode(self.request.prompt_token_ids) if prompt is None else prompt) + text
-        outputs: Outputs = {"text_output": np.array([text.encode()], dtype=object)}
+            texts = [self._tokenizer.decode_prompt(self.request.prompt_token_ids) if prompt is None else prompt, *texts]
+        outputs: Outputs = {"text_output": np.array(["".join(texts).encode()], dtype=object)}
         if options.return_finish_reason:
             reason = self.finish_reason if is_last else None
             outputs["finish_reason"] = np.array([(reason or "").encode()], dtype=object)

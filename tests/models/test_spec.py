@@ -92,11 +92,6 @@ def test_biases_and_wide_heads_are_read(tmp_path):
     assert (spec.attention_bias, spec.mlp_bias, spec.head_dim, spec.num_kv_heads) == (True, True, 256, 8)
 
 
-def test_generation_config_names_the_end_of_sequence(tmp_path):
-    spec = load_model_spec(write(tmp_path, LLAMA_2_7B, eos_token_id=[2, 128001]))
-    assert spec.eos_token_ids == frozenset([2, 128001])
-
-
 @pytest.mark.parametrize("rope", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
 def test_rope_frequencies_are_those_of_transformers(tmp_path, rope, kind):

@@ -1,10 +1,17 @@
 """Stop strings: found across token borders, never shown, and nothing shown that would have to be taken back."""
 
+import re
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ensemble.request import Request, SamplingParams
+from ensemble.serving.answer_text import AnswerText
 from ensemble.serving.stop_strings import StopStrings
+from ensemble.tokenizer import Tokenizer
+from tests.checkpoints import make_tiny_tokenizer
 from tests.serving.clients import blocks_in_use, generate, read_metrics
 from tools.server.triton_server import TritonServer
 
@@ -42,6 +49,92 @@ def test_nothing_is_held_back_longer_than_needed(pieces: list[str], stops: list[
         shown += text
         held = whole[len(shown) :]
         assert not held or any(stop.startswith(held) for stop in stops)
+
+
+SPECIAL = "<|end|>"
+mixed = st.lists(st.one_of(st.text(alphabet="ab", max_size=3), st.just(SPECIAL)), max_size=10)
+mixed_stops = st.lists(
+    st.lists(st.sampled_from(["a", "b", "ab", SPECIAL]), min_size=1, max_size=3).map("".join), min_size=1, max_size=3
+)
+
+
+@given(mixed, mixed_stops, st.integers(0, 4))
+def test_special_tokens_match_but_are_not_shown_and_nothing_stops_early(
+    pieces: list[str], stops: list[str], num_early: int
+) -> None:
+    """Against a search of the whole text after each piece."""
+    matcher = StopStrings(stops, [SPECIAL, "<s>"])
+    expected, shown, stopped = None, "", False
+    for count, piece in enumerate(pieces, 1):
+        whole, before = "".join(pieces[:count]), "".join(pieces[: count - 1])
+        visible = whole.replace(SPECIAL, "")
+        cuts = []
+        for stop in stops if count > num_early else []:
+            text, old = (whole, before) if SPECIAL in stop else (visible, before.replace(SPECIAL, ""))
+            ends = [p for p in range(len(text)) if text.startswith(stop, p) and p + len(stop) > len(old)]
+            cuts += [len(text[: ends[0]].replace(SPECIAL, ""))] if ends else []
+        text, stopped = matcher.push(piece, is_shown=piece != SPECIAL, may_stop=count > num_early)
+        shown += text
+        assert visible.startswith(shown)
+        if cuts:
+            expected = visible[: min(cuts)]
+            break
+    assert stopped == (expected is not None)
+    assert shown + matcher.flush() == ("".join(pieces).replace(SPECIAL, "") if expected is None else expected)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer")
+    make_tiny_tokenizer(path)
+    return Tokenizer.from_dir(path)
+
+
+# stop strings, parameters, how the answer to "The" goes on, whether it ends itself |-> text, stopped after how many
+ANSWERS = [
+    ([], {}, " river</s>", True, " river", None),
+    ([], {}, " river", True, " rive", None),  # an end token that is not special has no text either
+    ([], {"ignore_eos": True}, " a</s>b", False, " ab", None),
+    (["</s>"], {"ignore_eos": True}, " a</s>b", False, " a", 3),
+    (["a</s>"], {"ignore_eos": True}, " a</s>b", False, " ", 3),
+    (["a</s>b"], {"ignore_eos": True}, " a</s>b", False, " ", 4),
+    (["ab"], {"ignore_eos": True}, " a</s>b", False, " ", 4),
+    (["/s>"], {"ignore_eos": True}, " a</s>b", False, " ab", None),
+    (["a</s>"], {}, " a</s>", True, " ", 3),
+    (["b"], {"min_tokens": 2}, "bbbb", False, "bb", 3),
+    (["bb"], {"min_tokens": 2}, "bbbb", False, "b", 3),
+    (["b"], {"min_tokens": 3, "max_tokens": 4}, "bbbb", False, "bbb", 4),
+    (["</s>"], {"min_tokens": 1, "ignore_eos": True}, "</s>a</s>", False, "a", 3),
+    (["b", "bcd"], {"min_tokens": 1}, "bca", False, "bca", None),
+    (["c", "bc"], {"min_tokens": 1}, "bca", False, "", 2),  # of two that end at once the one that begins first
+]
+
+
+@pytest.mark.parametrize(("stops", "sampling", "tokens", "ends_itself", "text", "stopped_after"), ANSWERS)
+def test_text_of_an_answer(
+    tokenizer: Tokenizer,
+    stops: list[str],
+    sampling: dict[str, Any],
+    tokens: str,
+    ends_itself: bool,
+    text: str,
+    stopped_after: int | None,
+) -> None:
+    units = [unit for unit in re.split("(</s>|.)", tokens) if unit]
+    token_ids = [token_id for unit in units for token_id in tokenizer.encode(unit, add_special_tokens=False)]
+    assert len(token_ids) == len(units)
+    request = Request(
+        request_id=0, prompt_token_ids=tokenizer.encode("The"), sampling=SamplingParams(**{"max_tokens": 9} | sampling)
+    )
+    answer = AnswerText(tokenizer, request, stops)
+    shown, num_read = "", None
+    for count, token_id in enumerate(token_ids, 1):
+        shown += answer.push(token_id, is_end=ends_itself and count == len(token_ids))
+        if answer.is_stopped:
+            num_read = count
+            break
+    assert (shown if answer.is_stopped else shown + answer.flush()) == text
+    assert num_read == stopped_after
 
 
 @pytest.mark.server

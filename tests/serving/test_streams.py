@@ -14,7 +14,7 @@ from ensemble.serving.inputs import ClientRequest, OutputOptions
 from ensemble.serving.streams import MAX_TOKENS_PER_RESPONSE, ClientStream, Outputs, SenderPool
 from ensemble.serving.window import LIMIT, STAMP_EVERY, Window
 from ensemble.tokenizer import Tokenizer
-from tests.checkpoints import make_tiny_tokenizer
+from tests.checkpoints import EOS_ID, make_tiny_tokenizer
 
 ADDRESS = "ipc:///somewhere"
 
@@ -196,3 +196,52 @@ def test_a_full_window_parks_its_streams_and_nobody_else(tokenizer: Tokenizer) -
     sent = [each["output_ids"].tolist() for each in waiting.outputs]
     assert [token_id for each in sent for token_id in each] == list(range(100, 120))
     assert max(map(len, sent)) == MAX_TOKENS_PER_RESPONSE, "they have gathered"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("with_text", [True, False])
+def test_prompt_and_answer_are_one_text(tokenizer: Tokenizer, stream: bool, with_text: bool) -> None:
+    """Also where the prompt ends within a character; the end token has no text, but counts and has its id."""
+    token_ids = [*tokenizer.encode("The capital 你好 of Größe"), EOS_ID]
+    for cut in range(1, len(token_ids)):
+        text = tokenizer.decode(token_ids[:cut]) if with_text else None
+        if text is not None and "\ufffd" in text:
+            continue  # a text ends with a whole character
+        call, pool = Recorder(), make_pool([])
+        request = Request(request_id=0, prompt_token_ids=token_ids[:cut], sampling=SamplingParams(max_tokens=100))
+        options = OutputOptions(stream=stream, exclude_input_in_output=False, return_output_ids=True)
+        answer = ClientStream(call, ClientRequest(request, options, text), tokenizer, Window(), ADDRESS)
+        for token_id in token_ids[cut:]:
+            pool.push(answer, token_id, "stop" if token_id == EOS_ID else None)
+        pool.close()
+        sent = b"".join(each["text_output"][0] for each in call.outputs).decode()
+        assert sent == tokenizer.decode(token_ids) == "The capital 你好 of Größe"
+        assert [int(i) for each in call.outputs for i in each["output_ids"]] == token_ids[cut:]
+        assert answer.finish_reason == "stop"
+
+
+def test_an_end_token_that_is_not_special_has_no_text(tokenizer: Tokenizer) -> None:
+    call, pool = Recorder(), make_pool([])
+    stream = make_stream(call, tokenizer)
+    *token_ids, last = tokenizer.encode("The river.", add_special_tokens=False)
+    assert tokenizer.decode([last]) == "."
+    for token_id in token_ids:
+        pool.push(stream, token_id, None)
+    pool.push(stream, last, "stop")
+    pool.close()
+    assert call.outputs[-1]["text_output"][0] == b"The river"
+
+
+def test_a_length_limit_keeps_the_last_token_and_a_stop_string_at_it_counts(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("The river.", add_special_tokens=False)
+    for stop_strings, text, reason in (((), "The river.", "length"), ((".",), "The river", "stop")):
+        call, pool = Recorder(), make_pool([])
+        request = Request(request_id=0, prompt_token_ids=[3], sampling=SamplingParams(max_tokens=len(token_ids)))
+        client_request = ClientRequest(request, OutputOptions(return_finish_reason=True), None, stop_strings)
+        stream = ClientStream(call, client_request, tokenizer, Window(), ADDRESS)
+        for token_id in token_ids[:-1]:
+            pool.push(stream, token_id, None)
+        pool.push(stream, token_ids[-1], "length")
+        pool.close()
+        assert call.outputs[-1]["text_output"][0].decode() == text
+        assert call.outputs[-1]["finish_reason"][0].decode() == reason

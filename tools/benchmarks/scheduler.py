@@ -123,7 +123,7 @@ def main(out: Path = Path("docs/results/scheduler-cost.json")) -> None:
         "rows": rows,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
+    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for row in rows:
         print(f"{row['name']:58s} {row['value']:9.4f} {row['unit']:6s} {row['goal'] or '':8s} {row['met']}")
 

@@ -269,7 +269,7 @@ def main(out: Path = Path("docs/results/scheduling.json"), num_jobs: int = 2000,
         "rows": rows,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
+    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for each in rows:
         print(f"{each['name']:72s} {each['value']:10.4f} {each['unit']:6s} {each['goal'] or ''}")
 

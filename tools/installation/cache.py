@@ -28,7 +28,7 @@ def make_once(target: Path, make: Callable[[Path, Path], None]) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
+    with target.with_name(f".{target.name}.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():  # another may have made it while we waited
             for leftover in target.parent.glob(f".{target.name}.tmp-*"):

@@ -224,7 +224,7 @@ def free_mib(device: torch.device) -> int:
 
 def num_mappings() -> int:
     """Of CPU pools, own and peers', in this process."""
-    return Path("/proc/self/maps").read_text().count("distserve-kv-pool")
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count("distserve-kv-pool")
 
 
 def tell(what: Any) -> None:

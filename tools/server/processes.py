@@ -42,7 +42,7 @@ def session_pids(session: int) -> Iterable[int]:
     """The live processes of a session, read from /proc; ended ones that wait for their parent do not count."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            state, _, _, its_session = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:4]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(its_session) == session and state not in "ZX":

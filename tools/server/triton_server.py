@@ -221,7 +221,7 @@ class TritonServer:
 
     def failure_reason(self) -> str:
         """Why the server ended, in one line out of its log."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in lines:
             if line.startswith(ERROR_MARK):
                 return line.removeprefix(ERROR_MARK).strip()
@@ -276,7 +276,7 @@ class TritonServer:
             return False
 
     def _operator_lines(self) -> list[str]:
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
         return [line.removeprefix(MARK) for line in lines if line.startswith(MARK) and not line.startswith(ERROR_MARK)]
 
     def _fill_run_dir(self, installation: Installation) -> None:
@@ -289,7 +289,7 @@ class TritonServer:
         if libpython is not None:
             (self.run_dir / "lib" / libpython.name).symlink_to(libpython)
         (self.run_dir / "models").symlink_to(self.model_repository.resolve())
-        (self.run_dir / "deployment.yaml").write_text(self.deployment.to_yaml())
+        (self.run_dir / "deployment.yaml").write_text(self.deployment.to_yaml(), encoding="utf-8")
 
     def _command(self, installation: Installation) -> list[str]:
         num_replicas = self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas
