@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_tiny_llama, make_tiny_opt
+from checkpoints import make_tiny_llama, make_tiny_mistral, make_tiny_opt, make_tiny_qwen2, make_tiny_qwen3
 
 from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow
@@ -40,6 +40,20 @@ CHECKPOINTS = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "llama-rope-llama3": (make_tiny_llama, {"rope_parameters": LLAMA3_ROPE}),
+    "llama-rope-yarn": (
+        make_tiny_llama,
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}, "max_position_embeddings": 32},
+    ),
+    "mistral": (make_tiny_mistral, {"head_dim": 32}),
+    "mistral-window": (make_tiny_mistral, {"sliding_window": 10}),
+    "qwen2": (make_tiny_qwen2, {}),
+    "qwen2-tied": (make_tiny_qwen2, {"tie_word_embeddings": True}),
+    "qwen2-window": (make_tiny_qwen2, {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1}),
+    "qwen3": (make_tiny_qwen3, {}),
+    "qwen3-biases-window": (
+        make_tiny_qwen3,
+        {"attention_bias": True, "use_sliding_window": True, "sliding_window": 10, "max_window_layers": 0},
+    ),
     "opt": (make_tiny_opt, {}),
     "opt-gelu-no-bias": (make_tiny_opt, {"activation_function": "gelu", "enable_bias": False}),
     "opt-untied": (make_tiny_opt, {"tie_word_embeddings": False}),
@@ -158,7 +172,9 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa-3-heads", "opt", "opt-350m"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "llama-mqa-3-heads", "mistral-window", "qwen2", "qwen3-biases-window", "opt", "opt-350m"]
+)
 def test_greedy_tokens_on_a_gpu_are_those_of_transformers(tmp_path, name):
     """In float32, to the first token where the two best are closer than 1e-3: rounding may choose there."""
     make, overrides = CHECKPOINTS[name]

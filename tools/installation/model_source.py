@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from ensemble.errors import ModelError
+from ensemble.models.checkpoint import WANTED, other_format
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 _TEXT_FILES = [
@@ -42,7 +43,10 @@ def resolve_model(name_or_path: str | Path) -> Path:
         listing = HfApi().model_info(name, timeout=_HUB_TIMEOUT_S).siblings or []
     except Exception as error:  # the classes differ between releases, and with the transport
         return _cached(name, error)
-    has_safetensors = any(file.rfilename in _SAFETENSORS for file in listing)
+    names = [file.rfilename for file in listing]
+    if not any(name in (*_SAFETENSORS, *_PICKLES) for name in names) and (other := other_format(names)):
+        raise ModelError(f"model {name}: on the Hub it {other}; {WANTED}")
+    has_safetensors = any(name in _SAFETENSORS for name in names)
     patterns = _TEXT_FILES + (_SAFETENSORS if has_safetensors else _PICKLES)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
