@@ -37,7 +37,10 @@ CHECKPOINTS = {
     "llama-rope-theta": (make_tiny_llama, {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
     "llama-rope-linear": (
         make_tiny_llama,
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+        {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+            "max_position_embeddings": 16,
+        },
     ),
     "llama-rope-llama3": (make_tiny_llama, {"rope_parameters": LLAMA3_ROPE}),
     "llama-rope-yarn": (
@@ -169,6 +172,26 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint):
         mixed = make_sequences(prompts, sampling, seed)
         run_at_random(runner, mixed, seed)
         assert [sequence.output_token_ids for sequence in mixed] == expected
+
+
+def test_dynamic_rope_scaling_is_that_of_transformers_generate(tmp_path):
+    """From prompts within the original length to answers beyond it. A new model for each: it remembers the longest."""
+    from transformers import AutoModelForCausalLM
+
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    path = make_tiny_llama(tmp_path, rope_parameters=rope, max_position_embeddings=40)
+    runner = make_runner(path)
+    prompts = random_prompts(runner.model.spec.vocab_size)[3:]
+    expected = []
+    for prompt in prompts:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        limits = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+        outputs = model.generate(torch.tensor([prompt]), **limits)
+        expected.append(outputs[0, len(prompt) :].tolist())
+    runner.model.spec = replace(runner.model.spec, eos_token_ids=frozenset([1]))
+    sequences = make_sequences(prompts, [SamplingParams(max_tokens=40, min_tokens=40, temperature=0)] * len(prompts))
+    run_at_random(runner, sequences, seed=1)
+    assert [sequence.output_token_ids for sequence in sequences] == expected
 
 
 @pytest.mark.gpu
