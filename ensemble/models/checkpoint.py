@@ -65,6 +65,18 @@ def what_it_is(path: Path) -> str:
     return f"has neither {' nor '.join(_SINGLE_FILES)}, nor an index of several{instead}"
 
 
+def stored_dtype(path: Path) -> torch.dtype | None:
+    """Of the first floating point weight; None where there is none to be read."""
+    try:
+        checkpoint = Checkpoint(path)
+        for _, weight in checkpoint.read(checkpoint.file_of, torch.device("cpu")):
+            if weight.is_floating_point():
+                return weight.dtype
+    except ModelError:
+        pass
+    return None
+
+
 class Checkpoint:
     """The weights of one model directory, by key. Raises ModelError, in one line, at once or when a file is read."""
 

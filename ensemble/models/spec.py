@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 
 from ensemble.errors import ModelError
-from ensemble.models.checkpoint import what_it_is
+from ensemble.models.checkpoint import stored_dtype, what_it_is
 from ensemble.models.rope import RopeSpec, parse_rope, partial_rotary_factor
 from kernels.activation import Activation
 
@@ -105,7 +105,7 @@ def _parse(path: Path, config: dict[str, Any], generation_config: dict[str, Any]
         "hidden_size": _size(config, "hidden_size"),
         "num_layers": _size(config, "num_hidden_layers"),
         "num_heads": _size(config, "num_attention_heads"),
-        "dtype": _parse_dtype(config),
+        "dtype": _parse_dtype(config) or stored_dtype(path) or torch.float32,
         "bos_token_id": config.get("bos_token_id"),
         "eos_token_ids": frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos),
         "pad_token_id": config.get("pad_token_id"),
@@ -212,8 +212,11 @@ def _is_on(config: Mapping[str, Any], name: str) -> bool:
     return True if value is None else bool(value)
 
 
-def _parse_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+def _parse_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named is None:
+        return None
+    name = str(named).removeprefix("torch.")
     if name not in _DTYPES:
         raise ValueError(f"dtype {name} is not supported; supported: {', '.join(_DTYPES)}")
     return _DTYPES[name]

@@ -235,6 +235,17 @@ def test_weights_are_converted_to_the_model_s_dtype(tmp_path):
         assert torch.equal(halves[name], tensor.bfloat16()), name
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_the_dtype_is_the_weights_where_config_json_names_none(tmp_path, suffix):
+    make_tiny_llama(tmp_path)
+    rewrite(tmp_path, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    if suffix == "bin":
+        write_bin(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": None}))
+    assert load_model_spec(tmp_path).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_opt])
 def test_single_precision_products_are_those_of_double_precision(tmp_path, make):
     """On a CPU the weights of float32 models are kept in another order."""

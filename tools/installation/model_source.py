@@ -1,14 +1,11 @@
 """Where a model is: a directory, or a name on the Hugging Face Hub, whose files are downloaded once.
 
 The Hub's own variables hold: HF_HOME and HF_HUB_CACHE (where), HF_TOKEN (for models with a licence), HF_ENDPOINT,
-HF_HUB_OFFLINE.
+HF_HUB_OFFLINE. huggingface_hub is imported where it is used: it takes HOME as it finds it then (see cache.py).
 """
 
 import re
 from pathlib import Path
-
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from ensemble.errors import ModelError
 from ensemble.models.checkpoint import WANTED, other_format
@@ -39,6 +36,8 @@ def resolve_model(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if Path(name).is_dir() or not _HUB_NAME.fullmatch(name):
         return Path(name)
+    from huggingface_hub import HfApi, snapshot_download
+
     try:
         listing = HfApi().model_info(name, timeout=_HUB_TIMEOUT_S).siblings or []
     except Exception as error:  # the classes differ between releases, and with the transport
@@ -63,6 +62,8 @@ def model_name(path: Path) -> str:
 
 def _cached(name: str, error: Exception) -> Path:
     """What an earlier download left in the cache. `error` says why the Hub was of no help."""
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=_TEXT_FILES, local_files_only=True))
     except Exception:
@@ -71,6 +72,8 @@ def _cached(name: str, error: Exception) -> Path:
 
 
 def _advice(name: str, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     if isinstance(error, GatedRepoError):
         return "and behind a licence: accept it on the model's page, and set HF_TOKEN to a token of that account"
     if isinstance(error, RepositoryNotFoundError):
