@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ensemble.errors import DistServeError
-from tools.installation.cache import DownloadError
+from tools.installation.cache import DownloadError, ensure_home
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -21,6 +21,7 @@ def run(main: Callable[..., Any]) -> None:
     app = typer.Typer(add_completion=False)
     app.command()(main)
     try:
+        ensure_home()
         typer.main.get_command(app).main(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

@@ -23,6 +23,7 @@ from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError, DistServeError, InvalidRequest
 from ensemble.request import Request, SamplingParams, Sequence
 from ensemble.tokenizer import Tokenizer
+from tools.installation.cache import ensure_home
 from tools.installation.model_source import resolve_model
 
 
@@ -94,6 +95,7 @@ def main(
 ) -> None:
     """Generates a continuation of each prompt."""
     try:
+        ensure_home()
         model = resolve_model(model)
         stage = {"devices": [device], "kv_cache_bytes": kv_cache_bytes}
         deployment = Deployment.parse(

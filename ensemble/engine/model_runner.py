@@ -12,11 +12,12 @@ from ensemble.engine.decode_graphs import DecodeGraphs
 from ensemble.engine.prefill_graphs import PrefillGraphs
 from ensemble.engine.sampler import sample_tokens, sampling_arrays, sampling_input
 from ensemble.engine.staging import Staging
+from ensemble.models.checkpoint import Checkpoint
 from ensemble.models.layers import AttentionMetadata
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
 from ensemble.models.spec import ModelSpec
-from ensemble.models.weights import fill_with_random_weights, load_weights
+from ensemble.models.weights import EMBEDDINGS, HEAD, fill_with_random_weights, load_weights, with_true_ties
 from ensemble.request import Request, SamplingParams, Sequence
 from kernels.block_copy import copy_blocks
 from kernels.decode_plan import decode_workspace, plan_decode
@@ -35,13 +36,17 @@ def resolve_dtype(model_config: ModelConfig, spec: ModelSpec, device: torch.devi
 
 def load_model(spec: ModelSpec, model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
     """Builds the model on the device and fills its weights. Raises ModelError naming a weight that does not fit."""
+    checkpoint = None if model_config.load_format == "dummy" else Checkpoint(spec.path)
+    if checkpoint is not None:
+        spec = with_true_ties(spec, checkpoint)
     max_positions = model_config.max_model_len or spec.max_model_len
     model_class = Llama if spec.architecture == "llama" else Opt
     model = model_class(spec, max_positions, partial(torch.empty, device=device, dtype=dtype))
-    if model_config.load_format == "dummy":
+    if checkpoint is None:
         fill_with_random_weights(model.named_weights(), model_config.seed, device)
     else:
-        load_weights(spec.path, model.named_weights(), device)
+        stand_ins = {EMBEDDINGS[spec.architecture]: HEAD} if spec.tie_word_embeddings else {}
+        load_weights(checkpoint, model.named_weights(), device, stand_ins)
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         for linear in model.linears():
             linear.pack()

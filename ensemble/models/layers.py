@@ -1,4 +1,4 @@
-"""What both architectures are made of. Plain classes around tensors: this is inference, so nothing trains or registers.
+"""What all architectures are made of. Plain classes around tensors: this is inference, so nothing trains or registers.
 
 Each layer can say, by `named_weights`, which of its tensors (or slices of its fused tensors) a checkpoint's tensor
 fills; that mapping is all that loading knows of a model.
@@ -54,8 +54,9 @@ def paged_attention(
     kv_cache: Tensor,  # [num_blocks, 2, Hkv, block_size, D], the step's keys and values written
     metadata: AttentionMetadata,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:  # [T, Hq * D]
-    """Causal attention of a step's tokens over everything before them."""
+    """Causal attention of a step's tokens over everything before them; over `window` tokens, their own included."""
     num_tokens, split, rows = q.shape[0], metadata.num_prefill_tokens, metadata.num_prefills
     parts = []
     if split > 0:
@@ -68,12 +69,13 @@ def paged_attention(
                 metadata.context_lens[:rows],
                 metadata.max_seqlen_q,
                 scale,
+                window,
             )
         )
     if split < num_tokens:
         block_tables, context_lens = metadata.block_tables[rows:], metadata.context_lens[rows:]
         workspace = metadata.decode_workspace
-        parts.append(decode_attention(q[split:], kv_cache, block_tables, context_lens, scale, workspace))
+        parts.append(decode_attention(q[split:], kv_cache, block_tables, context_lens, scale, workspace, window))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(num_tokens, -1)
 

@@ -1,39 +1,48 @@
-"""LLaMA: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+"""LLaMA and its kin, Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
-import math
+They differ in which projections have a bias, in norms of each query and key head, and in windows of attention.
+"""
+
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, no_progress, paged_attention
-from ensemble.models.spec import ModelSpec, RopeSpec
+from ensemble.models.rope import inverse_frequencies
+from ensemble.models.spec import ModelSpec
 from kernels.activation import silu_and_mul
 from kernels.embedding import embed
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rotary_table
-from kernels.write_kv import rope_and_write_kv
+from kernels.write_kv import HeadNorms, rope_and_write_kv
 
 
 class LlamaAttention:
-    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+    def __init__(self, spec: ModelSpec, window: int | None, empty: Empty) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.qkv_proj = Linear(spec.hidden_size, [q_size, kv_size, kv_size], spec.attention_bias, empty)
-        self.o_proj = Linear(q_size, [spec.hidden_size], spec.attention_bias, empty)
+        self.o_proj = Linear(q_size, [spec.hidden_size], spec.attention_output_bias, empty)
+        self.head_norms = None
+        if spec.has_head_norms:
+            self.head_norms = HeadNorms(empty(spec.head_dim), empty(spec.head_dim), spec.norm_eps)
         self.scale = spec.head_dim**-0.5
+        self.window = window
 
     def __call__(
         self, x: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, metadata.slot_mapping)
-        return self.o_proj(paged_attention(q, kv_cache, metadata, self.scale))
+        rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, metadata.slot_mapping, self.head_norms)
+        return self.o_proj(paged_attention(q, kv_cache, metadata, self.scale, self.window))
 
     def named_weights(self, prefix: str) -> NamedWeights:
         yield from self.qkv_proj.named_weights([f"{prefix}.{part}_proj" for part in "qkv"])
         yield from self.o_proj.named_weights([f"{prefix}.o_proj"])
+        if self.head_norms is not None:
+            yield f"{prefix}.q_norm.weight", self.head_norms.query
+            yield f"{prefix}.k_norm.weight", self.head_norms.key
 
 
 class LlamaMLP:
@@ -50,9 +59,9 @@ class LlamaMLP:
 
 
 class LlamaLayer:
-    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+    def __init__(self, spec: ModelSpec, window: int | None, empty: Empty) -> None:
         self.input_norm = empty(spec.hidden_size)
-        self.attention = LlamaAttention(spec, empty)
+        self.attention = LlamaAttention(spec, window, empty)
         self.post_attention_norm = empty(spec.hidden_size)
         self.mlp = LlamaMLP(spec, empty)
 
@@ -67,7 +76,7 @@ class LlamaLayer:
 
 
 class Llama:
-    """LlamaForCausalLM. `max_positions` bounds the rotary table."""
+    """LlamaForCausalLM and its kin. No position of a sequence reaches `max_positions`."""
 
     def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty) -> None:
         if spec.rope is None:
@@ -75,11 +84,13 @@ class Llama:
         self.spec = spec
         self.on_layer: Callable[[], None] = no_progress  # called before each layer
         self.embed_tokens = empty(spec.vocab_size, spec.hidden_size)
-        self.layers = [LlamaLayer(spec, empty) for _ in range(spec.num_layers)]
+        windows = [window if window and window < max_positions else None for window in spec.windows]
+        self.layers = [LlamaLayer(spec, window, empty) for window in windows]
         self.norm = empty(spec.hidden_size)
         tied = self.embed_tokens if spec.tie_word_embeddings else None
         self.lm_head = Linear(spec.hidden_size, [spec.vocab_size], False, empty, weight=tied)
-        self.cos_sin = rotary_table(inverse_frequencies(spec.rope, spec.head_dim).to(self.norm.device), max_positions)
+        inv_freq = inverse_frequencies(spec.rope, spec.head_dim, max_positions).to(self.norm.device)
+        self.cos_sin = rotary_table(inv_freq, max_positions, spec.rope.attention_factor)
 
     def forward(
         self,
@@ -117,17 +128,3 @@ class Llama:
     def linears(self) -> list[Linear]:
         """Every matrix product of a step."""
         return [linear for layer in self.layers for linear in layer.linears()] + [self.lm_head]
-
-
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:  # [head_dim / 2] fp32
-    """Angle per position of each pair of elements, scaled as `rope` says."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq: Tensor = 1.0 / (rope.theta**exponents)
-    if rope.rope_type == "default":
-        return inv_freq
-    if rope.rope_type == "linear":
-        return inv_freq / rope.factor
-    # llama3: long wavelengths are stretched by `factor`, short ones kept, those between interpolated
-    turns = rope.original_max_positions * inv_freq / (2 * math.pi)  # over the original context
-    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    return (1 - kept) * inv_freq / rope.factor + kept * inv_freq

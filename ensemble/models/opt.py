@@ -35,7 +35,7 @@ class OptAttention:
     def __init__(self, spec: ModelSpec, empty: Empty) -> None:
         self.num_heads, self.head_dim = spec.num_heads, spec.head_dim
         self.qkv_proj = Linear(spec.hidden_size, [spec.hidden_size] * 3, spec.attention_bias, empty)
-        self.out_proj = Linear(spec.hidden_size, [spec.hidden_size], spec.attention_bias, empty)
+        self.out_proj = Linear(spec.hidden_size, [spec.hidden_size], spec.attention_output_bias, empty)
         self.scale = spec.head_dim**-0.5
 
     def __call__(self, x: Tensor, kv_cache: Tensor, metadata: AttentionMetadata) -> Tensor:

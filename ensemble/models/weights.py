@@ -1,47 +1,56 @@
-"""Weights into a model: from a checkpoint, each tensor read once and through a mapping of its file, or random.
+"""Weights into a model: from a checkpoint, each tensor read once, or random.
 
-safetensors files are read straight to the device. PyTorch's `.bin` files are unpickled as tensors and nothing else, so
-that a file cannot run code. Checkpoints of OPT exist with and without the prefixes `model.` and `decoder.`; names are
-compared without them.
+Checkpoints of OPT exist with and without the prefixes `model.` and `decoder.`; names are compared without them.
 """
 
 import hashlib
-import json
-import pickle
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ensemble.errors import ModelError
+from ensemble.models.checkpoint import Checkpoint
+from ensemble.models.spec import ModelSpec
 
-_CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")  # by preference; with `.index.json`, one of several files
+HEAD = "lm_head.weight"
+EMBEDDINGS = {"llama": "model.embed_tokens.weight", "opt": "model.decoder.embed_tokens.weight"}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def with_true_ties(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """As in transformers: an output projection that the checkpoint holds with values of its own is not tied."""
+    keys = _keys_by_name(checkpoint)
+    embedding, head = (keys.get(_without_prefixes(name)) for name in (EMBEDDINGS[spec.architecture], HEAD))
+    if not spec.tie_word_embeddings or embedding is None or head is None or checkpoint.holds_equal(embedding, head):
+        return spec
+    return replace(spec, tie_word_embeddings=False)
 
 
 def load_weights(
-    path: Path,  # a model directory
+    checkpoint: Checkpoint,
     named_weights: Iterable[tuple[str, Tensor]],  # checkpoint name |-> tensor to fill
     device: torch.device,
+    stand_ins: Mapping[str, str],  # name |-> of another tensor with its values, should the checkpoint lack it
 ) -> None:
-    """Fills every tensor. Raises ModelError naming the weight that is missing or has another shape."""
-    file_of = _find_weights(path)
-    key_of = {_without_prefixes(key): key for key in file_of}
-    wanted: dict[str, dict[str, Tensor]] = {}  # file |-> key in it |-> tensor to fill
+    """Fills every tensor. Raises ModelError naming the weight that is missing, or has another shape or kind."""
+    keys = _keys_by_name(checkpoint)
+    tensors: dict[str, Tensor] = {}  # key in the checkpoint |-> tensor to fill
     for name, tensor in named_weights:
-        key = key_of.get(_without_prefixes(name))
+        key = keys.get(_without_prefixes(name)) or keys.get(_without_prefixes(stand_ins.get(name, name)))
         if key is None:
-            raise ModelError(f"model {path}: weight {name} is missing")
-        wanted.setdefault(file_of[key], {})[key] = tensor
-    for file, tensors in wanted.items():
-        for key, weight in _read(path / file, tensors.keys(), device):
-            if weight.shape != tensors[key].shape:
-                raise ModelError(
-                    f"model {path}: weight {key} in {file} has shape {tuple(weight.shape)},"
-                    f" config.json asks for {tuple(tensors[key].shape)}"
-                )
-            tensors[key].copy_(weight)
+            raise ModelError(f"model {checkpoint.path}: weight {name} is missing")
+        tensors[key] = tensor
+    for key, weight in checkpoint.read(tensors, device):
+        where = f"model {checkpoint.path}: weight {key} in {checkpoint.file_of[key]}"
+        if weight.shape != tensors[key].shape:
+            raise ModelError(
+                f"{where} has shape {tuple(weight.shape)}, config.json asks for {tuple(tensors[key].shape)}"
+            )
+        if weight.dtype not in _DTYPES:
+            raise ModelError(f"{where} is of dtype {str(weight.dtype).removeprefix('torch.')}: not supported")
+        tensors[key].copy_(weight)
 
 
 def fill_with_random_weights(named_weights: Iterable[tuple[str, Tensor]], seed: int, device: torch.device) -> None:
@@ -57,64 +66,8 @@ def fill_with_random_weights(named_weights: Iterable[tuple[str, Tensor]], seed: 
         tensor.normal_(1.0 if is_norm else 0.0, 0.02, generator=generator)
 
 
-def _find_weights(path: Path) -> dict[str, str]:
-    """Returns key |-> file."""
-    for name in _CHECKPOINTS:
-        index = path / f"{name}.index.json"
-        if index.exists():
-            try:
-                return {
-                    str(key): str(file)
-                    for key, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-                }
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ModelError(f"{index}: cannot be read: {_one_line(error)}") from None
-        if (path / name).exists():
-            return dict.fromkeys(_keys(path / name), name)
-    raise ModelError(f"model path {path}: has neither {' nor '.join(_CHECKPOINTS)}, nor an index of several")
-
-
-def _keys(file: Path) -> list[str]:
-    if file.suffix == ".bin":
-        return list(_load_pickled(file))
-    try:
-        with safe_open(file, framework="pt") as checkpoint:
-            return list(checkpoint.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: cannot be read: {_one_line(error)}") from None
-
-
-def _read(file: Path, keys: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    if file.suffix == ".bin":
-        tensors = _load_pickled(file)
-        for key in keys:
-            if key not in tensors:
-                raise ModelError(f"{file}: has no weight {key}, which the index says it has")
-            yield key, tensors[key]
-        return
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as checkpoint:
-            for key in keys:
-                yield key, checkpoint.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: cannot be read: {_one_line(error)}") from None
-
-
-def _load_pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` file, still on disk: their pages are read when they are copied."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # torch's own advice is to trust the file
-        raise ModelError(f"{file}: refused: it is no pickle of tensors alone, and any other could run code") from None
-    except (RuntimeError, OSError) as error:
-        raise ModelError(f"{file}: cannot be read: {_one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: holds a {type(content).__name__}, not names and tensors")
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _keys_by_name(checkpoint: Checkpoint) -> dict[str, str]:
+    return {_without_prefixes(key): key for key in checkpoint.file_of}
 
 
 def _without_prefixes(name: str) -> str:

@@ -8,12 +8,14 @@ from kernels.prefill_attention import prefill_attention
 HEADS = [(4, 4, 64), (6, 2, 80), (4, 1, 96), (5, 1, 128), (8, 1, 64)]  # query heads, KV heads, head_dim
 
 
-def run(cache, queries, scale):
+def run(cache, queries, scale, window=None):
     """The kernel's output, one tensor per sequence."""
     query_lens = [len(q) for q in queries]
     cu_seqlens = torch.tensor([0, *query_lens], device=cache.lens.device).cumsum(0).int()
     q = torch.cat(queries)
-    out = prefill_attention(q, cache.kv_cache, cache.block_tables, cu_seqlens, cache.lens, max(query_lens), scale)
+    out = prefill_attention(
+        q, cache.kv_cache, cache.block_tables, cu_seqlens, cache.lens, max(query_lens), scale, window
+    )
     return out.split(query_lens)
 
 
@@ -23,10 +25,10 @@ def new_queries(query_lens, num_heads, head_dim, dtype, device):
     return [x[:, :num_heads] for x in wide]
 
 
-def check_against_sdpa(outs, queries, cache, scale):
+def check_against_sdpa(outs, queries, cache, scale, window=None):
     for out, q, k, v in zip(outs, queries, cache.keys, cache.values, strict=True):
         if len(q):
-            check(out, lambda q, k, v: attention(q, k, v, scale), q, k, v)
+            check(out, lambda q, k, v: attention(q, k, v, scale, window), q, k, v)
 
 
 @pytest.fixture(params=[0, 2**31], ids=["large_tiles", "small_tiles"])
@@ -51,6 +53,16 @@ def test_chunks_after_a_cached_prefix_and_empty_queries(num_heads, num_kv_heads,
     cache = PagedCache(lens, num_kv_heads, head_dim, 16, dtype, device)
     queries = new_queries(query_lens, num_heads, head_dim, dtype, device)
     check_against_sdpa(run(cache, queries, 0.1), queries, cache, 0.1)
+
+
+@pytest.mark.parametrize("window", [1, 2, 31, 64, 100, 149, 1000])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_windows(window, block_size, tiles, device):
+    torch.manual_seed(0)
+    lens, query_lens = [150, 33, 260], [150, 1, 130]
+    cache = PagedCache(lens, 2, 64, block_size, torch.float16, device)
+    queries = new_queries(query_lens, 6, 64, torch.float16, device)
+    check_against_sdpa(run(cache, queries, 0.1, window), queries, cache, 0.1, window)
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 64, 256])
@@ -100,6 +112,7 @@ def test_long_mixed_batches(num_heads, num_kv_heads, head_dim, block_size, dtype
     check_against_sdpa(outs, queries, cache, head_dim**-0.5)
     again = run(cache, queries, head_dim**-0.5)
     assert all(torch.equal(a, b) for a, b in zip(outs, again, strict=True))
+    check_against_sdpa(run(cache, queries, 0.1, window=300), queries, cache, 0.1, window=300)
 
 
 @pytest.mark.gpu

@@ -294,8 +294,8 @@ class TritonServer:
     def _command(self, installation: Installation) -> list[str]:
         num_replicas = self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas
         python_backend = {
-            "shm-default-byte-size": 16 << 20,
-            "shm-growth-byte-size": 16 << 20,
+            "shm-default-byte-size": shm_region_bytes(),
+            "shm-growth-byte-size": shm_region_bytes(),
             "shm-region-prefix-name": self._shm_prefix,
             "thread-pool-size": 64 + 8 * num_replicas,  # each parked call of the scheduler holds one
             "stub-timeout-seconds": 3600,  # a model is initialised when its workers have loaded their weights
@@ -336,6 +336,11 @@ class TritonServer:
             DEPLOYMENT_VARIABLE: str(self.run_dir / "deployment.yaml"),
             CANCEL_ADDRESS_VARIABLE: self._cancel_address,
         }
+
+
+def shm_region_bytes() -> int:
+    """Of each stub: a container has 64 MiB of shared memory, unless it is told otherwise."""
+    return max(1 << 20, min(16 << 20, shutil.disk_usage(SHM).free // 32))
 
 
 def make_run_dir() -> Path:
