@@ -12,6 +12,8 @@ from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError
 from ensemble.models.spec import load_model_spec
 from ensemble.serving.cancels import CLIENT_TAG, CancelReceiver, CancelWatch
+from ensemble.serving.choices import Choices
+from ensemble.serving.fields import OF_THE_SERVER
 from ensemble.serving.inputs import ModelLimits, parse_request
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.orchestrator import Orchestrator
@@ -28,7 +30,8 @@ class Scheduler:
         spec = load_model_spec(deployment.model.path)
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
         self._chat = ChatTemplate.from_dir(deployment.model.path)
-        self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
+        max_model_len = deployment.model.limit_model_len(spec.max_model_len)
+        self._limits = ModelLimits(spec.vocab_size, max_model_len, spec.eos_token_ids)
         self._request_ids = itertools.count()
         self._senders = SenderPool(self._answered, self._send_failed)
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
@@ -41,18 +44,27 @@ class Scheduler:
     def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
         """Takes one request; every outcome, errors too, goes to `call`."""
         try:
-            tag = json.loads(call.parameters()).get(CLIENT_TAG)
-            client_request = parse_request(tensors, next(self._request_ids), self._tokenizer, self._chat, self._limits)
+            parameters = json.loads(call.parameters())
+            tag = parameters.pop(CLIENT_TAG, None)
+            own = {name: value for name, value in parameters.items() if not OF_THE_SERVER.fullmatch(name)}
+            request_id = next(self._request_ids)
+            client_request = parse_request(tensors, own, request_id, self._tokenizer, self._chat, self._limits)
         except Exception as error:
             known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
             call.send_error(known)
             self._count(Ended(Timeline(), 0, 0, known.code, is_error=True))
             return
-        request = client_request.request
-        stream = ClientStream(call, client_request, self._tokenizer, self._window, self._cancels.address)
-        self._orchestrator.submit(request, stream)
+        choices = [client_request]
+        if client_request.num_choices > 1:
+            more = range(1, client_request.num_choices)
+            choices += [client_request.nth_choice(choice, next(self._request_ids)) for choice in more]
+            request_ids = [each.request.request_id for each in choices]
+            call = Choices(call, request_ids, client_request.options.stream, self._orchestrator.cancel)
+        streams = [ClientStream(call, each, self._tokenizer, self._window, self._cancels.address) for each in choices]
+        for stream in streams:
+            self._orchestrator.submit(stream.request, stream)
         if tag is not None:
-            self._cancels.watch(stream, str(tag))
+            self._cancels.watch(call if isinstance(call, Choices) else streams[0], str(tag))
 
     def close(self) -> None:
         self._watch.close()
