@@ -30,7 +30,7 @@ from ensemble.errors import (
     InvalidRequest,
     StageUnavailable,
 )
-from ensemble.request import FinishReason, Request
+from ensemble.request import FinishReason, Request, TokenLogProbs
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.deadlines import Deadlines
 from ensemble.scheduling.estimates import OutputEstimate
@@ -306,12 +306,13 @@ class Orchestrator:
                 self.admission.withdraw(result.request_id)
             else:
                 self.admission.arrive(result.handoff)
-            self._emit(result.request_id, result.token_id, result.finish_reason)
+            self._emit(result.request_id, result.token_id, result.finish_reason, result.log_probs)
 
     def _on_tokens(self, step: StepTokens) -> None:
         for request_id, token_id in zip(step.request_ids, step.token_ids, strict=True):
             if request_id in self._streams:
-                self._emit(request_id, token_id, step.finished.get(request_id))
+                finish_reason = step.finished.get(request_id)
+                self._emit(request_id, token_id, finish_reason, step.log_probs.get(request_id))
 
     def _on_joined(self, joined: Joined) -> None:
         now = time.time_ns()
@@ -337,7 +338,9 @@ class Orchestrator:
         self._totals["vllm:prefix_cache_queries_total", ()] += report.num_queried_tokens
         self._totals["vllm:prefix_cache_hits_total", ()] += report.num_hit_tokens
 
-    def _emit(self, request_id: int, token_id: int, finish_reason: FinishReason | None) -> None:
+    def _emit(
+        self, request_id: int, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None
+    ) -> None:
         stream = self._streams[request_id]
         self.prefill.charge(stream.hints.tenant, 1)
         if finish_reason is not None:
@@ -345,7 +348,7 @@ class Orchestrator:
             self._unanswered[request_id] = self._streams.pop(request_id)
             self._deadlines.remove(request_id)
             self._hashes.pop(request_id, None)
-        self._senders.push(stream, token_id, finish_reason)
+        self._senders.push(stream, token_id, finish_reason, log_probs)
 
     def _refuse(self, stream: ClientStream, error: DistServeError) -> None:
         self._senders.fail(stream, error)

@@ -231,6 +231,7 @@ class DecodeWorker:
                     token_id=sequence.last_token_id,
                     finish_reason=sequence.finish_reason,
                     handoff=None,
+                    log_probs=sequence.last_log_probs,
                 )
                 for sequence in sampled
                 if sequence.request_id in prompts
@@ -248,6 +249,7 @@ class DecodeWorker:
                     request_ids=[sequence.request_id for sequence in decoded],
                     token_ids=[sequence.last_token_id for sequence in decoded],
                     finished=finished,
+                    log_probs={each.request_id: each.last_log_probs for each in decoded if each.last_log_probs},
                     num_free_blocks=num_free_blocks,
                 )
             )

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from ensemble.request import FinishReason, Request
+from ensemble.request import FinishReason, Request, TokenLogProbs
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -124,6 +124,7 @@ class PrefillResult(msgspec.Struct, frozen=True, kw_only=True):
     token_id: int
     finish_reason: FinishReason | None
     handoff: KVHandoff | None
+    log_probs: TokenLogProbs | None = None  # if the request asks for them
 
 
 class PrefillAnswer(_Message, frozen=True, kw_only=True):
@@ -146,6 +147,7 @@ class StepTokens(_Message, frozen=True, kw_only=True):
     request_ids: list[int]
     token_ids: list[int]
     finished: dict[int, FinishReason]
+    log_probs: dict[int, TokenLogProbs] = {}  # of those that ask for them
     num_free_blocks: int  # by the worker's own count
 
 

@@ -160,6 +160,7 @@ class PrefillWorker:
             token_id=sequence.last_token_id,
             finish_reason=sequence.finish_reason,
             handoff=handoff,
+            log_probs=sequence.last_log_probs,
         )
 
     def _cancel(self, request_ids: list[int]) -> list[WorkerEvent]:
