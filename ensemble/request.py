@@ -33,6 +33,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0  # uint64; the random numbers are a function of (seed, position) alone
     ignore_eos: bool = False  # of the model's end-of-sequence tokens; those of the client stop it all the same
     stop_token_ids: tuple[int, ...] = ()  # the end tokens of the client itself
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of which the last is not sampled after the others
+    logit_bias: dict[int, float] = {}  # token id |-> what is added to its logit
+    num_logprobs: int | None = None  # of the likeliest tokens, beside the sampled one's; None: of no token
+
+
+class TokenLogProbs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, by the model alone: before penalties, masks, bias and temperature."""
+
+    log_prob: float  # of the sampled token
+    rank: int  # of the sampled token, from 1
+    top_token_ids: list[int]  # the likeliest, as many as were asked for
+    top_log_probs: list[float]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +87,7 @@ class Sequence:
     num_computed_tokens: int = 0  # tokens whose KV is in this engine's pool
     block_ids: list[int] = field(default_factory=list)  # block_ids[i] |-> block of tokens [i*B, (i+1)*B)
     finish_reason: FinishReason | None = None
+    last_log_probs: TokenLogProbs | None = None  # of the last output token, if they were asked for; set by the engine
 
     @classmethod
     def of(cls, request: Request) -> "Sequence":

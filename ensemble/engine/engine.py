@@ -57,8 +57,12 @@ class Engine:
         return launched
 
     def commit(self, launched: Launched) -> list[Sequence]:
-        """Waits for the step and gives each live sequence its token; those that have ended meanwhile get none."""
+        """Waits for the step and gives each live sequence its token, and log-probabilities if it asks for them.
+
+        Those that have ended meanwhile get none.
+        """
         token_ids = launched.handle.token_ids()
+        log_probs = launched.handle.log_probs()
         for sequence in launched.batch.decodes:
             sequence.num_computed_tokens += 1
         live = [
@@ -68,6 +72,7 @@ class Engine:
         ]
         for sequence, token_id in live:
             sequence.append(token_id, self.eos_token_ids)
+            sequence.last_log_probs = log_probs.get(sequence.request_id)
         return [sequence for sequence, _ in live]
 
 

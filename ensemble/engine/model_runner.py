@@ -9,6 +9,7 @@ from torch import Tensor
 from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow, StepInput, prepare_step, token_arrays
 from ensemble.engine.decode_graphs import DecodeGraphs
+from ensemble.engine.log_probs import StepLogProbs, asked_rows
 from ensemble.engine.prefill_graphs import PrefillGraphs
 from ensemble.engine.sampler import sample_tokens, sampling_arrays, sampling_input
 from ensemble.engine.staging import Staging
@@ -18,7 +19,7 @@ from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
 from ensemble.models.spec import ModelSpec
 from ensemble.models.weights import EMBEDDINGS, HEAD, fill_with_random_weights, load_weights, with_true_ties
-from ensemble.request import Request, SamplingParams, Sequence
+from ensemble.request import Request, SamplingParams, Sequence, TokenLogProbs
 from kernels.block_copy import copy_blocks
 from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.gather_rows import gather_rows
@@ -56,11 +57,14 @@ def load_model(spec: ModelSpec, model_config: ModelConfig, device: torch.device,
 class StepHandle:
     """A launched step. Its tokens are on their way to the host."""
 
-    def __init__(self, sampled: Tensor, sequences: list[Sequence], staging: Staging) -> None:
+    def __init__(
+        self, sampled: Tensor, sequences: list[Sequence], staging: Staging, log_probs: StepLogProbs | None = None
+    ) -> None:
         self.sampled = sampled  # [S] int64, on the device
         self.rows = {sequence.request_id: row for row, sequence in enumerate(sequences)}
         self.is_read = False
         self._host, self._copied = staging.to_host(sampled), None
+        self._log_probs = log_probs
         self._staging = staging  # in use until the step has run
         if sampled.is_cuda:
             self._copied = torch.cuda.Event()
@@ -78,6 +82,10 @@ class StepHandle:
         self.is_read = True
         token_ids: list[int] = self._host.tolist()
         return token_ids
+
+    def log_probs(self) -> dict[int, TokenLogProbs]:
+        """By request_id, for the sequences that ask for them; after `token_ids`."""
+        return self._log_probs.read() if self._log_probs is not None else {}
 
 
 class ModelRunner:
@@ -122,11 +130,15 @@ class ModelRunner:
         else:
             step = prepare_step(batch, self.block_size, self.model.spec.eos_token_ids, staging, unread_rows)
             logits, sampling = self._forward(step, sampled_before), step.sampling
+        log_probs = None
         if logits.shape[0] > 0:
+            asked = asked_rows(logits, sampling.asked, batch.sampled) if sampling.asked is not None else None
             sampled = sample_tokens(logits, sampling, sampled_before)
+            if asked is not None:
+                log_probs = asked.to_host(sampled, batch.sampled, staging)
         else:
             sampled = torch.empty(0, dtype=torch.int64, device=self.kv_pool.device)
-        self._last = StepHandle(sampled, batch.sampled, staging)
+        self._last = StepHandle(sampled, batch.sampled, staging, log_probs)
         return self._last
 
     def _forward(self, step: StepInput, sampled_before: Tensor | None) -> Tensor:
@@ -182,7 +194,7 @@ def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size
     sequence = partial(_warm_up_sequence, block_size=block_size)
     greedy = SamplingParams(max_tokens=2, temperature=0)
     drawn = SamplingParams(max_tokens=2, temperature=1, top_k=5, top_p=0.9, min_p=0.1, min_tokens=2)
-    penalised = SamplingParams(max_tokens=2, temperature=0, repetition_penalty=1.1)
+    penalised = SamplingParams(max_tokens=2, temperature=0, repetition_penalty=1.1, num_logprobs=1)
     decodes = [
         Batch(decodes=[sequence(7, sampling)] * num_rows)
         for sampling in (greedy, drawn, penalised)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ensemble.engine.token_bias import GatedBias, TokenBias, token_bias_arrays
 from ensemble.request import SamplingParams, Sequence
 from kernels.penalties import apply_penalties, mask_tokens
 from kernels.sampling import greedy, sample
@@ -69,8 +70,11 @@ class SamplingInput:
 
     draw: Draw | None
     mask: Mask | None
+    bias: TokenBias | None
+    gated_bias: GatedBias | None
     penalties: Penalties | None
     unread: Unread | None  # what is still to be filled into penalties.token_ids
+    asked: Tensor | None  # [R] int64, rows whose log-probabilities are wanted
 
 
 def sample_tokens(
@@ -79,6 +83,10 @@ def sample_tokens(
     sampled_before: Tensor | None,  # tokens of the step before, for those that are unread
 ) -> Tensor:  # [S] int64
     """One token id per row."""
+    if inputs.bias is not None:
+        inputs.bias.apply(logits)
+    if inputs.gated_bias is not None and sampled_before is not None:
+        inputs.gated_bias.apply(logits, sampled_before)
     if inputs.penalties is not None:
         if inputs.unread is not None and sampled_before is not None:
             inputs.unread.fill(inputs.penalties.token_ids, sampled_before)
@@ -96,8 +104,8 @@ def sampling_arrays(
     eos_token_ids: frozenset[int],
     unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
 ) -> dict[str, dict[str, Array]]:
-    """The fields of `draw`, `mask`, `penalties` and `unread`, as far as a sequence uses them."""
-    groups: dict[str, dict[str, Array]] = {}
+    """The fields of `SamplingInput`, as far as a sequence uses them."""
+    groups = token_bias_arrays(sequences, unread_rows)
     params = [sequence.sampling for sequence in sequences]
     if any(p.temperature > 0 for p in params):
         groups["draw"] = {
@@ -109,15 +117,21 @@ def sampling_arrays(
             "positions": np.array([s.num_tokens + (s.request_id in unread_rows) for s in sequences], dtype=np.int64),
         }
     num_outputs = [len(s.output_token_ids) + (s.request_id in unread_rows) for s in sequences]
-    masked = [row for row, p in enumerate(params) if num_outputs[row] < p.min_tokens]
-    if masked and eos_token_ids:
-        groups["mask"] = {
-            "rows": np.repeat(np.array(masked, dtype=np.int64), len(eos_token_ids)),
-            "token_ids": np.tile(np.array(sorted(eos_token_ids), dtype=np.int64), len(masked)),
-        }
+    masked = [
+        (row, token_id)
+        for row, p in enumerate(params)
+        if num_outputs[row] < p.min_tokens
+        for token_id in sorted(eos_token_ids.union(p.stop_token_ids))
+    ]
+    if masked:
+        rows, token_ids = np.array(masked, dtype=np.int64).T
+        groups["mask"] = {"rows": np.ascontiguousarray(rows), "token_ids": np.ascontiguousarray(token_ids)}
     penalised = [row for row, p in enumerate(params) if _has_penalties(p)]
     if penalised:
         groups |= _penalty_arrays(sequences, penalised, unread_rows)
+    asked = [row for row, p in enumerate(params) if p.num_logprobs is not None]
+    if asked:
+        groups["asked"] = {"rows": np.array(asked, dtype=np.int64)}
     return groups
 
 
@@ -159,8 +173,11 @@ def sampling_input(tensors: dict[str, dict[str, Tensor]]) -> SamplingInput:
     return SamplingInput(
         draw=Draw(**tensors["draw"]) if "draw" in tensors else None,
         mask=Mask(**tensors["mask"]) if "mask" in tensors else None,
+        bias=TokenBias(**tensors["bias"]) if "bias" in tensors else None,
+        gated_bias=GatedBias(**tensors["gated_bias"]) if "gated_bias" in tensors else None,
         penalties=Penalties(**tensors["penalties"]) if "penalties" in tensors else None,
         unread=Unread(**tensors["unread_penalised"]) if "unread_penalised" in tensors else None,
+        asked=tensors["asked"]["rows"] if "asked" in tensors else None,
     )
 
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from ensemble.request import FinishReason, Request
+from ensemble.request import FinishReason, Request, TokenLogProbs
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -93,6 +93,7 @@ class StepDone(_Message, frozen=True, kw_only=True):
     positions: list[int]  # of the tokens among their outputs, from 0
     token_ids: list[int]
     finished: dict[int, FinishReason]
+    log_probs: dict[int, TokenLogProbs]  # of the tokens of those that ask for them
     handoffs: list[KVHandoff]  # of finished prompts that go on elsewhere
     batch_ids: list[int]  # of RunPrompts that have run to their ends
     num_free_blocks: int  # by the replica's own count

@@ -355,6 +355,7 @@ class EngineLoop:
             positions=[len(sequence.output_token_ids) - 1 for sequence in sampled],
             token_ids=[sequence.last_token_id for sequence in sampled],
             finished={each.request_id: each.finish_reason for each in sampled if each.finish_reason is not None},
+            log_probs={each.request_id: each.last_log_probs for each in sampled if each.last_log_probs is not None},
             handoffs=handoffs,
             batch_ids=batch_ids,
             num_free_blocks=self.num_free_blocks,

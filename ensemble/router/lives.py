@@ -16,7 +16,7 @@ import msgspec
 
 from ensemble.errors import DistServeError, InternalError
 from ensemble.protocol.router_replica import KVHandoff
-from ensemble.request import FinishReason, Request
+from ensemble.request import FinishReason, Request, TokenLogProbs
 from ensemble.scheduling.policies import Hints
 
 Phase = Literal["queued", "prefill", "bridge", "decode", "answering"]
@@ -57,7 +57,7 @@ class Client(Protocol):
     def is_answered(self) -> bool:
         """The last response is being sent, or has been."""
 
-    def take(self, token_id: int, finish_reason: FinishReason | None) -> None:
+    def take(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None) -> None:
         """Gets the next token, once. Never waits."""
 
     def fail(self, error: DistServeError) -> None:

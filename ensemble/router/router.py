@@ -40,7 +40,7 @@ from ensemble.protocol.router_replica import (
     SwapReport,
     decode_event,
 )
-from ensemble.request import FinishReason, Request
+from ensemble.request import FinishReason, Request, TokenLogProbs
 from ensemble.router.dispatch import Dispatch, Send
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.lives import Client, Life, Lives
@@ -199,13 +199,15 @@ class Router:
         for attempt_id, position, token_id in zip(step.request_ids, step.positions, step.token_ids, strict=True):
             life = self.lives.of_attempt(attempt_id)
             if life is not None and life.commit(position, token_id):
-                self._token(life, token_id, step.finished.get(attempt_id))
+                self._token(life, token_id, step.finished.get(attempt_id), step.log_probs.get(attempt_id))
         for handoff in step.handoffs:
             life = self.lives.of_attempt(handoff.request_id)
             if life is not None:  # else it was cancelled meanwhile: the replica was told, and ends the lease
                 self._prefilled(life, replica, handoff)
 
-    def _token(self, life: Life, token_id: int, finish_reason: FinishReason | None) -> None:
+    def _token(
+        self, life: Life, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None
+    ) -> None:
         self.dispatch.prefill.charge(life.client.hints.tenant, 1)
         timeline = life.client.timeline
         if len(life.output_token_ids) == 1:
@@ -220,7 +222,7 @@ class Router:
             self.lives.end_attempt(life)
             self._deadlines.remove(life.request_id)
             timeline.last_token_ns = time.time_ns()
-        life.client.take(token_id, finish_reason)
+        life.client.take(token_id, finish_reason, log_probs)
 
     def _prefilled(self, life: Life, replica: Replica, handoff: KVHandoff) -> None:
         life.phase, life.handoff = "bridge", handoff

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import zmq
 
@@ -65,6 +66,13 @@ def heartbeats_due(streams: Iterable[ClientStream], now: float) -> list[ClientSt
     return heapq.nsmallest(MAX_HEARTBEATS, due, key=lambda stream: stream.last_handle)
 
 
+class Answer(Protocol):
+    """What a client waits for: one stream, or several choices."""
+
+    @property
+    def request_ids(self) -> list[int]: ...
+
+
 class CancelReceiver:
     """The scheduler's end: `on_cancel(request_id)` and `on_passed(number)` are called on a thread of its own.
 
@@ -79,18 +87,18 @@ class CancelReceiver:
         self._socket.bind(self.address)
         self._on_cancel, self._on_passed = on_cancel, on_passed
         self._lock = threading.Lock()
-        self._tagged: weakref.WeakValueDictionary[str, ClientStream] = weakref.WeakValueDictionary()
+        self._tagged: weakref.WeakValueDictionary[str, Answer] = weakref.WeakValueDictionary()
         self._gone: OrderedDict[str, None] = OrderedDict()  # tags told before their request came; oldest first
         self._thread = threading.Thread(target=self._run, name="cancel-receiver", daemon=True)
         self._thread.start()
 
-    def watch(self, stream: ClientStream, tag: str) -> None:
-        """Cancels a stream that has been submitted when the relay tells its tag, or at once if it has."""
+    def watch(self, answer: Answer, tag: str) -> None:
+        """Cancels what has been submitted when the relay tells its tag, or at once if it has."""
         with self._lock:
-            self._tagged[tag] = stream
+            self._tagged[tag] = answer
             is_gone = tag in self._gone
-        if is_gone:
-            self._on_cancel(stream.request_id)
+        for request_id in answer.request_ids if is_gone else []:
+            self._on_cancel(request_id)
 
     def close(self) -> None:
         self._context.term()  # the thread closes its socket
@@ -114,13 +122,13 @@ class CancelReceiver:
 
     def _client_gone(self, tag: str) -> None:
         with self._lock:
-            stream = self._tagged.get(tag)
-            if stream is None:  # its request has ended, or is yet to come
+            answer = self._tagged.get(tag)
+            if answer is None:  # its request has ended, or is yet to come
                 self._gone[tag] = None
                 if len(self._gone) > MAX_REMEMBERED:
                     self._gone.popitem(last=False)
-        if stream is not None:
-            self._on_cancel(stream.request_id)
+        for request_id in answer.request_ids if answer is not None else []:
+            self._on_cancel(request_id)
 
 
 class CancelSender:

@@ -16,7 +16,7 @@ from typing import TypeVar
 from ensemble.config import Deployment, StageName
 from ensemble.errors import ERROR_MARK, DistServeError, ErrorCode
 from ensemble.protocol.router_replica import FromStage, ToStage
-from ensemble.request import FinishReason, Request
+from ensemble.request import FinishReason, Request, TokenLogProbs
 from ensemble.router.lives import Timeline
 from ensemble.router.router import Gauges, Router
 from ensemble.scheduling.policies import Hints
@@ -53,8 +53,8 @@ class StreamClient:
     def is_answered(self) -> bool:
         return self.stream.is_answered
 
-    def take(self, token_id: int, finish_reason: FinishReason | None) -> None:
-        self._senders.push(self.stream, token_id, finish_reason)
+    def take(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None) -> None:
+        self._senders.push(self.stream, token_id, finish_reason, log_probs)
 
     def fail(self, error: DistServeError) -> None:
         self._senders.fail(self.stream, error)

@@ -15,7 +15,9 @@ from ensemble.errors import DistServeError, InternalError
 from ensemble.models.spec import load_model_spec
 from ensemble.router.lives import Timeline
 from ensemble.serving.cancels import CLIENT_TAG, CancelReceiver, CancelWatch
+from ensemble.serving.choices import Choices
 from ensemble.serving.exchange import CallModel
+from ensemble.serving.fields import OF_THE_SERVER
 from ensemble.serving.inputs import ModelLimits, parse_request
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.router_thread import RouterThread
@@ -33,7 +35,8 @@ class Scheduler:
         self._chat = ChatTemplate.from_dir(deployment.model.path)
         if self._chat.fault:
             print(f"distserve: `messages` cannot be served: {self._chat.fault}", file=sys.stderr, flush=True)
-        self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
+        max_model_len = deployment.model.limit_model_len(spec.max_model_len)
+        self._limits = ModelLimits(spec.vocab_size, max_model_len, spec.eos_token_ids)
         self._request_ids = itertools.count(secrets.randbits(40) << 20)  # no other run's: stages may outlive this one
         self._senders = SenderPool(self._answered, self._send_failed)
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
@@ -46,18 +49,27 @@ class Scheduler:
     def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
         """Takes one request; every outcome, errors too, goes to `call`."""
         try:
-            tag = json.loads(call.parameters()).get(CLIENT_TAG)
-            client_request = parse_request(tensors, next(self._request_ids), self._tokenizer, self._chat, self._limits)
+            parameters = json.loads(call.parameters())
+            tag = parameters.pop(CLIENT_TAG, None)
+            own = {name: value for name, value in parameters.items() if not OF_THE_SERVER.fullmatch(name)}
+            request_id = next(self._request_ids)
+            client_request = parse_request(tensors, own, request_id, self._tokenizer, self._chat, self._limits)
         except Exception as error:
             known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
             call.send_error(known)
             self._count(Ended(Timeline(), 0, 0, known.code, is_error=True))
             return
-        request = client_request.request
-        stream = ClientStream(call, client_request, self._tokenizer, self._window, self._cancels.address)
-        self._router.submit(request, stream)
+        choices = [client_request]
+        if client_request.num_choices > 1:
+            more = range(1, client_request.num_choices)
+            choices += [client_request.nth_choice(choice, next(self._request_ids)) for choice in more]
+            request_ids = [each.request.request_id for each in choices]
+            call = Choices(call, request_ids, client_request.options.stream, self._router.cancel)
+        streams = [ClientStream(call, each, self._tokenizer, self._window, self._cancels.address) for each in choices]
+        for stream in streams:
+            self._router.submit(stream.request, stream)
         if tag is not None:
-            self._cancels.watch(stream, str(tag))
+            self._cancels.watch(call if isinstance(call, Choices) else streams[0], str(tag))
 
     def close(self) -> None:
         self._watch.close()

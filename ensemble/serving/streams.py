@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemble.errors import DistServeError
-from ensemble.request import FinishReason
+from ensemble.request import FinishReason, TokenLogProbs
 from ensemble.router.lives import Timeline
 from ensemble.serving.answer_text import AnswerText
 from ensemble.serving.inputs import ClientRequest
+from ensemble.serving.log_probs import LogProbOutputs
 from ensemble.serving.window import STAMP_EVERY, Window
 from ensemble.tokenizer import Tokenizer
 
@@ -78,13 +79,15 @@ class ClientStream:
         timeout_s = client_request.timeout_s
         self.deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._options = client_request.options
+        self._choice = client_request.choice if client_request.num_choices > 1 else None
+        self._log_probs = LogProbOutputs(client_request.options, tokenizer)
         self._tokenizer = tokenizer
         self._window = window if client_request.options.return_cancel_handle else None
         self._cancel_address = cancel_address
         self._prompt_text = client_request.prompt_text
         self._answer_text = AnswerText(tokenizer, client_request.request, client_request.stop_strings)
         self._lock = threading.Lock()
-        self._pending: deque[int] = deque()
+        self._pending: deque[tuple[int, TokenLogProbs | None]] = deque()
         self._finish_reason: FinishReason | None = None
         self._error: DistServeError | None = None
         self._is_queued = False  # at the sender
@@ -99,6 +102,10 @@ class ClientStream:
         return self.request.request_id
 
     @property
+    def request_ids(self) -> list[int]:
+        return [self.request_id]
+
+    @property
     def num_prompt_tokens(self) -> int:
         return self.request.prompt_len
 
@@ -107,10 +114,10 @@ class ClientStream:
         """How an answered stream ended."""
         return "stop" if self._answer_text.is_stopped else self._finish_reason
 
-    def push(self, token_id: int, finish_reason: FinishReason | None) -> bool:
+    def push(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None = None) -> bool:
         """Adds a token. True if the stream has to be queued at its sender."""
         with self._lock:
-            self._pending.append(token_id)
+            self._pending.append((token_id, log_probs))
             self.num_output_tokens += 1
             self._finish_reason = finish_reason
             return self._claim()
@@ -154,7 +161,7 @@ class ClientStream:
             return Progress.PARKED
         with self._lock:
             limit = MAX_TOKENS_PER_RESPONSE if self._options.stream else len(self._pending)
-            token_ids = [self._pending.popleft() for _ in range(min(limit, len(self._pending)))]
+            tokens = [self._pending.popleft() for _ in range(min(limit, len(self._pending)))]
             has_all = self._finish_reason is not None and not self._pending
             error = self._error
             more = self._is_queued = bool(self._pending) and error is None and not self._is_closed
@@ -163,7 +170,11 @@ class ClientStream:
         if error is not None:
             self._send_error(error)
             return Progress.SENT
-        self._read(token_ids, has_all)
+        num_read_before = len(self._token_ids)
+        self._read([token_id for token_id, _ in tokens], has_all)
+        for token_id, log_probs in tokens[: len(self._token_ids) - num_read_before]:  # up to a stop string
+            if log_probs is not None:
+                self._log_probs.add(token_id, log_probs)
         is_last = has_all or self._answer_text.is_stopped
         if is_last and not self.timeline.last_token_ns:  # the stop string came before the last token
             self.timeline.last_token_ns = time.time_ns()
@@ -216,12 +227,18 @@ class ClientStream:
             texts = [self._tokenizer.decode_prompt(self.request.prompt_token_ids) if prompt is None else prompt, *texts]
         outputs: Outputs = {"text_output": np.array(["".join(texts).encode()], dtype=object)}
         if options.return_finish_reason:
+            until_done = "None" if options.return_vllm_outputs else ""
             reason = self.finish_reason if is_last else None
-            outputs["finish_reason"] = np.array([(reason or "").encode()], dtype=object)
+            outputs["finish_reason"] = np.array([(reason or until_done).encode()], dtype=object)
+        # vllm_backend's counts are of another type, which an ensemble cannot change.
+        prefix, count_type = ("vllm_", np.uint32) if options.return_vllm_outputs else ("", np.int32)
         if options.return_num_input_tokens:
-            outputs["num_input_tokens"] = np.array([self.request.prompt_len], np.int32)
+            outputs[f"{prefix}num_input_tokens"] = np.array([self.request.prompt_len], count_type)
         if options.return_num_output_tokens:
-            outputs["num_output_tokens"] = np.array([len(self._token_ids)], np.int32)
+            outputs[f"{prefix}num_output_tokens"] = np.array([len(self._token_ids)], count_type)
+        if self._choice is not None:
+            outputs["sequence_index"] = np.array([self._choice], np.int32)
+        outputs |= self._log_probs.take()
         if options.return_output_ids:
             outputs["output_ids"] = np.array(self._token_ids, np.int32)
         if options.return_perf_metrics and is_last:
@@ -265,8 +282,14 @@ class SenderPool:
         for thread in self._threads:
             thread.start()
 
-    def push(self, stream: ClientStream, token_id: int, finish_reason: FinishReason | None) -> None:
-        if stream.push(token_id, finish_reason):
+    def push(
+        self,
+        stream: ClientStream,
+        token_id: int,
+        finish_reason: FinishReason | None,
+        log_probs: TokenLogProbs | None = None,
+    ) -> None:
+        if stream.push(token_id, finish_reason, log_probs):
             self._queue_of(stream).put(stream)
 
     def fail(self, stream: ClientStream, error: DistServeError) -> None:

@@ -39,7 +39,7 @@ from ensemble.protocol.router_replica import (
     decode_command,
     encode,
 )
-from ensemble.request import FinishReason, Request, SamplingParams
+from ensemble.request import FinishReason, Request, SamplingParams, TokenLogProbs
 from ensemble.router.lives import Timeline
 from ensemble.router.router import Router
 from ensemble.scheduling.policies import DEFAULT_HINTS, Hints
@@ -72,7 +72,7 @@ class FakeClient:
     def is_over(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
-    def take(self, token_id: int, finish_reason: FinishReason | None) -> None:
+    def take(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None) -> None:
         assert not self.is_over
         self.tokens.append(token_id)
         self.finish_reason = finish_reason
@@ -237,6 +237,7 @@ class FakeReplica:
                     positions=[len(each.outputs) - 1 for each in tokens],
                     token_ids=[each.outputs[-1] for each in tokens],
                     finished={each.request.request_id: "length" for each in finished},
+                    log_probs={},
                     handoffs=handoffs,
                     batch_ids=batch_ids,
                     num_free_blocks=self.blocks.num_free_blocks,

@@ -23,7 +23,7 @@ class TritonPythonModel:
 
     def tokenize(self, request):
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        outputs = {"return_cancel_handle": np.ones(1, bool)}
+        outputs = {name: np.ones(1, bool) for name in ("return_cancel_handle", "return_vllm_outputs")}
         with contextlib.suppress(DistServeError):  # without ids the scheduler meets the same error, and counts it
             token_ids, _ = parse_prompt(tensors, self.tokenizer, self.chat)
             outputs["input_ids"] = np.array(token_ids, np.int32)
