@@ -372,8 +372,11 @@ class Router:
         self._send(home, AddReplica(replica=replica.id, device=device))
         return replica
 
-    def num_requests_at(self, replica: Replica) -> int:
-        return replica.credits.num_requests
+    def serves_without(self, replica: Replica, role: Role | None = None) -> bool:
+        """Whether the others, and it in another role if that is given, can do all there is to do."""
+        roles = [each.role for each in self.fleet if each.state == "up" and each.id != replica.id]
+        roles += [] if role is None else [role]
+        return any(each != "decode" for each in roles) and any(each != "prefill" for each in roles)
 
     def _drain(self, now: float) -> None:
         for replica in self.fleet:

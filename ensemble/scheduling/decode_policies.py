@@ -122,9 +122,6 @@ class FeedbackQueuePolicy:
         self._used_s: dict[int, float] = {}  # request_id |-> seconds it ran in its level
         self._idle = _IdleClock()
 
-    def level_of(self, request_id: int) -> int:
-        return self._level_of[request_id]
-
     def quantum_s(self, level: int) -> float:
         return self._quantum_s * float(1 << level)
 
