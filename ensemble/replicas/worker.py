@@ -48,7 +48,7 @@ def main() -> None:
     device = torch.device(device_name)
     if device.type == "cpu":
         torch.set_num_threads(deployment.stage(stage_name).num_threads or cpu_threads(deployment))
-    progress = Progress.open(int(progress_fd))
+    progress = Progress(int(progress_fd))
     try:
         engine = load_engine(deployment, deployment.stage(stage_name), device, progress.beat)
         loop = EngineLoop(engine, Peers(context, device), loop_settings(deployment, stage_name), peer_address)
