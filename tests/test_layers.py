@@ -1,4 +1,4 @@
-"""The folders of `ensemble` in order: each imports only from those below it, so that each can be read without the rest."""
+"""The folders of `ensemble` in order: each imports only from those below it, and can be read without the others."""
 
 import ast
 from pathlib import Path

@@ -8,17 +8,10 @@ import pytest
 
 from ensemble.config import Deployment
 from ensemble.engine.engine import Engine, load_engine
+from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts
 from ensemble.request import Request, SamplingParams
-from ensemble.workers.messages import (
-    CancelRequests,
-    PrefillBatch,
-    PrefillChunk,
-    PrefixReport,
-    SubmitDecode,
-    WorkerEvent,
-)
 from tests.checkpoints import make_tiny_llama
-from tests.workers.pair import CPU, Pair, handoffs_of, tokens_of
+from tests.replicas.pair import CPU, Pair, join, tokens_of
 from tools.offline import generate
 
 BLOCK_SIZE = 4
@@ -68,15 +61,15 @@ def make_requests(count: int) -> list[Request]:
     ]
 
 
-def cut(rng: random.Random, request: Request) -> list[PrefillChunk]:
+def cut(rng: random.Random, request: Request) -> list[PromptChunk]:
     """The prompt in chunks, from where the scheduler takes the cache to end: rightly, too early or too late."""
     start = rng.choice([0, rng.randrange(request.prompt_len)])
     chunks = []
     while start < request.prompt_len:
         length = rng.randint(1, request.prompt_len - start)
         first = request if not chunks else None
-        chunks.append(PrefillChunk(request_id=request.request_id, start=start, length=length, request=first))
         start += length
+        chunks.append(PromptChunk(request_id=request.request_id, end=start, request=first))
     return chunks
 
 
@@ -93,18 +86,19 @@ def test_shared_prefixes_in_chunks_with_cancels(
     rng = random.Random(num_blocks)
     requests = make_requests(48)
     pair = make_pair(deploy(model, num_blocks))
-    assert pair.prefill.cache is not None
-    events: list[WorkerEvent] = []
+    cache = pair.prefill.loop.cache
+    assert cache is not None
+    events: list[Event] = []
     cancelled: set[int] = set()
     num_batches = 0
     for first in range(0, len(requests), 4):
         pending = [cut(rng, request) for request in requests[first : first + 4]]
         while any(pending):
             chunks = [chunks.pop(0) for chunks in pending if chunks and rng.random() < 0.7]
-            events += pair.prefill.handle(PrefillBatch(replica=0, batch_id=num_batches, chunks=chunks))
+            events += pair.prefill.handle(RunPrompts(batch_id=num_batches, chunks=chunks))
             num_batches += 1
-            events += pair.prefill.step()
-            pair.prefill.cache.check_integrity()
+            events += pair.prefill.serve_once()
+            cache.check_integrity()
             if rng.random() < 0.15:
                 request = rng.choice(requests[first : first + 4])
                 begun = (
@@ -112,18 +106,14 @@ def test_shared_prefixes_in_chunks_with_cancels(
                 )
                 if begun and request.request_id not in cancelled:
                     cancelled.add(request.request_id)
-                    events += pair.prefill.handle(CancelRequests(replica=0, request_ids=[request.request_id]))
+                    events += pair.prefill.handle(CancelRequests(request_ids=[request.request_id]))
                     pending[request.request_id - first] = []
-        events += pair.run_prefill()
-        handoffs = [
-            handoff
-            for handoff in handoffs_of(events)
-            if first <= handoff.request.request_id < first + 4 and handoff.request.request_id not in cancelled
-        ]
-        pair.decode.handle(SubmitDecode(replica=0, handoffs=handoffs))
-        events += pair.run_decode()
-        while pair.prefill._leases:
-            events += pair.acknowledged()
+        events += pair.prefill.run()
+        going_on = [request for request in requests[first : first + 4] if request.request_id not in cancelled]
+        pair.decode.handle(join(events, going_on))
+        events += pair.decode.run()
+        while pair.prefill.loop._leases:
+            events += pair.prefill.acknowledged()
 
     deployment = deploy(model, 512)
     alone = generate(load_engine(deployment, deployment.decode, CPU), requests)
@@ -142,5 +132,5 @@ def test_shared_prefixes_in_chunks_with_cancels(
     stored: set[bytes] = set()
     for report in reports:
         stored = (stored - set(report.evicted)) | set(report.stored)
-    assert len(stored) == num_blocks - pair.prefill_engine.blocks.num_free_blocks  # the index knows what is cached
+    assert len(stored) == num_blocks - pair.prefill.engine.blocks.num_free_blocks  # the index knows what is cached
     assert any(report.evicted for report in reports) == (num_blocks == 44)

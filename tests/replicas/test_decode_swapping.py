@@ -13,13 +13,14 @@ from ensemble.cache import block_copier, swapper
 from ensemble.config import DecodePolicyName, Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError
+from ensemble.protocol.router_replica import CancelRequests, Event
 from ensemble.request import Request, SamplingParams
-from ensemble.scheduling.admission import DecodeAdmission
-from ensemble.workers.messages import CancelRequests, SwapReport, WorkerEvent
+from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.credits import Credits
 from kernels.block_copy import copy_blocks
 from tests.checkpoints import make_tiny_llama
+from tests.replicas.pair import CPU, Pair, handoffs_of, join, released_in, swaps_in, tokens_of, whole_prompts
 from tests.serving.oracle import GreedyJudge
-from tests.workers.pair import CPU, Pair, handoffs_of, released_in, tokens_of, whole_prompts
 from tools.offline import generate
 
 BLOCK_SIZE = 4
@@ -104,40 +105,40 @@ def unconstrained(model: Path, requests: list[Request]) -> dict[int, list[int]]:
 def run(
     pair: Pair,
     requests: list[Request],
-    after_step: Callable[[int], list[WorkerEvent]] = lambda step: [],
+    after_step: Callable[[int], list[Event]] = lambda step: [],
     block_size: int = BLOCK_SIZE,
-) -> list[WorkerEvent]:
-    """All requests through both workers, admitted to decode as if a third of each output were to come."""
+) -> list[Event]:
+    """All requests through both replicas, admitted to decode as if a third of each output were to come."""
     admission = DecodeAdmission(
         block_size=block_size,
         max_num_bridge_seqs=NUM_REQUESTS,
         expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 3,
     )
-    admission.replica_up(0, NUM_BLOCKS, NUM_REQUESTS, pair.decode.num_host_blocks)
+    credits, by_id = Credits(NUM_BLOCKS), {request.request_id: request for request in requests}
+    admission.replica_up(0, credits, DecodeLimits(NUM_REQUESTS, pair.decode.loop.num_host_blocks))
     pair.prefill.handle(whole_prompts(requests))
-    events = pair.run_prefill()
-    for handoff in handoffs_of(events):
-        admission.promise(handoff.request)
-        admission.arrive(handoff)
+    prefill_events = pair.prefill.run()
+    for request_id in handoffs_of(prefill_events):
+        admission.promise(by_id[request_id])
+        admission.arrive(request_id, source=1)
+    events = list(prefill_events)
     deadline, step = time.monotonic() + 60, 0
-    while admission.num_bridge_seqs or admission.num_decode_seqs:
+    while admission.num_bridge_seqs or credits.num_requests:
         while (submission := admission.next_submission()) is not None:
-            events += pair.decode.handle(submission)
-        if pair.peers.receive_handles():
-            pair.decode.start_pulls()
-        new = (pair.decode.step() if pair.decode.has_work else []) + after_step(step)
+            arriving = [by_id[request_id] for request_id in submission.request_ids]
+            events += pair.decode.handle(join(prefill_events, arriving))
+        is_step = pair.decode.loop.has_work  # else it waits for the source's pool to be mapped
+        new = pair.decode.serve_once()
+        new += after_step(step) if is_step else []
         admission.released(0, released_in(new))
-        pair.decode.blocks.check_integrity()
+        pair.decode.check_integrity()
         events += new
-        step += 1
+        step += is_step
         assert time.monotonic() < deadline, "nothing moves any more"
-    pair.acknowledged()
-    assert not pair.decode.has_work
+    while pair.prefill.loop._leases:
+        pair.prefill.acknowledged()
+    assert not pair.decode.loop.has_work
     return events
-
-
-def swaps_in(events: list[WorkerEvent]) -> list[SwapReport]:
-    return [event for event in events if isinstance(event, SwapReport)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -187,15 +188,15 @@ def test_cancels_in_the_midst_of_swaps_free_both_pools(
     requests = make_requests(1.0)
     pair = make_pair(swapping(model))
     rng = random.Random(2)
-    to_cancel = rng.sample(range(NUM_REQUESTS), NUM_REQUESTS // 2)
     cancelled: set[int] = set()
 
-    def cancel_some(step: int) -> list[WorkerEvent]:
-        if step % 5 != 4 or not to_cancel:
+    def cancel_some(step: int) -> list[Event]:
+        here = sorted(pair.decode.loop._running)
+        if step % 5 != 4 or not here or len(cancelled) == NUM_REQUESTS // 2:
             return []
-        request_id = to_cancel.pop()
+        request_id = rng.choice(here)
         cancelled.add(request_id)
-        return pair.decode.handle(CancelRequests(replica=0, request_ids=[request_id]))
+        return pair.decode.handle(CancelRequests(request_ids=[request_id]))
 
     events = run(pair, requests, cancel_some)
     expected = unconstrained(model, requests)
