@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble.request import Request, SamplingParams
-from ensemble.serving.answer_text import AnswerText
+from ensemble.request import FinishReason, Request, SamplingParams, Sequence
+from ensemble.serving.answer_text import AnswerText, answer_text
 from ensemble.serving.stop_strings import StopStrings
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import make_tiny_tokenizer
@@ -135,6 +135,13 @@ def test_text_of_an_answer(
             break
     assert (shown if answer.is_stopped else shown + answer.flush()) == text
     assert num_read == stopped_after
+
+
+@pytest.mark.parametrize(("reason", "text"), [("stop", " river"), ("length", " river.")])
+def test_the_text_of_a_sequence_that_has_ended(tokenizer: Tokenizer, reason: FinishReason, text: str) -> None:
+    request = Request(request_id=0, prompt_token_ids=tokenizer.encode("The"), sampling=SamplingParams())
+    token_ids = tokenizer.encode(" river.", add_special_tokens=False)
+    assert answer_text(tokenizer, Sequence(request, output_token_ids=token_ids, finish_reason=reason)) == text
 
 
 @pytest.mark.server
