@@ -1,7 +1,8 @@
 """Stop strings across token borders: text that may yet become one is held back, so that streamed text is final.
 
 A stop string without a special token is looked for in the text that the client sees, one with a special token (such as
-`<|im_end|>`) in the text with special tokens written out.
+`<|im_end|>`) in the text with special tokens written out. What is found is what would be found character by character:
+the string that ends first, and of several that end together the first of the list.
 """
 
 from collections.abc import Collection
@@ -15,8 +16,9 @@ class StopStrings:
         joined = "\0".join(strings)
         found = [token for token in special_tokens if token in joined] if strings else []  # of a thousand, hardly one
         has_special = [any(token in string for token in found) for string in strings]
-        self._of_all = _Strings(list(compress(strings, has_special)))
-        self._of_shown = _Strings(list(compress(strings, (not has for has in has_special))))
+        numbered = list(enumerate(strings))
+        self._of_all = _Strings(list(compress(numbered, has_special)))
+        self._of_shown = _Strings(list(compress(numbered, (not has for has in has_special))))
         self._held = ""  # special tokens included, where a string has one
         self._is_shown = b""  # a byte for each character of `_held`: 0 in special tokens
 
@@ -30,14 +32,15 @@ class StopStrings:
         self._held += text
         self._is_shown += (b"\1" if is_shown else b"\0") * len(text)
         shown = self._shown()
-        ends = []
+        found = []
         if may_stop and is_shown:
-            ends += self._of_shown.starts(shown, len(text))
+            found += self._of_shown.find(shown, len(text))
         if may_stop:
-            ends += [sum(self._is_shown[:start]) for start in self._of_all.starts(self._held, len(text))]
-        if ends:
+            in_all = self._of_all.find(self._held, len(text))
+            found += [(end, number, sum(self._is_shown[:start])) for end, number, start in in_all]
+        if found:
             self._held, self._is_shown = "", b""
-            return shown[: min(ends)], True
+            return shown[: min(found)[2]], True
         return shown[: len(shown) - self._hold(shown)], False
 
     def flush(self) -> str:
@@ -64,19 +67,22 @@ class StopStrings:
 class _Strings:
     """What is looked for in one kind of text. Most of it has no character with which one begins or ends."""
 
-    def __init__(self, strings: list[str]) -> None:
-        self.strings = strings
-        self._first_chars = {string[0] for string in strings}
-        self._last_chars = {string[-1] for string in strings}
-        self._longest = max(map(len, strings), default=0)
+    def __init__(self, numbered: list[tuple[int, str]]) -> None:
+        self.strings = [string for _, string in numbered]
+        self._numbered = numbered
+        self._first_chars = {string[0] for string in self.strings}
+        self._last_chars = {string[-1] for string in self.strings}
+        self._longest = max(map(len, self.strings), default=0)
 
-    def starts(self, text: str, num_new: int) -> list[int]:
-        """Where in `text` the strings start that end in its last `num_new` characters."""
+    def find(self, text: str, num_new: int) -> list[tuple[int, int, int]]:
+        """Of each string that ends in the last `num_new` characters: (where in these, its number, where it starts)."""
         num_old = len(text) - num_new
         if self._last_chars.isdisjoint(text[num_old:]):
             return []
-        positions = (text.find(string, max(0, num_old - len(string) + 1)) for string in self.strings)
-        return [position for position in positions if position >= 0]
+        starts = [
+            (text.find(string, max(0, num_old - len(string) + 1)), number, string) for number, string in self._numbered
+        ]
+        return [(start + len(string) - num_old, number, start) for start, number, string in starts if start >= 0]
 
     def num_begun(self, text: str) -> int:
         """Length of the longest end of `text` with which one of the strings begins, short of the whole string."""
