@@ -32,15 +32,21 @@ print(json.dumps([locale.getpreferredencoding(False), prompt, answer]))
 def text_calls(tree: ast.AST) -> Iterator[tuple[ast.Call, bool]]:
     """Calls that open a file as text, and whether they name the encoding."""
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        function = node.func
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        owner = getattr(function.value, "id", "") if isinstance(function, ast.Attribute) else ""
-        modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-        is_binary = name == "open" and (owner == "os" or any("b" in mode for mode in modes))
-        if name in ("read_text", "write_text", "open") and not is_binary:
+        if isinstance(node, ast.Call) and opens_text(node):
             yield node, any(keyword.arg == "encoding" for keyword in node.keywords)
+
+
+def opens_text(call: ast.Call) -> bool:
+    if isinstance(call.func, ast.Name):
+        return call.func.id == "open" and not has_binary_mode(call.args[1:])
+    if not isinstance(call.func, ast.Attribute):
+        return False
+    is_of_path = call.func.attr == "open" and all(isinstance(arg, ast.Constant) for arg in call.args)
+    return call.func.attr in ("read_text", "write_text") or (is_of_path and not has_binary_mode(call.args))
+
+
+def has_binary_mode(arguments: list[ast.expr]) -> bool:
+    return any(isinstance(arg, ast.Constant) and "b" in str(arg.value) for arg in arguments)
 
 
 def test_every_file_of_text_is_opened_with_its_encoding() -> None:

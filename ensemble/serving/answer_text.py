@@ -1,8 +1,8 @@
 """The text of one answer, token by token: what is final of it, up to where it stops."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
-from ensemble.request import Request
+from ensemble.request import Request, Sequence
 from ensemble.serving.stop_strings import StopStrings
 from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -10,7 +10,7 @@ from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
 class AnswerText:
     """All that `push` and `flush` return, after the prompt's text, is what decoding all ids together gives."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, stop_strings: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Request, stop_strings: Collection[str]) -> None:
         self._special_tokens = tokenizer.special_tokens
         self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids)
         self._stop_strings = StopStrings(stop_strings, self._special_tokens.values())
@@ -34,3 +34,11 @@ class AnswerText:
         may_stop = self._num_tokens > self._min_tokens
         final, self.is_stopped = self._stop_strings.push(text, is_shown, may_stop)
         return final
+
+
+def answer_text(tokenizer: Tokenizer, sequence: Sequence) -> str:
+    """The text of a sequence that has ended."""
+    answer = AnswerText(tokenizer, sequence.request, ())
+    *token_ids, last = sequence.output_token_ids
+    text = "".join(answer.push(token_id, is_end=False) for token_id in token_ids)
+    return text + answer.push(last, is_end=sequence.finish_reason == "stop") + answer.flush()

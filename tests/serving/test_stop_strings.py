@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble.request import Request, SamplingParams
-from ensemble.serving.answer_text import AnswerText
+from ensemble.request import FinishReason, Request, SamplingParams, Sequence
+from ensemble.serving.answer_text import AnswerText, answer_text
 from ensemble.serving.stop_strings import StopStrings
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import make_tiny_tokenizer
@@ -32,9 +32,15 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[s
     else:
         stopped = False
         shown += matcher.flush()
-    first = min((position for stop in stops if (position := whole.find(stop)) >= 0), default=None)
-    assert stopped == (first is not None)
-    assert shown == (whole if first is None else whole[:first])
+    expected = text_before_stop(whole, stops)
+    assert stopped == (expected is not None)
+    assert shown == (whole if expected is None else expected)
+
+
+def text_before_stop(text: str, stops: list[str]) -> str | None:
+    """Character by character."""
+    ends = ((length, stop) for length in range(len(text) + 1) for stop in stops)
+    return next((text[: length - len(stop)] for length, stop in ends if text[:length].endswith(stop)), None)
 
 
 @given(pieces, stops)
@@ -62,22 +68,23 @@ mixed_stops = st.lists(
 def test_special_tokens_match_but_are_not_shown_and_nothing_stops_early(
     pieces: list[str], stops: list[str], num_early: int
 ) -> None:
-    """Against a search of the whole text after each piece."""
+    """Against a search of the whole text after each piece, character by character of it."""
     matcher = StopStrings(stops, [SPECIAL, "<s>"])
     expected, shown, stopped = None, "", False
     for count, piece in enumerate(pieces, 1):
         whole, before = "".join(pieces[:count]), "".join(pieces[: count - 1])
         visible = whole.replace(SPECIAL, "")
-        cuts = []
-        for stop in stops if count > num_early else []:
+        ends = []
+        for number, stop in enumerate(stops if count > num_early else []):
             text, old = (whole, before) if SPECIAL in stop else (visible, before.replace(SPECIAL, ""))
-            ends = [p for p in range(len(text)) if text.startswith(stop, p) and p + len(stop) > len(old)]
-            cuts += [len(text[: ends[0]].replace(SPECIAL, ""))] if ends else []
+            for end in range(len(old) + 1, len(text) + 1):
+                if text[:end].endswith(stop):
+                    ends.append((end - len(old), number, text[: end - len(stop)].replace(SPECIAL, "")))
         text, stopped = matcher.push(piece, is_shown=piece != SPECIAL, may_stop=count > num_early)
         shown += text
         assert visible.startswith(shown)
-        if cuts:
-            expected = visible[: min(cuts)]
+        if ends:
+            expected = min(ends)[2]
             break
     assert stopped == (expected is not None)
     assert shown + matcher.flush() == ("".join(pieces).replace(SPECIAL, "") if expected is None else expected)
@@ -106,7 +113,8 @@ ANSWERS = [
     (["b"], {"min_tokens": 3, "max_tokens": 4}, "bbbb", False, "bbb", 4),
     (["</s>"], {"min_tokens": 1, "ignore_eos": True}, "</s>a</s>", False, "a", 3),
     (["b", "bcd"], {"min_tokens": 1}, "bca", False, "bca", None),
-    (["c", "bc"], {"min_tokens": 1}, "bca", False, "", 2),  # of two that end at once the one that begins first
+    (["c", "bc"], {"min_tokens": 1}, "bca", False, "b", 2),  # of two that end at once the first of the list
+    (["bc", "c"], {"min_tokens": 1}, "bca", False, "", 2),
 ]
 
 
@@ -135,6 +143,13 @@ def test_text_of_an_answer(
             break
     assert (shown if answer.is_stopped else shown + answer.flush()) == text
     assert num_read == stopped_after
+
+
+@pytest.mark.parametrize(("reason", "text"), [("stop", " river"), ("length", " river.")])
+def test_the_text_of_a_sequence_that_has_ended(tokenizer: Tokenizer, reason: FinishReason, text: str) -> None:
+    request = Request(request_id=0, prompt_token_ids=tokenizer.encode("The"), sampling=SamplingParams())
+    token_ids = tokenizer.encode(" river.", add_special_tokens=False)
+    assert answer_text(tokenizer, Sequence(request, output_token_ids=token_ids, finish_reason=reason)) == text
 
 
 @pytest.mark.server
