@@ -59,6 +59,8 @@ def load_model(
     else:
         stand_ins = {EMBEDDINGS[spec.architecture]: HEAD} if spec.tie_word_embeddings else {}
         load_weights(checkpoint, model.named_weights(), device, stand_ins)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what loading took on the way, whole tensors of which a part was wanted among it
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         for linear in model.linears():
             linear.pack()
