@@ -16,6 +16,8 @@ from ensemble.engine.batch import Batch
 from ensemble.engine.model_runner import Model, ModelRunner, StepHandle, load_model, resolve_dtype
 from ensemble.errors import ConfigError
 from ensemble.models.spec import ModelSpec, load_model_spec
+from ensemble.parallel.shares import share_heads
+from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
 from ensemble.request import Sequence
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
@@ -80,10 +82,12 @@ def load_engine(
     deployment: Deployment,
     stage: StageConfig,
     device: torch.device,
+    parallel: TensorParallel = SINGLE,
     on_layer: Callable[[], None] | None = None,  # called as often as a layer is launched, on a CPU: computed
 ) -> Engine:
     """Loads the model, takes the pool's memory, and on a GPU compiles kernels and captures the graphs.
 
+    Every rank of `parallel` loads its part, at the same time; their pools have as many blocks, of each rank's heads.
     Raises ConfigError or ModelError in one line.
     """
     spec = load_model_spec(deployment.model.path)
@@ -95,13 +99,14 @@ def load_engine(
         if device.index >= torch.cuda.device_count():
             raise ConfigError(f"devices = {device}: this machine has {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
-    layout = KVLayout(spec.num_layers, spec.num_kv_heads, deployment.block_size, spec.head_dim, dtype)
+    num_kv_heads = share_heads(spec.num_heads, spec.num_kv_heads, parallel).num_kv
+    layout = KVLayout(spec.num_layers, num_kv_heads, deployment.block_size, spec.head_dim, dtype)
     try:
-        model = load_model(spec, deployment.model, device, dtype)
+        model = load_model(spec, deployment.model, device, dtype, parallel)
         num_bytes = stage.kv_cache_bytes or default_kv_cache_bytes(
             model, layout, stage, device, max_num_batched_tokens, max_model_len
         )
-        pool = KVPool(layout, layout.num_blocks_in(num_bytes), device)
+        pool = KVPool(layout, parallel.smallest(layout.num_blocks_in(num_bytes)), device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = str(error).partition(". ")[0]
         raise ConfigError(f"{device} has no memory for the model and its KV pool: {reason}") from None

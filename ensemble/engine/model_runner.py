@@ -19,6 +19,7 @@ from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
 from ensemble.models.spec import ModelSpec
 from ensemble.models.weights import EMBEDDINGS, HEAD, fill_with_random_weights, load_weights, with_true_ties
+from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
 from ensemble.request import Request, SamplingParams, Sequence, TokenLogProbs
 from kernels.block_copy import copy_blocks
 from kernels.decode_plan import decode_workspace, plan_decode
@@ -35,19 +36,30 @@ def resolve_dtype(model_config: ModelConfig, spec: ModelSpec, device: torch.devi
     return torch.float32 if device.type == "cpu" else spec.dtype
 
 
-def load_model(spec: ModelSpec, model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
-    """Builds the model on the device and fills its weights. Raises ModelError naming a weight that does not fit."""
+def load_model(
+    spec: ModelSpec,
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    parallel: TensorParallel = SINGLE,
+) -> Model:
+    """Builds a rank's part of the model on the device and fills its weights.
+
+    Raises ModelError naming a weight that does not fit, ConfigError for a degree of which the model has no parts.
+    """
     checkpoint = None if model_config.load_format == "dummy" else Checkpoint(spec.path)
     if checkpoint is not None:
         spec = with_true_ties(spec, checkpoint)
     max_positions = model_config.max_model_len or spec.max_model_len
     model_class = Llama if spec.architecture == "llama" else Opt
-    model = model_class(spec, max_positions, partial(torch.empty, device=device, dtype=dtype))
+    model = model_class(spec, max_positions, partial(torch.empty, device=device, dtype=dtype), parallel)
     if checkpoint is None:
         fill_with_random_weights(model.named_weights(), model_config.seed, device)
     else:
         stand_ins = {EMBEDDINGS[spec.architecture]: HEAD} if spec.tie_word_embeddings else {}
         load_weights(checkpoint, model.named_weights(), device, stand_ins)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what loading took on the way, whole tensors of which a part was wanted among it
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         for linear in model.linears():
             linear.pack()

@@ -8,8 +8,10 @@ that a file cannot run code.
 import fnmatch
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,12 +71,47 @@ def stored_dtype(path: Path) -> torch.dtype | None:
     """Of the first floating point weight; None where there is none to be read."""
     try:
         checkpoint = Checkpoint(path)
-        for _, weight in checkpoint.read(checkpoint.file_of, torch.device("cpu")):
-            if weight.is_floating_point():
-                return weight.dtype
+        dtypes = (checkpoint.tensor(key).dtype for key in checkpoint.file_of)
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
     except ModelError:
-        pass
-    return None
+        return None
+
+
+class WeightFile(Protocol):
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    def read(self, key: str, part: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor, of which only that part is read."""
+
+
+class _Safetensors:
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened  # of safe_open, which has no type of its own
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._opened.get_slice(key).get_shape())
+
+    def read(self, key: str, part: tuple[slice, ...]) -> Tensor:
+        is_whole = all(each == slice(0, size) for each, size in zip(part, self.shape(key), strict=True))
+        tensor: Tensor = self._opened.get_tensor(key) if is_whole else self._opened.get_slice(key)[part]
+        return tensor
+
+
+class _Pickle:
+    def __init__(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        self._file, self._tensors = file, tensors
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensor(key).shape)
+
+    def read(self, key: str, part: tuple[slice, ...]) -> Tensor:
+        return self._tensor(key)[part]
+
+    def _tensor(self, key: str) -> Tensor:
+        if key not in self._tensors:
+            raise ModelError(f"{self._file}: has no weight {key}, which the index says it has")
+        return self._tensors[key]
 
 
 class Checkpoint:
@@ -85,28 +122,24 @@ class Checkpoint:
         self._last_pickle: tuple[Path, dict[str, Tensor]] | None = None
         self.file_of = self._find_files()  # key |-> name of the file that holds it
 
-    def read(
-        self, keys: Iterable[str], device: torch.device, take: Callable[[str], tuple[slice, ...]] = lambda key: ()
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yields each key with its tensor, or the part that `take(key)` says; a file is opened once, in order."""
-        keys_of: dict[str, list[str]] = {}
-        for key in keys:
-            keys_of.setdefault(self.file_of[key], []).append(key)
-        for name, its_keys in keys_of.items():
-            file = self.path / name
-            if file.suffix == ".bin":
-                tensors = self._pickle(file)
-                for key in its_keys:
-                    if key not in tensors:
-                        raise ModelError(f"{file}: has no weight {key}, which the index says it has")
-                    yield key, tensors[key][take(key)]
-            else:
-                yield from _read_safetensors(file, its_keys, device, take)
+    @contextmanager
+    def open(self, name: str, device: torch.device) -> Iterator[WeightFile]:
+        """One of the files that `file_of` names, to read from it to the device (of a `.bin` file: to the host)."""
+        file = self.path / name
+        if file.suffix == ".bin":
+            yield _Pickle(file, self._pickle(file))
+            return
+        _refuse_pointer(file)
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as checkpoint:
+                yield _Safetensors(checkpoint)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: cannot be read: {_one_line(error)}") from None
 
-    def holds_equal(self, key: str, other: str) -> bool:
-        """Whether the two hold the same values."""
-        tensors = dict(self.read([key, other], torch.device("cpu")))
-        return torch.equal(tensors[key], tensors[other])
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor, on the host."""
+        with self.open(self.file_of[key], torch.device("cpu")) as opened:
+            return opened.read(key, tuple(slice(0, size) for size in opened.shape(key)))
 
     def _find_files(self) -> dict[str, str]:
         for name in _SINGLE_FILES:
@@ -138,19 +171,6 @@ class Checkpoint:
             self._last_pickle = None
             self._last_pickle = (file, _load_pickled(file))
         return self._last_pickle[1]
-
-
-def _read_safetensors(
-    file: Path, keys: list[str], device: torch.device, take: Callable[[str], tuple[slice, ...]]
-) -> Iterator[tuple[str, Tensor]]:
-    _refuse_pointer(file)
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as checkpoint:
-            for key in keys:
-                part = take(key)
-                yield key, checkpoint.get_slice(key)[part] if part else checkpoint.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: cannot be read: {_one_line(error)}") from None
 
 
 def _load_pickled(file: Path) -> dict[str, Tensor]:

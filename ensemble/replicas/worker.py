@@ -50,7 +50,7 @@ def main() -> None:
         torch.set_num_threads(deployment.stage(stage_name).num_threads or cpu_threads(deployment))
     progress = Progress(int(progress_fd))
     try:
-        engine = load_engine(deployment, deployment.stage(stage_name), device, progress.beat)
+        engine = load_engine(deployment, deployment.stage(stage_name), device, on_layer=progress.beat)
         loop = EngineLoop(engine, Peers(context, device), loop_settings(deployment, stage_name), peer_address)
     except ConfigError as error:
         socket.send_multipart([b"failed", life.encode(), str(error).encode()])

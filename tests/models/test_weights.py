@@ -28,7 +28,7 @@ def load_tiny_model(path, dtype=torch.float64, **config):
 
 
 def load(path, dtype=torch.float64, **config):
-    return dict(load_tiny_model(path, dtype, **config).named_weights())
+    return {weight.name: weight.tensor for weight in load_tiny_model(path, dtype, **config).named_weights()}
 
 
 def rewrite(path, change):
@@ -128,6 +128,7 @@ PEAK_WHILE_LOADING = """
 import os, sys, threading, torch
 from pathlib import Path
 from ensemble.models.checkpoint import Checkpoint
+from ensemble.models.layers import Weight
 from ensemble.models.weights import load_weights
 
 def private_bytes():  # of memory that is no file's
@@ -143,7 +144,8 @@ samples, is_done = [private_bytes()], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
 try:
-    load_weights(Checkpoint(Path(sys.argv[1])), weights.items(), torch.device("cpu"), {})
+    parts = [Weight.whole(name, tensor) for name, tensor in weights.items()]
+    load_weights(Checkpoint(Path(sys.argv[1])), parts, torch.device("cpu"), {})
 finally:
     is_done.set()
 samples.append(private_bytes())
@@ -211,8 +213,8 @@ def test_heads_are_tied_as_transformers_ties_them(tmp_path, make, form):
     theirs, ours, their_embedding = logits(tmp_path)
     torch.testing.assert_close(ours, theirs)
     model = load_tiny_model(tmp_path)
-    assert torch.equal(model.embed_tokens, their_embedding)
-    assert (model.lm_head.weight is model.embed_tokens) == (form != "both-different")
+    assert torch.equal(model.embed_tokens.weight, their_embedding)
+    assert (model.lm_head.weight is model.embed_tokens.weight) == (form != "both-different")
 
 
 def test_a_head_that_is_neither_there_nor_tied_is_named(tmp_path):
@@ -335,7 +337,7 @@ def test_a_file_that_git_lfs_has_not_fetched_is_named(tmp_path, file):
     (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 538090408\n")
     if "-of-" in file:
         with pytest.raises(ModelError, match="is a git-lfs pointer"):
-            dict(Checkpoint(tmp_path).read(["lm_head.weight"], CPU))
+            Checkpoint(tmp_path).tensor("lm_head.weight")
     else:
         assert f"{file}: is a git-lfs pointer, not the file itself: run `git lfs pull`" in refusal(tmp_path, file)
 

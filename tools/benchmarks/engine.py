@@ -215,7 +215,7 @@ class Bench:
 
     def weight_bytes(self) -> int:
         """Of all weights but the tables that a step takes only a few rows from."""
-        total = sum(weight.nbytes for name, weight in self.model.named_weights() if "embed" not in name)
+        total = sum(each.tensor.nbytes for each in self.model.named_weights() if "embed" not in each.name)
         return total + (self.model.lm_head.weight.nbytes if self.spec.tie_word_embeddings else 0)
 
     def prefill_flops(self, batch_size: int, prompt_len: int) -> float:

@@ -96,7 +96,7 @@ def write_model(path: Path) -> None:
     """Weights with which every output showed a block that was zeroed in its midst; with dummy ones, 41 of 57 did."""
     write_model_dir(path, TINY_MODEL | {"eos_token_id": EOS_TOKEN_IDS})
     weights = load({"path": path, "dtype": "float64", "load_format": "dummy"}).runner.model.named_weights()
-    scaled = {name: weight * (WEIGHTS_SCALE if weight.ndim > 1 else 1.0) for name, weight in weights}
+    scaled = {each.name: each.tensor * (WEIGHTS_SCALE if each.tensor.ndim > 1 else 1.0) for each in weights}
     save_file(scaled, path / "model.safetensors")
 
 
