@@ -4,7 +4,7 @@
     to a worker    [command, payload]  [reset, life]
     of a worker    [up, life, ReplicaUp]  [failed, life, reason]  [event, life, payload]
 
-One thread owns everything. It parks the router's newest call until there is something to tell.
+One thread owns everything.
 """
 
 import math
@@ -14,35 +14,28 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from ensemble.config import Deployment, StageName
-from ensemble.errors import ERROR_MARK, ConfigError, DistServeError, InternalError, StageUnavailable
-from ensemble.protocol.channel import Channel, decode_segment, encode_segment
+from ensemble.errors import ERROR_MARK, ConfigError
 from ensemble.protocol.router_replica import (
     AddReplica,
     FromReplica,
-    FromStage,
     RemoveReplica,
     ReplicaDown,
     ReplicaUp,
     StartReplica,
     ToReplica,
-    decode_to_stage,
-    encode,
+    ToStage,
 )
 from ensemble.replicas.progress import HangWatch
 from ensemble.replicas.supervisor import Supervisor, WorkerProcess
+from ensemble.serving.exchange import ParkedEnd, Reply
 from ensemble.threads import start_vital_thread
 
-Reply = Callable[[bytes | DistServeError], None]
-MAX_PARK_S = 1.0
-REPEAT_S = 0.1  # after that an answer that is not acknowledged is taken for lost
 WATCH_INTERVAL_S = 0.5
 MAX_QUEUED_COMMANDS = 10_000  # that a worker has not taken; one more, and it counts as hung
 
@@ -64,9 +57,7 @@ class Stage:
         self._workers.bind(address)
         self._calls: queue.SimpleQueue[tuple[bytes, Reply]] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0)
-        self._channel: Channel | None = None  # to the present run of the router; None: none has called
-        self._ended_runs: set[str] = set()
-        self._parked: tuple[float, Reply] | None = None  # when it is to be answered
+        self._router = ParkedEnd(name)
         self._up: dict[int, ReplicaUp] = {}  # replica |-> its present life, if that serves
         self._loading: set[int] = set()  # replicas that have never served
         self._removed: set[int] = set()  # that are still to end
@@ -97,7 +88,7 @@ class Stage:
 
     def handle(self, payload: bytes, reply: Reply) -> None:
         """Takes one encoded Segment; `reply` is called once, later, from the stage's thread."""
-        self._calls.put((payload, _guarded(reply)))
+        self._calls.put((payload, reply))
         os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
@@ -131,62 +122,34 @@ class Stage:
                 self._receive_call(*self._calls.get())
             self._supervisor.start_due()
             self._kill_the_hung()
-            self._answer()
-        unanswered = [] if self._parked is None else [self._parked[1]]
+            self._router.answer()
         while not self._calls.empty():
-            unanswered.append(self._calls.get()[1])
-        for reply in unanswered:
-            reply(StageUnavailable(self.name, "the server is stopping"))
+            self._router.receive(*self._calls.get())
+        self._router.end_run("the server is stopping")
 
     def _milliseconds_to_next_deadline(self) -> int:
-        deadlines = [time.monotonic() + WATCH_INTERVAL_S, *self._supervisor.restart_times]
-        if self._parked is not None:
-            deadlines.append(self._parked[0])
-        return math.ceil(max(0.0, min(deadlines) - time.monotonic()) * 1e3)
-
-    # ---- the router
+        now = time.monotonic()
+        deadline = min(now + WATCH_INTERVAL_S, self._router.deadline, *self._supervisor.restart_times)
+        return math.ceil(max(0.0, deadline - now) * 1e3)
 
     def _receive_call(self, payload: bytes, reply: Reply) -> None:
-        try:
-            segment = decode_segment(payload)
-            if segment.run in self._ended_runs:
-                raise ValueError(f"run {segment.run!r} of the router has ended")
-            channel = self._channel
-            if channel is None or segment.run != channel.run:
-                channel = Channel(segment.run)
-            items = channel.receive(segment)
-        except ValueError as error:
-            reply(InternalError(f"{self.name}: {error}"))
-            return
-        if channel is not self._channel:
-            self._begin_run(channel)
-        elif self._parked is not None:
-            self._parked[1](encode_segment(channel.acknowledgement()))
-        self._parked = time.monotonic() + (REPEAT_S if channel.num_unacknowledged else MAX_PARK_S), reply
+        last_run = self._router.run
+        items = self._router.receive(payload, reply)
+        if self._router.run != last_run:
+            self._begin_run(is_first=last_run is None)
         for item in items:
             self._receive_item(item)
 
-    def _begin_run(self, channel: Channel) -> None:
+    def _begin_run(self, is_first: bool) -> None:
         """The replicas that are up begin new lives, in which no request of the run before lives on."""
-        old, self._channel = self._channel, channel
-        if old is None:
-            for up in self._up.values():
-                channel.send(encode(up))
-            return
-        self._ended_runs.add(old.run)
-        if self._parked is not None:
-            self._parked[1](StageUnavailable(self.name, "the router has started anew"))
-        for replica in list(self._up):  # others have been told nothing in their present life
-            del self._up[replica]
-            life = self._supervisor.new_life(replica)
-            self._send(replica, [b"reset", str(life).encode()])
+        for replica, up in list(self._up.items()):  # others have been told nothing in their present life
+            if is_first:
+                self._router.send(up)
+            else:
+                del self._up[replica]
+                self._send(replica, [b"reset", b"%d" % self._supervisor.new_life(replica)])
 
-    def _receive_item(self, payload: bytes) -> None:
-        try:
-            item = decode_to_stage(payload)
-        except ValueError as error:  # it harms no other
-            self._log(f"unreadable item of the router, dropped: {error}")
-            return
+    def _receive_item(self, item: ToStage) -> None:
         match item:
             case ToReplica(replica=replica, life=life, command=command):
                 if replica in self._up and self._up[replica].life == life:
@@ -200,18 +163,6 @@ class Stage:
                     self._add(replica, device)
             case RemoveReplica(replica=replica):
                 self._remove(replica)
-
-    def _tell(self, item: FromStage) -> None:
-        if self._channel is not None:
-            self._channel.send(encode(item))
-
-    def _answer(self) -> None:
-        if self._parked is None or self._channel is None:
-            return
-        deadline, reply = self._parked
-        if self._channel.has_news or deadline <= time.monotonic():
-            self._parked = None
-            reply(encode_segment(self._channel.segment()))
 
     # ---- the replicas
 
@@ -231,7 +182,7 @@ class Stage:
         self._loading.discard(replica)
         life = self._supervisor.remove(replica)
         self._log(f"replica {replica}: {reason}; it is not started again")
-        self._tell(ReplicaDown(replica=replica, life=life, reason=reason, is_final=True))
+        self._router.send(ReplicaDown(replica=replica, life=life, reason=reason, is_final=True))
 
     def _send(self, replica: int, frames: list[bytes]) -> None:
         worker = self._supervisor.workers.get(replica)
@@ -257,7 +208,7 @@ class Stage:
             if life != b"%d" % worker.life:
                 continue  # of a life before a reset
             if kind == b"event" and replica in self._up:
-                self._tell(FromReplica(replica=replica, life=worker.life, event=msgspec.Raw(payload)))
+                self._router.send(FromReplica(replica=replica, life=worker.life, event=msgspec.Raw(payload)))
             elif kind == b"up" and replica not in self._up:
                 self._came_up(replica, worker, payload)
             elif kind == b"failed":
@@ -276,7 +227,7 @@ class Stage:
         worker.up_at = worker.up_at or time.monotonic()
         self._loading.discard(replica)
         self._log(f"replica {replica}: up, {up.num_blocks} KV blocks")
-        self._tell(up)
+        self._router.send(up)
         if not self._loading:
             self._started.set()
 
@@ -299,7 +250,7 @@ class Stage:
         delay = self._supervisor.restart_later(replica)
         self._log(f"replica {replica}: {reason}; next start in {delay:.1f} s")
         if was_up:
-            self._tell(ReplicaDown(replica=replica, life=life, reason=reason))
+            self._router.send(ReplicaDown(replica=replica, life=life, reason=reason))
 
     def _fail_start(self, reason: str) -> None:
         """Until every replica serves, one that cannot is the end of the start."""
@@ -312,15 +263,3 @@ class Stage:
 
 
 _decode_up = msgspec.msgpack.Decoder(ReplicaUp).decode
-
-
-def _guarded(reply: Reply) -> Reply:
-    """An answer that the server does not take harms its caller alone, who sees the call fail."""
-
-    def answer(value: bytes | DistServeError) -> None:
-        try:
-            reply(value)
-        except Exception:
-            traceback.print_exc()
-
-    return answer

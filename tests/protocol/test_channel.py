@@ -44,7 +44,10 @@ class TwoEnds(RuleBasedStateMachine):
     def tell(self, end: int) -> None:
         with small_segments():
             segment = self.ends[end].segment()
-        assert len(segment.items) <= 1 or sum(map(len, segment.items)) <= MAX_BYTES
+        num_bytes, end_of_items = sum(map(len, segment.items)), segment.first + len(segment.items)
+        assert len(segment.items) <= 1 or num_bytes <= MAX_BYTES
+        assert segment.more == (end_of_items < len(self.sent[end]))
+        assert not segment.more or num_bytes + len(self.sent[end][end_of_items]) > MAX_BYTES, "there was room for more"
         self.on_the_way[1 - end].append(encode_segment(segment))
 
     @rule(end=ENDS)

@@ -421,7 +421,7 @@ def test_a_fault_of_the_stages_thread_ends_the_process(start_stage: StartStage) 
 import threading
 from ensemble.config import Deployment
 from ensemble.serving.stage import Stage
-Stage._answer = lambda self: {}["parked"]
+Stage._kill_the_hung = lambda self: {}["hung"]
 deployment = {"model": {"path": "/nowhere"}, "mode": "colocated", "decode": {"devices": ["cpu"]}}
 Stage("decode", Deployment.parse(deployment))
 threading.Event().wait()
@@ -432,4 +432,4 @@ threading.Event().wait()
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
         )
     assert ended.returncode == 1
-    assert "distserve: error: decode-stage: KeyError: 'parked'" in ended.stderr
+    assert "distserve: error: decode-stage: KeyError: 'hung'" in ended.stderr
