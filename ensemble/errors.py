@@ -1,7 +1,8 @@
 """Every error a client or an operator can meet, in one hierarchy.
 
 Each class carries the Triton error code its response gets; `retry_after_s` is the hint given with refusals that
-time will cure.
+time will cure. How a message begins tells the HTTP relay its status (serving/http_contract.py), since the Triton server
+makes a 400 of every error inside an ensemble.
 """
 
 import reprlib
@@ -80,3 +81,6 @@ class DeadlineExceeded(DistServeError):
 
 class InternalError(DistServeError):
     """A fault of ours; the message says where."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"internal error: {where}")

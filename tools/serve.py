@@ -49,7 +49,7 @@ def main(
     max_num_resident_seqs: Annotated[int | None, Option(help="of a decode replica: running, waiting, swapped")] = None,
     batching: Annotated[str | None, Option(help="of prompts computed in decode: mixed or prefill-first")] = None,
     local_prefill_tokens: Annotated[int | None, Option(help="prompt tokens in a decode replica's step")] = None,
-    host: Annotated[str, Option(envvar="HOST", help="address to listen on; 0.0.0.0: all")] = "127.0.0.1",
+    host: Annotated[str, Option(envvar="HOST", help="address to listen on; 0.0.0.0: all, ::: IPv6 too")] = "127.0.0.1",
     http_port: Annotated[int, Option(envvar="HTTP_PORT", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, Option(envvar="GRPC_PORT", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,

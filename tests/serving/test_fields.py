@@ -121,7 +121,7 @@ def test_end_id(tokenizer: Tokenizer) -> None:
     assert sampling_of(tokenizer, end_id=-1).ignore_eos
     other = sampling_of(tokenizer, end_id=9, stop_token_ids="[4]")
     assert (other.ignore_eos, other.stop_token_ids) == (True, (4, 9))
-    with pytest.raises(InvalidRequest, match=r"end_id = 384 .* token ids from 0 to 383"):
+    with pytest.raises(InvalidRequest, match="token ids from 0 to 383"):
         sampling_of(tokenizer, end_id=384)
 
 

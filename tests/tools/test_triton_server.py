@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as grpc
 
 from ensemble.config import Deployment
 from tools.installation import server_files as installation
@@ -220,6 +221,26 @@ def test_a_port_in_use_is_named(tmp_path: Path, deployment: Deployment) -> None:
         server = TritonServer(deployment, model_repository=repository, ports=Ports(free.http, port, free.metrics))
         with pytest.raises(ServerError, match=f"port {port} is in use"):
             server.start()
+
+
+@pytest.mark.parametrize("host", ["::", "::1"])
+def test_ipv6(tmp_path: Path, deployment: Deployment, host: str) -> None:
+    """Every front; `::` takes HTTP clients of both kinds."""
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    with TritonServer(deployment, model_repository=repository, host=host) as server:
+        server.wait_ready(timeout_s=120)
+        assert double(server, [5]) == [10]
+        assert grpc.InferenceServerClient(server.grpc_url).is_server_ready()
+        if host == "::":
+            with urllib.request.urlopen(f"{server.http_url.replace('[::1]', '127.0.0.1')}/v2/health/ready") as answer:
+                assert answer.status == 200
+
+
+def test_a_host_that_is_not_this_machines_is_named(tmp_path: Path, deployment: Deployment) -> None:
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    for host in ("192.0.2.1", "2001:db8::1", "no.such.host.invalid"):
+        with pytest.raises(ServerError, match=f"host {host}: "):
+            TritonServer(deployment, model_repository=repository, host=host).start()
 
 
 def test_free_ports_are_three_that_can_be_bound() -> None:

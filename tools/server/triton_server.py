@@ -63,10 +63,17 @@ def free_ports(count: int, besides: Collection[int] = ()) -> list[int]:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    with socket.socket() as listener:
+    """Raises ServerError for a host that is no address of this machine."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family) as probe:
+            probe.bind((address[0], 0, *address[2:]))
+    except OSError as error:
+        raise ServerError(f"host {host}: {error.strerror}") from None
+    with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((host, port))
+            listener.bind(address)
         except OSError:
             return False
     return True
@@ -117,7 +124,7 @@ class TritonServer:
     @property
     def direct_http_url(self) -> str:
         """The Triton server's own, without the relay before it."""
-        return f"http://127.0.0.1:{self._own_http[1]}"
+        return f"http://{'127.0.0.1' if self._has_relay else self._client_host}:{self._own_http[1]}"
 
     @property
     def relay_pid(self) -> int:
@@ -154,7 +161,9 @@ class TritonServer:
 
     @property
     def _client_host(self) -> str:
-        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        """As part of a URL."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]" if ":" in host else host
 
     @property
     def _shm_prefix(self) -> str:
@@ -303,11 +312,11 @@ class TritonServer:
         options: dict[str, object] = {
             "model-repository": self.run_dir / "models",
             "backend-directory": self.run_dir / "backends",
-            "http-address": self._own_http[0],
+            "http-address": http_address(self._own_http[0]),
             "http-port": self._own_http[1],
-            "grpc-address": self.host,
+            "grpc-address": f"[{self.host}]" if ":" in self.host else self.host,
             "grpc-port": self._ports.grpc,
-            "metrics-address": self.host,
+            "metrics-address": http_address(self.host),
             "metrics-port": self._ports.metrics,
             "exit-timeout-secs": 2,
         }
@@ -341,6 +350,11 @@ class TritonServer:
 def shm_region_bytes() -> int:
     """Of each stub: a container has 64 MiB of shared memory, unless it is told otherwise."""
     return max(1 << 20, min(16 << 20, shutil.disk_usage(SHM).free // 32))
+
+
+def http_address(host: str) -> str:
+    """As the Triton server's HTTP library takes it."""
+    return f"ipv6:{host}" if ":" in host else host
 
 
 def make_run_dir() -> Path:
