@@ -17,9 +17,9 @@ from ensemble.models.layers import (
     no_progress,
     paged_attention,
 )
+from ensemble.models.parallel_layers import RowParallelLinear, VocabularyEmbedding, VocabularyHead
 from ensemble.models.rope import inverse_frequencies
 from ensemble.models.spec import ModelSpec
-from ensemble.parallel.layers import RowParallelLinear, VocabularyEmbedding, VocabularyHead
 from ensemble.parallel.shares import share, share_heads
 from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
 from kernels.activation import silu_and_mul
