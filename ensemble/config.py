@@ -37,6 +37,12 @@ class ModelConfig(_Frozen):
     max_model_len: int | None = Field(default=None, ge=2)  # None: what config.json says
     seed: int = 0  # of dummy weights
 
+    @field_validator("path")
+    @classmethod
+    def _as_the_file_system_has_it(cls, path: Path) -> Path:
+        """The stubs' interpreter takes ASCII for the file system's encoding: there other bytes stand for themselves."""
+        return Path(os.fsdecode(str(path).encode(errors="surrogateescape")))
+
     def limit_model_len(self, model_limit: int) -> int:
         """Tokens a sequence may have, prompt and output: `max_model_len`, at most the model's own limit."""
         if self.max_model_len is not None and self.max_model_len > model_limit:

@@ -19,6 +19,14 @@ class DistServeError(Exception):
 
     code: ErrorCode = "INTERNAL"
 
+    def __str__(self) -> str:
+        """Text that can be sent: a path may hold bytes that stand for themselves, and JSON half a character."""
+        text = super().__str__()
+        try:
+            return text.encode(errors="surrogateescape").decode(errors="replace")
+        except UnicodeEncodeError:
+            return text.encode(errors="replace").decode()
+
 
 class ConfigError(DistServeError):
     """The deployment cannot work as written; the message names the field, the value and what is allowed."""

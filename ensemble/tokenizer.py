@@ -45,7 +45,7 @@ class Tokenizer:
             names, added_tokens, starts_with_bos = config.special_tokens, config.added_tokens, False
             has_post_processor = (path / "tokenizer.json").exists()  # then the options to add BOS and EOS mean nothing
             if has_post_processor:
-                backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+                backend = tokenizers.Tokenizer.from_str((path / "tokenizer.json").read_text(encoding="utf-8"))
             elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
                 backend = _read_gpt2_files(path)
             elif (path / "tokenizer.model").exists():
@@ -153,7 +153,11 @@ def _decoder_of(
 
 def _read_gpt2_files(path: Path) -> tokenizers.Tokenizer:
     """Byte-level BPE as the published OPT checkpoints have it, without tokenizer.json."""
-    backend = tokenizers.Tokenizer(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt")))
+    vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
+    merges = [(left, right) for left, right in pairs]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend

@@ -278,6 +278,14 @@ def test_a_wrong_member_is_named_with_what_is_wanted(messages: str, part: str) -
     assert len(str(caught.value)) < 400
 
 
+def test_what_a_template_says_can_be_sent() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ChatTemplate("{{ raise_exception(messages[0].content) }}", {}).render(
+            '[{"role": "user", "content": "\\ud800!"}]'
+        )
+    assert str(caught.value).encode().endswith(b"the chat template refuses it: ?!")
+
+
 def test_special_tokens_of_a_tokenizer_model_alone(tmp_path: Path) -> None:
     """Not named in tokenizer_config.json, which holds the template."""
     train(tmp_path)

@@ -19,11 +19,17 @@ import json, locale, sys
 from pathlib import Path
 from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
+from ensemble.errors import ModelError
+from ensemble.models.spec import load_model_spec
 from ensemble.tokenizer import Tokenizer
 path = Path(sys.argv[1])
 tokenizer = Tokenizer.from_dir(path)
 prompt = ChatTemplate.from_dir(path).render(json.dumps([{"role": "user", "content": "Gr\\xf6\\xdfe"}]))
 assert Deployment.from_yaml(path / "deployment.yaml").model.path == path
+try:
+    load_model_spec(path / "absent")
+except ModelError as error:
+    assert "gr\\xf6\\xdfe/absent: " in str(error), str(error)
 answer = tokenizer.decode(tokenizer.encode(prompt, add_special_tokens=False))
 print(json.dumps([locale.getpreferredencoding(False), prompt, answer]))
 """
@@ -61,7 +67,8 @@ def test_every_file_of_text_is_opened_with_its_encoding() -> None:
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
 def test_files_that_are_not_ascii_are_read_under_the_c_locale(tmp_path: Path, file: str) -> None:
-    make_tiny_tokenizer(tmp_path)
+    path = tmp_path / "größe"
+    make_tiny_tokenizer(path)
     template = "你好 {{ messages[0].content }}"
     config = {
         "eos_token": "</s>",
@@ -70,15 +77,15 @@ def test_files_that_are_not_ascii_are_read_under_the_c_locale(tmp_path: Path, fi
         "added_tokens_decoder": {},
     }
     if file == "chat_template.jinja":
-        (tmp_path / file).write_text(template, encoding="utf-8")
+        (path / file).write_text(template, encoding="utf-8")
     else:
         config |= {"chat_template": template}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    (path / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
     stage = {"devices": ["cpu"]}
-    deployment = {"model": {"path": str(tmp_path)}, "prefill": stage, "decode": stage}
-    (tmp_path / "deployment.yaml").write_text(f"# größer\n{json.dumps(deployment)}", encoding="utf-8")
+    deployment = {"model": {"path": str(path)}, "prefill": stage, "decode": stage}
+    (path / "deployment.yaml").write_text(f"# größer\n{json.dumps(deployment)}", encoding="utf-8")
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-c", READ, str(tmp_path)]
+    command = [sys.executable, "-c", READ, str(path)]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=120)
     assert result.returncode == 0, result.stderr.decode()
     encoding, prompt, answer = json.loads(result.stdout)

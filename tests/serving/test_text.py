@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, lis
     """Its directory, transformers' tokenizer of it, and the greedy answer to PROMPT where nothing ends it."""
     from transformers import AutoTokenizer
 
-    path = make_tiny_llama(tmp_path_factory.mktemp("checkpoint"), vocab_size=480, eos_token_id=None)
+    path = make_tiny_llama(tmp_path_factory.mktemp("größe"), vocab_size=480, eos_token_id=None)
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (path / file).unlink()
     train(path)
