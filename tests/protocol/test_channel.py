@@ -148,3 +148,13 @@ def test_an_end_that_waits_for_an_acknowledgement_is_told_at_once() -> None:
         sender.receive(receiver.segment())
         assert not receiver.has_news and sender.has_news
         assert len(sender.segment().items) == 1
+
+
+def test_what_is_acknowledged_makes_room() -> None:
+    sender, receiver = Channel("run"), Channel("run")
+    with small_segments():
+        for _ in range(5):
+            for _ in range(2):
+                sender.send(bytes(MAX_BYTES // 2))
+            assert len(receiver.receive(sender.segment())) == 2
+            sender.receive(receiver.segment())
