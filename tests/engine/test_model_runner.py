@@ -124,10 +124,13 @@ def run_at_random(runner: ModelRunner, sequences: list[Sequence], seed: int) -> 
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
         prefills = []
         for sequence in chosen:
-            if not sequence.is_prefilled:
+            if sequence.num_computed_tokens < sequence.prompt_len:
                 start = sequence.num_computed_tokens
                 prefills.append(PrefillRow(sequence, start, rng.randint(1, sequence.prompt_len - start)))
-        run_step(runner, Batch(prefills, [sequence for sequence in chosen if sequence.is_prefilled]))
+        run_step(
+            runner,
+            Batch(prefills, [sequence for sequence in chosen if sequence.num_computed_tokens >= sequence.prompt_len]),
+        )
 
 
 def run_whole(runner: ModelRunner, sequences: list[Sequence]) -> None:
@@ -256,9 +259,9 @@ def run_ahead(runner: ModelRunner, sequences: list[Sequence], seed: int) -> None
         is_sampling = {id(sequence) for sequence in batch.sampled} if batch else set()
         running = [s for s in sequences if s.request.max_num_tokens - s.num_tokens > (id(s) in is_sampling)]
         chosen = rng.sample(running, rng.randint(1, len(running))) if running else []
-        prefills, decodes = [], [sequence for sequence in chosen if sequence.is_prefilled]
+        prefills, decodes = [], [sequence for sequence in chosen if sequence.num_computed_tokens >= sequence.prompt_len]
         for sequence in chosen:
-            if not sequence.is_prefilled:
+            if sequence.num_computed_tokens < sequence.prompt_len:
                 start = sequence.num_computed_tokens
                 prefills.append(PrefillRow(sequence, start, rng.randint(1, sequence.prompt_len - start)))
         next_batch = Batch(prefills, decodes) if chosen else None
