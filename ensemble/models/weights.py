@@ -25,8 +25,8 @@ def with_true_ties(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     embedding, head = (keys.get(_without_prefixes(name)) for name in (EMBEDDINGS[spec.architecture], HEAD))
     if not spec.tie_word_embeddings or embedding is None or head is None:
         return spec
-    is_tied = torch.equal(checkpoint.tensor(embedding), checkpoint.tensor(head))
-    return replace(spec, tie_word_embeddings=is_tied)
+    values = checkpoint.tensor(embedding)
+    return replace(spec, tie_word_embeddings=torch.equal(values, checkpoint.tensor(head).to(values.dtype)))
 
 
 def load_weights(
@@ -39,9 +39,8 @@ def load_weights(
     keys = _keys_by_name(checkpoint)
     wanted: dict[str, list[tuple[str, Weight]]] = {}  # file |-> key in it and what it fills
     for weight in weights:
-        key = keys.get(_without_prefixes(weight.name)) or keys.get(
-            _without_prefixes(stand_ins.get(weight.name, weight.name))
-        )
+        names = (weight.name, stand_ins.get(weight.name, weight.name))
+        key = next((keys[name] for name in map(_without_prefixes, names) if name in keys), None)
         if key is None:
             raise ModelError(f"model {checkpoint.path}: weight {weight.name} is missing")
         wanted.setdefault(checkpoint.file_of[key], []).append((key, weight))

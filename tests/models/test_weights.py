@@ -196,7 +196,7 @@ def logits(path):
 
 
 @pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_opt])
-@pytest.mark.parametrize("form", ["embedding-alone", "head-alone", "both-equal", "both-different"])
+@pytest.mark.parametrize("form", ["embedding-alone", "head-alone", "both-equal", "wider-head", "both-different"])
 def test_heads_are_tied_as_transformers_ties_them(tmp_path, make, form):
     make(tmp_path, tie_word_embeddings=True)
     embedding = next(name for name in load_file(tmp_path / "model.safetensors") if "embed_tokens" in name)
@@ -207,6 +207,8 @@ def test_heads_are_tied_as_transformers_ties_them(tmp_path, make, form):
             return tensors
         if form == "head-alone":
             return {name: tensor for name, tensor in tensors.items() if name != embedding} | {"lm_head.weight": values}
+        if form == "wider-head":
+            return tensors | {"lm_head.weight": values.double()}
         return tensors | {"lm_head.weight": values.clone() + (form == "both-different")}
 
     rewrite(tmp_path, change)
