@@ -112,7 +112,7 @@ class Bench:
         kv_pool = torch.empty((self.num_blocks, *block_shape), dtype=torch.float16, device=device).normal_()
         self.runner = ModelRunner(self.model, kv_pool, GPU_BLOCK_SIZE)
         max_num_seqs = min(max(batch_sizes), self.num_blocks * GPU_BLOCK_SIZE // (512 + NUM_STEPS))
-        self.runner.warm_up("mixed", max_num_seqs, MAX_NUM_BATCHED_TOKENS, self.spec.max_model_len)
+        self.runner.warm_up(max_num_seqs, MAX_NUM_BATCHED_TOKENS, self.spec.max_model_len)
         torch.cuda.synchronize()
         self.ready_s = time.perf_counter() - start
 

@@ -25,10 +25,9 @@ import typer
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ensemble.config import Deployment
+from ensemble.config import DecodePolicyName, Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.request import Request, SamplingParams
-from ensemble.config import DecodePolicyName
 from tools.benchmarks.results import at_least, exactly, report
 from tools.offline import generate
 from tools.proofs.gpu_smoke import write_model_dir
