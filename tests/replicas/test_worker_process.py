@@ -1,4 +1,4 @@
-"""The worker process by itself: however its engine fails, its end is seen at once."""
+"""The worker process by itself: however its engine fails, its end is seen at once; another router finds it empty."""
 
 import os
 import subprocess
@@ -10,13 +10,41 @@ import pytest
 import zmq
 
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
-from ensemble.workers.messages import AttachPeer, ReplicaUp, decode_worker_event, encode
+from ensemble.protocol.router_replica import (
+    PromptChunk,
+    ReplicaUp,
+    RunPrompts,
+    StepDone,
+    decode_event,
+    decode_from_stage,
+    encode,
+)
+from ensemble.request import Request, SamplingParams
 from tests.checkpoints import make_tiny_llama
+
+LIFE = 3
+
+
+class Stage:
+    """The process, and the stage's end of its socket."""
+
+    def __init__(self, process: subprocess.Popen[str], socket: "zmq.Socket[bytes]") -> None:
+        self.process = process
+        self.socket = socket
+        self.identity = b""
+
+    def receive(self) -> tuple[bytes, int, bytes]:
+        assert self.socket.poll(60_000)
+        self.identity, kind, life, payload = self.socket.recv_multipart()
+        return kind, int(life), payload
+
+    def send(self, kind: bytes, payload: bytes) -> None:
+        self.socket.send_multipart([self.identity, kind, payload])
 
 
 @pytest.fixture
-def prefill_worker(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], zmq.Socket[bytes]]]:
-    """The process, and the stage's end of its socket."""
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    progress = pytest.importorskip("ensemble.replicas.progress").Progress()
     stage = {"devices": ["cpu"], "kv_cache_bytes": 1 << 20}
     model = {"path": make_tiny_llama(tmp_path / "model")}
     deployment = tmp_path / "deployment.yaml"
@@ -25,15 +53,16 @@ def prefill_worker(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], zmq.
     socket = context.socket(zmq.ROUTER)
     socket.bind(f"ipc://{tmp_path}/stage")
     alive, stage_lives = os.pipe()
-    arguments = ["prefill", "0", "0", f"ipc://{tmp_path}/stage", f"ipc://{tmp_path}/peer", str(alive)]
+    addresses = [f"ipc://{tmp_path}/stage", f"ipc://{tmp_path}/peer"]
+    arguments = ["prefill", "0", str(LIFE), "cpu", *addresses, str(alive), str(progress.fd)]
     process = subprocess.Popen(
         [sys.executable, "-m", "ensemble.replicas.worker", *arguments],
-        pass_fds=[alive],
+        pass_fds=[alive, progress.fd],
         env={**os.environ, DEPLOYMENT_VARIABLE: str(deployment)},
         stderr=subprocess.PIPE,
         text=True,
     )
-    yield process, socket
+    yield Stage(process, socket)
     process.kill()
     process.communicate()
     os.close(alive)
@@ -41,14 +70,41 @@ def prefill_worker(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], zmq.
     context.destroy(linger=0)
 
 
-def test_a_fault_in_the_engine_s_loop_ends_the_process(
-    prefill_worker: tuple[subprocess.Popen[str], zmq.Socket[bytes]],
-) -> None:
-    process, socket = prefill_worker
-    assert socket.poll(60_000)
-    identity, payload = socket.recv_multipart()
-    assert isinstance(decode_worker_event(payload), ReplicaUp)
-    socket.send_multipart([identity, encode(AttachPeer(replica=0, address="ipc:///nowhere"))])  # decode's to do
-    _, errors = process.communicate(timeout=5)
-    assert process.returncode == 1
-    assert "a prefill worker was sent AttachPeer" in errors
+def test_a_fault_in_the_worker_s_loop_ends_the_process(stage: Stage) -> None:
+    kind, life, payload = stage.receive()
+    up = decode_from_stage(payload)
+    assert (kind, life) == (b"up", LIFE) and isinstance(up, ReplicaUp) and up.life == LIFE
+    assert up.pid == stage.process.pid
+    stage.send(b"command", b"no command")
+    _, errors = stage.process.communicate(timeout=20)
+    assert stage.process.returncode == 1
+    assert "msgspec" in errors
+
+
+def test_after_a_reset_it_is_empty_and_lives_another_life(stage: Stage) -> None:
+    stage.receive()
+    sampling = SamplingParams(max_tokens=5, ignore_eos=True)
+    request = Request(request_id=1, prompt_token_ids=[5] * 9, sampling=sampling)
+    stays = PromptChunk(request_id=1, end=9, request=request, stays=True)
+    begun = PromptChunk(request_id=2, end=4, request=Request(request_id=2, prompt_token_ids=[5] * 9, sampling=sampling))
+    stage.send(b"command", encode(RunPrompts(batch_id=0, chunks=[begun])))
+    while (event := decode_event(stage.receive()[2])) and not (isinstance(event, StepDone) and event.batch_ids == [0]):
+        pass
+    stage.send(b"reset", str(LIFE + 1).encode())
+    kind, life, payload = stage.receive()
+    while kind != b"up":
+        kind, life, payload = stage.receive()
+    up = decode_from_stage(payload)
+    assert life == LIFE + 1 and isinstance(up, ReplicaUp) and up.life == LIFE + 1
+    stage.send(b"command", encode(RunPrompts(batch_id=0, chunks=[stays])))
+    token_ids: list[int] = []
+    while len(token_ids) < 5:
+        kind, life, payload = stage.receive()
+        assert (kind, life) == (b"event", LIFE + 1)
+        event = decode_event(payload)
+        if isinstance(event, StepDone):
+            assert set(event.request_ids) <= {1}
+            token_ids += event.token_ids
+    assert event.num_free_blocks <= up.num_blocks
+    kind, life, payload = stage.receive()
+    assert decode_event(payload).num_free_blocks == up.num_blocks  # type: ignore[union-attr]
