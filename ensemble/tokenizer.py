@@ -6,6 +6,7 @@ streaming exact and of constant cost per token: a character is complete when its
 """
 
 import codecs
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -68,8 +69,17 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids, by default with the special tokens that the model's texts start or end with, such as BOS."""
-        token_ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch, for which alone the library lets go of the interpreter: else a long text would stop all threads.
+        [encoding] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        token_ids: list[int] = encoding.ids
         return token_ids
+
+    @functools.cached_property
+    def max_token_bytes(self) -> int:
+        """Of text that one token stands for, at most; a special token stands for its name."""
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        special = (len(token.content.encode()) for token in self._backend.get_added_tokens_decoder().values())
+        return max(max(len(self._token_bytes.of(token_id)) for token_id in vocabulary.values()), *special, 1)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens without the special ones. Bytes that are no UTF-8 become U+FFFD."""

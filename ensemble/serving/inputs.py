@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemble.chat import ChatTemplate
+from ensemble.config import Deployment
 from ensemble.errors import InvalidRequest
+from ensemble.models.spec import load_model_spec
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.policies import DEFAULT_HINTS, Hints
 from ensemble.tokenizer import Tokenizer
@@ -19,6 +21,10 @@ MAX_STOP_WORDS, MAX_STOP_CHARS = 64, 1024
 MIN_TEMPERATURE = 1e-5  # below it logits divided by the temperature overflow; the draw is the greedy token by far
 MAX_PRIORITY = 100
 MAX_TENANT_LEN = 256
+MAX_ID_LEN = 256  # of a request's id, which every response carries
+MAX_PARAMETERS_LEN = 64 << 10  # of a request's parameters as JSON
+MAX_JSON_ESCAPE = 6  # bytes of JSON for one of text
+MAX_JSON_BYTES = 64 << 10  # of messages, beside their text
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 
@@ -33,7 +39,6 @@ class OutputOptions:
     return_num_output_tokens: bool = False
     return_output_ids: bool = False
     return_perf_metrics: bool = False
-    return_cancel_handle: bool = False  # for `postprocess`, never for clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,18 @@ class ModelLimits:
 
     vocab_size: int
     max_model_len: int  # tokens, prompt and output together
+    max_token_bytes: int  # of text
+
+    @classmethod
+    def of(cls, deployment: Deployment, tokenizer: Tokenizer) -> "ModelLimits":
+        spec = load_model_spec(deployment.model.path)
+        max_model_len = deployment.model.limit_model_len(spec.max_model_len)
+        return cls(spec.vocab_size, max_model_len, tokenizer.max_token_bytes)
+
+    @property
+    def max_text_bytes(self) -> int:
+        """No text that is longer has so few tokens that it fits."""
+        return self.max_model_len * self.max_token_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +98,11 @@ def parse_request(
     sampling = parse_sampling(tensors)
     field = next((name for name in ("messages", "text_input") if name in tensors), "input_ids")
     if "input_ids" in tensors:  # from a client, or from `preprocess`, beside the text that they were made of
+        _check_num_tokens("input_ids", tensors["input_ids"].size, limits)
         token_ids = [int(token_id) for token_id in tensors["input_ids"].reshape(-1)]
         text = parse_text(tensors["text_input"]) if "text_input" in tensors else None
     else:
-        token_ids, text = parse_prompt(tensors, tokenizer, chat)
+        token_ids, text = parse_prompt(tensors, tokenizer, chat, limits)
     _check_prompt(field, token_ids, sampling.max_tokens, limits)
     hints = parse_hints(tensors)
     request = Request(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling, priority=hints.priority)
@@ -93,19 +111,32 @@ def parse_request(
     return ClientRequest(request, options, text, parse_stop_words(tensors), hints, timeout_s, targets)
 
 
-def parse_prompt(tensors: Tensors, tokenizer: Tokenizer, chat: ChatTemplate) -> tuple[list[int], str]:
+def check_envelope(request_id: str, parameters: str) -> None:
+    """What comes with the tensors. Raises InvalidRequest."""
+    _check("id", request_id, len(request_id) <= MAX_ID_LEN, f"at most {MAX_ID_LEN} characters")
+    allowed = f"at most {MAX_PARAMETERS_LEN} characters as JSON"
+    _check("length of parameters", len(parameters), len(parameters) <= MAX_PARAMETERS_LEN, allowed)
+
+
+def parse_prompt(
+    tensors: Tensors, tokenizer: Tokenizer, chat: ChatTemplate, limits: ModelLimits
+) -> tuple[list[int], str]:
     """Token ids and text of the prompt that text_input or messages give. Raises InvalidRequest.
 
     text_input is continued as it is, after the special tokens that start the model's texts; a chat template writes
-    all special tokens itself.
+    all special tokens itself. A text that cannot fit is not tokenized: it is refused by its length.
     """
     if "messages" in tensors and "text_input" in tensors:
         raise InvalidRequest("messages", "given beside text_input", "one of the two")
     if "messages" in tensors:
+        _check_num_bytes("messages", tensors["messages"], MAX_JSON_ESCAPE * limits.max_text_bytes + MAX_JSON_BYTES)
         text = chat.render(parse_text(tensors["messages"], "messages"))
+        _check_text("messages in the chat template", text.encode(), limits)
         return tokenizer.encode(text, add_special_tokens=False), text
     if "text_input" not in tensors:
         raise InvalidRequest("text_input", None, "give text_input, messages or input_ids")
+    for raw in tensors["text_input"].reshape(-1)[:1]:
+        _check_text("text_input", raw, limits)
     text = parse_text(tensors["text_input"])
     return tokenizer.encode(text), text
 
@@ -183,16 +214,31 @@ def parse_sampling(tensors: Tensors) -> SamplingParams:
     return sampling
 
 
+def _check_text(field: str, text: bytes, limits: ModelLimits) -> None:
+    allowed = f"at most {limits.max_text_bytes} bytes, {limits.max_model_len} tokens (max_model_len)"
+    allowed += f" of at most {limits.max_token_bytes} bytes"
+    _check(f"length of {field}", f"{len(text)} bytes", len(text) <= limits.max_text_bytes, allowed)
+
+
+def _check_num_bytes(field: str, tensor: npt.NDArray[Any], limit: int) -> None:
+    num_bytes = sum(len(raw) for raw in tensor.reshape(-1))
+    _check(f"length of {field}", f"{num_bytes} bytes", num_bytes <= limit, f"at most {limit} bytes")
+
+
+def _check_num_tokens(field: str, num_tokens: int, limits: ModelLimits) -> None:
+    _check(
+        f"length of {field}",
+        num_tokens,
+        num_tokens < limits.max_model_len,
+        f"at most {limits.max_model_len - 1} tokens, one less than max_model_len",
+    )
+
+
 def _check_prompt(field: str, token_ids: list[int], max_tokens: int, limits: ModelLimits) -> None:
     _check(field, token_ids, len(token_ids) > 0, "at least one token")
     for token_id in (min(token_ids), max(token_ids)):
         _check(field, token_id, 0 <= token_id < limits.vocab_size, f"token ids from 0 to {limits.vocab_size - 1}")
-    _check(
-        f"length of {field}",
-        len(token_ids),
-        len(token_ids) < limits.max_model_len,
-        f"at most {limits.max_model_len - 1} tokens, one less than max_model_len",
-    )
+    _check_num_tokens(field, len(token_ids), limits)
     _check(
         "max_tokens",
         max_tokens,

@@ -2,33 +2,43 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import msgspec
 import numpy.typing as npt
 
 from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError, InternalError
-from ensemble.models.spec import load_model_spec
-from ensemble.serving.cancels import CLIENT_TAG, CancelReceiver, CancelWatch
-from ensemble.serving.inputs import ModelLimits, parse_request
+from ensemble.errors import DistServeError, InternalError, Overloaded, StageUnavailable
+from ensemble.serving import control, heartbeat
+from ensemble.serving.cancels import CancelReceiver, CancelWatch
+from ensemble.serving.inputs import ModelLimits, check_envelope, parse_request, parse_text
+from ensemble.serving.long_texts import LongTexts, prompt_bytes
+from ensemble.serving.marks import CLIENT_TAG, ENSEMBLE_MARK, read_ensemble_mark
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.orchestrator import Orchestrator
+from ensemble.serving.run_dir import run_dir
 from ensemble.serving.stage_calls import CallModel
 from ensemble.serving.streams import ClientCall, ClientStream, SenderPool, Timeline
 from ensemble.serving.window import Window
 from ensemble.tokenizer import Tokenizer
+
+Tensors = Mapping[str, npt.NDArray[Any]]
 
 
 class Scheduler:
     """`handle` may be called from any thread; it returns at once, answers come later."""
 
     def __init__(self, deployment: Deployment, call_model: CallModel, make_family: MakeFamily | None = None) -> None:
-        spec = load_model_spec(deployment.model.path)
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
         self._chat = ChatTemplate.from_dir(deployment.model.path)
-        self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
+        self._limits = ModelLimits.of(deployment, self._tokenizer)
+        self._long_texts = LongTexts(self._limits.max_text_bytes)
         self._request_ids = itertools.count()
         self._senders = SenderPool(self._answered, self._send_failed)
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
@@ -37,30 +47,65 @@ class Scheduler:
         self._window = Window()
         self._cancels = CancelReceiver(self._orchestrator.cancel, self._window.passed)
         self._watch = CancelWatch(self._orchestrator.live_streams, self._orchestrator.cancel)
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakSet[ClientStream] = weakref.WeakSet()
+        self._is_draining = False
+        handlers: Mapping[type[control.Command[Any]], Callable[[Any], msgspec.Struct]] = {
+            control.Status: self._load,
+            control.Drain: self._drain,
+            control.EndAll: self._end_all,
+        }
+        self._control = control.ControlServer(run_dir(), handlers)
 
-    def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    def handle(self, call: ClientCall, tensors: Tensors) -> None:
         """Takes one request; every outcome, errors too, goes to `call`."""
-        try:
-            tag = json.loads(call.parameters()).get(CLIENT_TAG)
-            client_request = parse_request(tensors, next(self._request_ids), self._tokenizer, self._chat, self._limits)
-        except Exception as error:
-            known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
-            call.send_error(known)
-            self._count(Ended(Timeline(), 0, 0, known.code, is_error=True))
-            return
-        request = client_request.request
-        stream = ClientStream(call, client_request, self._tokenizer, self._window, self._cancels.address)
-        self._orchestrator.submit(request, stream)
-        if tag is not None:
-            self._cancels.watch(stream, str(tag))
+        work = partial(self._take, call, tensors, time.time_ns())
+        if self._long_texts.is_long(prompt_bytes(tensors)):
+            try:
+                self._long_texts.submit(work)
+            except Overloaded as error:
+                self._refuse(call, error)
+        else:
+            work()
 
     def close(self) -> None:
+        self._control.close()
         self._watch.close()
+        self._long_texts.close()
         if self._metrics is not None:
             self._metrics.close()
         self._orchestrator.close()
         self._senders.close()  # what they have to say passes the window, which the receiver empties
         self._cancels.close()
+
+    def _take(self, call: ClientCall, tensors: Tensors, arrival_ns: int) -> None:
+        try:
+            parameters = call.parameters()
+            check_envelope(call.request_id(), parameters)
+            tag = json.loads(parameters).get(CLIENT_TAG)
+            client_request = parse_request(tensors, next(self._request_ids), self._tokenizer, self._chat, self._limits)
+            mark = parse_text(tensors[ENSEMBLE_MARK], ENSEMBLE_MARK) if ENSEMBLE_MARK in tensors else ""
+            of_ensemble_ns = read_ensemble_mark(mark)
+        except Exception as error:
+            known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
+            self._refuse(call, known)
+            return
+        window = None if of_ensemble_ns is None else self._window
+        stream = ClientStream(call, client_request, self._tokenizer, of_ensemble_ns or arrival_ns, window)
+        with self._lock:
+            is_draining = self._is_draining
+            if not is_draining:
+                self._streams.add(stream)
+        if is_draining:
+            self._refuse(call, StageUnavailable("scheduler", "the server is draining"))
+            return
+        self._orchestrator.submit(client_request.request, stream)
+        if tag is not None:
+            self._cancels.watch(stream, str(tag))
+
+    def _refuse(self, call: ClientCall, error: DistServeError) -> None:
+        call.send_error(error)
+        self._count(Ended(Timeline(), 0, 0, error.code, is_error=True))
 
     def _count(self, ended: Ended) -> None:
         if self._metrics is not None:
@@ -73,3 +118,23 @@ class Scheduler:
         """The client is gone, or our answer is faulty."""
         stream.abort(InternalError(f"the answer could not be sent: {type(error).__name__}: {error}"))
         self._orchestrator.cancel(stream.request_id)
+
+    # ---- commands
+
+    def _open_streams(self) -> list[ClientStream]:
+        with self._lock:
+            return [stream for stream in self._streams if not stream.is_closed]
+
+    def _load(self, command: object) -> control.Load:
+        return control.Load(len(self._open_streams()), self._is_draining)
+
+    def _drain(self, command: control.Drain) -> control.Load:
+        with self._lock:
+            self._is_draining = True
+        heartbeat.set_serving(False)
+        return self._load(command)
+
+    def _end_all(self, command: control.EndAll) -> control.Load:
+        for stream in self._open_streams():
+            self._senders.fail(stream, StageUnavailable("scheduler", "the server is stopping"))
+        return self._load(command)

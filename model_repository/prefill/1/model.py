@@ -4,6 +4,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.config import Deployment
+from ensemble.errors import Forbidden
+from ensemble.serving import heartbeat, secret
 from ensemble.serving.stage import Stage
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -23,13 +25,20 @@ def reply_by(sender):
 
 class TritonPythonModel:
     def initialize(self, args):
+        heartbeat.start(args["model_name"])
         self.stage = Stage("prefill", Deployment.from_environment())
         self.stage.wait_until_up()
+        heartbeat.set_serving(True)
 
     def execute(self, requests):
         for request in requests:
-            payload = pb_utils.get_input_tensor_by_name(request, "CALL").as_numpy().tobytes()
-            self.stage.handle(payload, reply_by(request.get_response_sender()))
+            reply = reply_by(request.get_response_sender())
+            try:
+                call = secret.open(pb_utils.get_input_tensor_by_name(request, "CALL").as_numpy().tobytes())
+            except Forbidden as error:
+                reply(error)
+                continue
+            self.stage.handle(call, reply)
 
     def is_ready(self):  # asked by servers from release 26.03 on
         return self.stage.is_up
