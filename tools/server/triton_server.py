@@ -106,7 +106,8 @@ class TritonServer:
     @property
     def direct_http_url(self) -> str:
         """The Triton server's own, without the relay before it."""
-        return f"http://127.0.0.1:{self._own_http[1]}"
+        host, port = self._own_http
+        return f"http://{self._client_host if host == self.host else host}:{port}"
 
     @property
     def relay_pid(self) -> int:
