@@ -11,20 +11,11 @@ import zlib
 from typing import Any
 
 from ensemble.serving.fields import INTERNAL, KINDS, Kind, fits, unknown
+from ensemble.serving.http_messages import Refused, response
 
 MAX_KEPT_BYTES = 1 << 20  # of a body that is looked into
 MAX_DECODED_BYTES = 64 << 20  # as much as the Triton server takes
 MAX_ANSWER_BYTES = 64 << 10  # of one with an error
-REASONS = {
-    400: b"Bad Request",
-    413: b"Content Too Large",
-    415: b"Unsupported Media Type",
-    499: b"Client Closed Request",
-    500: b"Internal Server Error",
-    503: b"Service Unavailable",
-    504: b"Gateway Timeout",
-    505: b"HTTP Version Not Supported",
-}
 ABSOLUTE_FORM = re.compile(rb"([A-Z]+) https?://[^/ ]*(\S*) ", re.IGNORECASE)
 HOP_BY_HOP = re.compile(rb"(?im)^(?:upgrade|http2-settings):[^\n]*\n")
 CONNECTION = re.compile(rb"(?im)^connection:([^\r\n]*)\r\n")
@@ -48,27 +39,10 @@ OF_THE_PARSER = re.compile(
 )
 
 
-class Refusal(Exception):
-    """Answered by the relay itself."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-    def response(self) -> bytes:
-        body = json.dumps({"error": str(self)}).encode()
-        return response(self.status, [b"Content-Type: application/json"], body)
-
-
-def response(status: int, headers: list[bytes], body: bytes) -> bytes:
-    lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"Error")), *headers, b"Content-Length: %d" % len(body)]
-    return b"\r\n".join([*lines, b"", body])
-
-
 def as_plain_request(head: bytes) -> bytes:
-    """The head without an offer to upgrade, which nobody takes up, its target in origin-form. Raises Refusal."""
+    """The head without an offer to upgrade, which nobody takes up, its target in origin-form. Raises Refused."""
     if head.startswith(PREFACE):
-        raise Refusal(505, "HTTP/2 is not served here: send HTTP/1.1, or use the gRPC port")
+        raise Refused(505, "HTTP/2 is not served here: send HTTP/1.1, or use the gRPC port")
     found = ABSOLUTE_FORM.match(head)
     if found is not None:
         head = b"%b %b " % (found[1], found[2] or b"/") + head[found.end() :]
@@ -85,19 +59,19 @@ def _without_upgrade(connection: "re.Match[bytes]") -> bytes:
 
 
 def decode(body: bytes, encoding: bytes) -> bytes:
-    """A compressed body. Raises Refusal."""
+    """A compressed body. Raises Refused."""
     name = encoding.decode(errors="replace").strip().lower()
     if name not in ("gzip", "x-gzip", "deflate"):
-        raise Refusal(415, f"Content-Encoding {name!r} is not taken: gzip, deflate or none")
+        raise Refused(415, f"Content-Encoding {name!r} is not taken: gzip, deflate or none")
     decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
     try:
         decoded = decoder.decompress(body, MAX_DECODED_BYTES)
     except zlib.error as error:
-        raise Refusal(400, f"the body is not {name}: {error}") from None
+        raise Refused(400, f"the body is not {name}: {error}") from None
     if decoder.unconsumed_tail:
-        raise Refusal(413, f"the body has more than {MAX_DECODED_BYTES} bytes when it is decoded")
+        raise Refused(413, f"the body has more than {MAX_DECODED_BYTES} bytes when it is decoded")
     if not decoder.eof:
-        raise Refusal(400, f"the body is not {name}: it ends in its midst")
+        raise Refused(400, f"the body is not {name}: it ends in its midst")
     return decoded
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError
+from ensemble.errors import DistServeError, Forbidden
+from ensemble.serving import heartbeat, secret
 from ensemble.serving.stage import Stage
 
 
@@ -16,8 +17,10 @@ class TritonPythonModel:
         import triton_python_backend_utils as pb_utils  # which only a stub has
 
         self.pb_utils = pb_utils
+        heartbeat.start(args["model_name"])
         self.stage = Stage(args["model_name"], Deployment.from_environment())
         self.stage.wait_until_up()
+        heartbeat.set_serving(True)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -35,7 +38,12 @@ class TritonPythonModel:
                 response = pb_utils.InferenceResponse(error=error)
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-        self.stage.handle(payload, reply)
+        try:
+            call = secret.open(payload)
+        except Forbidden as error:
+            reply(error)
+        else:
+            self.stage.handle(call, reply)
 
     def is_ready(self) -> bool:  # asked by servers from release 26.03 on
         return self.stage.is_up

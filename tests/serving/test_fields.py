@@ -15,7 +15,7 @@ from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import EOS_ID, make_tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
-LIMITS = ModelLimits(vocab_size=384, max_model_len=512, eos_token_ids=frozenset([EOS_ID]))
+LIMITS = ModelLimits(vocab_size=384, max_model_len=512, eos_token_ids=frozenset([EOS_ID]), max_token_bytes=16)
 DTYPES = {
     Kind.INT: {"INT32", "UINT64"},
     Kind.FLOAT: {"FP32"},
