@@ -227,8 +227,9 @@ class Upstream(asyncio.Protocol):
         self._can_write.set()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._inspector is not None:
-            self._client.write(self._inspector.rest())
+        held = b"" if self._inspector is None else self._inspector.rest()
+        if held and not self._client.is_closing():
+            self._client.write(held)
         if self.is_unanswered and not self._client.is_closing():  # the server has ended
             self._client.write(refusal(NO_ANSWER))
         self.has_closed = True

@@ -182,7 +182,7 @@ def test_generate_gets_a_tag_of_its_own_and_other_requests_pass_as_they_are(rela
     connection.request("GET", "/v2/models/ensemble/config")
     assert connection.getresponse().read() == b"/v2/models/ensemble/config"
     packed = gzip.compress(b'{"a": 1}')
-    connection.request("POST", "/v2/models/double/infer", packed, {"Content-Encoding": "gzip"})
+    connection.request("POST", "/v2/models/scheduler/infer", packed, {"Content-Encoding": "gzip"})
     assert connection.getresponse().read() == packed
     connection.close()
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_decoded_is_refused(relay: Relay, encoding: str, body: by
 def test_other_ways_to_write_a_request(relay: Relay, start: str, headers: str) -> None:
     """Java's client offers an upgrade to HTTP/2, proxies send whole URLs; both are answered, and may send more."""
     request = f'{start} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 8\r\n\r\n{{"a": 1}}'.encode()
-    answers = relay.raw(request * 2 + b"GET /ready HTTP/1.1\r\nConnection: close\r\n\r\n")
+    answers = relay.raw(request * 2 + b"GET /v2/models/ensemble/config HTTP/1.1\r\nConnection: close\r\n\r\n")
     assert answers.count(b"HTTP/1.1 200 OK") == 3
     assert answers.count(CLIENT_TAG.encode()) == 2
     head = as_plain_request(request)

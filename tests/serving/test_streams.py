@@ -103,7 +103,7 @@ def test_a_response_that_cannot_be_sent_ends_the_stream_with_an_error(tokenizer:
     pool.fail(stream, Cancelled("as the orchestrator does"))
     pool.close()
     assert len(failed) == 1
-    assert [str(error) for error in call.errors] == ["the server refuses"]
+    assert [str(error) for error in call.errors] == ["internal error: the server refuses"]
 
 
 @pytest.mark.parametrize("failures", [0, 1])
