@@ -1,10 +1,12 @@
 """Requests as clients of TensorRT-LLM's and vLLM's servers write them, on the real server."""
 
+import gzip
 import http.client
 import json
 import math
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from tritonclient.utils import InferenceServerException
 
 from ensemble.serving.inputs import choice_seed
 from ensemble.tokenizer import Tokenizer
-from tests.serving.clients import Answer, StreamClient, generate
+from tests.serving.clients import Answer, StreamClient, blocks_in_use, generate, read_metrics
 from tests.serving.deployments import deploy
+from tests.serving.test_cancel import open_post, wait_until
 from tests.serving.test_faults import worker
 from tools.server.triton_server import TritonServer
 
@@ -244,14 +247,47 @@ def test_over_grpc_nothing_is_ignored(tiny_server: TritonServer, model: str) -> 
 
 def test_a_cancel_ends_all_choices(roomy_server: TritonServer) -> None:
     """Of a client over HTTP that closes while none of them has an answer."""
-    from tests.serving.clients import blocks_in_use, read_metrics
-    from tests.serving.test_cancel import open_post, wait_until
 
     asked = {"text_input": PROMPT, "max_tokens": 4000, "ignore_eos": True, "n": 3}
     for model in ("ensemble", "scheduler"):
         with open_post(roomy_server, model, "generate", asked):
             wait_until(lambda: read_metrics(roomy_server.metrics_url)["vllm:num_requests_running"] >= 3, 10)
         wait_until(lambda: blocks_in_use(read_metrics(roomy_server.metrics_url)) == 0, 5)
+
+
+FORMS = {
+    "an offer of HTTP/2": "POST {path} HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\nContent-Length: {length}\r\n\r\n{body}",
+    "a whole URL": "POST http://example.org{path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}",
+    "chunks": "POST {path} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{length:x}\r\n{body}\r\n0\r\n\r\n",
+    "a kept connection": "GET /v2/health/ready HTTP/1.1\r\n\r\n"
+    "POST {path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}",
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS, "gzip"])
+def test_every_way_to_send_is_answered_and_cancelled(roomy_server: TritonServer, form: str) -> None:
+    assert roomy_server.ports is not None
+    for max_tokens in (2, 4000):
+        asked = {"text_input": PROMPT, "max_tokens": max_tokens, "ignore_eos": True}
+        body, path = json.dumps(asked), "/v2/models/ensemble/generate"
+        if form == "gzip":
+            packed = gzip.compress(body.encode())
+            head = f"POST {path} HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n\r\n"
+            request = head.encode() + packed
+        else:
+            request = FORMS[form].format(path=path, length=len(body), body=body).encode()
+        with socket.create_connection(("127.0.0.1", roomy_server.ports.http), timeout=20) as connection:
+            connection.sendall(request)
+            if max_tokens == 4000:
+                wait_until(lambda: read_metrics(roomy_server.metrics_url)["vllm:num_requests_running"] >= 1, 10)
+                continue
+            received = b""
+            while b"text_output" not in received:
+                data = connection.recv(4096)
+                assert data, received
+                received += data
+    wait_until(lambda: blocks_in_use(read_metrics(roomy_server.metrics_url)) == 0, 5)
 
 
 @pytest.fixture(scope="module")
