@@ -105,8 +105,11 @@ def sampling_arrays(
     unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
 ) -> dict[str, dict[str, Array]]:
     """The fields of `SamplingInput`, as far as a sequence uses them."""
-    groups = token_bias_arrays(sequences, unread_rows)
+    groups: dict[str, dict[str, Array]] = {}
     params = [sequence.sampling for sequence in sequences]
+    biased = [row for row, p in enumerate(params) if p.logit_bias or p.bad_words]
+    if biased:
+        groups |= token_bias_arrays(sequences, biased, unread_rows)
     if any(p.temperature > 0 for p in params):
         groups["draw"] = {
             "temperatures": np.array([p.temperature for p in params], dtype=np.float32),

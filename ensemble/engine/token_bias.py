@@ -44,11 +44,14 @@ class GatedBias:
         logits.index_put_((self.rows, self.token_ids), values, accumulate=True)
 
 
-def token_bias_arrays(sequences: list[Sequence], unread_rows: Mapping[int, int]) -> dict[str, dict[str, Array]]:
-    """The fields of `TokenBias` ("bias") and `GatedBias` ("gated_bias"), as far as a sequence uses them."""
+def token_bias_arrays(
+    sequences: list[Sequence], biased: list[int], unread_rows: Mapping[int, int]
+) -> dict[str, dict[str, Array]]:
+    """The fields of `TokenBias` ("bias") and `GatedBias` ("gated_bias") for the rows that use them."""
     bias: list[tuple[int, int, float]] = []
     gated: list[tuple[int, int, int, int]] = []
-    for row, sequence in enumerate(sequences):
+    for row in biased:
+        sequence = sequences[row]
         bias += [(row, token_id, value) for token_id, value in sequence.sampling.logit_bias.items()]
         source = unread_rows.get(sequence.request_id)
         for *before, last in sequence.sampling.bad_words:
