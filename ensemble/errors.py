@@ -51,6 +51,12 @@ class InvalidRequest(DistServeError):
         self.field = field
 
 
+class Forbidden(DistServeError):
+    """A client called what is not for clients."""
+
+    code: ErrorCode = "INVALID_ARG"
+
+
 class Overloaded(DistServeError):
     """A bounded queue is full; the request was not accepted."""
 

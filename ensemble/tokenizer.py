@@ -1,5 +1,6 @@
 """Text to token ids and back, also token by token, on the `tokenizers` library."""
 
+import functools
 import json
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
@@ -72,8 +73,15 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids, by default with the special tokens that the model's texts start or end with, such as BOS."""
-        token_ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch, for which alone the library lets go of the interpreter: else a long text would stop all threads.
+        [encoding] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        token_ids: list[int] = encoding.ids
         return token_ids
+
+    @functools.cached_property
+    def max_token_bytes(self) -> int:
+        """Of text that one token stands for, at most; as many as its spelling has, which is no shorter."""
+        return max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens without the special ones. Bytes that are no UTF-8 become U+FFFD."""

@@ -16,8 +16,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def run(main: Callable[..., Any]) -> None:
     """Runs a typer command and exits; with one line on stderr, and status 1 or 2, if it cannot be done."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
+    allow_interrupt()
     app = typer.Typer(add_completion=False)
     app.command()(main)
     try:
@@ -32,6 +31,12 @@ def run(main: Callable[..., Any]) -> None:
             raise
         print(f"error: {error.format_message()}", file=sys.stderr)
         sys.exit(2)
+
+
+def allow_interrupt() -> None:
+    """The next signal to stop raises KeyboardInterrupt."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

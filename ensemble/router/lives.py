@@ -33,6 +33,8 @@ class Timeline:
     decode_submitted_ns: int = 0
     decode_joined_ns: int = 0
     last_token_ns: int = 0
+    first_sent_ns: int = 0  # the first and the last response have been handed over
+    last_sent_ns: int = 0
     kv_transfer_ns: int = 0  # the copy itself
     kv_transfer_bytes: int = 0
     prefill_replica: int = -1

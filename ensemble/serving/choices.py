@@ -41,7 +41,7 @@ class Choices:
         self._num_open = len(request_ids)
         self._ended: dict[int, Outputs] = {}  # choice |-> its answer, until all have one
         self._is_closed = False
-        self.parameters = call.parameters
+        self.request_id, self.parameters = call.request_id, call.parameters
 
     def send(self, outputs: Outputs, final: bool) -> None:
         with self._lock:

@@ -77,7 +77,6 @@ OTHERS: dict[str, Kind] = {
     "return_log_probs": Kind.BOOL,
     "return_logprobs": Kind.BOOL,
     "return_cumulative_logprob": Kind.BOOL,
-    "return_cancel_handle": Kind.BOOL,
     "return_vllm_outputs": Kind.BOOL,
 }
 # Of no effect at these values, and refused at others. None: at any, because what it is a detail of is refused.
@@ -126,7 +125,7 @@ IN_SAMPLING_PARAMETERS = {
     *(alias for alias, name in ALIASES.items() if name in SAMPLING),
 }
 MAX_NAME_LEN = 64  # of one that may be a misspelling
-INTERNAL = {"return_cancel_handle", "return_vllm_outputs"}  # between the models, not for clients
+INTERNAL = {"return_vllm_outputs"}  # between the models, not for clients
 # What the Triton server and its clients put among a request's parameters by themselves.
 OF_THE_SERVER = re.compile(r"triton_\w*|sequence_(?:id|start|end)|priority|timeout|headers|binary_data_output|id")
 

@@ -17,6 +17,8 @@ MAX_DECODED_BYTES = 64 << 20  # as much as the Triton server takes
 MAX_ANSWER_BYTES = 64 << 10  # of one with an error
 REASONS = {
     400: b"Bad Request",
+    403: b"Forbidden",
+    404: b"Not Found",
     413: b"Content Too Large",
     415: b"Unsupported Media Type",
     499: b"Client Closed Request",

@@ -6,61 +6,81 @@ stands between them. It puts a tag into the JSON body of each such request, whic
 parameter, and when the client closes the connection it tells the scheduler the tag. Responses pass as they are, but for
 errors of these, whose statuses http_contract.py puts right.
 
-    python -m ensemble.serving.http_relay HOST PORT UPSTREAM_PORT CANCEL_ADDRESS
+It also refuses what is not for clients (fronts.py) and bodies that are too long, says whether the server is ready,
+which the server itself does not know, and stays when the Triton server ends and is started again.
+
+    python -m ensemble.serving.http_relay HOST PORT UPSTREAM_PORT RUN_DIR MAX_BODY_BYTES [allow-client-shm]
 """
 
 import asyncio
 import contextlib
 import itertools
 import json
-import re
 import resource
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import zmq
 
 from ensemble.errors import ERROR_MARK
-from ensemble.serving.cancels import CLIENT_TAG
+from ensemble.serving import fronts
+from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.http_contract import (
     LONG_NUMBER,
-    MAX_DECODED_BYTES,
     MAX_KEPT_BYTES,
     AnswerInspector,
     Refusal,
     as_plain_request,
     decode,
     fault_of,
+    response,
 )
+from ensemble.serving.http_messages import (
+    CHUNK_BYTES,
+    MAX_HEAD_BYTES,
+    BadRequest,
+    TooLarge,
+    body_of,
+    closing_response,
+    is_chunked,
+    joined,
+    parse_headers,
+    read_first,
+    read_head,
+    replace_content_length,
+    with_first_member,
+    with_sized_body,
+)
+from ensemble.serving.marks import CLIENT_TAG
+from ensemble.serving.run_dir import cancel_address
 
-CHUNK_BYTES = 64 << 10
-MAX_HEAD_BYTES = 64 << 10
-MAX_LEADING_BYTES = 1 << 10  # white space before a body's first member
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MAX_UNTOLD = 100_000  # tags on their way to the scheduler
 BACKLOG = 1024
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-FRAMING = {b"content-length", b"transfer-encoding"}
-GENERATE = re.compile(rb"POST \S*/generate(?:_stream)?(?:\?\S*)? HTTP/1\.[01]\r\n")
-JSON_OBJECT_START = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*(?=[^ \t\r\n])")
-UNDECIDED = re.compile(rb"[ \t\r\n]*(?:\{[ \t\r\n]*)?")  # what may still become the start of an object
+LINGER_S = 5.0  # a refused client may send on for so long: else it would not read why
 TAG_SECRET = f"http-{secrets.token_hex(8)}"  # no client can name another's request
-UPSTREAM_IS_DOWN = Refusal(503, "the Triton server does not answer")
+NO_ANSWER = Refusal(503, "the Triton server does not answer")
 
 
-class BadRequest(Refusal):
-    """What the client sent is no HTTP/1.1 request."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What passes."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(400, message)
+    max_body_bytes: int
+    allow_client_shm: bool = False
 
 
 class HttpRelay:
     """Serves until it is cancelled; one instance, one event loop."""
 
-    def __init__(self, upstream_port: int, cancels: "zmq.Socket[bytes]") -> None:
+    def __init__(self, upstream_port: int, of_run: Path, limits: Limits, cancels: "zmq.Socket[bytes]") -> None:
         self._upstream_port = upstream_port
+        self._run_dir = of_run
+        self._limits = limits
         self._cancels = cancels
         self._tags = (f"{TAG_SECRET}-{number}" for number in itertools.count())
 
@@ -71,38 +91,114 @@ class HttpRelay:
             await server.serve_forever()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError), closing(writer):
-            upstream = Upstream(writer)
-            try:
-                await asyncio.get_running_loop().create_connection(lambda: upstream, "127.0.0.1", self._upstream_port)
-            except OSError:
-                writer.write(closing_response(UPSTREAM_IS_DOWN))
-                return
+        upstream = Upstream(writer)
+        with contextlib.suppress(OSError), closing(writer, upstream):
             try:
                 await self._pass_requests(reader, writer, upstream)
-            finally:
-                upstream.close()
+            except Refusal as refusal:
+                if not upstream.is_unanswered:  # else it would be taken for that answer
+                    upstream.close()
+                    writer.write(closing_response(refusal))
+                    writer.write_eof()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(discard(reader), LINGER_S)
 
     async def _pass_requests(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: "Upstream"
     ) -> None:
-        """Until the client, or the Triton server, closes."""
+        """Until the client, or the Triton server, closes. Raises Refusal."""
         tag = ""  # of the last `generate`: clients do not pipeline, so only that may be unanswered
         try:
             while head := await read_head(reader):
-                tag = await pass_request(head, reader, upstream, self._tags) or tag
+                head = as_plain_request(head)
+                request = fronts.request_of(head)
+                if fronts.asks_whether_live(request) and not upstream.is_unanswered:
+                    writer.write(response(200, [], b""))  # as long as this stands: the rest may be started again
+                    continue
+                headers = parse_headers(head)
+                self._check(request)
+                await upstream.connect(self._upstream_port)
+                tag = await self._pass_request(request, head, headers, reader, upstream) or tag
         except (OSError, EOFError):  # reset, or closed in the midst of a request
             pass
-        except Refusal as refusal:
-            if not upstream.is_unanswered:  # else this would be taken for that answer
-                writer.write(closing_response(refusal))
-        if tag and not upstream.has_closed:
-            with contextlib.suppress(zmq.Again):  # MAX_UNTOLD wait there: the scheduler is gone, or hangs
-                self._cancels.send(tag.encode(), zmq.NOBLOCK)
+        finally:
+            if tag and not upstream.has_closed:
+                with contextlib.suppress(zmq.Again):  # MAX_UNTOLD wait there: the scheduler is gone, or hangs
+                    self._cancels.send(tag.encode(), zmq.NOBLOCK)
+
+    def _check(self, request: str) -> None:
+        """Raises Refusal."""
+        fronts.check(request, self._limits.allow_client_shm)
+        if fronts.asks_whether_ready(request) and not self._is_serving():
+            raise Refusal(503, "no request could be served now")
+
+    def _is_serving(self) -> bool:
+        """As the scheduler says."""
+        return any(beat.is_serving for beat in read_heartbeats(self._run_dir).values() if beat.model == "scheduler")
+
+    async def _pass_request(
+        self,
+        request: str,
+        head: bytes,
+        headers: dict[bytes, bytes],
+        reader: asyncio.StreamReader,
+        upstream: "Upstream",
+    ) -> str:
+        """One request to the Triton server. The tag that it got, if it is a `generate`. Raises Refusal."""
+        limit = self._limits.max_body_bytes
+        body, in_chunks = body_of(headers, reader, limit), is_chunked(headers)
+        num_bytes = int(headers.get(b"content-length", b"0"))
+        tag = ""
+        waits = b"expect" in headers  # for a word before it sends the body
+        was_unanswered = upstream.is_unanswered
+        if fronts.is_generate(request):
+            encoding = headers.get(b"content-encoding", b"identity")
+            whole: bytes | None = None
+            if encoding.lower() != b"identity":
+                if waits:
+                    upstream.answer(CONTINUE)
+                    waits = False
+                packed, _ = await read_first(body, limit)
+                whole = decode(packed, encoding)
+                if len(whole) > limit:
+                    raise TooLarge(limit)
+            elif not waits:
+                first, has_ended = await read_first(body, MAX_KEPT_BYTES)
+                whole, body = (first, body) if has_ended else (None, joined(first, body))
+            if whole is not None:
+                fault = fault_of(whole) if len(whole) <= MAX_KEPT_BYTES and LONG_NUMBER.search(whole) else None
+                if fault is not None:
+                    raise BadRequest(fault)
+                body, num_bytes, in_chunks = joined(whole), len(whole), False
+                head = with_sized_body(head, num_bytes)
+            if in_chunks or num_bytes > 0:
+                tag = next(self._tags)
+                member = json.dumps({CLIENT_TAG: tag})[1:-1].encode() + b","
+                body = with_first_member(body, member)
+                if not in_chunks:
+                    head = replace_content_length(head, num_bytes + len(member))
+            upstream.inspect(whole)
+        upstream.is_unanswered = True
+        unsent = head  # goes with the first of the body, unless the client waits to be told to send that
+        if waits:
+            await upstream.write(head)
+            unsent = b""
+        try:
+            async for data in body:
+                await upstream.write(unsent + (b"%x\r\n%b\r\n" % (len(data), data) if in_chunks else data))
+                unsent = b""
+        except Refusal:  # the Triton server will not see the end of it, and does not answer
+            upstream.is_unanswered = was_unanswered
+            raise
+        if in_chunks:
+            unsent += b"0\r\n\r\n"
+        if unsent:
+            await upstream.write(unsent)
+        return tag
 
 
 class Upstream(asyncio.Protocol):
-    """A connection to the Triton server, whose bytes go to a client as they come."""
+    """A connection to the Triton server, made at the first request, whose bytes go to a client as they come."""
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self._client = client
@@ -112,6 +208,14 @@ class Upstream(asyncio.Protocol):
         self._inspector: AnswerInspector | None = None  # of a `generate` that is not answered
         self.is_unanswered = False  # nothing of the last request's answer has come
         self.has_closed = False
+
+    async def connect(self, port: int) -> None:
+        """Raises Refusal."""
+        if self._transport is None:
+            try:
+                await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", port)
+            except OSError:
+                raise NO_ANSWER from None
 
     def answer(self, data: bytes) -> None:
         """Answers the client in the Triton server's place."""
@@ -129,6 +233,8 @@ class Upstream(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if self._inspector is not None:
             self._client.write(self._inspector.rest())
+        if self.is_unanswered and not self._client.is_closing():  # the server has ended
+            self._client.write(closing_response(NO_ANSWER))
         self.has_closed = True
         self._can_write.set()
         self._client.close()
@@ -168,192 +274,15 @@ class Upstream(asyncio.Protocol):
             raise ConnectionResetError
 
     def close(self) -> None:
+        self.is_unanswered, self._inspector = False, None  # what it still says is for nobody
         if self._transport is not None:
             self._transport.close()
 
 
-async def read_head(reader: asyncio.StreamReader) -> bytes:
-    """A request's line and headers, with the empty line; b"" when the client has closed. Raises BadRequest."""
-    try:
-        while (line := await read_line(reader)) == b"\r\n":  # some clients send one after a body
+async def discard(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(OSError):
+        while await reader.read(CHUNK_BYTES):
             pass
-        head = line
-        while line != b"\r\n":
-            line = await read_line(reader)
-            head += line
-            if len(head) > MAX_HEAD_BYTES:
-                raise BadRequest(f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
-    except asyncio.IncompleteReadError:
-        return b""
-    return head
-
-
-async def read_line(reader: asyncio.StreamReader) -> bytes:
-    """With its end. Raises BadRequest, asyncio.IncompleteReadError when the client closes before that."""
-    try:
-        return await reader.readuntil(b"\r\n")
-    except asyncio.LimitOverrunError:
-        raise BadRequest(f"a line is longer than {MAX_HEAD_BYTES} bytes") from None
-
-
-async def pass_request(head: bytes, reader: asyncio.StreamReader, upstream: Upstream, tags: Iterator[str]) -> str:
-    """One request to the Triton server. The tag that it got, if it is a `generate`. Raises Refusal."""
-    head = as_plain_request(head)
-    headers = parse_headers(head)
-    is_chunked = headers.get(b"transfer-encoding", b"identity").lower() == b"chunked"
-    num_bytes = int(headers.get(b"content-length", b"0"))
-    body = read_chunked(reader) if is_chunked else read_sized(reader, num_bytes)
-    tag = ""
-    waits = b"expect" in headers  # for a word before it sends the body
-    if GENERATE.match(head) is not None:
-        encoding = headers.get(b"content-encoding", b"identity")
-        whole: bytes | None = None
-        if encoding.lower() != b"identity":
-            if waits:
-                upstream.answer(CONTINUE)
-                waits = False
-            packed, has_ended = await read_first(body, MAX_DECODED_BYTES)
-            if not has_ended:
-                raise Refusal(413, f"the body has more than {MAX_DECODED_BYTES} bytes")
-            whole = decode(packed, encoding)
-        elif not waits:
-            first, has_ended = await read_first(body, MAX_KEPT_BYTES)
-            whole, body = (first, body) if has_ended else (None, joined(first, body))
-        if whole is not None:
-            fault = fault_of(whole) if len(whole) <= MAX_KEPT_BYTES and LONG_NUMBER.search(whole) else None
-            if fault is not None:
-                raise BadRequest(fault)
-            body, num_bytes, is_chunked = joined(whole), len(whole), False
-            head = with_sized_body(head, num_bytes)
-        if is_chunked or num_bytes > 0:
-            tag = next(tags)
-            member = json.dumps({CLIENT_TAG: tag})[1:-1].encode() + b","
-            body = with_first_member(body, member)
-            if not is_chunked:
-                head = replace_content_length(head, num_bytes + len(member))
-        upstream.inspect(whole)
-    was_unanswered, upstream.is_unanswered = upstream.is_unanswered, True
-    unsent = head  # goes with the first of the body, unless the client waits to be told to send that
-    if waits:
-        await upstream.write(head)
-        unsent = b""
-    try:
-        async for data in body:
-            await upstream.write(unsent + (b"%x\r\n%b\r\n" % (len(data), data) if is_chunked else data))
-            unsent = b""
-    except Refusal:  # the Triton server will not see the end of it, and does not answer
-        upstream.is_unanswered = was_unanswered
-        raise
-    if is_chunked:
-        unsent += b"0\r\n\r\n"
-    if unsent:
-        await upstream.write(unsent)
-    return tag
-
-
-async def read_first(body: AsyncIterator[bytes], limit: int) -> tuple[bytes, bool]:
-    """What comes of a body until it has ended or is longer than `limit` bytes, and whether it has ended."""
-    data = bytearray()
-    async for chunk in body:
-        data += chunk
-        if len(data) > limit:
-            return bytes(data), False
-    return bytes(data), True
-
-
-async def joined(first: bytes, rest: AsyncIterator[bytes] | None = None) -> AsyncIterator[bytes]:
-    if first:
-        yield first
-    if rest is not None:
-        async for data in rest:
-            yield data
-
-
-def with_sized_body(head: bytes, num_bytes: int) -> bytes:
-    """The head of a request whose body has come, of that length."""
-    lines = head.split(b"\r\n")[:-2]
-    dropped = (b"content-length", b"content-encoding", b"transfer-encoding", b"expect")
-    kept = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
-    return b"\r\n".join([*kept, b"Content-Length: %d" % num_bytes, b"", b""])
-
-
-def parse_headers(head: bytes) -> dict[bytes, bytes]:
-    """By name in lower case. Raises BadRequest, also where two readers might disagree on where the body ends."""
-    headers: dict[bytes, bytes] = {}
-    for line in head.split(b"\r\n")[1:-2]:
-        name, colon, value = line.partition(b":")
-        if not colon or name != name.strip():
-            raise BadRequest(f"{line.decode(errors='replace')!r} is not a header")
-        if name.lower() in headers and name.lower() in FRAMING:
-            raise BadRequest(f"{name.decode(errors='replace')} is there twice")
-        headers[name.lower()] = value.strip()
-    if headers.keys() >= FRAMING:
-        raise BadRequest("Content-Length and Transfer-Encoding are both there")
-    length, encoding = headers.get(b"content-length", b"0"), headers.get(b"transfer-encoding", b"identity")
-    if not length.isdigit():
-        raise BadRequest(f"Content-Length {length.decode(errors='replace')!r} is not a number")
-    if encoding.lower() not in (b"chunked", b"identity"):
-        raise BadRequest(f"Transfer-Encoding {encoding.decode(errors='replace')!r} is neither chunked nor identity")
-    return headers
-
-
-def replace_content_length(head: bytes, num_bytes: int) -> bytes:
-    return re.sub(rb"(?i)(?<=\r\ncontent-length:)[^\r]*", b" %d" % num_bytes, head)
-
-
-async def read_sized(reader: asyncio.StreamReader, num_bytes: int) -> AsyncIterator[bytes]:
-    """Raises EOFError (IncompleteReadError) when the client closes in its midst."""
-    while num_bytes > 0:
-        data = await reader.read(min(num_bytes, CHUNK_BYTES))
-        if not data:
-            raise EOFError
-        num_bytes -= len(data)
-        yield data
-
-
-async def read_chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The data of a chunked body, without its trailers. Raises BadRequest, EOFError."""
-    while True:
-        size = (await read_line(reader)).partition(b";")[0].strip()
-        try:
-            num_bytes = int(size, 16)
-        except ValueError:
-            raise BadRequest(f"chunk size {size.decode(errors='replace')!r} is not a number") from None
-        if num_bytes == 0:
-            break
-        async for data in read_sized(reader, num_bytes):
-            yield data
-        await reader.readexactly(2)
-    while await read_line(reader) != b"\r\n":
-        pass
-
-
-async def with_first_member(body: AsyncIterator[bytes], member: bytes) -> AsyncIterator[bytes]:
-    """The body with `member` (a JSON object's, and a comma) first in its object.
-
-    Where there is no object with members, as many spaces: the body's new length is known before its first byte.
-    """
-    seen = b""
-    async for data in body:
-        seen += data
-        undecided = UNDECIDED.match(seen)
-        if undecided is None or undecided.end() < len(seen) or len(seen) > MAX_LEADING_BYTES:
-            break
-    start = JSON_OBJECT_START.match(seen)
-    if start is None or seen.startswith(b"}", start.end()):
-        yield b" " * len(member) + seen
-    else:
-        yield seen[: start.end()] + member + seen[start.end() :]
-    async for data in body:
-        yield data
-
-
-@contextlib.contextmanager
-def closing(writer: asyncio.StreamWriter) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        writer.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -363,19 +292,24 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
 
 
-def closing_response(refusal: Refusal) -> bytes:
-    """The relay's own answer, after which it closes the connection."""
-    return refusal.response().replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+@contextlib.contextmanager
+def closing(writer: asyncio.StreamWriter, upstream: Upstream) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        upstream.close()
+        writer.close()
 
 
-def main(host: str, port: str, upstream_port: str, cancel_address: str) -> None:
+def main(host: str, port: str, upstream_port: str, of_run: str, max_body_bytes: str, *flags: str) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # two for each connection
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     cancels: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     cancels.setsockopt(zmq.SNDHWM, MAX_UNTOLD)
-    cancels.connect(cancel_address)
+    cancels.connect(cancel_address(Path(of_run)))
+    limits = Limits(int(max_body_bytes), "allow-client-shm" in flags)
     try:
-        asyncio.run(HttpRelay(int(upstream_port), cancels).serve(host, int(port)))
+        asyncio.run(HttpRelay(int(upstream_port), Path(of_run), limits, cancels).serve(host, int(port)))
     except OSError as error:
         sys.exit(f"{ERROR_MARK} the HTTP relay cannot listen on {host} port {port}: {error.strerror}")
 

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from ensemble.chat import ChatTemplate
+from ensemble.config import Deployment
 from ensemble.errors import InvalidRequest
+from ensemble.models.spec import load_model_spec
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.policies import DEFAULT_HINTS, Hints
 from ensemble.serving.fields import Tensors, Values, collect, from_tensor
@@ -24,6 +26,8 @@ MIN_TEMPERATURE = 1e-5  # below it logits divided by the temperature overflow; t
 MAX_FACTOR = 1e6  # of logits, which are float32 at least
 MAX_PRIORITY = 100
 MAX_TENANT_LEN = 256
+MAX_ID_LEN = 256  # of a request's id, which every response carries
+MAX_PARAMETERS_LEN = 64 << 10  # of a request's parameters as JSON
 UINT64 = 1 << 64
 
 
@@ -41,7 +45,6 @@ class OutputOptions:
     return_log_probs: bool = False  # output_log_probs and cum_log_probs
     return_logprobs: bool = False  # logprobs
     return_cumulative_logprob: bool = False
-    return_cancel_handle: bool = False  # for `postprocess`, never for clients
     return_vllm_outputs: bool = False  # the request came by `vllm_model`
 
 
@@ -51,7 +54,19 @@ class ModelLimits:
 
     vocab_size: int
     max_model_len: int  # tokens, prompt and output together
+    max_token_bytes: int  # of text
     eos_token_ids: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, deployment: Deployment, tokenizer: Tokenizer) -> "ModelLimits":
+        spec = load_model_spec(deployment.model.path)
+        max_model_len = deployment.model.limit_model_len(spec.max_model_len)
+        return cls(spec.vocab_size, max_model_len, tokenizer.max_token_bytes, spec.eos_token_ids)
+
+    @property
+    def max_text_bytes(self) -> int:
+        """No text that is longer has so few tokens that it fits."""
+        return self.max_model_len * self.max_token_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +124,8 @@ def parse_request(
     limits: ModelLimits,
 ) -> ClientRequest:
     """Validates what came with one request. Raises InvalidRequest."""
+    if "input_ids" in tensors:
+        _check_num_tokens("input_ids", tensors["input_ids"].size, limits)
     values = collect(tensors, parameters)
     options = parse_options(values)
     sampling = parse_sampling(values, options, tokenizer, limits)
@@ -117,7 +134,7 @@ def parse_request(
         token_ids = values["input_ids"]
         text = values.get("text_input")
     else:
-        token_ids, text = prompt_of(values, tokenizer, chat)
+        token_ids, text = prompt_of(values, tokenizer, chat, limits)
     _check_prompt(field, token_ids, sampling.max_tokens, limits)
     hints = parse_hints(values)
     request = Request(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling, priority=hints.priority)
@@ -133,16 +150,25 @@ def parse_request(
     )
 
 
-def parse_prompt(tensors: Tensors, tokenizer: Tokenizer, chat: ChatTemplate) -> tuple[list[int], str]:
+def check_envelope(request_id: str, parameters: str) -> None:
+    """What comes with the tensors. Raises InvalidRequest."""
+    _check("id", request_id, len(request_id) <= MAX_ID_LEN, f"at most {MAX_ID_LEN} characters")
+    allowed = f"at most {MAX_PARAMETERS_LEN} characters as JSON"
+    _check("length of parameters", len(parameters), len(parameters) <= MAX_PARAMETERS_LEN, allowed)
+
+
+def parse_prompt(
+    tensors: Tensors, tokenizer: Tokenizer, chat: ChatTemplate, limits: ModelLimits
+) -> tuple[list[int], str]:
     """Token ids and text of the prompt that the tensors text_input or messages give. Raises InvalidRequest."""
-    return prompt_of({name: from_tensor(name, tensor) for name, tensor in tensors.items()}, tokenizer, chat)
+    return prompt_of({name: from_tensor(name, tensor) for name, tensor in tensors.items()}, tokenizer, chat, limits)
 
 
-def prompt_of(values: Values, tokenizer: Tokenizer, chat: ChatTemplate) -> tuple[list[int], str]:
+def prompt_of(values: Values, tokenizer: Tokenizer, chat: ChatTemplate, limits: ModelLimits) -> tuple[list[int], str]:
     """Token ids and text of the prompt. Raises InvalidRequest.
 
     text_input is continued as it is, after the special tokens that start the model's texts; a chat template writes
-    all special tokens itself.
+    all special tokens itself. A text that cannot fit is not tokenized: it is refused by its length.
     """
     if "messages" in values and "text_input" in values:
         raise InvalidRequest("messages", "given beside text_input", "one of the two")
@@ -150,10 +176,12 @@ def prompt_of(values: Values, tokenizer: Tokenizer, chat: ChatTemplate) -> tuple
         _check(name, values.get(name), values.get(name) != "", "at least one character")
     if "messages" in values:
         text = chat.render(values["messages"])
+        _check_num_bytes("messages in the chat template", text, limits)
         return tokenizer.encode(text, add_special_tokens=False), text
     if "text_input" not in values:
         raise InvalidRequest("text_input", None, "give text_input, messages or input_ids")
     text = values["text_input"]
+    _check_num_bytes("text_input", text, limits)
     return tokenizer.encode(text), text
 
 
@@ -311,16 +339,27 @@ def _words(values: Values, name: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+def _check_num_bytes(field: str, text: str, limits: ModelLimits) -> None:
+    num_bytes = len(text.encode())
+    allowed = f"at most {limits.max_text_bytes} bytes, {limits.max_model_len} tokens (max_model_len)"
+    allowed += f" of at most {limits.max_token_bytes} bytes"
+    _check(f"length of {field}", f"{num_bytes} bytes", num_bytes <= limits.max_text_bytes, allowed)
+
+
+def _check_num_tokens(field: str, num_tokens: int, limits: ModelLimits) -> None:
+    _check(
+        f"length of {field}",
+        num_tokens,
+        num_tokens < limits.max_model_len,
+        f"at most {limits.max_model_len - 1} tokens, one less than max_model_len",
+    )
+
+
 def _check_prompt(field: str, token_ids: list[int], max_tokens: int, limits: ModelLimits) -> None:
     _check(field, token_ids, len(token_ids) > 0, "at least one token")
     for token_id in (min(token_ids), max(token_ids)):
         _check(field, token_id, 0 <= token_id < limits.vocab_size, f"token ids from 0 to {limits.vocab_size - 1}")
-    _check(
-        f"length of {field}",
-        len(token_ids),
-        len(token_ids) < limits.max_model_len,
-        f"at most {limits.max_model_len - 1} tokens, one less than max_model_len",
-    )
+    _check_num_tokens(field, len(token_ids), limits)
     _check(
         "max_tokens",
         max_tokens,

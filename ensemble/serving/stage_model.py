@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError
+from ensemble.errors import DistServeError, Forbidden
+from ensemble.serving import heartbeat, secret
 from ensemble.serving.stage import Stage
 
 
@@ -15,9 +16,11 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, Any]) -> None:
         import triton_python_backend_utils as pb_utils  # which only a stub has
 
+        heartbeat.start(args["model_name"])
         self.pb_utils = pb_utils
         self.stage = Stage(args["model_name"], Deployment.from_environment())
         self.stage.wait_until_up()
+        heartbeat.set_serving(True)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -35,7 +38,10 @@ class TritonPythonModel:
                 response = pb_utils.InferenceResponse(error=error)
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-        self.stage.handle(payload, reply)
+        try:
+            self.stage.handle(secret.open(payload), reply)
+        except Forbidden as error:
+            reply(error)
 
     def is_ready(self) -> bool:  # asked by servers from release 26.03 on
         return self.stage.is_up

@@ -23,7 +23,9 @@ from ensemble.router.lives import Timeline
 from ensemble.serving.answer_text import AnswerText
 from ensemble.serving.inputs import ClientRequest
 from ensemble.serving.log_probs import LogProbOutputs
+from ensemble.serving.marks import cancel_handle
 from ensemble.serving.window import STAMP_EVERY, Window
+from ensemble.threads import start_vital_thread
 from ensemble.tokenizer import Tokenizer
 
 MAX_TOKENS_PER_RESPONSE = 8
@@ -41,6 +43,10 @@ class ClientCall(Protocol):
         ...
 
     def is_cancelled(self) -> bool: ...
+
+    def request_id(self) -> str:
+        """As its client named it."""
+        ...
 
     def parameters(self) -> str:
         """The request's, as a JSON object."""
@@ -64,15 +70,15 @@ class ClientStream:
         call: ClientCall,
         client_request: ClientRequest,
         tokenizer: Tokenizer,
-        window: Window,  # of the ensemble, for its clients
-        cancel_address: str,  # where `postprocess` tells what it sees
+        arrival_ns: int,  # time.time_ns() at the front
+        window: Window | None = None,  # of the ensemble, for its clients
     ) -> None:
         self._call = call
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
         self.is_answered = False  # it is being sent, or has been: `answered` follows, or a failure to send
         self.last_handle = time.monotonic()  # when `postprocess` was last sent one; at first the arrival
-        self.timeline = Timeline(arrival_ns=time.time_ns())
+        self.timeline = Timeline(arrival_ns=arrival_ns)
         self.request = client_request.request
         self.hints = client_request.hints
         self.targets = client_request.targets
@@ -82,8 +88,7 @@ class ClientStream:
         self._choice = client_request.choice if client_request.num_choices > 1 else None
         self._log_probs = LogProbOutputs(client_request.options, tokenizer)
         self._tokenizer = tokenizer
-        self._window = window if client_request.options.return_cancel_handle else None
-        self._cancel_address = cancel_address
+        self._window = window
         self._prompt_text = client_request.prompt_text
         self._answer_text = AnswerText(tokenizer, client_request.request, client_request.stop_strings)
         self._lock = threading.Lock()
@@ -108,6 +113,11 @@ class ClientStream:
     @property
     def num_prompt_tokens(self) -> int:
         return self.request.prompt_len
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the last response has been handed over."""
+        return self._is_closed
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -151,7 +161,7 @@ class ClientStream:
 
     def _handle(self, number: int) -> Outputs:
         self.last_handle = time.monotonic()
-        handle = f"{self.request_id}:{number}@{self._cancel_address}"
+        handle = cancel_handle(self.request_id, number)
         return {"cancel_handle": np.array([handle.encode()], dtype=object)}
 
     def send_next(self, call_back: Callable[[], None]) -> Progress:
@@ -192,6 +202,9 @@ class ClientStream:
                     self.is_answered = False
                     raise
                 self._is_closed = is_last
+            now = time.time_ns()
+            self.timeline.first_sent_ns = self.timeline.first_sent_ns or now
+            self.timeline.last_sent_ns = now if is_last else 0
             self._texts, self._token_ids, self._is_first = [], [], False
         if is_last:
             return Progress.ANSWERED
@@ -276,11 +289,8 @@ class SenderPool:
         self._on_answered = on_answered
         self._on_failure = on_failure
         self._threads = [
-            threading.Thread(target=self._run, args=(each,), name=f"sender-{i}", daemon=True)
-            for i, each in enumerate(self._queues)
+            start_vital_thread(partial(self._run, each), f"sender-{i}") for i, each in enumerate(self._queues)
         ]
-        for thread in self._threads:
-            thread.start()
 
     def push(
         self,

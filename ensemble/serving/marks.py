@@ -1,0 +1,34 @@
+"""What travels with a request through clients' reach, signed: only this run's own are believed (secret.py)."""
+
+from typing import Any
+
+import numpy.typing as npt
+
+from ensemble.serving import secret
+
+CLIENT_TAG = "distserve_client_tag"  # the request parameter by which the HTTP relay finds a request again
+ENSEMBLE_MARK = "ensemble_mark"  # the tensor from `preprocess` to `scheduler`
+
+
+def ensemble_mark(arrival_ns: int) -> str:
+    """By which the scheduler knows a request of the ensemble, and when it came (time.time_ns())."""
+    return secret.sign(f"ensemble {arrival_ns}")
+
+
+def read_ensemble_mark(tensor: npt.NDArray[Any] | None) -> int | None:
+    """arrival_ns of the mark in a tensor of one element; None: there is no mark, or none of ours."""
+    raw = tensor.reshape(-1)[0] if tensor is not None and tensor.size == 1 else b""
+    kind, _, arrival_ns = (secret.signed(raw.decode(errors="replace")) or "").partition(" ")
+    return int(arrival_ns) if kind == "ensemble" else None
+
+
+def cancel_handle(request_id: int, number: int) -> str:
+    """Of one response, by its number in the window: by it `postprocess` tells what it sees (cancels.py)."""
+    return secret.sign(f"handle {request_id} {number}")
+
+
+def read_cancel_handle(handle: str) -> tuple[int, int] | None:
+    """(request_id, number); None: the handle is none of ours."""
+    kind, _, numbers = (secret.signed(handle) or "").partition(" ")
+    request_id, _, number = numbers.partition(" ")
+    return (int(request_id), int(number)) if kind == "handle" else None
