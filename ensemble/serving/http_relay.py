@@ -30,12 +30,12 @@ from ensemble.serving import fronts
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.http_contract import (
     LONG_NUMBER,
+    MAX_DECODED_BYTES,
     MAX_KEPT_BYTES,
     AnswerInspector,
     as_plain_request,
     decode,
     fault_of,
-    response,
 )
 from ensemble.serving.http_messages import (
     CHUNK_BYTES,
@@ -204,14 +204,6 @@ class Upstream(asyncio.Protocol):
         self._inspector: AnswerInspector | None = None  # of a `generate` that is not answered
         self.is_unanswered = False  # nothing of the last request's answer has come
         self.has_closed = False
-
-    async def connect(self, port: int) -> None:
-        """Raises Refusal."""
-        if self._transport is None:
-            try:
-                await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", port)
-            except OSError:
-                raise NO_ANSWER from None
 
     def answer(self, data: bytes) -> None:
         """Answers the client in the Triton server's place."""

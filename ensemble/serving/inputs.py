@@ -27,8 +27,6 @@ MIN_TEMPERATURE = 1e-5  # below it logits divided by the temperature overflow; t
 MAX_FACTOR = 1e6  # of logits, which are float32 at least
 MAX_PRIORITY = 100
 MAX_TENANT_LEN = 256
-MAX_ID_LEN = 256  # of a request's id, which every response carries
-MAX_PARAMETERS_LEN = 64 << 10  # of a request's parameters as JSON
 UINT64 = 1 << 64
 MAX_ID_LEN = 256  # of a request's id, which every response carries
 MAX_PARAMETERS_LEN = 64 << 10  # of a request's parameters as JSON
@@ -67,17 +65,6 @@ class ModelLimits:
         spec = load_model_spec(deployment.model.path)
         max_model_len = deployment.model.limit_model_len(spec.max_model_len)
         return cls(spec.vocab_size, max_model_len, spec.eos_token_ids, tokenizer.max_token_bytes)
-
-    @property
-    def max_text_bytes(self) -> int:
-        """No text that is longer has so few tokens that it fits."""
-        return self.max_model_len * self.max_token_bytes
-
-    @classmethod
-    def of(cls, deployment: Deployment, tokenizer: Tokenizer) -> "ModelLimits":
-        spec = load_model_spec(deployment.model.path)
-        max_model_len = deployment.model.limit_model_len(spec.max_model_len)
-        return cls(spec.vocab_size, max_model_len, tokenizer.max_token_bytes, spec.eos_token_ids)
 
     @property
     def max_text_bytes(self) -> int:
@@ -208,7 +195,6 @@ def prompt_of(values: Values, tokenizer: Tokenizer, chat: ChatTemplate, limits: 
     if "text_input" not in values:
         raise InvalidRequest("text_input", None, "give text_input, messages or input_ids")
     text = values["text_input"]
-    _check_num_bytes("text_input", text, limits)
     return tokenizer.encode(text), text
 
 

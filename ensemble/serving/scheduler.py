@@ -48,9 +48,6 @@ class Scheduler:
         self._limits = ModelLimits.of(deployment, self._tokenizer)
         self._long_texts = LongTexts(self._limits.max_text_bytes)
         self._request_ids = itertools.count(secrets.randbits(40) << 20)  # no other run's: stages may outlive this one
-        self._lock = threading.Lock()
-        self._streams: weakref.WeakSet[ClientStream] = weakref.WeakSet()
-        self._is_draining = False
         self._senders = SenderPool(self._answered, self._send_failed)
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
         self._router = RouterThread(
@@ -107,12 +104,6 @@ class Scheduler:
             known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
             self._refuse(call, known)
             return
-        window = None if of_ensemble_ns is None else self._window
-        self._submit(call, client_request, of_ensemble_ns or arrival_ns, window, tag)
-
-    def _submit(
-        self, call: ClientCall, client_request: ClientRequest, arrival_ns: int, window: Window | None, tag: object
-    ) -> None:
         choices = [client_request]
         if client_request.num_choices > 1:
             more = range(1, client_request.num_choices)

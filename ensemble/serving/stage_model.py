@@ -16,7 +16,6 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, Any]) -> None:
         import triton_python_backend_utils as pb_utils  # which only a stub has
 
-        heartbeat.start(args["model_name"])
         self.pb_utils = pb_utils
         heartbeat.start(args["model_name"])
         self.stage = Stage(args["model_name"], Deployment.from_environment())

@@ -11,7 +11,6 @@ import pytest
 from ensemble.errors import InvalidRequest
 from ensemble.serving.fields import ALIASES, INTERNAL, KINDS, NEUTRAL, OF_THE_SERVER, OTHERS, SAMPLING, Kind, collect
 from ensemble.serving.inputs import ModelLimits, choice_seed, parse_options, parse_sampling
-from ensemble.serving.marks import ENSEMBLE_MARK
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import EOS_ID, make_tiny_tokenizer
 
@@ -39,9 +38,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def declared(model: str) -> dict[str, str]:
     """Inputs of a model's configuration: name |-> data type."""
     inputs = (REPOSITORY / model / "config.pbtxt").read_text().partition("output [")[0]
-    found = dict(re.findall(r'\{ name: "(\w+)" data_type: TYPE_(\w+)', inputs))
-    found.pop(ENSEMBLE_MARK, None)  # no client's
-    return found
+    return dict(re.findall(r'\{ name: "(\w+)" data_type: TYPE_(\w+)', inputs))
 
 
 @pytest.mark.parametrize("model", ["scheduler", "ensemble", "vllm_model"])
@@ -78,7 +75,7 @@ def test_every_form_of_no_words(name: str, none: Any) -> None:
         ({"max_tokns": 1}, "max_tokns = 1 .* did you mean max_tokens?"),
         ({"Temperature": 1}, "Temperature = 1 .* did you mean temperature?"),
         ({"x" * 100_000: 1}, "there is no input of this name$"),
-        ({"return_vllm_outputs": True}, "there is no input of this name"),
+        ({"return_cancel_handle": True}, "there is no input of this name"),
         ({"beam_width": 2}, "beam_width = 2 .* only 1 is served"),
         ({"use_beam_search": "true"}, "use_beam_search = True .* only false"),
         ({"skip_special_tokens": False}, "skip_special_tokens = False .* only true"),

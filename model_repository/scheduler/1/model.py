@@ -71,7 +71,6 @@ class TritonPythonModel:
     def initialize(self, args):
         heartbeat.start(args["model_name"])
         self.scheduler = Scheduler(Deployment.from_environment(), call_stage, make_family)
-        heartbeat.set_serving(True)
 
     def execute(self, requests):
         may_call.set()
