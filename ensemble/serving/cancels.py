@@ -20,10 +20,10 @@ from typing import Protocol
 
 import zmq
 
-from ensemble.serving.heartbeat import start_vital_thread
 from ensemble.serving.marks import read_cancel_handle
 from ensemble.serving.run_dir import cancel_address, run_dir
 from ensemble.serving.streams import ClientStream
+from ensemble.threads import start_vital_thread
 
 CHECK_INTERVAL_S = 0.1  # asking whether a request is cancelled is a round trip to the Triton server
 HEARTBEAT_S = 0.2  # without a response that carries a handle

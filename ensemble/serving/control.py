@@ -11,8 +11,8 @@ import msgspec
 import zmq
 
 from ensemble.errors import DistServeError
-from ensemble.serving.heartbeat import start_vital_thread
 from ensemble.serving.run_dir import control_address
+from ensemble.threads import start_vital_thread
 
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 

@@ -12,8 +12,6 @@ import struct
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -68,21 +66,6 @@ def fail(reason: str) -> NoReturn:
         _file[_REASON_AT : _REASON_AT + len(text)] = text
     print(f"{ERROR_MARK} {reason}", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def start_vital_thread(run: Callable[[], None], name: str) -> threading.Thread:
-    """A thread without which its process is of no use: an exception in it ends the process."""
-
-    def run_or_fail() -> None:
-        try:
-            run()
-        except Exception as error:
-            traceback.print_exc()
-            fail(f"thread {name}: {type(error).__name__}: {error}")
-
-    thread = threading.Thread(target=run_or_fail, name=name, daemon=True)
-    thread.start()
-    return thread
 
 
 def read_heartbeats(of_run: Path) -> dict[Path, Heartbeat]:

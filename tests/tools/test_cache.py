@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_tiny_llama
-from tools.server.triton_server import SHM, Ports
+from tools.server.ports import Ports
+from tools.server.run_dir import SHM
 
 # As in a container started with a uid of its own: no entry in /etc/passwd, and 64 MiB of shared memory.
 CONTAINER = """
