@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy.typing as npt
 
 from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError, InternalError
+from ensemble.errors import DistServeError, InternalError, tell_operator
 from ensemble.models.spec import load_model_spec
 from ensemble.serving.cancels import CLIENT_TAG, CancelReceiver, CancelWatch
 from ensemble.serving.inputs import ModelLimits, parse_request
@@ -30,7 +29,7 @@ class Scheduler:
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
         self._chat = ChatTemplate.from_dir(deployment.model.path)
         if self._chat.fault:
-            print(f"distserve: `messages` cannot be served: {self._chat.fault}", file=sys.stderr, flush=True)
+            tell_operator(f"`messages` cannot be served: {self._chat.fault}")
         self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
         self._request_ids = itertools.count()
         self._senders = SenderPool(self._answered, self._send_failed)
