@@ -6,6 +6,7 @@ makes a 400 of every error inside an ensemble.
 """
 
 import reprlib
+import sys
 from typing import Any, Literal
 
 _SHORT = reprlib.Repr()  # a client's value may be huge, or nested deeper than repr() follows
@@ -14,18 +15,27 @@ ERROR_MARK = "distserve: error:"  # in the server's log; tools.serve shows what 
 ErrorCode = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL", "UNSUPPORTED"]
 
 
+def sendable(text: str) -> str:
+    """As UTF-8 can have it: a path may hold bytes that stand for themselves, and a client's JSON half a character."""
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+
+
+def tell_operator(text: str) -> None:
+    """Writes a line that tools.serve shows to the server's log, in UTF-8 whatever the locale."""
+    sys.stderr.buffer.write(f"distserve: {sendable(text)}\n".encode())
+    sys.stderr.flush()
+
+
 class DistServeError(Exception):
     """Base of all errors that are part of the interface. `code` is the name of a Triton error code."""
 
     code: ErrorCode = "INTERNAL"
 
     def __str__(self) -> str:
-        """Text that can be sent: a path may hold bytes that stand for themselves, and JSON half a character."""
-        text = super().__str__()
-        try:
-            return text.encode(errors="surrogateescape").decode(errors="replace")
-        except UnicodeEncodeError:
-            return text.encode(errors="replace").decode()
+        return sendable(super().__str__())
 
 
 class ConfigError(DistServeError):

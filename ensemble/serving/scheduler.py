@@ -3,7 +3,6 @@
 import itertools
 import json
 import secrets
-import sys
 import threading
 import time
 import weakref
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError, InternalError, Overloaded, StageUnavailable
+from ensemble.errors import DistServeError, InternalError, Overloaded, StageUnavailable, tell_operator
 from ensemble.router.lives import Timeline
 from ensemble.serving import control, heartbeat
 from ensemble.serving.cancels import CancelReceiver, CancelWatch
@@ -44,7 +43,7 @@ class Scheduler:
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
         self._chat = ChatTemplate.from_dir(deployment.model.path)
         if self._chat.fault:
-            print(f"distserve: `messages` cannot be served: {self._chat.fault}", file=sys.stderr, flush=True)
+            tell_operator(f"`messages` cannot be served: {self._chat.fault}")
         self._limits = ModelLimits.of(deployment, self._tokenizer)
         self._long_texts = LongTexts(self._limits.max_text_bytes)
         self._request_ids = itertools.count(secrets.randbits(40) << 20)  # no other run's: stages may outlive this one
