@@ -60,6 +60,7 @@ class PenaltyTables:
         self._free: list[int] = []
         self._sequences: list[Sequence | None] = []  # of each row
         self._num_outputs: list[int] = []  # counted in each row
+        self._factors = np.zeros((3, 0), dtype=np.float32)  # of each row
 
     def arrays(
         self,
@@ -71,42 +72,40 @@ class PenaltyTables:
         penalised = [row for row, sequence in enumerate(sequences) if _has_penalties(sequence.sampling)]
         if not penalised:
             return {}, []
-        state_ids = self._take_rows([sequences[row] for row in penalised])
+        chosen = [sequences[row] for row in penalised]
+        state_ids = self._take_rows(chosen)
         new_rows: list[tuple[int, Sequence]] = []
-        new_tokens: list[tuple[int, int]] = []
+        token_state_ids: list[int] = []
+        token_ids: list[int] = []
         unread: list[tuple[int, int]] = []
-        for state_id, row in zip(state_ids, penalised, strict=True):
-            sequence = sequences[row]
+        for state_id, sequence in zip(state_ids, chosen, strict=True):
             outputs, source = sequence.output_token_ids, unread_rows.get(sequence.request_id)
-            num_outputs = len(outputs) + (source is not None)
-            is_counted = self._sequences[state_id] is sequence
-            if not is_counted or not 0 <= num_outputs - self._num_outputs[state_id] <= 1:
+            num_outputs = len(outputs) if source is None else len(outputs) + 1
+            num_missing = num_outputs - self._num_outputs[state_id]
+            if self._sequences[state_id] is not sequence or not 0 <= num_missing <= 1:
                 new_rows.append((state_id, sequence))
-                self._sequences[state_id], self._num_outputs[state_id] = sequence, len(outputs)
-            if num_outputs > self._num_outputs[state_id]:
+                self._sequences[state_id] = sequence
+                self._factors[:, state_id] = _factors(sequence.sampling)
+                num_missing = num_outputs - len(outputs)
+            if num_missing == 1:
                 if source is not None:
-                    unread.append((len(new_tokens), source))
-                new_tokens.append((state_id, 0 if source is not None else outputs[-1]))
-                self._num_outputs[state_id] = num_outputs
+                    unread.append((len(token_ids), source))
+                token_state_ids.append(state_id)
+                token_ids.append(outputs[-1] if source is None else 0)
+            self._num_outputs[state_id] = num_outputs
 
-        params = [sequence.sampling for sequence in sequences]
         all_state_ids = np.full(len(sequences), -1, dtype=np.int64)
         all_state_ids[penalised] = state_ids
-        groups: dict[str, dict[str, Array]] = {
-            "penalties": {
-                "state_ids": all_state_ids,
-                "repetition": np.array([p.repetition_penalty for p in params], dtype=np.float32),
-                "presence": np.array([p.presence_penalty for p in params], dtype=np.float32),
-                "frequency": np.array([p.frequency_penalty for p in params], dtype=np.float32),
-            }
-        }
+        factors = np.zeros((3, len(sequences)), dtype=np.float32)
+        factors[:, penalised] = self._factors[:, state_ids]
+        columns = dict(zip(("repetition", "presence", "frequency"), factors, strict=True))
+        groups: dict[str, dict[str, Array]] = {"penalties": {"state_ids": all_state_ids, **columns}}
         if new_rows:
             groups["new_rows"] = _new_row_arrays(new_rows)
-        if new_tokens:
-            token_state_ids, token_ids = np.array(new_tokens, dtype=np.int64).T
+        if token_ids:
             groups["new_tokens"] = {
-                "state_ids": np.ascontiguousarray(token_state_ids),
-                "token_ids": np.ascontiguousarray(token_ids),
+                "state_ids": np.array(token_state_ids, dtype=np.int64),
+                "token_ids": np.array(token_ids, dtype=np.int64),
             }
         return groups, unread
 
@@ -126,8 +125,8 @@ class PenaltyTables:
             self._counts.index_put_(outputs, self._one, accumulate=True)
         if new_tokens is not None:
             count_tokens(self._counts, new_tokens.state_ids, new_tokens.token_ids)
-        columns = penalties.repetition, penalties.presence, penalties.frequency
-        apply_penalties(logits, penalties.state_ids, self._in_prompt, self._counts, *columns)
+        factors = penalties.repetition, penalties.presence, penalties.frequency
+        apply_penalties(logits, penalties.state_ids, self._in_prompt, self._counts, *factors)
 
     def _take_rows(self, sequences: list[Sequence]) -> list[int]:
         """Rows of the tables for these sequences: those they have, else free ones, else the least recently used."""
@@ -150,6 +149,7 @@ class PenaltyTables:
         self._free = list(range(num_rows))
         self._sequences = [None] * num_rows
         self._num_outputs = [0] * num_rows
+        self._factors = np.zeros((3, num_rows), dtype=np.float32)
 
 
 def _new_row_arrays(rows: list[tuple[int, Sequence]]) -> dict[str, Array]:
@@ -163,6 +163,10 @@ def _new_row_arrays(rows: list[tuple[int, Sequence]]) -> dict[str, Array]:
         "output_state_ids": np.repeat(state_ids, [len(ids) for ids in outputs]),
         "output_token_ids": np.concatenate(outputs),
     }
+
+
+def _factors(params: SamplingParams) -> tuple[float, float, float]:
+    return params.repetition_penalty, params.presence_penalty, params.frequency_penalty
 
 
 def _has_penalties(params: SamplingParams) -> bool:
