@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from ensemble.engine.penalties import PenaltyTables
 from ensemble.engine.sampler import SamplingInput, Unread, sampling_arrays, sampling_input, unread_arrays
 from ensemble.engine.staging import Array, Staging
 from ensemble.models.layers import AttentionMetadata
@@ -67,12 +68,13 @@ def prepare_step(
     batch: Batch,
     block_size: int,
     eos_token_ids: frozenset[int],
+    tables: PenaltyTables,
     staging: Staging,
     unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
 ) -> StepInput:
     """Builds a step's tensors; on a GPU they come in one copy from page-locked memory."""
-    arrays = token_arrays(batch, block_size, unread_rows) | sampling_arrays(batch.sampled, eos_token_ids, unread_rows)
-    tensors = staging.to_device(arrays)
+    sampling = sampling_arrays(batch.sampled, eos_token_ids, tables, unread_rows)
+    tensors = staging.to_device(token_arrays(batch, block_size, unread_rows) | sampling)
     tokens = tensors["tokens"]
     return StepInput(
         token_ids=tokens["token_ids"],
@@ -80,8 +82,8 @@ def prepare_step(
         positions=tokens["positions"],
         sampled_tokens=tokens["sampled_tokens"],
         attention=AttentionMetadata(
+            num_prefills=len(batch.prefills),
             num_prefill_tokens=sum(row.length for row in batch.prefills),
-            max_seqlen_q=max((row.length for row in batch.prefills), default=0),
             slot_mapping=tokens["slot_mapping"],
             cu_seqlens_q=tokens["cu_seqlens_q"],
             context_lens=tokens["context_lens"],
@@ -93,9 +95,10 @@ def prepare_step(
 
 def token_arrays(batch: Batch, block_size: int, unread_rows: Mapping[int, int]) -> dict[str, dict[str, Array]]:
     """`tokens` of a step, and which of their ids are `unread`."""
-    lengths = [row.length for row in batch.prefills]
+    lengths = [row.length for row in batch.prefills] + [1] * len(batch.decodes)
     cu_seqlens = np.cumsum([0, *lengths])
-    num_prefill_tokens, num_tokens = int(cu_seqlens[-1]), int(cu_seqlens[-1]) + len(batch.decodes)
+    num_prefills, num_tokens = len(batch.prefills), int(cu_seqlens[-1])
+    num_prefill_tokens = num_tokens - len(batch.decodes)
     sequences = [row.sequence for row in batch.prefills] + batch.decodes
     context_lens = [row.end for row in batch.prefills]
     context_lens += [sequence.num_tokens + (sequence.request_id in unread_rows) for sequence in batch.decodes]
@@ -110,11 +113,11 @@ def token_arrays(batch: Batch, block_size: int, unread_rows: Mapping[int, int]) 
         token_ids[first : first + row.length] = row.sequence.token_ids(row.start, row.length)
         positions[first : first + row.length] = np.arange(row.start, row.end)
     token_ids[num_prefill_tokens:] = [sequence.last_token_id for sequence in batch.decodes]
-    positions[num_prefill_tokens:] = np.array(context_lens[len(lengths) :], dtype=np.int64) - 1
+    positions[num_prefill_tokens:] = np.array(context_lens[num_prefills:], dtype=np.int64) - 1
 
-    row_of_token = np.repeat(np.arange(len(sequences)), lengths + [1] * len(batch.decodes))
+    row_of_token = np.repeat(np.arange(len(sequences)), lengths)
     blocks = block_tables[row_of_token, positions // block_size].astype(np.int64)
-    ends = [end - 1 for row, end in zip(batch.prefills, cu_seqlens[1:].tolist(), strict=True) if row.finishes_prompt]
+    ends = [end - 1 for row, end in zip(batch.prefills, cu_seqlens[1:].tolist(), strict=False) if row.finishes_prompt]
     groups = {
         "tokens": {
             "token_ids": token_ids,

@@ -97,7 +97,7 @@ class DecodeGraphs:
         device, spec = kv_pool.device, model.spec
         self._inputs = DecodeInputs(max_num_seqs, -(-max_model_len // block_size), block_size, device)
         self._workspace = decode_workspace(max_num_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, device)
-        self._no_prefills = torch.zeros(1, dtype=torch.int32, device=device)
+        self._starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._sizes = graph_batch_sizes(max_num_seqs)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         memory = None
@@ -133,10 +133,10 @@ class DecodeGraphs:
     def _logits(self, model: Llama | Opt, kv_pool: Tensor, size: int) -> Tensor:
         inputs = self._inputs
         attention = AttentionMetadata(
+            num_prefills=0,
             num_prefill_tokens=0,
-            max_seqlen_q=0,
             slot_mapping=inputs.slot_mapping[:size],
-            cu_seqlens_q=self._no_prefills,
+            cu_seqlens_q=self._starts[: size + 1],
             context_lens=inputs.context_lens[:size],
             block_tables=inputs.block_tables[:size],
             decode_workspace=self._workspace,

@@ -10,6 +10,7 @@ from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow, StepInput, prepare_step, token_arrays
 from ensemble.engine.decode_graphs import DecodeGraphs
 from ensemble.engine.log_probs import StepLogProbs, asked_rows
+from ensemble.engine.penalties import PenaltyTables
 from ensemble.engine.prefill_graphs import PrefillGraphs
 from ensemble.engine.sampler import sample_tokens, sampling_arrays, sampling_input
 from ensemble.engine.staging import Staging
@@ -24,6 +25,7 @@ from ensemble.request import Request, SamplingParams, Sequence, TokenLogProbs
 from kernels.block_copy import copy_blocks
 from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.gather_rows import gather_rows
+from kernels.prefill_plan import plan_prefill, prefill_workspace
 
 Model = Llama | Opt
 
@@ -109,6 +111,7 @@ class ModelRunner:
         self.block_size = block_size
         self._decode_graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
+        self._penalty_tables = PenaltyTables(model.spec.vocab_size, kv_pool.device)
         self._last: StepHandle | None = None
 
     def run(self, batch: Batch) -> list[int]:
@@ -127,25 +130,26 @@ class ModelRunner:
         before = self._last if self._last is not None and not self._last.is_read else None
         unread_rows, sampled_before = (before.rows, before.sampled) if before is not None else ({}, None)
         staging = Staging(self.kv_pool.device)
-        decode_graphs, prefill_graphs = self._decode_graphs, self._prefill_graphs
+        decode_graphs, prefill_graphs, tables = self._decode_graphs, self._prefill_graphs, self._penalty_tables
+        eos_token_ids = self.model.spec.eos_token_ids
         if decode_graphs is not None and not batch.prefills and len(batch.decodes) <= decode_graphs.max_num_seqs:
             logits = decode_graphs.run(batch.decodes, unread_rows, sampled_before, staging)
-            arrays = sampling_arrays(batch.decodes, self.model.spec.eos_token_ids, unread_rows)
+            arrays = sampling_arrays(batch.decodes, eos_token_ids, tables, unread_rows)
             sampling = sampling_input(staging.to_device(arrays))
-        elif prefill_graphs is not None and (kind := prefill_graphs.kind_for(batch)) is not None:
+        elif prefill_graphs is not None and (size := prefill_graphs.size_for(batch)) is not None:
             arrays = token_arrays(batch, self.block_size, unread_rows)
-            hidden = prefill_graphs.run(kind, arrays, sampled_before, staging)
+            hidden = prefill_graphs.run(size, arrays, sampled_before, staging)
             last = {"last": {"tokens": arrays["tokens"]["sampled_tokens"]}}
-            sampled_arrays = sampling_arrays(batch.sampled, self.model.spec.eos_token_ids, unread_rows)
+            sampled_arrays = sampling_arrays(batch.sampled, eos_token_ids, tables, unread_rows)
             tensors = staging.to_device(last | sampled_arrays)
             logits, sampling = self._logits(hidden, tensors["last"]["tokens"]), sampling_input(tensors)
         else:
-            step = prepare_step(batch, self.block_size, self.model.spec.eos_token_ids, staging, unread_rows)
+            step = prepare_step(batch, self.block_size, eos_token_ids, tables, staging, unread_rows)
             logits, sampling = self._forward(step, sampled_before), step.sampling
         log_probs = None
         if logits.shape[0] > 0:
             asked = asked_rows(logits, sampling.asked, batch.sampled) if sampling.asked is not None else None
-            sampled = sample_tokens(logits, sampling, sampled_before)
+            sampled = sample_tokens(logits, sampling, tables, sampled_before)
             if asked is not None:
                 log_probs = asked.to_host(sampled, batch.sampled, staging)
         else:
@@ -157,7 +161,7 @@ class ModelRunner:
         """Logits of the tokens that are sampled from."""
         if step.unread is not None and sampled_before is not None:
             step.unread.fill(step.token_ids, sampled_before)
-        attention = self._with_decode_plan(step.attention) if self.kv_pool.is_cuda else step.attention
+        attention = self._with_plan(step.attention) if self.kv_pool.is_cuda else step.attention
         hidden = self.model.forward(step.token_ids, step.positions, self.kv_pool, attention)
         return self._logits(hidden, step.sampled_tokens)
 
@@ -171,16 +175,16 @@ class ModelRunner:
         longest = min(max_num_batched_tokens, max_model_len - 1)
         self.run(_largest_batch(max_num_batched_tokens, longest, self.block_size))
 
-    def _with_decode_plan(self, attention: AttentionMetadata) -> AttentionMetadata:
-        decode_lens = attention.context_lens[attention.num_prefills :]
-        if decode_lens.shape[0] == 0:
-            return attention
-        spec = self.model.spec
-        workspace = decode_workspace(
-            decode_lens.shape[0], spec.num_heads, spec.num_kv_heads, spec.head_dim, decode_lens.device
-        )
-        plan_decode(workspace, decode_lens)
-        return replace(attention, decode_workspace=workspace)
+    def _with_plan(self, attention: AttentionMetadata) -> AttentionMetadata:
+        spec, lens, num_tokens = self.model.spec, attention.context_lens, len(attention.slot_mapping)
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        if attention.num_prefills == 0:
+            decode = decode_workspace(len(lens), *heads, lens.device)
+            plan_decode(decode, lens)
+            return replace(attention, decode_workspace=decode)
+        prefill = prefill_workspace(num_tokens, len(lens), *heads, self.kv_pool.dtype, lens.device)
+        plan_prefill(prefill, attention.cu_seqlens_q, lens)
+        return replace(attention, prefill_workspace=prefill)
 
     @torch.inference_mode()
     def warm_up(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
@@ -195,20 +199,26 @@ class ModelRunner:
         self._prefill_graphs = PrefillGraphs(
             self.model, self.kv_pool, self.block_size, max_num_batched_tokens, max_num_seqs, max_model_len
         )
-        for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
+        batches = _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size)
+        for batch in batches:
             self.run(batch)
+        for sequence in batches[-1].decodes:
+            sequence.output_token_ids.append(0)
+        self.run(batches[-1])  # one more token of rows with penalties
         block_ids = torch.zeros(1, dtype=torch.int64, device=self.kv_pool.device)
         copy_blocks(self.kv_pool, self.kv_pool, block_ids, block_ids)  # for hand-offs, swaps and cached blocks
 
 
 def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size: int) -> list[Batch]:
-    """Batches that between them take every path: chunks, mixed steps, all ways of sampling, the largest step."""
+    """Batches that between them take every path: chunks, mixed steps, all ways of sampling, the largest step; the last
+    one is of rows with penalties.
+    """
     sequence = partial(_warm_up_sequence, block_size=block_size)
     greedy = SamplingParams(max_tokens=2, temperature=0)
     drawn = SamplingParams(max_tokens=2, temperature=1, top_k=5, top_p=0.9, min_p=0.1, min_tokens=2)
     penalised = SamplingParams(max_tokens=2, temperature=0, repetition_penalty=1.1, num_logprobs=1)
     decodes = [
-        Batch(decodes=[sequence(7, sampling)] * num_rows)
+        Batch(decodes=[sequence(7, sampling, request_id=row) for row in range(num_rows)])
         for sampling in (greedy, drawn, penalised)
         for num_rows in (1, 2, 16, 17, 33)
     ]
@@ -228,7 +238,7 @@ def _largest_batch(max_num_batched_tokens: int, longest: int, block_size: int) -
     return Batch(prefills=[PrefillRow(sequence, 0, longest) for sequence in sequences])
 
 
-def _warm_up_sequence(prompt_len: int, sampling: SamplingParams, block_size: int) -> Sequence:
+def _warm_up_sequence(prompt_len: int, sampling: SamplingParams, block_size: int, request_id: int = -1) -> Sequence:
     """A sequence of token 0 in block 0."""
-    request = Request(request_id=-1, prompt_token_ids=[0] * prompt_len, sampling=sampling)
+    request = Request(request_id=request_id, prompt_token_ids=[0] * prompt_len, sampling=sampling)
     return Sequence(request, output_token_ids=[0], block_ids=[0] * (-(-(prompt_len + 1) // block_size)))

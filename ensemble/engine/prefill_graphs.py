@@ -1,38 +1,30 @@
-"""Short steps with prompts as CUDA graphs: up to about 1,000 tokens the launches of a forward pass take the host longer
-than the GPU.
+"""Steps with prompts as CUDA graphs: up to a few thousand tokens the launches of a forward pass cost the host more than
+they may.
 
-A graph is captured for each of a few token counts; a batch takes the next larger one and pads. A padding token has slot
--1 and belongs to no sequence; a padding row is a sequence without queries. Decode rows, in a step with both, are
-sequences of one query. What is done for the sampled tokens alone comes after the graph.
+A graph is captured for each of a few token counts (see token_counts.py); a batch takes the next larger one and pads.
+A padding token has slot -1 and belongs to no sequence; a padding row is a sequence without queries. Decode rows, in a
+step with both, are sequences of one query. What is done for the sampled tokens alone comes after the graph.
 
     host buffer --one copy of its used part--> device buffer --views--> every graph
 """
 
-from typing import TypeAlias
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ensemble.engine import token_counts
 from ensemble.engine.batch import Batch
 from ensemble.engine.sampler import Unread
 from ensemble.engine.staging import Array, Staging
 from ensemble.models.layers import AttentionMetadata
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
+from kernels.prefill_plan import plan_prefill, prefill_workspace
 
-TOKENS_PER_PROMPT = 32  # of a graph, at least: each sequence it may have costs programs that find nothing to do
-MAX_DECODE_LEN = 4096  # one program reads a decode row's context for each KV head; eager steps split longer ones
-
-
-def graph_token_counts(max_num_tokens: int) -> list[int]:
-    """Counts to capture, up to 1,024 tokens: from there on an eager step's launches are ahead of the GPU."""
-    counts = [16, 32, *range(64, 512, 64), *range(512, 1025, 128)]
-    largest = min(max_num_tokens, counts[-1])
-    return [count for count in counts if count < largest] + [largest]
-
-
-Kind: TypeAlias = tuple[int, bool]  # of a graph: its tokens, and whether it is for decode rows too
+TOKENS_PER_PROMPT = 32  # of a graph: it has room for a prompt for every so many tokens, beside its decode rows
+MAX_NUM_TOKENS = 2176  # from here on launches are a small part of a step
 
 
 class PrefillInputs:
@@ -66,9 +58,7 @@ class PrefillInputs:
         ):
             section[:num_tokens] = tokens[name]
             section[num_tokens:padded_size] = padding
-        starts = tokens["cu_seqlens_q"]
-        self._cu_seqlens[: len(starts)] = starts
-        self._cu_seqlens[len(starts) : num_rows + 1] = np.arange(starts[-1] + 1, num_tokens + 1)  # decode rows
+        self._cu_seqlens[: num_rows + 1] = tokens["cu_seqlens_q"]
         self._cu_seqlens[num_rows + 1 :] = num_tokens
         self._context_lens[:num_rows] = tokens["context_lens"]
         self._context_lens[num_rows:] = 0
@@ -78,7 +68,7 @@ class PrefillInputs:
 
 
 class PrefillGraphs:
-    """The graphs of one model over one KV pool: for prompts alone, and for up to `max_num_decodes` decode rows beside.
+    """The graphs of one model over one KV pool, for prompts and up to `max_num_decodes` decode rows beside them.
 
     Capture runs every one once, which also compiles its kernels.
     """
@@ -92,64 +82,79 @@ class PrefillGraphs:
         max_num_decodes: int,
         max_model_len: int,
     ) -> None:
-        device = kv_pool.device
+        device, spec = kv_pool.device, model.spec
         self._max_num_decodes = max_num_decodes
-        sizes = graph_token_counts(max_num_tokens)
-        max_num_rows, max_blocks = self._num_rows(sizes[-1], max_num_decodes > 0), -(-max_model_len // block_size)
-        self._inputs = PrefillInputs(sizes[-1], max_num_rows, max_blocks, device)
-        self._graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        kinds = [(size, is_mixed) for is_mixed in ([False, True] if max_num_decodes else [False]) for size in sizes]
+        counts = token_counts.candidates(min(max_num_tokens, MAX_NUM_TOKENS))
+        self._sizes = token_counts.worth_capturing(counts, token_counts.measure(_products(model), counts))
+        max_num_rows, max_blocks = self._num_rows(self._sizes[-1]), -(-max_model_len // block_size)
+        self._inputs = PrefillInputs(self._sizes[-1], max_num_rows, max_blocks, device)
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self._workspace = prefill_workspace(self._sizes[-1], max_num_rows, *heads, kv_pool.dtype, device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         memory = None
-        for size, is_mixed in sorted(kinds, reverse=True):  # the largest first: the others fit into its memory
+        for size in reversed(self._sizes):  # the largest first: the others fit into its memory
             staging = Staging(device)
             self._inputs.fill(_NO_TOKENS, size, staging)
-            self._forward(model, kv_pool, size, is_mixed)
+            hidden = self._forward(model, kv_pool, size)
+            if not self._graphs:
+                self._hidden = torch.empty_like(hidden)  # of every graph: each would keep its own
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
-                hidden = self._forward(model, kv_pool, size, is_mixed)
+                self._hidden[:size].copy_(self._forward(model, kv_pool, size))
             memory = memory or graph.pool()
-            self._graphs[size, is_mixed] = graph, hidden
+            self._graphs[size] = graph
 
-    def kind_for(self, batch: Batch) -> Kind | None:
-        """The smallest graph that has room for this step with prompts; None if there is none."""
+    def size_for(self, batch: Batch) -> int | None:
+        """The tokens of the smallest graph that has room for this step with prompts; None if there is none."""
         num_decodes = len(batch.decodes)
         num_tokens = sum(row.length for row in batch.prefills) + num_decodes
-        num_rows, is_mixed = len(batch.prefills) + num_decodes, num_decodes > 0
-        if num_decodes > self._max_num_decodes or any(each.num_tokens > MAX_DECODE_LEN for each in batch.decodes):
+        num_rows = len(batch.prefills) + num_decodes
+        if num_decodes > self._max_num_decodes:
             return None
-        for kind in reversed(self._graphs):
-            if kind[1] == is_mixed and kind[0] >= num_tokens and self._num_rows(*kind) >= num_rows:
-                return kind
-        return None
+        return next((size for size in self._sizes if size >= num_tokens and self._num_rows(size) >= num_rows), None)
 
     def run(
-        self, kind: Kind, arrays: dict[str, dict[str, Array]], sampled_before: Tensor | None, staging: Staging
+        self, size: int, arrays: dict[str, dict[str, Array]], sampled_before: Tensor | None, staging: Staging
     ) -> Tensor:  # [>= T, hidden_size], until the next run
         """Launches a step (`batch.token_arrays`) and returns the hidden states to come, in the order of its tokens."""
-        self._inputs.fill(arrays["tokens"], kind[0], staging)
+        self._inputs.fill(arrays["tokens"], size, staging)
         if "unread" in arrays and sampled_before is not None:
             unread = staging.to_device({"unread": arrays["unread"]})["unread"]
             Unread(**unread).fill(self._inputs.token_ids, sampled_before)
-        graph, hidden = self._graphs[kind]
-        graph.replay()
-        return hidden
+        self._graphs[size].replay()
+        return self._hidden
 
-    def _num_rows(self, size: int, is_mixed: bool) -> int:
+    def _num_rows(self, size: int) -> int:
         """Sequences of a graph."""
-        return max(2, size // TOKENS_PER_PROMPT) + (self._max_num_decodes if is_mixed else 0)
+        return max(2, size // TOKENS_PER_PROMPT) + self._max_num_decodes
 
-    def _forward(self, model: Llama | Opt, kv_pool: Tensor, size: int, is_mixed: bool) -> Tensor:
-        inputs, num_rows = self._inputs, self._num_rows(size, is_mixed)
+    def _forward(self, model: Llama | Opt, kv_pool: Tensor, size: int) -> Tensor:
+        inputs, num_rows = self._inputs, self._num_rows(size)
         attention = AttentionMetadata(
+            num_prefills=num_rows,
             num_prefill_tokens=size,
-            max_seqlen_q=size,
             slot_mapping=inputs.slot_mapping[:size],
             cu_seqlens_q=inputs.cu_seqlens_q[: num_rows + 1],
             context_lens=inputs.context_lens[:num_rows],
             block_tables=inputs.block_tables[:num_rows],
+            prefill_workspace=self._workspace,
         )
+        plan_prefill(self._workspace, attention.cu_seqlens_q, attention.context_lens)
         return model.forward(inputs.token_ids[:size], inputs.positions[:size], kv_pool, attention)
+
+
+def _products(model: Llama | Opt) -> Callable[[int, int], object]:
+    """Runs the products of a layer, of one layer after the other, on that many random rows."""
+    weights = [linear.weight for linear in model.layers[0].linears()]
+    inputs = [torch.randn(MAX_NUM_TOKENS, w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
+
+    def run(round_: int, num_rows: int) -> None:
+        layer = model.layers[round_ % len(model.layers)]
+        for linear, x in zip(layer.linears(), inputs, strict=True):
+            linear.without_bias(x[:num_rows])
+
+    return run
 
 
 _NO_TOKENS: dict[str, Array] = {  # a step that is padding alone

@@ -1,7 +1,7 @@
 """The next token of each row from its logits, as its request's sampling parameters say.
 
-Nothing is kept between steps: what a step needs follows from the sequences, so that a sequence can move between
-engines at any step.
+What a step needs follows from the sequences, so that a sequence can move between engines at any step. Only how often
+penalised sequences have which tokens is kept (penalties.py), and counted again where it is not known.
 """
 
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from ensemble.engine.penalties import NewRows, NewTokens, Penalties, PenaltyTables
 from ensemble.engine.token_bias import GatedBias, TokenBias, token_bias_arrays
-from ensemble.request import SamplingParams, Sequence
-from kernels.penalties import apply_penalties, mask_tokens
+from ensemble.request import Sequence
+from kernels.penalties import mask_tokens
 from kernels.sampling import greedy, sample
 
 Array = npt.NDArray[Any]
@@ -53,18 +53,6 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
-class Penalties:
-    """Columns of penalties, and the tokens so far of the R rows that have any."""
-
-    state_ids: Tensor  # [S] int64: index among the R rows, -1 = without penalties
-    repetition: Tensor  # [S] fp32
-    presence: Tensor  # [S] fp32
-    frequency: Tensor  # [S] fp32
-    num_tokens: Tensor  # [R, 2] int64: tokens of the prompt, tokens of the output
-    token_ids: Tensor  # [sum of num_tokens] int64: prompt and output of the first of the R rows, then of the next
-
-
-@dataclass(frozen=True, slots=True)
 class SamplingInput:
     """How S rows are sampled. What no row uses is None; without a draw every row is greedy."""
 
@@ -73,13 +61,16 @@ class SamplingInput:
     bias: TokenBias | None
     gated_bias: GatedBias | None
     penalties: Penalties | None
-    unread: Unread | None  # what is still to be filled into penalties.token_ids
+    new_rows: NewRows | None
+    new_tokens: NewTokens | None
+    unread: Unread | None  # what is still to be filled into new_tokens.token_ids
     asked: Tensor | None  # [R] int64, rows whose log-probabilities are wanted
 
 
 def sample_tokens(
     logits: Tensor,  # [S, V], may be overwritten
     inputs: SamplingInput,
+    tables: PenaltyTables,
     sampled_before: Tensor | None,  # tokens of the step before, for those that are unread
 ) -> Tensor:  # [S] int64
     """One token id per row."""
@@ -88,9 +79,9 @@ def sample_tokens(
     if inputs.gated_bias is not None and sampled_before is not None:
         inputs.gated_bias.apply(logits, sampled_before)
     if inputs.penalties is not None:
-        if inputs.unread is not None and sampled_before is not None:
-            inputs.unread.fill(inputs.penalties.token_ids, sampled_before)
-        _penalise(logits, inputs.penalties)
+        if inputs.unread is not None and inputs.new_tokens is not None and sampled_before is not None:
+            inputs.unread.fill(inputs.new_tokens.token_ids, sampled_before)
+        tables.apply(logits, inputs.penalties, inputs.new_rows, inputs.new_tokens)
     if inputs.mask is not None:
         mask_tokens(logits, inputs.mask.rows, inputs.mask.token_ids)
     draw = inputs.draw
@@ -102,6 +93,7 @@ def sample_tokens(
 def sampling_arrays(
     sequences: list[Sequence],
     eos_token_ids: frozenset[int],
+    tables: PenaltyTables,
     unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
 ) -> dict[str, dict[str, Array]]:
     """The fields of `SamplingInput`, as far as a sequence uses them."""
@@ -129,43 +121,11 @@ def sampling_arrays(
     if masked:
         rows, token_ids = np.array(masked, dtype=np.int64).T
         groups["mask"] = {"rows": np.ascontiguousarray(rows), "token_ids": np.ascontiguousarray(token_ids)}
-    penalised = [row for row, p in enumerate(params) if _has_penalties(p)]
-    if penalised:
-        groups |= _penalty_arrays(sequences, penalised, unread_rows)
+    penalty_groups, unread = tables.arrays(sequences, unread_rows)
+    groups |= penalty_groups
     asked = [row for row, p in enumerate(params) if p.num_logprobs is not None]
     if asked:
         groups["asked"] = {"rows": np.array(asked, dtype=np.int64)}
-    return groups
-
-
-def _penalty_arrays(
-    sequences: list[Sequence], penalised: list[int], unread_rows: Mapping[int, int]
-) -> dict[str, dict[str, Array]]:
-    params = [sequence.sampling for sequence in sequences]
-    state_ids = np.full(len(sequences), -1, dtype=np.int64)
-    state_ids[penalised] = np.arange(len(penalised))
-    num_tokens: list[tuple[int, int]] = []
-    token_ids: list[int] = []
-    unread: list[tuple[int, int]] = []
-    for row in penalised:
-        sequence = sequences[row]
-        known = sequence.request.prompt_token_ids + sequence.output_token_ids
-        source = unread_rows.get(sequence.request_id)
-        if source is not None:
-            unread.append((len(token_ids) + len(known), source))
-            known.append(0)
-        token_ids += known
-        num_tokens.append((sequence.prompt_len, len(known) - sequence.prompt_len))
-    groups: dict[str, dict[str, Array]] = {
-        "penalties": {
-            "state_ids": state_ids,
-            "repetition": np.array([p.repetition_penalty for p in params], dtype=np.float32),
-            "presence": np.array([p.presence_penalty for p in params], dtype=np.float32),
-            "frequency": np.array([p.frequency_penalty for p in params], dtype=np.float32),
-            "num_tokens": np.array(num_tokens, dtype=np.int64),
-            "token_ids": np.array(token_ids, dtype=np.int64),
-        }
-    }
     if unread:
         groups["unread_penalised"] = unread_arrays(unread)
     return groups
@@ -179,6 +139,8 @@ def sampling_input(tensors: dict[str, dict[str, Tensor]]) -> SamplingInput:
         bias=TokenBias(**tensors["bias"]) if "bias" in tensors else None,
         gated_bias=GatedBias(**tensors["gated_bias"]) if "gated_bias" in tensors else None,
         penalties=Penalties(**tensors["penalties"]) if "penalties" in tensors else None,
+        new_rows=NewRows(**tensors["new_rows"]) if "new_rows" in tensors else None,
+        new_tokens=NewTokens(**tensors["new_tokens"]) if "new_tokens" in tensors else None,
         unread=Unread(**tensors["unread_penalised"]) if "unread_penalised" in tensors else None,
         asked=tensors["asked"]["rows"] if "asked" in tensors else None,
     )
@@ -188,27 +150,3 @@ def unread_arrays(slots_and_sources: list[tuple[int, int]]) -> dict[str, Array]:
     """The fields of `Unread`."""
     slots, sources = np.array(slots_and_sources, dtype=np.int64).T
     return {"slots": np.ascontiguousarray(slots), "sources": np.ascontiguousarray(sources)}
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-
-
-def _penalise(logits: Tensor, penalties: Penalties) -> None:
-    (num_rows, _), total = penalties.num_tokens.shape, penalties.token_ids.shape[0]
-    # segment 2r is the prompt of row r, segment 2r + 1 its output
-    segments = torch.arange(2 * num_rows, device=logits.device).repeat_interleave(
-        penalties.num_tokens.flatten(), output_size=total
-    )
-    counts = torch.zeros(2 * num_rows, logits.shape[1], dtype=torch.int32, device=logits.device)
-    ones = torch.ones(total, dtype=torch.int32, device=logits.device)
-    counts.index_put_((segments, penalties.token_ids), ones, accumulate=True)
-    apply_penalties(
-        logits,
-        penalties.state_ids,
-        counts[0::2] > 0,
-        counts[1::2].contiguous(),
-        penalties.repetition,
-        penalties.presence,
-        penalties.frequency,
-    )

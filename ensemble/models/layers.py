@@ -16,6 +16,7 @@ from kernels.decode_attention import decode_attention
 from kernels.decode_linear import decode_linear, reads_faster
 from kernels.decode_plan import DecodeWorkspace
 from kernels.prefill_attention import prefill_attention
+from kernels.prefill_plan import PrefillWorkspace
 
 Empty = Callable[..., Tensor]  # torch.empty with device and dtype bound
 
@@ -56,17 +57,15 @@ class AttentionMetadata:
     sequences  |<---------- S_p prefill rows -------->|<------ S_d decode rows ----->|
     """
 
+    num_prefills: int
     num_prefill_tokens: int
-    max_seqlen_q: int  # longest chunk of a prefill row
     slot_mapping: Tensor  # [T] int64: block_id * block_size + offset of each token, -1 = padding
-    cu_seqlens_q: Tensor  # [S_p + 1] int32
+    cu_seqlens_q: Tensor  # [S_p + S_d + 1] int32
     context_lens: Tensor  # [S_p + S_d] int32, this step's tokens included
     block_tables: Tensor  # [S_p + S_d, max_blocks] int32
-    decode_workspace: DecodeWorkspace | None = None  # with the plan for the decode rows; None: every layer makes one
-
-    @property
-    def num_prefills(self) -> int:
-        return self.cu_seqlens_q.shape[0] - 1
+    # On a GPU one of the two, with the step's plan: with prompts in it, decode rows are sequences of one query.
+    prefill_workspace: PrefillWorkspace | None = None
+    decode_workspace: DecodeWorkspace | None = None
 
 
 def paged_attention(
@@ -77,27 +76,21 @@ def paged_attention(
     window: int | None = None,
 ) -> Tensor:  # [T, Hq * D]
     """Causal attention of a step's tokens over everything before them; over `window` tokens, their own included."""
-    num_tokens, split, rows = q.shape[0], metadata.num_prefill_tokens, metadata.num_prefills
+    tables, starts, lens = metadata.block_tables, metadata.cu_seqlens_q, metadata.context_lens
+    if metadata.prefill_workspace is not None:
+        out = prefill_attention(q, kv_cache, tables, starts, lens, scale, window, metadata.prefill_workspace)
+        return out.view(q.shape[0], -1)
+    split, rows = metadata.num_prefill_tokens, metadata.num_prefills
     parts = []
     if split > 0:
         parts.append(
-            prefill_attention(
-                q[:split],
-                kv_cache,
-                metadata.block_tables[:rows],
-                metadata.cu_seqlens_q,
-                metadata.context_lens[:rows],
-                metadata.max_seqlen_q,
-                scale,
-                window,
-            )
+            prefill_attention(q[:split], kv_cache, tables[:rows], starts[: rows + 1], lens[:rows], scale, window)
         )
-    if split < num_tokens:
-        block_tables, context_lens = metadata.block_tables[rows:], metadata.context_lens[rows:]
+    if split < q.shape[0]:
         workspace = metadata.decode_workspace
-        parts.append(decode_attention(q[split:], kv_cache, block_tables, context_lens, scale, workspace, window))
+        parts.append(decode_attention(q[split:], kv_cache, tables[rows:], lens[rows:], scale, workspace, window))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out.view(num_tokens, -1)
+    return out.view(q.shape[0], -1)
 
 
 class Linear:

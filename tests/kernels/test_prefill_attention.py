@@ -1,21 +1,26 @@
+import contextlib
+from itertools import pairwise
+
 import pytest
 import torch
 from oracle import PagedCache, attention, check
 
-from kernels import prefill_attention as module
+from kernels import prefill_attention as attention_module
+from kernels import prefill_plan
 from kernels.prefill_attention import prefill_attention
+from kernels.prefill_plan import plan_prefill, prefill_workspace
 
 HEADS = [(4, 4, 64), (6, 2, 80), (4, 1, 96), (5, 1, 128), (8, 1, 64)]  # query heads, KV heads, head_dim
 
 
-def run(cache, queries, scale, window=None):
+def run(cache, queries, scale, window=None, workspace=None):
     """The kernel's output, one tensor per sequence."""
     query_lens = [len(q) for q in queries]
-    cu_seqlens = torch.tensor([0, *query_lens], device=cache.lens.device).cumsum(0).int()
+    starts = torch.tensor([0, *query_lens], device=cache.lens.device).cumsum(0).int()
     q = torch.cat(queries)
-    out = prefill_attention(
-        q, cache.kv_cache, cache.block_tables, cu_seqlens, cache.lens, max(query_lens), scale, window
-    )
+    if workspace is not None:
+        plan_prefill(workspace, starts, cache.lens)
+    out = prefill_attention(q, cache.kv_cache, cache.block_tables, starts, cache.lens, scale, window, workspace)
     return out.split(query_lens)
 
 
@@ -31,10 +36,12 @@ def check_against_sdpa(outs, queries, cache, scale, window=None):
             check(out, lambda q, k, v: attention(q, k, v, scale, window), q, k, v)
 
 
-@pytest.fixture(params=[0, 2**31], ids=["large_tiles", "small_tiles"])
-def tiles(request, monkeypatch):
-    """Tiles as for a batch that fills the GPU, or one that does not."""
-    monkeypatch.setattr(module, "_FEW_ROWS", request.param)
+@pytest.fixture(params=[(1, 1), (2**10, 1), (2**10, 2)], ids=["whole", "single_tiles", "pairs"])
+def shares(request, monkeypatch):
+    """Keys in one piece, or divided among programs; and fewer programs than items, so that each takes several."""
+    monkeypatch.setattr(prefill_plan, "_SHARES", request.param[0])
+    monkeypatch.setattr(prefill_plan, "_MIN_SHARE", request.param[1])
+    monkeypatch.setattr(attention_module, "_SPARE_PROGRAMS", 3)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
@@ -47,7 +54,7 @@ def test_whole_prompts_around_a_block(num_heads, num_kv_heads, head_dim, dtype, 
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS[:3])
-def test_chunks_after_a_cached_prefix_and_empty_queries(num_heads, num_kv_heads, head_dim, tiles, dtype, device):
+def test_chunks_after_a_cached_prefix_and_empty_queries(num_heads, num_kv_heads, head_dim, dtype, device):
     torch.manual_seed(0)
     lens, query_lens = [150, 33, 70, 16, 129], [1, 0, 20, 16, 90]
     cache = PagedCache(lens, num_kv_heads, head_dim, 16, dtype, device)
@@ -55,9 +62,9 @@ def test_chunks_after_a_cached_prefix_and_empty_queries(num_heads, num_kv_heads,
     check_against_sdpa(run(cache, queries, 0.1), queries, cache, 0.1)
 
 
-@pytest.mark.parametrize("window", [1, 2, 31, 64, 100, 149, 1000])
+@pytest.mark.parametrize("window", [1, 31, 64, 149, 1000])
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_windows(window, block_size, tiles, device):
+def test_windows(window, block_size, shares, device):
     torch.manual_seed(0)
     lens, query_lens = [150, 33, 260], [150, 1, 130]
     cache = PagedCache(lens, 2, 64, block_size, torch.float16, device)
@@ -65,8 +72,29 @@ def test_windows(window, block_size, tiles, device):
     check_against_sdpa(run(cache, queries, 0.1, window), queries, cache, 0.1, window)
 
 
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [HEADS[1], HEADS[3]])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_divided_keys_and_decode_rows(num_heads, num_kv_heads, head_dim, block_size, shares, device):
+    """Chunks after long prefixes, rows of one query, and sequences without any, as a graph pads with."""
+    torch.manual_seed(0)
+    lens, query_lens = [300, 1, 0, 64, 257, 65], [40, 1, 0, 1, 1, 64]
+    cache = PagedCache(lens, num_kv_heads, head_dim, block_size, torch.float16, device)
+    queries = new_queries(query_lens, num_heads, head_dim, torch.float16, device)
+    check_against_sdpa(run(cache, queries, 0.1), queries, cache, 0.1)
+
+
+def test_workspace_serves_every_smaller_step(device):
+    torch.manual_seed(0)
+    workspace = prefill_workspace(100, 3, 4, 2, 64, torch.float16, device)
+    for lens, query_lens in ([[700], [90]], [[700, 20], [1, 9]], [[5, 600, 170], [5, 1, 1]], [[700], [90]]):
+        cache = PagedCache(lens, 2, 64, 16, torch.float16, device)
+        queries = new_queries(query_lens, 4, 64, torch.float16, device)
+        for _ in range(2):  # every layer of a step
+            check_against_sdpa(run(cache, queries, 0.1, workspace=workspace), queries, cache, 0.1)
+
+
 @pytest.mark.parametrize("block_size", [1, 8, 64, 256])
-def test_block_sizes(block_size, tiles, device):
+def test_block_sizes(block_size, device):
     torch.manual_seed(0)
     lens = [70, 130]
     cache = PagedCache(lens, 2, 64, block_size, torch.float16, device)
@@ -113,6 +141,36 @@ def test_long_mixed_batches(num_heads, num_kv_heads, head_dim, block_size, dtype
     again = run(cache, queries, head_dim**-0.5)
     assert all(torch.equal(a, b) for a, b in zip(outs, again, strict=True))
     check_against_sdpa(run(cache, queries, 0.1, window=300), queries, cache, 0.1, window=300)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(8, 8), (32, 4)])
+def test_a_captured_graph_serves_changed_lengths(num_heads, num_kv_heads, device):
+    """Chunks and decode rows change places, and rows of the graph go unused."""
+    torch.manual_seed(0)
+    cache = PagedCache([3000] * 6, num_kv_heads, 128, 64, torch.bfloat16, device)
+    q = torch.randn(600, num_heads, 128, dtype=torch.bfloat16, device=device)
+    starts = torch.zeros(7, dtype=torch.int32, device=device)
+    workspace = prefill_workspace(600, 6, num_heads, num_kv_heads, 128, torch.bfloat16, device)
+    graph = torch.cuda.CUDAGraph()
+    for is_captured in (False, True):
+        with torch.cuda.graph(graph) if is_captured else contextlib.nullcontext():
+            plan_prefill(workspace, starts, cache.lens)
+            out = prefill_attention(q, cache.kv_cache, cache.block_tables, starts, cache.lens, 0.1, workspace)
+    for query_lens, lens in [
+        ([500, 1, 1, 1, 0, 0], [1500, 3000, 7, 2000, 0, 0]),
+        ([1, 599, 0, 0, 0, 0], [3000, 599, 0, 0, 0, 0]),
+        ([256, 0, 0, 0, 0, 0], [3000, 0, 0, 0, 0, 0]),
+        ([100] * 6, [100, 200, 3000, 100, 150, 2999]),
+    ]:
+        starts.copy_(torch.tensor([0, *query_lens], device=device).cumsum(0))
+        cache.lens.copy_(torch.tensor(lens, device=device))
+        q.normal_()
+        graph.replay()
+        for seq, (start, end) in enumerate(pairwise(starts.tolist())):
+            if start < end:
+                k, v = cache.keys[seq][: lens[seq]], cache.values[seq][: lens[seq]]
+                check(out[start:end], lambda q, k, v: attention(q, k, v, 0.1), q[start:end], k, v)
 
 
 @pytest.mark.gpu

@@ -96,8 +96,8 @@ def our_log_probs(path, texts, dtype, device=CPU):  # [512]
     block_tables = torch.arange(len(texts) * max_blocks, dtype=torch.int32).view(len(texts), max_blocks)
     slots = torch.arange(block_tables.numel() * BLOCK_SIZE).view(len(texts), -1)
     metadata = AttentionMetadata(
+        num_prefills=len(lens),
         num_prefill_tokens=sum(lens),
-        max_seqlen_q=max(lens),
         slot_mapping=torch.cat([row[:length] for row, length in zip(slots, lens, strict=True)]).to(device),
         cu_seqlens_q=torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device),
         context_lens=torch.tensor(lens, dtype=torch.int32, device=device),

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
 from ensemble.tokenizer import Tokenizer
-from tools.benchmarks.engine import SHAPES
+from tools.benchmarks.engine_shapes import SHAPES
 from tools.benchmarks.results import write_results
 from tools.benchmarks.serving_load import Lengths, Row, drive, make_inputs, rows
 from tools.proofs.gpu_smoke import write_model_dir

@@ -22,6 +22,7 @@ from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.embedding import embed
 from kernels.layer_norm import add_layer_norm
 from kernels.prefill_attention import prefill_attention
+from kernels.prefill_plan import plan_prefill, prefill_workspace
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rotary_table
 from kernels.sampling import greedy, sample
@@ -81,19 +82,25 @@ def prefill(
     cu_seqlens = torch.tensor([0, *query_lens], device="cuda").cumsum(0).int()
     context_lens = torch.tensor(lens_after, dtype=torch.int32, device="cuda")
     queries = [randn(sum(query_lens), num_heads, HEAD_DIM) for _ in range(2)]
+    heads = num_heads, num_kv_heads, HEAD_DIM
+    workspace = prefill_workspace(sum(query_lens), len(lens), *heads, torch.float16, "cuda")
+    plan_prefill(workspace, cu_seqlens, context_lens)
     libraries: dict[str, Run] = {}
     if query_lens == lens_after:
         q = randn(len(lens), num_heads, max(query_lens), HEAD_DIM)
         k, v = (randn(len(lens), num_kv_heads, max(query_lens), HEAD_DIM) for _ in range(2))
         libraries["cuDNN"] = lambda _: sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v, True)
         libraries["flash"] = lambda _: sdpa(SDPBackend.FLASH_ATTENTION, q, k, v, True)
-    shape = f"{len(lens)} x {query_lens[0]}" + (f" of {lens_after[0]}" if query_lens != lens_after else "")
+    num_decodes = query_lens.count(1)
+    shape = f"{len(lens) - num_decodes} x {query_lens[0]}"
+    shape += f" of {lens_after[0]}" if query_lens != lens_after else ""
+    shape += f" and {num_decodes} rows of {lens_after[-1]}" if num_decodes else ""
     yield Case(
         name=f"prefill attention, {shape}, {num_heads}/{num_kv_heads} heads, blocks of {block_size}",
         work=4 * num_heads * HEAD_DIM * sum(query * (after - query / 2) for query, after in lens),
         unit="flops",
         run=lambda i: prefill_attention(
-            queries[i], kv_cache, tables, cu_seqlens, context_lens, max(query_lens), HEAD_DIM**-0.5
+            queries[i], kv_cache, tables, cu_seqlens, context_lens, HEAD_DIM**-0.5, workspace=workspace
         ),
         num_inputs=2,
         libraries=libraries,
@@ -121,7 +128,7 @@ def decode(num_heads: int, num_kv_heads: int, lens: list[int], block_size: int) 
     yield Case(
         name=f"decode attention, {shape}, {num_heads}/{num_kv_heads} heads, blocks of {block_size}",
         work=num_bytes,
-        run=lambda i: decode_attention(q, kv_cache, tables[i], context_lens, HEAD_DIM**-0.5, workspace),
+        run=lambda i: decode_attention(q, kv_cache, tables[i], context_lens, HEAD_DIM**-0.5, workspace=workspace),
         num_inputs=num_inputs,
         libraries=libraries,
         goal_share=0.90 if num_bytes >= 256 * 2**20 else None,
@@ -325,6 +332,13 @@ GROUPS: dict[str, list[Callable[[], Iterator[Case]]]] = {
         partial(prefill, 32, 32, [(2048, 2048)] * 4, 64),
         partial(prefill, 32, 32, [(1024, 8192)], 64),
         partial(prefill, 32, 4, [(256, 16640)], 64),
+        partial(prefill, 32, 32, [(256, 33024)], 64),
+        partial(prefill, 32, 8, [(256, 33024)], 64),
+        partial(prefill, 40, 40, [(512, 1536)], 64),
+        partial(prefill, 40, 40, [(512, 1536), *[(1, 2000)] * 2], 64),
+        partial(prefill, 40, 40, [(512, 1536), *[(1, 2000)] * 8], 64),
+        partial(prefill, 40, 40, [(256, 1280), *[(1, 2000)] * 8], 64),
+        partial(prefill, 40, 40, [(2048, 2048)], 64),
     ],
     "decode": [
         partial(decode, 32, 32, [1024] * 32, 16),

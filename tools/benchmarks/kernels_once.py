@@ -16,7 +16,6 @@ import typer
 from torch import Tensor
 
 from kernels import decode_linear as decode_linear_module
-from kernels import prefill_attention as prefill_module
 from kernels.block_copy import copy_blocks, copy_blocks_reference
 from kernels.decode_attention import decode_attention, decode_attention_reference
 from kernels.decode_plan import decode_workspace, plan_decode
@@ -49,19 +48,15 @@ def decode(device: str, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Te
     return out, decode_attention_reference(q, pool, tables, lens, SCALE)
 
 
-def prefill(device: str, block_size: int, dtype: torch.dtype, few_rows: int) -> tuple[Tensor, Tensor]:
-    """A whole prompt, a chunk after a cached prefix, and one token."""
-    query_lens, lens = [130, 20, 1], [130, 70, 33]
+def prefill(device: str, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A whole prompt, a chunk after a cached prefix, and a decode row, whose keys are divided among programs."""
+    query_lens, lens = [130, 20, 1], [130, 70, 700]
     pool, tables, context_lens = paged(lens, block_size, dtype)
     q = torch.randn(sum(query_lens), NUM_HEADS, HEAD_DIM).to(dtype)
     starts = torch.tensor([0, 130, 150, 151], dtype=torch.int32)
-    before, prefill_module._FEW_ROWS = prefill_module._FEW_ROWS, few_rows
-    try:
-        inputs = q.to(device), pool.to(device), tables.to(device), starts.to(device), context_lens.to(device)
-        out = prefill_attention(*inputs, max(query_lens), SCALE)
-    finally:
-        prefill_module._FEW_ROWS = before
-    return out, prefill_attention_reference(q, pool, tables, starts, context_lens, max(query_lens), SCALE)
+    inputs = q.to(device), pool.to(device), tables.to(device), starts.to(device), context_lens.to(device)
+    out = prefill_attention(*inputs, SCALE)
+    return out, prefill_attention_reference(q, pool, tables, starts, context_lens, SCALE)
 
 
 def linear(device: str, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -89,11 +84,9 @@ def main(device: Annotated[str, typer.Option(help="cpu: with Triton's interprete
         "decode attention, blocks of 16": lambda: decode(device, 16, half),
         "decode attention, blocks of 64": lambda: decode(device, 64, half),
         "decode attention, fp32": lambda: decode(device, 64, single),
-        "prefill attention, blocks of 16, small tiles": lambda: prefill(device, 16, half, 1 << 30),
-        "prefill attention, blocks of 16, large tiles": lambda: prefill(device, 16, half, 0),
-        "prefill attention, blocks of 64, small tiles": lambda: prefill(device, 64, half, 1 << 30),
-        "prefill attention, blocks of 64, large tiles": lambda: prefill(device, 64, half, 0),
-        "prefill attention, fp32": lambda: prefill(device, 64, single, 0),
+        "prefill attention, blocks of 16": lambda: prefill(device, 16, half),
+        "prefill attention, blocks of 64": lambda: prefill(device, 64, half),
+        "prefill attention, fp32": lambda: prefill(device, 64, single),
         **{f"decode linear, {rows} rows": partial(linear, device, rows) for rows in (1, 7, 33, 64)},
         "block copy, whole chunks": lambda: copy(device, 1 << 15),
         "block copy, a tail": lambda: copy(device, (1 << 14) + 3),

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
-from tools.benchmarks.engine import SHAPES
+from tools.benchmarks.engine_shapes import SHAPES
 from tools.benchmarks.results import report
 from tools.installation.server_files import ServerError
 from tools.proofs.fault_storm import request
