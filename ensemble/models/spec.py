@@ -86,8 +86,11 @@ def load_model_spec(path: str | Path) -> ModelSpec:
     Raises ModelError in one line.
     """
     path = Path(path)
-    if not path.is_dir() or not (path / "config.json").exists():
-        raise ModelError(f"model path {path}: {what_it_is(path)}")
+    try:
+        if not path.is_dir() or not (path / "config.json").exists():
+            raise ModelError(f"model path {path}: {what_it_is(path)}")
+    except OSError as error:  # a folder that may not be looked into
+        raise ModelError(f"model path {path}: {error.strerror}") from None
     config = _read_json(path / "config.json")
     generation_config = _read_json(path / "generation_config.json", required=False)
     try:
@@ -123,7 +126,8 @@ def _parse(path: Path, config: dict[str, Any], generation_config: dict[str, Any]
 
 def _model_type(path: Path, config: Mapping[str, Any]) -> str:
     """By the architecture, which old LLaMA checkpoints write LLaMAForCausalLM; where none is named, by `model_type`."""
-    names = [str(name) for name in config.get("architectures") or []]
+    written = config.get("architectures") or []
+    names = [written] if isinstance(written, str) else [str(name) for name in written]
     known = {architecture.lower(): model_type for architecture, model_type in _MODEL_TYPES.items()}
     found = next((known[name.lower()] for name in names if name.lower() in known), None)
     if found is None and not names and config.get("model_type") in known.values():
@@ -217,7 +221,7 @@ def _is_on(config: Mapping[str, Any], name: str) -> bool:
 
 def _parse_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     named = config.get("dtype") or config.get("torch_dtype")
-    if named is None:
+    if named in (None, "auto"):
         return None
     name = str(named).removeprefix("torch.")
     if name not in _DTYPES:

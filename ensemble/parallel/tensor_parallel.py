@@ -58,7 +58,7 @@ class TensorParallel:
         if self.collectives is None:
             return x
         widest = max(widths)
-        padded = F.pad(x, (0, widest - x.shape[1])).contiguous()
+        padded = x.contiguous() if x.shape[1] == widest else F.pad(x, (0, widest - x.shape[1]))
         gathered = x.new_empty(self.size * x.shape[0], widest)
         self._wait(self.collectives._allgather_base(gathered, padded))
         parts = gathered.view(self.size, -1, widest)

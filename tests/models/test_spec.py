@@ -76,7 +76,8 @@ def test_published_opt_config(tmp_path):
 def test_the_dtype_is_read_in_either_form(tmp_path, field, written):
     config = {name: value for name, value in LLAMA_2_7B.items() if name != "torch_dtype"}
     assert load_model_spec(write(tmp_path, config | {field: written})).dtype == torch.bfloat16
-    assert load_model_spec(write(tmp_path, config)).dtype == torch.float32
+    for none in ({}, {field: None}, {field: "auto"}):  # and no weights to say it
+        assert load_model_spec(write(tmp_path, config | none)).dtype == torch.float32
 
 
 def test_rope_theta_is_read_in_either_form(tmp_path):
