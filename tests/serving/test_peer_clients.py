@@ -259,8 +259,7 @@ FORMS = {
     "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\nContent-Length: {length}\r\n\r\n{body}",
     "a whole URL": "POST http://example.org{path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}",
     "chunks": "POST {path} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{length:x}\r\n{body}\r\n0\r\n\r\n",
-    "a kept connection": "GET /v2/health/ready HTTP/1.1\r\n\r\n"
-    "POST {path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}",
+    "a kept connection": "POST {path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}",
 }
 
 
@@ -277,6 +276,9 @@ def test_every_way_to_send_is_answered_and_cancelled(roomy_server: TritonServer,
         else:
             request = FORMS[form].format(path=path, length=len(body), body=body).encode()
         with socket.create_connection(("127.0.0.1", roomy_server.ports.http), timeout=20) as connection:
+            if form == "a kept connection":
+                connection.sendall(b"GET /v2/health/live HTTP/1.1\r\n\r\n")
+                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
             connection.sendall(request)
             if max_tokens == 4000:
                 wait_until(lambda: sample(roomy_server, "vllm:num_requests_running") >= 1, 10)
