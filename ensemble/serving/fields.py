@@ -273,8 +273,9 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 def _without_aliases(values: Values) -> Values:
     resolved = {name: value for name, value in values.items() if name not in ALIASES}
     for name, value in values.items():
-        meant = ALIASES.get(name, name)
-        other = resolved.setdefault(meant, value)
-        if other != value:
-            raise InvalidRequest(name, value, f"{meant} is given as {other!r}, and means the same")
+        if name in ALIASES:
+            meant = ALIASES[name]
+            other = resolved.setdefault(meant, value)
+            if other != value:
+                raise InvalidRequest(name, value, f"{meant} is given as {other!r}, and means the same")
     return resolved

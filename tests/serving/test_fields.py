@@ -99,6 +99,10 @@ def test_what_is_refused_is_named(parameters: dict[str, Any], message: str) -> N
         collect({}, parameters)
 
 
+def test_a_number_that_equals_nothing_is_no_other_value_of_its_name() -> None:
+    assert np.isnan(collect({"temperature": np.array([np.nan], np.float32)}, {})["temperature"])
+
+
 def test_what_has_no_effect_is_taken() -> None:
     neutral = {name: "1" if allowed is None else allowed[0] for name, (_, allowed) in NEUTRAL.items()}
     assert set(collect({}, neutral)) == set(neutral)
