@@ -31,7 +31,7 @@ from tests.checkpoints import make_tiny_llama
 from tests.replicas.pair import CPU, Replica, swaps_in, tokens_of
 from tools.offline import generate
 
-BLOCK_SIZE, NUM_BLOCKS, NUM_HOST_BLOCKS, NUM_REQUESTS = 4, 30, 120, 60
+BLOCK_SIZE, NUM_BLOCKS, NUM_HOST_BLOCKS, NUM_REQUESTS = 4, 24, 120, 48
 BLOCK_BYTES = 2 * 2 * 2 * BLOCK_SIZE * 16 * 8  # layers, key and value, KV heads, tokens, head_dim, float64
 ROLES: list[tuple[Role, Role]] = [  # by turns
     ("mixed", "mixed"),
@@ -76,7 +76,7 @@ def make_requests() -> list[Request]:
 
     def make(index: int) -> Request:
         ending = [rng.randrange(3, 380) for _ in range(rng.choice([0, 2, 7, 12]))]
-        max_tokens, ignore_eos = rng.choice([1, 2, 15, 30]), index % 3 > 0
+        max_tokens, ignore_eos = rng.choice([1, 20, 40, 40]), index % 3 > 0
         sampling = SamplingParams(max_tokens=max_tokens, temperature=index % 2, seed=index, ignore_eos=ignore_eos)
         return Request(request_id=index, prompt_token_ids=rng.choice(beginnings) + ending, sampling=sampling)
 
@@ -100,7 +100,7 @@ class Fleet:
         self.admission = DecodeAdmission(
             block_size=BLOCK_SIZE,
             max_num_bridge_seqs=3,
-            expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 3,
+            expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 6,
         )
         self.credits = [Credits(NUM_BLOCKS) for _ in self.replicas]
         for index, credits in enumerate(self.credits):
