@@ -9,15 +9,14 @@ import mmap
 import os
 import signal
 import struct
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ensemble.errors import ERROR_MARK
 from ensemble.serving.run_dir import run_dir
+from ensemble.threads import before_the_end
 
 INTERVAL_S = 0.1
 STACKS_SIGNAL = signal.SIGUSR1  # a stub that gets it writes the stacks of its threads into the server's log
@@ -50,6 +49,7 @@ def start(model: str) -> None:
         _file = mmap.mmap(file.fileno(), _NUM_BYTES)
     _PID.pack_into(_file, 0, os.getpid())
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    before_the_end.append(_tell_reason)
     threading.Thread(target=_count, args=(_file,), name="heartbeat", daemon=True).start()
 
 
@@ -59,13 +59,10 @@ def set_serving(is_serving: bool) -> None:
         _IS_SERVING.pack_into(_file, _IS_SERVING_AT, is_serving)
 
 
-def fail(reason: str) -> NoReturn:
-    """Ends this process, which has to be started again with its server. The reason becomes the operator's one line."""
+def _tell_reason(reason: str) -> None:
     if _file is not None:
         text = reason.encode()[: _NUM_BYTES - _REASON_AT]
         _file[_REASON_AT : _REASON_AT + len(text)] = text
-    print(f"{ERROR_MARK} {reason}", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 def read_heartbeats(of_run: Path) -> dict[Path, Heartbeat]:

@@ -3,10 +3,8 @@ threads, which report by putting a function into its inbox.
 """
 
 import contextlib
-import os
 import queue
 import secrets
-import sys
 import threading
 import time
 import traceback
@@ -14,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ensemble.config import Deployment, StageName
-from ensemble.errors import ERROR_MARK, DistServeError, ErrorCode
+from ensemble.errors import DistServeError, ErrorCode
 from ensemble.protocol.router_replica import FromStage, ToStage
 from ensemble.request import FinishReason, Request, TokenLogProbs
 from ensemble.router.lives import Timeline
@@ -23,6 +21,7 @@ from ensemble.scheduling.policies import Hints
 from ensemble.serving.exchange import CallModel, Exchange
 from ensemble.serving.metrics import Ended
 from ensemble.serving.streams import ClientStream, SenderPool
+from ensemble.threads import end_process
 
 T = TypeVar("T")
 MAX_WAIT_S = 1.0  # between two ticks
@@ -160,8 +159,7 @@ class RouterThread:
                 self._tell_serving()
         except Exception as error:  # a fault of ours that leaves the books, which all depend on, in doubt
             traceback.print_exc()
-            print(f"{ERROR_MARK} the router failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
+            end_process(f"the router failed: {type(error).__name__}: {error}")
 
     def _do(self, work: Callable[[], None]) -> None:
         try:

@@ -18,12 +18,13 @@ from tools.server.watch import StubWatch
 STUB = """
 import time
 from ensemble.serving import heartbeat
+from ensemble.threads import start_vital_thread
 heartbeat.start("scheduler")
 heartbeat.set_serving(True)
 print("started", flush=True)
 """
 LIVES = STUB + "time.sleep(600)"
-FAILS = STUB + "heartbeat.start_vital_thread(lambda: [][0], 'metrics').join(); time.sleep(600)"
+FAILS = STUB + "start_vital_thread(lambda: [][0], 'metrics').join(); time.sleep(600)"
 
 
 class Stub:

@@ -4,8 +4,6 @@ import gzip
 import http.client
 import json
 import math
-import os
-import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +15,12 @@ import torch
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
+from ensemble.serving import control
 from ensemble.serving.inputs import choice_seed
 from ensemble.tokenizer import Tokenizer
 from tests.serving.clients import Answer, StreamClient, blocks_in_use, generate, read_metrics
 from tests.serving.deployments import deploy
 from tests.serving.test_cancel import open_post, sample, wait_until
-from tests.serving.test_faults import worker
 from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
@@ -307,18 +305,11 @@ def test_a_deadline_is_a_504(roomy_server: TritonServer, model: str, endpoint: s
     assert (status, "timeout_ms has passed" in answer["error"]) == (504, True)
 
 
-def test_a_stage_that_is_down_is_a_503_of_every_model(roomy_server: TritonServer) -> None:
-    """The last test of this server: it is stopped in the midst of its start again."""
-    pid = worker(roomy_server, "decode").pid
-    os.kill(pid, signal.SIGKILL)
-    seen = {}
+def test_a_server_that_takes_no_more_is_a_503_of_every_model(roomy_server: TritonServer) -> None:
+    """The last test of this server: it drains."""
+    control.call(roomy_server.run_dir, control.Drain(), control.Load, timeout_s=5.0)
     for model in MODELS:
         status, answer, headers = post(roomy_server, model, {"text_input": PROMPT, "max_tokens": 2})
-        seen[model] = status, answer, headers
-    statuses = {status for status, _, _ in seen.values()}
-    assert 503 in statuses
-    assert statuses <= {200, 503}
-    for status, answer, headers in seen.values():
-        if status == 503:
-            assert "decode is unavailable" in answer["error"]
-            assert int(headers["Retry-After"]) >= 1
+        assert status == 503
+        assert "scheduler is unavailable" in answer["error"]
+        assert int(headers["Retry-After"]) >= 1
