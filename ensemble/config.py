@@ -8,14 +8,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ensemble.errors import ConfigError
-from ensemble.scheduling.decode_policies import DecodePolicyName
-from ensemble.scheduling.policies import PolicyName
 
+PolicyName = Literal["fcfs", "sjf", "priority", "edf", "fair"]  # of the queue, see scheduling/policies.py
+DecodePolicyName = Literal["fcfs", "srpt", "priority", "mlfq", "sj-mlfq"]  # see scheduling/decode_policies.py
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 
 # How a replica that computes prompts too fills its steps: with both, or with prompts alone as long as there are any.
 Batching = Literal["mixed", "prefill-first"]
+
+StageName = Literal["prefill", "decode"]  # the model that is home to a replica's process
+Role = Literal["prefill", "decode", "mixed"]  # what a replica is given: prompts to hand off, sequences, whole requests
 
 DEPLOYMENT_VARIABLE = "DISTSERVE_DEPLOYMENT"  # environment variable that names the deployment file
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 64, 16  # tokens, by default; on a GPU attention reads whole tiles (docs/results)
@@ -33,6 +36,12 @@ class ModelConfig(_Frozen):
     dtype: Dtype = "auto"  # auto: float32 on the CPU, on a GPU what config.json says
     max_model_len: int | None = Field(default=None, ge=2)  # None: what config.json says
     seed: int = 0  # of dummy weights
+
+    @field_validator("path")
+    @classmethod
+    def _as_the_file_system_has_it(cls, path: Path) -> Path:
+        """The stubs' interpreter takes ASCII for the file system's encoding: there other bytes stand for themselves."""
+        return Path(os.fsdecode(str(path).encode(errors="surrogateescape")))
 
     def limit_model_len(self, model_limit: int) -> int:
         """Tokens a sequence may have, prompt and output: `max_model_len`, at most the model's own limit."""
@@ -73,9 +82,9 @@ class DecodeConfig(StageConfig):
     host_kv_bytes: int = Field(default=0, ge=0)  # of the host pool, for each replica; 0: nothing is swapped
     headroom_blocks: int = Field(default=0, ge=0)  # kept free for the next iterations; at least one for each of a batch
     watermark: float = Field(default=0.01, ge=0, lt=1)  # share of the pool that admission by expected length leaves
-    # Prompts computed here, beside the running sequences: tokens of them in a step. In colocated mode 0 stands for
-    # prefill.max_num_batched_tokens; else 0 is none, and only prompts of at most max_local_prompt_len tokens are, while
-    # all prefill replicas are busy.
+    # Prompts computed beside the running sequences: tokens of them in a step. For mixed replicas 0 stands for
+    # prefill.max_num_batched_tokens. For those of role decode 0 is none; else they compute prompts of at most
+    # max_local_prompt_len tokens while all prefill replicas are busy.
     local_prefill_tokens: int = Field(default=0, ge=0)
     max_local_prompt_len: int = Field(default=512, ge=1)
     batching: Batching = "mixed"
@@ -95,12 +104,13 @@ class SchedulerConfig(_Frozen):
     ttft_target_s: float = Field(default=1.0, gt=0)  # edf: of requests that name none
     max_queue_requests: int = Field(default=4096, ge=1)
     max_queue_tokens: int = Field(default=4_000_000, ge=1)
+    max_recoveries: int = Field(default=3, ge=0)  # deaths of replicas that had a request alone, until it is given up
 
 
 class Deployment(_Frozen):
     """Everything the three models need to know.
 
-    colocated: every replica is one of decode, and computes the prompts of its sequences too.
+    colocated: every replica is mixed, which computes the prompts of its sequences itself, and lives with `decode`.
     """
 
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
@@ -109,6 +119,9 @@ class Deployment(_Frozen):
     decode: DecodeConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     block_size: int = Field(default=16, ge=1, le=256)
+    # A worker without progress for so long, or for ten steps where steps are longer, is killed and started again. One
+    # that idles tells of itself once a second.
+    hang_timeout_s: float = Field(default=10.0, ge=2)
 
     @field_validator("block_size")
     @classmethod
@@ -125,21 +138,26 @@ class Deployment(_Frozen):
             raise ConfigError("prefill.devices = []: mode = disaggregated needs a device for each replica")
         if self.mode == "colocated" and self.prefill.devices:
             raise ConfigError(f"prefill.devices = {self.prefill.devices}: mode = colocated has decode.devices only")
-        if self.mode == "colocated" and self.prefill.prefix_cache:
-            raise ConfigError("prefill.prefix_cache = True: mode = colocated has no prefix cache")
         return self
 
-    @property
-    def local_prefill_tokens(self) -> int:
-        """Prompt tokens that a decode replica computes in a step; 0: none."""
-        if self.mode == "colocated":
-            return self.decode.local_prefill_tokens or self.prefill.max_num_batched_tokens
-        return self.decode.local_prefill_tokens
+    def stage(self, home: StageName) -> StageConfig:
+        return self.prefill if home == "prefill" else self.decode
+
+    def replicas(self) -> list[tuple[StageName, str, Role]]:
+        """Home, device and first role of every replica, by its id."""
+        role: Role = "mixed" if self.mode == "colocated" else "decode"
+        return [("prefill", device, "prefill") for device in self.prefill.devices] + [
+            ("decode", device, role) for device in self.decode.devices
+        ]
+
+    def num_places(self, home: StageName) -> int:
+        """Sequences that a replica takes to decode: running, waiting and swapped."""
+        return self.decode.num_places if home == "decode" else self.prefill.max_num_seqs
 
     @property
-    def max_local_prompt_len(self) -> int | None:
-        """Tokens of a prompt that a decode replica may compute; None: any."""
-        return None if self.mode == "colocated" else self.decode.max_local_prompt_len
+    def num_prompt_tokens_beside(self) -> int:
+        """Prompt tokens of a step with running sequences."""
+        return self.decode.local_prefill_tokens or self.prefill.max_num_batched_tokens
 
     @classmethod
     def from_environment(cls) -> "Deployment":
@@ -153,10 +171,10 @@ class Deployment(_Frozen):
     def from_yaml(cls, path: str | Path) -> "Deployment":
         """Reads and validates the file. Raises ConfigError in one line that names the field."""
         try:
-            raw = yaml.safe_load(Path(path).read_text())
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"deployment file {path}: {error.strerror}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"deployment file {path}: {' '.join(str(error).split())}") from None
         return cls.parse(raw)
 

@@ -1,19 +1,41 @@
 """Every error a client or an operator can meet, in one hierarchy.
 
 Each class carries the Triton error code its response gets; `retry_after_s` is the hint given with refusals that
-time will cure.
+time will cure. How a message begins tells the HTTP relay its status (serving/http_contract.py), since the Triton server
+makes a 400 of every error inside an ensemble.
 """
 
+import reprlib
+import sys
 from typing import Any, Literal
 
+_SHORT = reprlib.Repr()  # a client's value may be huge, or nested deeper than repr() follows
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 ERROR_MARK = "distserve: error:"  # in the server's log; tools.serve shows what follows as the reason of a failed start
 ErrorCode = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL", "UNSUPPORTED"]
+
+
+def sendable(text: str) -> str:
+    """As UTF-8 can have it: a path may hold bytes that stand for themselves, and a client's JSON half a character."""
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+
+
+def tell_operator(text: str) -> None:
+    """Writes a line that tools.serve shows to the server's log, in UTF-8 whatever the locale."""
+    sys.stderr.buffer.write(f"distserve: {sendable(text)}\n".encode())
+    sys.stderr.flush()
 
 
 class DistServeError(Exception):
     """Base of all errors that are part of the interface. `code` is the name of a Triton error code."""
 
     code: ErrorCode = "INTERNAL"
+
+    def __str__(self) -> str:
+        return sendable(super().__str__())
 
 
 class ConfigError(DistServeError):
@@ -32,11 +54,17 @@ class InvalidRequest(DistServeError):
     code: ErrorCode = "INVALID_ARG"
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
-        shown = repr(value)
+        shown = _SHORT.repr(value)
         if len(shown) > 80:
             shown = shown[:77] + "..."
         super().__init__(f"{field} = {shown} is not valid: {allowed}")
         self.field = field
+
+
+class Forbidden(DistServeError):
+    """A client called what is not for clients."""
+
+    code: ErrorCode = "INVALID_ARG"
 
 
 class Overloaded(DistServeError):
@@ -77,3 +105,6 @@ class DeadlineExceeded(DistServeError):
 
 class InternalError(DistServeError):
     """A fault of ours; the message says where."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"internal error: {where}")

@@ -22,7 +22,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen, and when to stop. Names, defaults and ranges are those of vLLM and TensorRT-LLM."""
 
     max_tokens: int = 16
-    min_tokens: int = 0  # end-of-sequence tokens are not sampled before this many output tokens
+    min_tokens: int = 0  # nothing stops the answer, and no token that would is sampled, before this many output tokens
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0
@@ -31,7 +31,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0  # uint64; the random numbers are a function of (seed, position) alone
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # of the model's end-of-sequence tokens; those of the client stop it all the same
+    stop_token_ids: tuple[int, ...] = ()  # the end tokens of the client itself
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of which the last is not sampled after the others
+    logit_bias: dict[int, float] = {}  # token id |-> what is added to its logit
+    num_logprobs: int | None = None  # of the likeliest tokens, beside the sampled one's; None: of no token
+
+
+class TokenLogProbs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, by the model alone: before penalties, masks, bias and temperature."""
+
+    log_prob: float  # of the sampled token
+    rank: int  # of the sampled token, from 1
+    top_token_ids: list[int]  # the likeliest, as many as were asked for
+    top_log_probs: list[float]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,10 +54,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0  # class; a smaller one is more urgent
+    resumed_token_ids: list[
+        int
+    ] = []  # outputs of earlier attempts, which were lost with their replica: prefilled again
 
     @property
     def prompt_len(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def prefill_len(self) -> int:
+        """Tokens to prefill: the prompt, and what was generated before this attempt."""
+        return self.prompt_len + len(self.resumed_token_ids)
 
     @property
     def max_num_tokens(self) -> int:
@@ -66,6 +87,12 @@ class Sequence:
     num_computed_tokens: int = 0  # tokens whose KV is in this engine's pool
     block_ids: list[int] = field(default_factory=list)  # block_ids[i] |-> block of tokens [i*B, (i+1)*B)
     finish_reason: FinishReason | None = None
+    last_log_probs: TokenLogProbs | None = None  # of the last output token, if they were asked for; set by the engine
+
+    @classmethod
+    def of(cls, request: Request) -> "Sequence":
+        """The sequence of a request that has yet to be prefilled, without blocks."""
+        return cls(request, output_token_ids=list(request.resumed_token_ids))
 
     @property
     def request_id(self) -> int:
@@ -84,8 +111,9 @@ class Sequence:
         return self.request.prompt_len + len(self.output_token_ids)
 
     @property
-    def is_prefilled(self) -> bool:
-        return self.num_computed_tokens >= self.request.prompt_len
+    def num_left_tokens(self) -> int:
+        """Tokens that may still be sampled."""
+        return self.sampling.max_tokens - len(self.output_token_ids)
 
     @property
     def is_finished(self) -> bool:
@@ -106,11 +134,13 @@ class Sequence:
         return (prompt + self.output_token_ids)[start:end]
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
-        """Commits a sampled token and returns the reason if it ends the sequence."""
+        """Commits a sampled token and returns the reason if it ends the sequence: "stop" goes before "length"."""
         self.output_token_ids.append(token_id)
-        num_output = len(self.output_token_ids)
-        if token_id in eos_token_ids and not self.sampling.ignore_eos:
+        num_output, sampling = len(self.output_token_ids), self.sampling
+        if num_output < sampling.min_tokens:
+            return None
+        if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos):
             self.finish_reason = "stop"
-        elif num_output >= self.sampling.max_tokens:
+        elif num_output >= sampling.max_tokens:
             self.finish_reason = "length"
         return self.finish_reason

@@ -58,11 +58,12 @@ def _combine(
     return acc / tl.maximum(row_sum, 1e-30)[:, None]
 
 
-@triton.jit(do_not_specialize=["block_tables_stride"])
+@triton.jit(do_not_specialize=["block_tables_stride", "window"])
 def _decode_attention_kernel(
     q,  # [B, Hq, D]
     kv_cache,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
     block_tables,  # [B, max_blocks] int32
+    context_lens,  # [B] int32, read if HAS_WINDOW
     items,  # [num_items, _ITEM] int32
     out,  # [B, Hq, D], contiguous
     counters,  # [B, Hkv] int32, 0 before and after
@@ -71,6 +72,7 @@ def _decode_attention_kernel(
     q_stride,
     block_stride,
     block_tables_stride,
+    window,
     scale_log2,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
@@ -81,6 +83,7 @@ def _decode_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
 ):
     """Grid [Hkv, num_items]. A program's rows are the query heads of its KV head, padded to what tl.dot takes."""
     kv_head = tl.program_id(0)
@@ -91,6 +94,10 @@ def _decode_attention_kernel(
         return
     start, end = tl.multiple_of(tl.load(item_fields + 1), BLOCK_N), tl.load(item_fields + 2)
     first_item, count = tl.load(item_fields + 3), tl.load(item_fields + 4)
+    first_visible = 0
+    if HAS_WINDOW:  # an item before the window has nothing to do
+        first_visible = tl.load(context_lens + seq) - window
+        start = tl.maximum(start, tl.maximum(first_visible, 0) // BLOCK_N * BLOCK_N)
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -106,6 +113,8 @@ def _decode_attention_kernel(
     for tile in range(start, end, BLOCK_N):
         columns = tile + tl.arange(0, BLOCK_N)
         is_used = columns < end
+        if HAS_WINDOW:
+            is_used = is_used & (columns >= first_visible)
         block_ids = tl.load(block_table + columns // BLOCK_SIZE, mask=is_used, other=0).to(tl.int64)
         offsets = (block_ids * block_stride + columns % BLOCK_SIZE * D)[:, None] + dims[None, :]
         loaded = is_used[:, None] & (dims < D)[None, :]
@@ -144,7 +153,12 @@ def _decode_attention_kernel(
 
 
 def decode_attention_reference(
-    q: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+    q: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Rows of like length, to a factor of two, are padded to the longest of them: padding all to one would move and
     multiply mostly padding where one context is long."""
@@ -152,16 +166,16 @@ def decode_attention_reference(
     for row, context_len in enumerate(context_lens.tolist()):
         rows_by_size.setdefault(context_len.bit_length(), []).append(row)
     if len(rows_by_size) == 1:
-        return _padded_decode_attention(q, kv_cache, block_tables, context_lens, scale)
+        return _padded_decode_attention(q, kv_cache, block_tables, context_lens, scale, window)
     out = torch.empty_like(q)
     for rows in rows_by_size.values():
         ids = torch.tensor(rows, device=q.device)
-        out[ids] = _padded_decode_attention(q[ids], kv_cache, block_tables[ids], context_lens[ids], scale)
+        out[ids] = _padded_decode_attention(q[ids], kv_cache, block_tables[ids], context_lens[ids], scale, window)
     return out
 
 
 def _padded_decode_attention(
-    q: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+    q: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float, window: int | None
 ) -> Tensor:
     block_size = kv_cache.shape[3]
     max_context_len = int(context_lens.max())
@@ -174,8 +188,12 @@ def _padded_decode_attention(
     heads_first = kv_cache.permute(1, 2, 0, 3, 4)  # [2, num_kv_heads, num_blocks, block_size, head_dim]
     k, v = (heads_first[i][:, block_ids].flatten(2, 3)[:, :, :max_context_len] for i in (0, 1))
     mask = None
-    if int(context_lens.min()) < max_context_len:
-        mask = torch.arange(max_context_len, device=q.device) < context_lens[:, None]
+    has_window = window is not None and window < max_context_len
+    if int(context_lens.min()) < max_context_len or has_window:
+        positions = torch.arange(max_context_len, device=q.device)
+        mask = positions < context_lens[:, None]
+        if window is not None:
+            mask &= positions >= context_lens[:, None] - window
         for each in (k, v):  # unused slots may hold NaN, and 0 * NaN is NaN
             each.masked_fill_(~mask[None, :, :, None], 0)
         mask = mask[:, None, None]
@@ -193,10 +211,11 @@ def decode_attention(
     context_lens: Tensor,  # [B] int32, the new token included; 0 marks a padding row, whose output is 0
     scale: float,
     workspace: DecodeWorkspace | None = None,  # with the plan for these context_lens; None makes one
+    window: int | None = None,  # how many tokens the newest sees, itself included; None: all
 ) -> Tensor:  # [B, Hq, D]
-    """Attention of each sequence's newest token over its whole context. Hq is a multiple of Hkv."""
+    """Attention of each sequence's newest token over its context. Hq is a multiple of Hkv."""
     if not uses_triton(q):
-        return decode_attention_reference(q, kv_cache, block_tables, context_lens, scale)
+        return decode_attention_reference(q, kv_cache, block_tables, context_lens, scale, window)
     batch_size, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     group = num_heads // num_kv_heads
@@ -209,6 +228,7 @@ def decode_attention(
         q,
         kv_cache,
         block_tables,
+        context_lens,
         workspace.items,
         out,
         workspace.counters,
@@ -217,6 +237,7 @@ def decode_attention(
         q.stride(0),
         kv_cache.stride(0),
         block_tables.stride(0),
+        window or 0,
         scale * math.log2(math.e),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -227,6 +248,7 @@ def decode_attention(
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_G=block_g,
         BLOCK_S=max(64 // block_g, 1),
+        HAS_WINDOW=window is not None,
         num_warps=4,
         num_stages=2 if q.dtype == torch.float32 else 3,
     )

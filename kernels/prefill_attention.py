@@ -1,7 +1,7 @@
 """Causal attention of a batch of prompts (or chunks of prompts) over the paged KV pool.
 
     context      |<---- cached prefix ---->|<-- new tokens, the queries -->|
-    query i sees positions [0, context_len - query_len + i]
+    query i sees positions [0, context_len - query_len + i], or the last `window` of them
 
 Keys and values of the new tokens are in the pool already. A sequence may have one query: decode rows beside chunks.
 FLOPs: 4 * Hq * D * sum(query_len * (prefix + query_len / 2)).
@@ -35,6 +35,7 @@ def _attend(
     row_max,  # [BLOCK_M] fp32, in units of log2
     q,  # [BLOCK_M, BLOCK_D]
     last_visible,  # [BLOCK_M] int32, the last position each row sees
+    window,  # how many positions a row sees, read if HAS_WINDOW and MASKED
     kv,  # the cache: a pointer, or with IS_TILED a descriptor of it as rows of D
     k_start,  # where the head's keys start in a block, in elements or rows
     v_start,
@@ -49,6 +50,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IS_TILED: tl.constexpr,  # a tile of BLOCK_N keys lies in one block
+    HAS_WINDOW: tl.constexpr,
     MASKED: tl.constexpr,  # False: every row sees all positions
 ):
     """One pass of online softmax (Dao et al., 2022) over a range of positions."""
@@ -76,7 +78,10 @@ def _attend(
             k = tl.load(kv + k_start + offsets, mask=inside, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            scores = tl.where(columns[None, :] <= last_visible[:, None], scores, float("-inf"))
+            is_visible = columns[None, :] <= last_visible[:, None]
+            if HAS_WINDOW:
+                is_visible = is_visible & (columns[None, :] > last_visible[:, None] - window)
+            scores = tl.where(is_visible, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         probs = tl.exp2(scores * scale_log2 - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
@@ -136,7 +141,7 @@ def _combine(
         tl.store(pointers + dims[None, :], acc.to(pointers.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["block_tables_stride", "num_blocks"])
+@triton.jit(do_not_specialize=["block_tables_stride", "num_blocks", "window"])
 def _prefill_attention_kernel(
     q,  # [T, Hq, D]
     kv_cache,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
@@ -151,6 +156,7 @@ def _prefill_attention_kernel(
     block_stride,
     block_tables_stride,
     num_blocks,
+    window,
     scale_log2,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
@@ -160,6 +166,7 @@ def _prefill_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IS_TILED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
 ):
     """Grid: as many programs as there may be items times KV heads, up to a limit. The rows are the queries of an item
     times the query heads of a KV head.
@@ -199,14 +206,25 @@ def _prefill_attention_kernel(
         v_start = k_start + NUM_KV_HEADS * HEAD_STRIDE
         block_table = block_tables + seq * block_tables_stride
         # fmt: off
+        if HAS_WINDOW:  # from the first query's first position to where the last query sees all; nothing before it
+            start = tl.maximum(start, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N)
+            start_of_full_tiles = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_N) * BLOCK_N
+            start_of_full_tiles = tl.maximum(tl.minimum(start_of_full_tiles, end_of_full_tiles), start)
+            acc, row_sum, row_max = _attend(
+                acc, row_sum, row_max, q_rows, last_visible, window, kv, k_start, v_start, block_table, start,
+                start_of_full_tiles, last, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, IS_TILED,
+                HAS_WINDOW, MASKED=True,
+            )
+            start = start_of_full_tiles
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q_rows, last_visible, kv, k_start, v_start, block_table, start, end_of_full_tiles,
-            last, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, IS_TILED, MASKED=False,
+            acc, row_sum, row_max, q_rows, last_visible, window, kv, k_start, v_start, block_table, start,
+            end_of_full_tiles, last, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, IS_TILED, HAS_WINDOW,
+            MASKED=False,
         )
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q_rows, last_visible, kv, k_start, v_start, block_table,
+            acc, row_sum, row_max, q_rows, last_visible, window, kv, k_start, v_start, block_table,
             tl.maximum(end_of_full_tiles, start), end, last, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D,
-            IS_TILED, MASKED=True,
+            IS_TILED, HAS_WINDOW, MASKED=True,
         )
         # fmt: on
         result = acc / tl.maximum(row_sum, 1e-30)[:, None]
@@ -234,6 +252,7 @@ def prefill_attention_reference(
     cu_seqlens_q: Tensor,
     context_lens: Tensor,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     out = q.new_empty(q.shape)
     block_size = kv_cache.shape[3]
@@ -245,10 +264,13 @@ def prefill_attention_reference(
             continue
         blocks = block_tables[seq, : -(-context_len // block_size)]
         k, v = (kv_cache[blocks, i].transpose(0, 1).flatten(1, 2)[None, :, :context_len] for i in (0, 1))
-        is_causal = query_len == context_len
+        has_window = window is not None and window < context_len
+        is_causal = query_len == context_len and not has_window
         mask = None
-        if not is_causal and query_len > 1:
+        if not is_causal and (query_len > 1 or has_window):
             mask = torch.ones(query_len, context_len, dtype=torch.bool, device=q.device).tril(context_len - query_len)
+        if mask is not None and window is not None:
+            mask = mask.triu(context_len - query_len - window + 1)
         queries = q[start:end].transpose(0, 1)[None]
         attended = F.scaled_dot_product_attention(
             queries, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=True
@@ -270,13 +292,14 @@ def prefill_attention(
     context_lens: Tensor,  # [S] int32, total lengths, the new tokens included
     scale: float,
     workspace: PrefillWorkspace | None = None,  # with the plan for these lengths; None makes one
+    window: int | None = None,  # how many tokens a query sees, its own included; None: all before it
 ) -> Tensor:  # [T, Hq, D]
     """Causal attention of the new tokens over everything before them. Hq is a multiple of Hkv; S is at least 1.
 
     Rows of tokens that belong to no sequence are left as they are in memory.
     """
     if not uses_triton(q):
-        return prefill_attention_reference(q, kv_cache, block_tables, cu_seqlens_q, context_lens, scale)
+        return prefill_attention_reference(q, kv_cache, block_tables, cu_seqlens_q, context_lens, scale, window)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     if workspace is None:
@@ -302,6 +325,7 @@ def prefill_attention(
         kv_cache.stride(0),
         block_tables.stride(0),
         len(kv_cache),
+        window or 0,
         scale * math.log2(math.e),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=workspace.group,
@@ -311,6 +335,7 @@ def prefill_attention(
         BLOCK_N=workspace.tile,
         BLOCK_D=triton.next_power_of_2(head_dim),
         IS_TILED=is_tiled,
+        HAS_WINDOW=window is not None,
         num_warps=4,
         num_stages=2 if q.dtype == torch.float32 else 3,
     )

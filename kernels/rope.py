@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def rotary_table(
-    inv_freq: Tensor,  # [D / 2] fp32
+    inv_freq: Tensor,  # [D / 2] fp32, or [max_positions, D / 2] where it depends on the position
     max_positions: int,
     attention_scaling: float = 1.0,
 ) -> Tensor:  # [max_positions, D] fp32
     """Row p holds the D/2 cosines of position p, then its D/2 sines, times `attention_scaling`."""
     positions = torch.arange(max_positions, dtype=torch.float32, device=inv_freq.device)
-    angles = torch.outer(positions, inv_freq.float())
+    angles = positions[:, None] * inv_freq.float()
     return torch.cat([angles.cos(), angles.sin()], dim=-1) * attention_scaling
 
 

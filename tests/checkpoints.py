@@ -2,9 +2,10 @@
 
     make_tiny_llama(path, **overrides)   config.json, generation_config.json, model.safetensors, tokenizer files
     make_tiny_opt(path, **overrides)     the same
+    make_tiny_mistral, make_tiny_qwen2, make_tiny_qwen3   the same
     make_tiny_tokenizer(path, size)      tokenizer.json, tokenizer_config.json: byte-level BPE, any text round-trips
 
-`overrides` are fields of transformers' LlamaConfig and OPTConfig. The weights are a function of `seed`.
+`overrides` are fields of transformers' configuration classes. The weights are a function of `seed`.
 """
 
 import json
@@ -50,20 +51,44 @@ def make_tiny_tokenizer(path: Path, vocab_size: int = VOCAB_SIZE, add_bos: bool 
     (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
+LLAMA_FIELDS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
 def make_tiny_llama(path: Path, *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:
     """A LLaMA of 2 layers with grouped-query attention (4 heads, 2 KV heads, head_dim 16), fp32. Returns `path`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    fields = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 112,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-    }
-    return _write(path, LlamaForCausalLM, LlamaConfig, fields | overrides, seed, max_shard_size)
+    return _write(path, LlamaForCausalLM, LlamaConfig, LLAMA_FIELDS | overrides, seed, max_shard_size)
+
+
+def make_tiny_mistral(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """The same shape; no window unless `sliding_window` is given."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    fields = LLAMA_FIELDS | {"sliding_window": None} | overrides
+    return _write(path, MistralForCausalLM, MistralConfig, fields, seed, "5GB")
+
+
+def make_tiny_qwen2(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """The same shape, with biases on queries, keys and values."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return _write(path, Qwen2ForCausalLM, Qwen2Config, LLAMA_FIELDS | overrides, seed, "5GB")
+
+
+def make_tiny_qwen3(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """The same shape, but for head_dim 32, which is not hidden_size / num_attention_heads; with norms of heads."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _write(path, Qwen3ForCausalLM, Qwen3Config, LLAMA_FIELDS | {"head_dim": 32} | overrides, seed, "5GB")
 
 
 def make_tiny_opt(path: Path, *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:

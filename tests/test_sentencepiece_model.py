@@ -8,7 +8,7 @@ import sentencepiece
 from checkpoints import _CORPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from ensemble.errors import ModelError
 from ensemble.tokenizer import Tokenizer
@@ -112,17 +112,43 @@ def test_other_kinds_are_refused_by_name(tmp_path, options, feature):
         Tokenizer.from_dir(tmp_path)
 
 
+PAD_DECODER = {"480": {"content": "<pad>", "special": True}, "481": {"content": "<tool 你>", "special": False}}
+ADDED = {"<pad>": 480, "<tool 你>": 481}
+NAMES = {"pad_token": "<pad>", "eos_token": {"content": "<tool 你>", "lstrip": False, "rstrip": False}}
+
+
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("config", "files"),
     [
-        ("added_tokens.json", {"<pad>": 480}),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"480": {"content": "<pad>", "special": True}}}),
+        ({}, {"added_tokens.json": ADDED}),
+        ({}, {"added_tokens.json": ADDED, "special_tokens_map.json": NAMES}),
+        ({"pad_token": "<pad>"}, {"added_tokens.json": ADDED}),
+        ({}, {"special_tokens_map.json": NAMES}),
+        ({"added_tokens_decoder": PAD_DECODER}, {}),
+        ({"added_tokens_decoder": PAD_DECODER, "eos_token": "<pad>"}, {"special_tokens_map.json": NAMES}),
+        ({"additional_special_tokens": ["<tool 你>"]}, {}),
+        ({"add_bos_token": True, "add_eos_token": True}, {}),
+        ({"add_bos_token": False, "add_eos_token": None}, {}),
     ],
 )
-def test_tokens_added_beside_the_model_are_refused_by_name(tmp_path, file, content):
+def test_tokens_added_beside_the_model_are_those_of_transformers(tmp_path, config, files):
     train(tmp_path)
-    (tmp_path / file).write_text(json.dumps(content))
-    with pytest.raises(ModelError, match=r"token '<pad>' added to tokenizer\.model is not supported"):
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True} | config
+    for name, content in ({"tokenizer_config.json": config} | files).items():
+        (tmp_path / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "The capital<tool 你>of <pad>France"
+    token_ids = ours.encode(text)
+    assert token_ids == theirs(text).input_ids
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+    assert (ours.vocab_size, ours.eos_token_id) == (len(theirs), theirs.eos_token_id)
+
+
+def test_an_added_token_has_the_id_it_is_said_to_have(tmp_path):
+    """transformers gives it the next one, of which the model has learnt nothing."""
+    train(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 485}))
+    with pytest.raises(ModelError, match="'<pad>' has the id 485, but the next after the tokenizer's own is 480"):
         Tokenizer.from_dir(tmp_path)
 
 

@@ -59,7 +59,7 @@ def main(
 def read_trace(path: Path) -> list[Lengths]:
     """Raises ConfigError."""
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return [Lengths(*(max(1, int(row[column])) for column in TRACE_COLUMNS)) for row in csv.DictReader(file)]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(f"--trace {path}: needs the columns {' and '.join(TRACE_COLUMNS)}: {error!r}") from None

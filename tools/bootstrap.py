@@ -100,7 +100,7 @@ class BootstrapError(Exception):
 
 
 def main(extra: str) -> None:
-    with (PROJECT / "pyproject.toml").open() as lock:
+    with (PROJECT / "pyproject.toml").open(encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two targets started at once
         extras = installed_extras()
         if extra in extras:
@@ -109,7 +109,7 @@ def main(extra: str) -> None:
             make_venv(choose_python([found for path in candidates() if (found := probe(path))]))
             extras = []
         install(extra)
-        STAMP.write_text(json.dumps({"key": stamp_key(), "extras": [*extras, extra]}))
+        STAMP.write_text(json.dumps({"key": stamp_key(), "extras": [*extras, extra]}), encoding="utf-8")
 
 
 # ---- which Python
@@ -184,7 +184,7 @@ def install_hint(os_release: dict[str, str]) -> str:
 
 def _os_release() -> dict[str, str]:
     try:
-        lines = Path("/etc/os-release").read_text().splitlines()
+        lines = Path("/etc/os-release").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     return {key: value.strip('"') for key, _, value in (line.partition("=") for line in lines)}
@@ -203,7 +203,7 @@ def installed_extras() -> list[str]:
     if BEGUN.exists() or not VENV_PYTHON.exists():
         return []
     try:
-        stamp = json.loads(STAMP.read_text())
+        stamp = json.loads(STAMP.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return list(stamp["extras"]) if stamp["key"] == stamp_key() else []

@@ -9,18 +9,20 @@ from typing import Any
 import typer
 
 from ensemble.errors import DistServeError
-from tools.installation.cache import DownloadError
+from tools.installation.cache import DownloadError, ensure_home
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run(main: Callable[..., Any]) -> None:
-    """Runs a typer command and exits; with one line on stderr, and status 1 or 2, if it cannot be done."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
+def run(main: Callable[..., Any] | typer.Typer) -> None:
+    """Runs a typer command, or an app of several, and exits; with one line on stderr, and status 1 or 2, if it cannot
+    be done."""
+    allow_interrupt()
+    app = main if isinstance(main, typer.Typer) else typer.Typer(add_completion=False)
+    if app is not main:
+        app.command()(main)
     try:
+        ensure_home()
         typer.main.get_command(app).main(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
@@ -31,6 +33,12 @@ def run(main: Callable[..., Any]) -> None:
             raise
         print(f"error: {error.format_message()}", file=sys.stderr)
         sys.exit(2)
+
+
+def allow_interrupt() -> None:
+    """The next signal to stop raises KeyboardInterrupt."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,9 @@ from ensemble.engine.batch import Batch, PrefillRow
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError, DistServeError, InvalidRequest
 from ensemble.request import Request, SamplingParams, Sequence
+from ensemble.serving.answer_text import answer_text
 from ensemble.tokenizer import Tokenizer
+from tools.installation.cache import ensure_home
 from tools.installation.model_source import resolve_model
 
 
@@ -75,7 +77,9 @@ def generate(
 
 
 def main(
-    prompts_file: Annotated[typer.FileText, typer.Argument(help="one prompt a line; - is standard input")],
+    prompts_file: Annotated[
+        typer.FileText, typer.Argument(encoding="utf-8", help="one prompt a line; - is standard input")
+    ],
     model: Annotated[Path, typer.Option(help="Hugging Face directory, or name such as facebook/opt-1.3b")],
     output: Annotated[Path | None, typer.Option(help="JSON lines; default: standard output")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
@@ -94,6 +98,7 @@ def main(
 ) -> None:
     """Generates a continuation of each prompt."""
     try:
+        ensure_home()
         model = resolve_model(model)
         stage = {"devices": [device], "kv_cache_bytes": kv_cache_bytes}
         deployment = Deployment.parse(
@@ -147,7 +152,7 @@ def main(
         json.dumps(
             {
                 "prompt": prompt,
-                "text": tokenizer.decode(done[index].output_token_ids),
+                "text": answer_text(tokenizer, done[index]),
                 "output_ids": done[index].output_token_ids,
                 "finish_reason": done[index].finish_reason,
             },
@@ -159,7 +164,7 @@ def main(
     if output is None:
         print(lines, end="")
     else:
-        output.write_text(lines)
+        output.write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,22 +6,27 @@
 `make serve` passes its variables (MODEL, HTTP_PORT, ...) through the environment.
 """
 
+import contextlib
+import time
+from collections import deque
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from rich.console import Console
 from typer import Option
 
 from ensemble.errors import ConfigError
-from tools.command_line import run
+from tools.command_line import allow_interrupt, run
 from tools.installation.cache import cache_dir
 from tools.installation.model_source import model_name
 from tools.installation.server_files import ServerError
 from tools.server.deployment import make_deployment
-from tools.server.triton_server import Ports, TritonServer
+from tools.server.ports import Ports
+from tools.server.triton_server import MAX_BODY_BYTES, TritonServer
 
 CURL = """curl -s {url}/v2/models/ensemble/generate \
 -d '{{"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""
+MAX_RESTARTS, RESTARTS_WITHIN_S = 5, 600.0
 DEVICES = "a replica on each of these, such as cuda:0,cuda:1 or cpu"
 
 
@@ -49,11 +54,21 @@ def main(
     max_num_resident_seqs: Annotated[int | None, Option(help="of a decode replica: running, waiting, swapped")] = None,
     batching: Annotated[str | None, Option(help="of prompts computed in decode: mixed or prefill-first")] = None,
     local_prefill_tokens: Annotated[int | None, Option(help="prompt tokens in a decode replica's step")] = None,
-    host: Annotated[str, Option(envvar="HOST", help="address to listen on; 0.0.0.0: all")] = "127.0.0.1",
+    host: Annotated[str, Option(envvar="HOST", help="address to listen on; 0.0.0.0: all, ::: IPv6 too")] = "127.0.0.1",
     http_port: Annotated[int, Option(envvar="HTTP_PORT", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, Option(envvar="GRPC_PORT", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,
     http_relay: Annotated[bool, Option(help="cancel requests whose HTTP client goes away")] = True,
+    max_body_bytes: Annotated[int, Option(min=1, help="of an HTTP request")] = MAX_BODY_BYTES,
+    allow_client_shm: Annotated[
+        bool, Option("--allow-client-shm", help="let clients register shared memory with the server")
+    ] = False,
+    restart: Annotated[
+        bool, Option(help=f"start a server that ends or hangs again, {MAX_RESTARTS} times in 10 minutes")
+    ] = True,
+    drain_timeout: Annotated[
+        float, Option(min=0, help="seconds for running requests to end when the server is to stop")
+    ] = 30.0,
     log: Annotated[Path | None, Option(help="file for the server's log; none: one in the user's cache")] = None,
 ) -> None:
     """Serves a model, prefill and decode apart, until Ctrl-C."""
@@ -88,6 +103,8 @@ def main(
         host=host,
         log_path=log or cache_dir() / f"server-{http_port}.log",
         http_relay=http_relay,
+        max_body_bytes=max_body_bytes,
+        allow_client_shm=allow_client_shm,
     )
     console = Console(stderr=True, highlight=False)
     with server:
@@ -99,10 +116,36 @@ def main(
         print(f"\n{CURL.format(url=server.http_url)}\n", flush=True)
         console.print("Ready. Ctrl-C stops the server.")
         try:
-            status = server.wait()
+            keep_serving(server, console, MAX_RESTARTS if restart else 0)
         except KeyboardInterrupt:
-            return
-        raise ServerError(f"{server.failure_reason()} (exit status {status})")
+            console.print(f"Stopping; what runs has {drain_timeout:.0f} s to end. Ctrl-C again: now.")
+            with contextlib.suppress(KeyboardInterrupt):
+                allow_interrupt()
+                server.drain(drain_timeout)
+
+
+def keep_serving(server: TritonServer, console: Console, max_restarts: int) -> NoReturn:
+    """Starts the server again whenever it ends or hangs. Raises ServerError if it has done so too often."""
+    restarted_at: deque[float] = deque()
+    reason = server.wait()
+    while True:
+        now = time.monotonic()
+        while restarted_at and restarted_at[0] < now - RESTARTS_WITHIN_S:
+            restarted_at.popleft()
+        if len(restarted_at) >= max_restarts:
+            raise ServerError(f"{reason} (after {len(restarted_at)} restarts in {RESTARTS_WITHIN_S / 60:.0f} minutes)")
+        restarted_at.append(now)
+        console.print(
+            f"{reason}; starting it again ({len(restarted_at)} of {max_restarts})", markup=False, soft_wrap=True
+        )
+        server.restart()
+        try:
+            server.wait_ready()
+        except ServerError as error:
+            reason = str(error)
+            continue
+        console.print(f"Ready again after {time.monotonic() - now:.1f} s")
+        reason = server.wait()
 
 
 def start(server: TritonServer, console: Console) -> None:

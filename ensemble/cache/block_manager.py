@@ -5,11 +5,13 @@ free --allocate, extend--> sequence --reassign--> transfer --free--> free
 """
 
 from collections.abc import KeysView, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ensemble.errors import InternalError
+from ensemble.scheduling.swapping import Place
 
-Place: TypeAlias = Literal["device", "host", "out", "in"]  # "out" and "in": being copied, blocks on both sides
+if TYPE_CHECKING:
+    from ensemble.cache.prefix_cache import PrefixCache
 
 
 class Owner(NamedTuple):
@@ -17,6 +19,14 @@ class Owner(NamedTuple):
 
     kind: Literal["sequence", "transfer", "prefix"]
     id: int
+
+
+class Swap(NamedTuple):
+    """Copies block i of the source's list to block i of the destination's."""
+
+    request_id: int
+    source_block_ids: list[int]
+    destination_block_ids: list[int]
 
 
 class OutOfBlocks(InternalError):
@@ -76,12 +86,10 @@ class BlockManager:
         self._owned[new_owner] = self._blocks(owner)
         del self._owned[owner]
 
-    def free(self, owner: Owner) -> int:
-        """Takes all blocks back and returns how many they were."""
-        block_ids = self._blocks(owner)
+    def free(self, owner: Owner) -> None:
+        """Takes all blocks back."""
+        self._free.extend(reversed(self._blocks(owner)))
         del self._owned[owner]
-        self._free.extend(reversed(block_ids))
-        return len(block_ids)
 
     def check_integrity(self) -> None:
         """Raises InternalError unless every block of the pool is free or owned, exactly once."""
@@ -108,7 +116,7 @@ class BlockManager:
 class SwappableBlocks:
     """Blocks of sequences on the device and in the host pool. A copy holds its blocks on both sides until it ends."""
 
-    def __init__(self, device: BlockManager, host: BlockManager) -> None:
+    def __init__(self, device: "BlockManager | PrefixCache", host: BlockManager) -> None:
         self.device = device
         self.host = host
         self._copying: dict[Owner, Literal["out", "in"]] = {}

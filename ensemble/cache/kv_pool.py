@@ -17,7 +17,7 @@ from math import prod
 import torch
 
 from ensemble.errors import ConfigError
-from ensemble.workers.messages import PoolHandle, decode_cuda_ipc, encode
+from ensemble.protocol.replica_replica import PoolHandle, decode_cuda_ipc, encode
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ prompts are cached, and only once their KV has been computed.
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 
 from ensemble.cache.block_manager import BlockManager, OutOfBlocks, Owner
@@ -52,7 +52,10 @@ class _Prompt:
 
 
 class PrefixCache:
-    """The blocks of a pool, shared between prompts. An operation that raises has changed nothing."""
+    """The blocks of a pool, shared between prompts. An operation that raises has changed nothing.
+
+    Beside `allocate_prompt`, it offers what a BlockManager does.
+    """
 
     def __init__(self, blocks: BlockManager) -> None:
         self.blocks = blocks
@@ -73,15 +76,34 @@ class PrefixCache:
         return self.blocks.num_free_blocks + len(self._idle)
 
     @property
-    def hit_rate(self) -> float:
-        return self.num_hit_tokens / self.num_queried_tokens if self.num_queried_tokens else 0.0
+    def num_blocks(self) -> int:
+        return self.blocks.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return self.blocks.block_size
+
+    @property
+    def owners(self) -> KeysView[Owner]:
+        return self._prompts.keys()
+
+    def __contains__(self, owner: Owner) -> bool:
+        return owner in self._prompts
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return self.blocks.blocks_for(num_tokens)
+
+    def allocate(self, owner: Owner, num_blocks: int) -> list[int]:
+        """Gives blocks to a new owner that shares none of them. Raises OutOfBlocks if too few are free."""
+        return self.allocate_prompt(owner, (), num_blocks).block_ids
 
     def num_cached_tokens(self, token_ids: Sequence[int]) -> int:
         """Tokens of a prompt that an allocation would find now, the last token never among them."""
         found = len(self._cached_blocks(block_hashes(token_ids, self.blocks.block_size)))
         return min(found * self.blocks.block_size, len(token_ids) - 1)
 
-    def allocate(self, owner: Owner, token_ids: Sequence[int], num_blocks: int) -> Allocation:
+    def allocate_prompt(self, owner: Owner, token_ids: Sequence[int], num_blocks: int) -> Allocation:
         """Blocks for a prompt, `num_blocks` in all, the cached ones first. Raises OutOfBlocks if too few are free.
 
         A prompt that is cached whole still has to compute its last token, to sample from it: the block that it writes
@@ -92,7 +114,7 @@ class PrefixCache:
         block_size = self.blocks.block_size
         hashes = block_hashes(token_ids, block_size)
         shared = self._cached_blocks(hashes)
-        written = shared.pop() if len(shared) * block_size == len(token_ids) else None
+        written = shared.pop() if shared and len(shared) * block_size == len(token_ids) else None
         num_new_blocks = num_blocks - len(shared)
         num_available_blocks = self.num_free_blocks - sum(block_id in self._idle for block_id in shared)
         if num_new_blocks > num_available_blocks:
@@ -107,7 +129,7 @@ class PrefixCache:
         if written is not None:
             self._drop(written)
         num_cached_tokens = len(shared) * block_size if written is None else len(token_ids) - 1
-        self._prompts[owner] = _Prompt(shared + new, hashes, len(shared))
+        self._prompts[owner] = _Prompt([*shared, *new], hashes, len(shared))
         self.num_queried_tokens += len(token_ids)
         self.num_hit_tokens += num_cached_tokens
         copies = [] if written is None else [(written, new[0])]

@@ -16,9 +16,9 @@ from typing import Literal, TypeAlias
 import torch
 
 from ensemble.cache.block_copier import Copy, make_copier, wait_for_any
+from ensemble.cache.block_manager import Swap
 from ensemble.cache.kv_pool import KVLayout
 from ensemble.errors import ConfigError
-from ensemble.scheduling.preemptive_decode import Swap
 
 Way: TypeAlias = Literal["out", "in"]
 

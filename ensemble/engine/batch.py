@@ -24,7 +24,7 @@ from ensemble.request import Sequence
 
 @dataclass(frozen=True, slots=True)
 class PrefillRow:
-    """Positions [start, start + length) of a prompt; the KV of everything before them is in the pool."""
+    """Positions [start, start + length) of what is to be prefilled; the KV of everything before them is in the pool."""
 
     sequence: Sequence
     start: int
@@ -36,7 +36,7 @@ class PrefillRow:
 
     @property
     def finishes_prompt(self) -> bool:
-        return self.end == self.sequence.prompt_len
+        return self.end == self.sequence.request.prefill_len
 
 
 @dataclass(frozen=True, slots=True)

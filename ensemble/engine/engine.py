@@ -1,9 +1,10 @@
-"""One engine step: run a batch, commit its tokens. Scheduling is the caller's, so that the same engine serves the
-prefill worker, the decode worker and `tools.offline`.
+"""One engine step: run a batch, commit its tokens. Scheduling is the caller's, so that the same engine serves a
+replica's loop and `tools.offline`.
 
 On a GPU a step may be launched before the tokens of the one before are read: the host prepares while the GPU works.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,11 @@ from ensemble.cache.block_manager import BlockManager
 from ensemble.cache.kv_pool import KVLayout, KVPool
 from ensemble.config import Deployment, StageConfig
 from ensemble.engine.batch import Batch
-from ensemble.engine.model_runner import Model, ModelRunner, Role, StepHandle, load_model, resolve_dtype
+from ensemble.engine.model_runner import Model, ModelRunner, StepHandle, load_model, resolve_dtype
 from ensemble.errors import ConfigError
 from ensemble.models.spec import ModelSpec, load_model_spec
+from ensemble.parallel.shares import share_heads
+from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
 from ensemble.request import Sequence
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
@@ -56,8 +59,12 @@ class Engine:
         return launched
 
     def commit(self, launched: Launched) -> list[Sequence]:
-        """Waits for the step and gives each live sequence its token; those that have ended meanwhile get none."""
+        """Waits for the step and gives each live sequence its token, and log-probabilities if it asks for them.
+
+        Those that have ended meanwhile get none.
+        """
         token_ids = launched.handle.token_ids()
+        log_probs = launched.handle.log_probs()
         for sequence in launched.batch.decodes:
             sequence.num_computed_tokens += 1
         live = [
@@ -67,45 +74,47 @@ class Engine:
         ]
         for sequence, token_id in live:
             sequence.append(token_id, self.eos_token_ids)
+            sequence.last_log_probs = log_probs.get(sequence.request_id)
         return [sequence for sequence, _ in live]
 
 
-def load_engine(deployment: Deployment, stage: StageConfig, device: torch.device, role: Role = "mixed") -> Engine:
-    """Loads the model, takes the pool's memory, and on a GPU compiles kernels and captures the graphs of its role.
+def load_engine(
+    deployment: Deployment,
+    stage: StageConfig,
+    device: torch.device,
+    parallel: TensorParallel = SINGLE,
+    on_layer: Callable[[], None] | None = None,  # called as often as a layer is launched, on a CPU: computed
+) -> Engine:
+    """Loads the model, takes the pool's memory, and on a GPU compiles kernels and captures the graphs.
 
+    Every rank of `parallel` loads its part, at the same time; their pools have as many blocks, of each rank's heads.
     Raises ConfigError or ModelError in one line.
     """
     spec = load_model_spec(deployment.model.path)
     max_model_len = deployment.model.limit_model_len(spec.max_model_len)
-    max_num_batched_tokens = largest_step(deployment, stage, role)
+    max_num_prompt_tokens = max(deployment.prefill.max_num_batched_tokens, deployment.decode.local_prefill_tokens)
+    max_num_batched_tokens = max_num_prompt_tokens + stage.max_num_seqs  # in the largest step
     dtype = resolve_dtype(deployment.model, spec, device)
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise ConfigError(f"devices = {device}: this machine has {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
-    layout = KVLayout(spec.num_layers, spec.num_kv_heads, deployment.block_size, spec.head_dim, dtype)
+    num_kv_heads = share_heads(spec.num_heads, spec.num_kv_heads, parallel).num_kv
+    layout = KVLayout(spec.num_layers, num_kv_heads, deployment.block_size, spec.head_dim, dtype)
     try:
-        model = load_model(spec, deployment.model, device, dtype)
+        model = load_model(spec, deployment.model, device, dtype, parallel)
         num_bytes = stage.kv_cache_bytes or default_kv_cache_bytes(
             model, layout, stage, device, max_num_batched_tokens, max_model_len
         )
-        pool = KVPool(layout, layout.num_blocks_in(num_bytes), device)
+        pool = KVPool(layout, parallel.smallest(layout.num_blocks_in(num_bytes)), device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = str(error).partition(". ")[0]
         raise ConfigError(f"{device} has no memory for the model and its KV pool: {reason}") from None
     runner = ModelRunner(model, pool.tensor, deployment.block_size)
-    runner.warm_up(role, stage.max_num_seqs, max_num_batched_tokens, max_model_len)
+    runner.warm_up(stage.max_num_seqs, max_num_batched_tokens, max_model_len)
+    if on_layer is not None:
+        model.on_layer = on_layer
     return Engine(spec, runner, pool)
-
-
-def largest_step(deployment: Deployment, stage: StageConfig, role: Role) -> int:
-    """Tokens of the largest step to come: prompts up to their budget, beside one token for each running sequence."""
-    num_prompt_tokens = deployment.prefill.max_num_batched_tokens
-    if role == "prefill":
-        return num_prompt_tokens
-    if role == "mixed":
-        return (deployment.local_prefill_tokens or num_prompt_tokens) + stage.max_num_seqs
-    return stage.max_num_seqs
 
 
 def default_kv_cache_bytes(

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,23 +9,25 @@ from torch import Tensor
 from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow, StepInput, prepare_step, token_arrays
 from ensemble.engine.decode_graphs import DecodeGraphs
+from ensemble.engine.log_probs import StepLogProbs, asked_rows
 from ensemble.engine.penalties import PenaltyTables
 from ensemble.engine.prefill_graphs import PrefillGraphs
 from ensemble.engine.sampler import sample_tokens, sampling_arrays, sampling_input
 from ensemble.engine.staging import Staging
+from ensemble.models.checkpoint import Checkpoint
 from ensemble.models.layers import AttentionMetadata
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
 from ensemble.models.spec import ModelSpec
-from ensemble.models.weights import fill_with_random_weights, load_weights
-from ensemble.request import Request, SamplingParams, Sequence
+from ensemble.models.weights import EMBEDDINGS, HEAD, fill_with_random_weights, load_weights, with_true_ties
+from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
+from ensemble.request import Request, SamplingParams, Sequence, TokenLogProbs
 from kernels.block_copy import copy_blocks
 from kernels.decode_plan import decode_workspace, plan_decode
 from kernels.gather_rows import gather_rows
 from kernels.prefill_plan import plan_prefill, prefill_workspace
 
 Model = Llama | Opt
-Role = Literal["prefill", "decode", "mixed"]  # which steps a replica runs: of prompts, of running sequences, of both
 
 
 def resolve_dtype(model_config: ModelConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -37,15 +38,30 @@ def resolve_dtype(model_config: ModelConfig, spec: ModelSpec, device: torch.devi
     return torch.float32 if device.type == "cpu" else spec.dtype
 
 
-def load_model(spec: ModelSpec, model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
-    """Builds the model on the device and fills its weights. Raises ModelError naming a weight that does not fit."""
+def load_model(
+    spec: ModelSpec,
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    parallel: TensorParallel = SINGLE,
+) -> Model:
+    """Builds a rank's part of the model on the device and fills its weights.
+
+    Raises ModelError naming a weight that does not fit, ConfigError for a degree of which the model has no parts.
+    """
+    checkpoint = None if model_config.load_format == "dummy" else Checkpoint(spec.path)
+    if checkpoint is not None:
+        spec = with_true_ties(spec, checkpoint)
     max_positions = model_config.max_model_len or spec.max_model_len
     model_class = Llama if spec.architecture == "llama" else Opt
-    model = model_class(spec, max_positions, partial(torch.empty, device=device, dtype=dtype))
-    if model_config.load_format == "dummy":
+    model = model_class(spec, max_positions, partial(torch.empty, device=device, dtype=dtype), parallel)
+    if checkpoint is None:
         fill_with_random_weights(model.named_weights(), model_config.seed, device)
     else:
-        load_weights(spec.path, model.named_weights(), device)
+        stand_ins = {EMBEDDINGS[spec.architecture]: HEAD} if spec.tie_word_embeddings else {}
+        load_weights(checkpoint, model.named_weights(), device, stand_ins)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what loading took on the way, whole tensors of which a part was wanted among it
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         for linear in model.linears():
             linear.pack()
@@ -55,11 +71,14 @@ def load_model(spec: ModelSpec, model_config: ModelConfig, device: torch.device,
 class StepHandle:
     """A launched step. Its tokens are on their way to the host."""
 
-    def __init__(self, sampled: Tensor, sequences: list[Sequence], staging: Staging) -> None:
+    def __init__(
+        self, sampled: Tensor, sequences: list[Sequence], staging: Staging, log_probs: StepLogProbs | None = None
+    ) -> None:
         self.sampled = sampled  # [S] int64, on the device
         self.rows = {sequence.request_id: row for row, sequence in enumerate(sequences)}
         self.is_read = False
         self._host, self._copied = staging.to_host(sampled), None
+        self._log_probs = log_probs
         self._staging = staging  # in use until the step has run
         if sampled.is_cuda:
             self._copied = torch.cuda.Event()
@@ -77,6 +96,10 @@ class StepHandle:
         self.is_read = True
         token_ids: list[int] = self._host.tolist()
         return token_ids
+
+    def log_probs(self) -> dict[int, TokenLogProbs]:
+        """By request_id, for the sequences that ask for them; after `token_ids`."""
+        return self._log_probs.read() if self._log_probs is not None else {}
 
 
 class ModelRunner:
@@ -123,11 +146,15 @@ class ModelRunner:
         else:
             step = prepare_step(batch, self.block_size, eos_token_ids, tables, staging, unread_rows)
             logits, sampling = self._forward(step, sampled_before), step.sampling
+        log_probs = None
         if logits.shape[0] > 0:
+            asked = asked_rows(logits, sampling.asked, batch.sampled) if sampling.asked is not None else None
             sampled = sample_tokens(logits, sampling, tables, sampled_before)
+            if asked is not None:
+                log_probs = asked.to_host(sampled, batch.sampled, staging)
         else:
             sampled = torch.empty(0, dtype=torch.int64, device=self.kv_pool.device)
-        self._last = StepHandle(sampled, batch.sampled, staging)
+        self._last = StepHandle(sampled, batch.sampled, staging, log_probs)
         return self._last
 
     def _forward(self, step: StepInput, sampled_before: Tensor | None) -> Tensor:
@@ -160,21 +187,18 @@ class ModelRunner:
         return replace(attention, prefill_workspace=prefill)
 
     @torch.inference_mode()
-    def warm_up(self, role: Role, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
-        """Before the first request, on a GPU: compiles every kernel, captures the graphs of the role's steps, takes
-        the memory that the largest step needs. Overwrites what is in the pool.
+    def warm_up(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """Before the first request, on a GPU: compiles every kernel, captures the graphs, takes the memory that the
+        largest step needs. Overwrites what is in the pool.
         """
         if self.kv_pool.device.type != "cuda":
             return
         for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
             self.run(batch)
-        if role != "prefill":
-            self._decode_graphs = DecodeGraphs(self.model, self.kv_pool, self.block_size, max_num_seqs, max_model_len)
-        if role != "decode":
-            max_num_decodes = max_num_seqs if role == "mixed" else 0
-            self._prefill_graphs = PrefillGraphs(
-                self.model, self.kv_pool, self.block_size, max_num_batched_tokens, max_num_decodes, max_model_len
-            )
+        self._decode_graphs = DecodeGraphs(self.model, self.kv_pool, self.block_size, max_num_seqs, max_model_len)
+        self._prefill_graphs = PrefillGraphs(
+            self.model, self.kv_pool, self.block_size, max_num_batched_tokens, max_num_seqs, max_model_len
+        )
         batches = _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size)
         for batch in batches:
             self.run(batch)
@@ -192,7 +216,7 @@ def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size
     sequence = partial(_warm_up_sequence, block_size=block_size)
     greedy = SamplingParams(max_tokens=2, temperature=0)
     drawn = SamplingParams(max_tokens=2, temperature=1, top_k=5, top_p=0.9, min_p=0.1, min_tokens=2)
-    penalised = SamplingParams(max_tokens=2, temperature=0, repetition_penalty=1.1)
+    penalised = SamplingParams(max_tokens=2, temperature=0, repetition_penalty=1.1, num_logprobs=1)
     decodes = [
         Batch(decodes=[sequence(7, sampling, request_id=row) for row in range(num_rows)])
         for sampling in (greedy, drawn, penalised)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ensemble.engine.penalties import NewRows, NewTokens, Penalties, PenaltyTables
+from ensemble.engine.token_bias import GatedBias, TokenBias, token_bias_arrays
 from ensemble.request import Sequence
 from kernels.penalties import mask_tokens
 from kernels.sampling import greedy, sample
@@ -57,10 +58,13 @@ class SamplingInput:
 
     draw: Draw | None
     mask: Mask | None
+    bias: TokenBias | None
+    gated_bias: GatedBias | None
     penalties: Penalties | None
     new_rows: NewRows | None
     new_tokens: NewTokens | None
     unread: Unread | None  # what is still to be filled into new_tokens.token_ids
+    asked: Tensor | None  # [R] int64, rows whose log-probabilities are wanted
 
 
 def sample_tokens(
@@ -70,6 +74,10 @@ def sample_tokens(
     sampled_before: Tensor | None,  # tokens of the step before, for those that are unread
 ) -> Tensor:  # [S] int64
     """One token id per row."""
+    if inputs.bias is not None:
+        inputs.bias.apply(logits)
+    if inputs.gated_bias is not None and sampled_before is not None:
+        inputs.gated_bias.apply(logits, sampled_before)
     if inputs.penalties is not None:
         if inputs.unread is not None and inputs.new_tokens is not None and sampled_before is not None:
             inputs.unread.fill(inputs.new_tokens.token_ids, sampled_before)
@@ -91,6 +99,9 @@ def sampling_arrays(
     """The fields of `SamplingInput`, as far as a sequence uses them."""
     groups: dict[str, dict[str, Array]] = {}
     params = [sequence.sampling for sequence in sequences]
+    biased = [row for row, p in enumerate(params) if p.logit_bias or p.bad_words]
+    if biased:
+        groups |= token_bias_arrays(sequences, biased, unread_rows)
     if any(p.temperature > 0 for p in params):
         groups["draw"] = {
             "temperatures": np.array([p.temperature for p in params], dtype=np.float32),
@@ -101,12 +112,18 @@ def sampling_arrays(
             "positions": np.array([s.num_tokens + (s.request_id in unread_rows) for s in sequences], dtype=np.int64),
         }
     num_outputs = [len(s.output_token_ids) + (s.request_id in unread_rows) for s in sequences]
-    masked = [row for row, p in enumerate(params) if num_outputs[row] < p.min_tokens]
-    if masked and eos_token_ids:
-        groups["mask"] = {
-            "rows": np.repeat(np.array(masked, dtype=np.int64), len(eos_token_ids)),
-            "token_ids": np.tile(np.array(sorted(eos_token_ids), dtype=np.int64), len(masked)),
-        }
+    masked = [
+        (row, token_id)
+        for row, p in enumerate(params)
+        if num_outputs[row] < p.min_tokens
+        for token_id in sorted(eos_token_ids.union(p.stop_token_ids))
+    ]
+    if masked:
+        rows, token_ids = np.array(masked, dtype=np.int64).T
+        groups["mask"] = {"rows": np.ascontiguousarray(rows), "token_ids": np.ascontiguousarray(token_ids)}
+    asked = [row for row, p in enumerate(params) if p.num_logprobs is not None]
+    if asked:
+        groups["asked"] = {"rows": np.array(asked, dtype=np.int64)}
     penalty_groups, unread = tables.arrays(sequences, unread_rows)
     groups |= penalty_groups
     if unread:
@@ -119,10 +136,13 @@ def sampling_input(tensors: dict[str, dict[str, Tensor]]) -> SamplingInput:
     return SamplingInput(
         draw=Draw(**tensors["draw"]) if "draw" in tensors else None,
         mask=Mask(**tensors["mask"]) if "mask" in tensors else None,
+        bias=TokenBias(**tensors["bias"]) if "bias" in tensors else None,
+        gated_bias=GatedBias(**tensors["gated_bias"]) if "gated_bias" in tensors else None,
         penalties=Penalties(**tensors["penalties"]) if "penalties" in tensors else None,
         new_rows=NewRows(**tensors["new_rows"]) if "new_rows" in tensors else None,
         new_tokens=NewTokens(**tensors["new_tokens"]) if "new_tokens" in tensors else None,
         unread=Unread(**tensors["unread_penalised"]) if "unread_penalised" in tensors else None,
+        asked=tensors["asked"]["rows"] if "asked" in tensors else None,
     )
 
 

@@ -1,44 +1,71 @@
-"""LLaMA: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+"""LLaMA and its kin, Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
-import math
+They differ in which projections have a bias, in norms of each query and key head, and in windows of attention.
+"""
 
-import torch
+from collections.abc import Callable
+from dataclasses import replace
+
 from torch import Tensor
 
-from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, paged_attention
-from ensemble.models.spec import ModelSpec, RopeSpec
+from ensemble.models.layers import (
+    AttentionMetadata,
+    Empty,
+    Linear,
+    NamedWeights,
+    Weight,
+    no_progress,
+    paged_attention,
+)
+from ensemble.models.parallel_layers import RowParallelLinear, VocabularyEmbedding, VocabularyHead
+from ensemble.models.rope import inverse_frequencies
+from ensemble.models.spec import ModelSpec
+from ensemble.parallel.shares import share, share_heads
+from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
 from kernels.activation import silu_and_mul
-from kernels.embedding import embed
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rotary_table
-from kernels.write_kv import rope_and_write_kv
+from kernels.write_kv import HeadNorms, rope_and_write_kv
 
 
 class LlamaAttention:
-    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
-        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    def __init__(self, spec: ModelSpec, window: int | None, parallel: TensorParallel, empty: Empty) -> None:
+        heads, self.head_dim = share_heads(spec.num_heads, spec.num_kv_heads, parallel), spec.head_dim
+        self.num_heads, self.num_kv_heads = heads.num_queries, heads.num_kv
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.qkv_proj = Linear(spec.hidden_size, [q_size, kv_size, kv_size], spec.attention_bias, empty)
-        self.o_proj = Linear(q_size, [spec.hidden_size], spec.attention_bias, empty)
+        queries, kv = heads.query_rows(spec.head_dim), heads.kv_rows(spec.head_dim)
+        out_sizes, rows = [q_size, kv_size, kv_size], [queries, kv, kv]
+        self.qkv_proj = Linear(spec.hidden_size, out_sizes, spec.attention_bias, empty, rows=rows)
+        self.o_proj = RowParallelLinear(
+            q_size, queries[0], spec.hidden_size, spec.attention_output_bias, parallel, empty
+        )
+        self.head_norms = None
+        if spec.has_head_norms:
+            self.head_norms = HeadNorms(empty(spec.head_dim), empty(spec.head_dim), spec.norm_eps)
         self.scale = spec.head_dim**-0.5
+        self.window = window
 
     def __call__(
         self, x: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, metadata.slot_mapping)
-        return self.o_proj(paged_attention(q, kv_cache, metadata, self.scale))
+        rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, metadata.slot_mapping, self.head_norms)
+        return self.o_proj(paged_attention(q, kv_cache, metadata, self.scale, self.window))
 
     def named_weights(self, prefix: str) -> NamedWeights:
         yield from self.qkv_proj.named_weights([f"{prefix}.{part}_proj" for part in "qkv"])
         yield from self.o_proj.named_weights([f"{prefix}.o_proj"])
+        if self.head_norms is not None:
+            yield Weight.whole(f"{prefix}.q_norm.weight", self.head_norms.query)
+            yield Weight.whole(f"{prefix}.k_norm.weight", self.head_norms.key)
 
 
 class LlamaMLP:
-    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
-        self.gate_up_proj = Linear(spec.hidden_size, [spec.intermediate_size] * 2, spec.mlp_bias, empty)
-        self.down_proj = Linear(spec.intermediate_size, [spec.hidden_size], spec.mlp_bias, empty)
+    def __init__(self, spec: ModelSpec, parallel: TensorParallel, empty: Empty) -> None:
+        inner, mine = spec.intermediate_size, share(spec.intermediate_size, parallel)
+        self.gate_up_proj = Linear(spec.hidden_size, [inner, inner], spec.mlp_bias, empty, rows=[[mine], [mine]])
+        self.down_proj = RowParallelLinear(inner, mine, spec.hidden_size, spec.mlp_bias, parallel, empty)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
@@ -49,16 +76,16 @@ class LlamaMLP:
 
 
 class LlamaLayer:
-    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+    def __init__(self, spec: ModelSpec, window: int | None, parallel: TensorParallel, empty: Empty) -> None:
         self.input_norm = empty(spec.hidden_size)
-        self.attention = LlamaAttention(spec, empty)
+        self.attention = LlamaAttention(spec, window, parallel, empty)
         self.post_attention_norm = empty(spec.hidden_size)
-        self.mlp = LlamaMLP(spec, empty)
+        self.mlp = LlamaMLP(spec, parallel, empty)
 
     def named_weights(self, prefix: str) -> NamedWeights:
-        yield f"{prefix}.input_layernorm.weight", self.input_norm
+        yield Weight.whole(f"{prefix}.input_layernorm.weight", self.input_norm)
         yield from self.attention.named_weights(f"{prefix}.self_attn")
-        yield f"{prefix}.post_attention_layernorm.weight", self.post_attention_norm
+        yield Weight.whole(f"{prefix}.post_attention_layernorm.weight", self.post_attention_norm)
         yield from self.mlp.named_weights(f"{prefix}.mlp")
 
     def linears(self) -> list[Linear]:
@@ -66,18 +93,25 @@ class LlamaLayer:
 
 
 class Llama:
-    """LlamaForCausalLM. `max_positions` bounds the rotary table."""
+    """LlamaForCausalLM and its kin. No position of a sequence reaches `max_positions`.
 
-    def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty) -> None:
+    `spec` is the model as this rank runs it: its num_heads and num_kv_heads are the rank's.
+    """
+
+    def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty, parallel: TensorParallel = SINGLE) -> None:
         if spec.rope is None:
             raise ValueError("a LLaMA has rotary positions")
-        self.spec = spec
-        self.embed_tokens = empty(spec.vocab_size, spec.hidden_size)
-        self.layers = [LlamaLayer(spec, empty) for _ in range(spec.num_layers)]
+        heads = share_heads(spec.num_heads, spec.num_kv_heads, parallel)
+        self.spec = replace(spec, num_heads=heads.num_queries, num_kv_heads=heads.num_kv)
+        self.on_layer: Callable[[], None] = no_progress  # called before each layer
+        self.embed_tokens = VocabularyEmbedding(spec.vocab_size, spec.hidden_size, parallel, empty)
+        windows = [window if window and window < max_positions else None for window in spec.windows]
+        self.layers = [LlamaLayer(spec, window, parallel, empty) for window in windows]
         self.norm = empty(spec.hidden_size)
         tied = self.embed_tokens if spec.tie_word_embeddings else None
-        self.lm_head = Linear(spec.hidden_size, [spec.vocab_size], False, empty, weight=tied)
-        self.cos_sin = rotary_table(inverse_frequencies(spec.rope, spec.head_dim).to(self.norm.device), max_positions)
+        self.lm_head = VocabularyHead(spec.hidden_size, spec.vocab_size, parallel, empty, tied)
+        inv_freq = inverse_frequencies(spec.rope, spec.head_dim, max_positions).to(self.norm.device)
+        self.cos_sin = rotary_table(inv_freq, max_positions, spec.rope.attention_factor)
 
     def forward(
         self,
@@ -88,10 +122,11 @@ class Llama:
     ) -> Tensor:  # [T, hidden_size]
         """Hidden states after the last norm."""
         eps = self.spec.norm_eps
-        residual = embed(token_ids, self.embed_tokens)
+        residual = self.embed_tokens(token_ids)
         x = rms_norm(residual, self.layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, kv_cache, next_norm in zip(self.layers, kv_pool.unbind(1), next_norms, strict=True):
+            self.on_layer()
             x = layer.attention(x, positions, self.cos_sin, kv_cache, metadata)
             x = add_rms_norm(x, residual, layer.post_attention_norm, eps)
             x = add_rms_norm(layer.mlp(x), residual, next_norm, eps)
@@ -104,27 +139,13 @@ class Llama:
         return self.lm_head(hidden)
 
     def named_weights(self) -> NamedWeights:
-        yield "model.embed_tokens.weight", self.embed_tokens
+        yield self.embed_tokens.named_weight("model.embed_tokens")
         for index, layer in enumerate(self.layers):
             yield from layer.named_weights(f"model.layers.{index}")
-        yield "model.norm.weight", self.norm
+        yield Weight.whole("model.norm.weight", self.norm)
         if not self.spec.tie_word_embeddings:
             yield from self.lm_head.named_weights(["lm_head"])
 
     def linears(self) -> list[Linear]:
         """Every matrix product of a step."""
         return [linear for layer in self.layers for linear in layer.linears()] + [self.lm_head]
-
-
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:  # [head_dim / 2] fp32
-    """Angle per position of each pair of elements, scaled as `rope` says."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq: Tensor = 1.0 / (rope.theta**exponents)
-    if rope.rope_type == "default":
-        return inv_freq
-    if rope.rope_type == "linear":
-        return inv_freq / rope.factor
-    # llama3: long wavelengths are stretched by `factor`, short ones kept, those between interpolated
-    turns = rope.original_max_positions * inv_freq / (2 * math.pi)  # over the original context
-    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    return (1 - kept) * inv_freq / rope.factor + kept * inv_freq

@@ -1,9 +1,23 @@
 """OPT: LayerNorm before each half layer (after it in opt-350m), learned positions, multi-head attention, ReLU MLP."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from torch import Tensor
 
-from ensemble.models.layers import AttentionMetadata, Empty, Linear, NamedWeights, paged_attention
+from ensemble.models.layers import (
+    AttentionMetadata,
+    Empty,
+    Linear,
+    NamedWeights,
+    Weight,
+    no_progress,
+    paged_attention,
+)
+from ensemble.models.parallel_layers import RowParallelLinear, VocabularyEmbedding, VocabularyHead
 from ensemble.models.spec import ModelSpec
+from ensemble.parallel.shares import share, share_heads
+from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
 from kernels.activation import bias_activation
 from kernels.embedding import embed, embed_with_positions
 from kernels.layer_norm import add_layer_norm, layer_norm
@@ -25,15 +39,17 @@ class LayerNorm:
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
     def named_weights(self, name: str) -> NamedWeights:
-        yield f"{name}.weight", self.weight
-        yield f"{name}.bias", self.bias
+        yield Weight.whole(f"{name}.weight", self.weight)
+        yield Weight.whole(f"{name}.bias", self.bias)
 
 
 class OptAttention:
-    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
-        self.num_heads, self.head_dim = spec.num_heads, spec.head_dim
-        self.qkv_proj = Linear(spec.hidden_size, [spec.hidden_size] * 3, spec.attention_bias, empty)
-        self.out_proj = Linear(spec.hidden_size, [spec.hidden_size], spec.attention_bias, empty)
+    def __init__(self, spec: ModelSpec, parallel: TensorParallel, empty: Empty) -> None:
+        heads, self.head_dim = share_heads(spec.num_heads, spec.num_kv_heads, parallel), spec.head_dim
+        self.num_heads = heads.num_queries
+        width, mine = spec.hidden_size, heads.query_rows(spec.head_dim)
+        self.qkv_proj = Linear(width, [width] * 3, spec.attention_bias, empty, rows=[mine] * 3)
+        self.out_proj = RowParallelLinear(width, mine[0], width, spec.attention_output_bias, parallel, empty)
         self.scale = spec.head_dim**-0.5
 
     def __call__(self, x: Tensor, kv_cache: Tensor, metadata: AttentionMetadata) -> Tensor:
@@ -47,9 +63,10 @@ class OptAttention:
 
 
 class OptMLP:
-    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
-        self.fc1 = Linear(spec.hidden_size, [spec.intermediate_size], spec.mlp_bias, empty)
-        self.fc2 = Linear(spec.intermediate_size, [spec.hidden_size], spec.mlp_bias, empty)
+    def __init__(self, spec: ModelSpec, parallel: TensorParallel, empty: Empty) -> None:
+        inner, mine = spec.intermediate_size, share(spec.intermediate_size, parallel)
+        self.fc1 = Linear(spec.hidden_size, [inner], spec.mlp_bias, empty, rows=[[mine]])
+        self.fc2 = RowParallelLinear(inner, mine, spec.hidden_size, spec.mlp_bias, parallel, empty)
         self.activation = spec.activation
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -61,11 +78,11 @@ class OptMLP:
 
 
 class OptLayer:
-    def __init__(self, spec: ModelSpec, empty: Empty) -> None:
+    def __init__(self, spec: ModelSpec, parallel: TensorParallel, empty: Empty) -> None:
         self.attention_norm = LayerNorm(spec, empty)
-        self.attention = OptAttention(spec, empty)
+        self.attention = OptAttention(spec, parallel, empty)
         self.mlp_norm = LayerNorm(spec, empty)
-        self.mlp = OptMLP(spec, empty)
+        self.mlp = OptMLP(spec, parallel, empty)
 
     def named_weights(self, prefix: str) -> NamedWeights:
         yield from self.attention_norm.named_weights(f"{prefix}.self_attn_layer_norm")
@@ -78,20 +95,26 @@ class OptLayer:
 
 
 class Opt:
-    """OPTForCausalLM. The position table is as long as the checkpoint's, whatever `max_positions` is."""
+    """OPTForCausalLM. The position table is as long as the checkpoint's, whatever `max_positions` is.
 
-    def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty) -> None:
-        self.spec = spec
-        self.embed_tokens = empty(spec.vocab_size, spec.embedding_size)
+    `spec` is the model as this rank runs it: its num_heads and num_kv_heads are the rank's.
+    """
+
+    def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty, parallel: TensorParallel = SINGLE) -> None:
+        heads = share_heads(spec.num_heads, spec.num_kv_heads, parallel)
+        self.spec = replace(spec, num_heads=heads.num_queries, num_kv_heads=heads.num_kv)
+        self.on_layer: Callable[[], None] = no_progress  # called before each layer
+        self.is_fused = parallel.size == 1 and spec.embedding_size == spec.hidden_size  # both embeddings in one kernel
+        self.embed_tokens = VocabularyEmbedding(spec.vocab_size, spec.embedding_size, parallel, empty)
         self.embed_positions = empty(spec.max_model_len + _POSITION_OFFSET, spec.hidden_size)
-        self.layers = [OptLayer(spec, empty) for _ in range(spec.num_layers)]
+        self.layers = [OptLayer(spec, parallel, empty) for _ in range(spec.num_layers)]
         self.final_norm = LayerNorm(spec, empty) if spec.is_pre_norm else None
         self.project_in = self.project_out = None
         if spec.embedding_size != spec.hidden_size:
             self.project_in = Linear(spec.embedding_size, [spec.hidden_size], False, empty)
             self.project_out = Linear(spec.hidden_size, [spec.embedding_size], False, empty)
         tied = self.embed_tokens if spec.tie_word_embeddings else None
-        self.lm_head = Linear(spec.embedding_size, [spec.vocab_size], False, empty, weight=tied)
+        self.lm_head = VocabularyHead(spec.embedding_size, spec.vocab_size, parallel, empty, tied)
 
     def forward(
         self,
@@ -108,10 +131,13 @@ class Opt:
         return self._pre_norm(x, kv_caches, metadata, self.final_norm)
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        if self.project_in is None:
-            return embed_with_positions(token_ids, self.embed_tokens, positions, self.embed_positions, _POSITION_OFFSET)
-        projected = self.project_in(embed(token_ids, self.embed_tokens))
-        return projected + embed(positions + _POSITION_OFFSET, self.embed_positions)
+        if self.is_fused:
+            weights = self.embed_tokens.weight, self.embed_positions
+            return embed_with_positions(token_ids, weights[0], positions, weights[1], _POSITION_OFFSET)
+        x = self.embed_tokens(token_ids)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        return x + embed(positions + _POSITION_OFFSET, self.embed_positions)
 
     def _pre_norm(
         self, residual: Tensor, kv_caches: tuple[Tensor, ...], metadata: AttentionMetadata, final_norm: LayerNorm
@@ -119,12 +145,14 @@ class Opt:
         x = self.layers[0].attention_norm(residual)
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [final_norm]
         for layer, kv_cache, next_norm in zip(self.layers, kv_caches, next_norms, strict=True):
+            self.on_layer()
             x = layer.mlp_norm.add(layer.attention(x, kv_cache, metadata), residual)
             x = next_norm.add(layer.mlp(x), residual)
         return x
 
     def _post_norm(self, x: Tensor, kv_caches: tuple[Tensor, ...], metadata: AttentionMetadata) -> Tensor:
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            self.on_layer()
             x = layer.attention_norm.add(layer.attention(x, kv_cache, metadata), residual=x)
             x = layer.mlp_norm.add(layer.mlp(x), residual=x)
         return x
@@ -136,8 +164,8 @@ class Opt:
         return self.lm_head(hidden if self.project_out is None else self.project_out(hidden))
 
     def named_weights(self) -> NamedWeights:
-        yield "model.decoder.embed_tokens.weight", self.embed_tokens
-        yield "model.decoder.embed_positions.weight", self.embed_positions
+        yield self.embed_tokens.named_weight("model.decoder.embed_tokens")
+        yield Weight.whole("model.decoder.embed_positions.weight", self.embed_positions)
         if self.project_in is not None and self.project_out is not None:
             yield from self.project_in.named_weights(["model.decoder.project_in"])
             yield from self.project_out.named_weights(["model.decoder.project_out"])

@@ -1,6 +1,7 @@
 """`ModelSpec`: what a Hugging Face model directory says about its model, checked, in our words.
 
-Sources: the fields of transformers' LlamaConfig and OPTConfig, as releases 4 and 5 write them.
+Sources: the configuration classes of transformers, as releases 4 and 5 write their fields. A field that is null or
+left out has the class's default, but for those that say how large the model is.
 """
 
 import json
@@ -12,13 +13,32 @@ from typing import Any, Literal, cast
 import torch
 
 from ensemble.errors import ModelError
+from ensemble.models.checkpoint import stored_dtype, what_it_is
+from ensemble.models.end_tokens import read_end_token_ids
+from ensemble.models.rope import RopeSpec, parse_rope, partial_rotary_factor
 from kernels.activation import Activation
 
 Architecture = Literal["llama", "opt"]
-RopeType = Literal["default", "linear", "llama3"]
 
-_ARCHITECTURES: dict[str, Architecture] = {"LlamaForCausalLM": "llama", "OPTForCausalLM": "opt"}
-_ROPE_TYPES = ("default", "linear", "llama3")
+# model_type |-> what transformers assumes of fields that config.json leaves out
+_LLAMA_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "head_dim": 128,
+    },
+}
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "OPTForCausalLM": "opt",
+}
 _OPT_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
 _DTYPES = {
     "float16": torch.float16,
@@ -30,20 +50,8 @@ _OPT_LAYER_NORM_EPS = 1e-5  # transformers leaves it at torch's default; it is n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeSpec:
-    """Rotary embedding. `factor` is of `linear` and `llama3`, the rest of `llama3` (Llama 3.1's scaling)."""
-
-    theta: float = 10000.0
-    rope_type: RopeType = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One model. Fields after `rope` are of one architecture; the other leaves them at their defaults."""
+    """One model. Fields after `pad_token_id` are of one architecture; the other leaves them at their defaults."""
 
     path: Path
     architecture: Architecture
@@ -57,133 +65,171 @@ class ModelSpec:
     max_model_len: int  # tokens of a sequence, by the model's position embedding
     norm_eps: float
     tie_word_embeddings: bool
-    attention_bias: bool
+    attention_bias: bool  # of the projections to queries, keys and values
+    attention_output_bias: bool
     mlp_bias: bool
     dtype: torch.dtype  # of the checkpoint
     bos_token_id: int | None
     eos_token_ids: frozenset[int]
     pad_token_id: int | None
     rope: RopeSpec | None = None  # llama
+    has_head_norms: bool = False  # llama: RMSNorm of each query and key head, as in Qwen3
+    windows: tuple[int | None, ...] = ()  # llama: for each layer, how many tokens a token sees, itself among them
     activation: Activation = "relu"  # opt
     embedding_size: int = 0  # opt: word_embed_proj_dim; differs from hidden_size where the model projects
     is_pre_norm: bool = True  # opt: do_layer_norm_before
 
 
 def load_model_spec(path: str | Path) -> ModelSpec:
-    """Reads config.json, and generation_config.json where there is one. Raises ModelError in one line."""
+    """Reads config.json, generation_config.json where there is one, and the tokenizer's end token.
+
+    Raises ModelError in one line.
+    """
     path = Path(path)
-    if not path.is_dir():
-        raise ModelError(f"model path {path}: no such directory")
+    if not path.is_dir() or not (path / "config.json").exists():
+        raise ModelError(f"model path {path}: {what_it_is(path)}")
     config = _read_json(path / "config.json")
     generation_config = _read_json(path / "generation_config.json", required=False)
     try:
         return _parse(path, config, generation_config)
     except KeyError as error:
         raise ModelError(f"{path / 'config.json'}: field {error.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ModelError(f"{path / 'config.json'}: {' '.join(str(error).split())}") from None
 
 
 def _parse(path: Path, config: dict[str, Any], generation_config: dict[str, Any]) -> ModelSpec:
-    names = config.get("architectures") or []
-    architecture = next((_ARCHITECTURES[name] for name in names if name in _ARCHITECTURES), None)
-    if architecture is None:
-        found = ", ".join(names) or f"none (model_type {config.get('model_type')})"
-        raise ModelError(f"model {path}: architecture {found} is not supported; supported: {', '.join(_ARCHITECTURES)}")
+    model_type = _model_type(path, config)
+    config = _LLAMA_FAMILY.get(model_type, {}) | config
     _refuse_features(path, config)
-    eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
     common: dict[str, Any] = {
         "path": path,
-        "architecture": architecture,
-        "vocab_size": int(config["vocab_size"]),
-        "hidden_size": int(config["hidden_size"]),
-        "num_layers": int(config["num_hidden_layers"]),
-        "num_heads": int(config["num_attention_heads"]),
-        "max_model_len": int(config["max_position_embeddings"]),
-        "dtype": _parse_dtype(config),
+        "vocab_size": _size(config, "vocab_size"),
+        "hidden_size": _size(config, "hidden_size"),
+        "num_layers": _size(config, "num_hidden_layers"),
+        "num_heads": _size(config, "num_attention_heads"),
+        "dtype": _parse_dtype(config) or stored_dtype(path) or torch.float32,
         "bos_token_id": config.get("bos_token_id"),
-        "eos_token_ids": frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos),
+        "eos_token_ids": read_end_token_ids(path, config, generation_config, int(config["vocab_size"])),
         "pad_token_id": config.get("pad_token_id"),
     }
     if common["hidden_size"] % common["num_heads"] and not config.get("head_dim"):
         raise ValueError(f"hidden_size {common['hidden_size']} is not a multiple of {common['num_heads']} heads")
-    spec = _parse_llama(config, common) if architecture == "llama" else _parse_opt(config, common)
+    spec = _parse_opt(config, common) if model_type == "opt" else _parse_llama(model_type, config, common)
     if spec.num_heads % spec.num_kv_heads:
         raise ValueError(f"{spec.num_heads} heads are not a multiple of {spec.num_kv_heads} KV heads")
     return spec
 
 
-def _parse_llama(config: Mapping[str, Any], common: dict[str, Any]) -> ModelSpec:
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {config['hidden_act']} is not supported; supported: silu")
+def _model_type(path: Path, config: Mapping[str, Any]) -> str:
+    """By the architecture, which old LLaMA checkpoints write LLaMAForCausalLM; where none is named, by `model_type`."""
+    names = [str(name) for name in config.get("architectures") or []]
+    known = {architecture.lower(): model_type for architecture, model_type in _MODEL_TYPES.items()}
+    found = next((known[name.lower()] for name in names if name.lower() in known), None)
+    if found is None and not names and config.get("model_type") in known.values():
+        found = str(config["model_type"])
+    if found is None:
+        named = ", ".join(names) or f"none (model_type {config.get('model_type')})"
+        raise ModelError(f"model {path}: architecture {named} is not supported; supported: {', '.join(_MODEL_TYPES)}")
+    return found
+
+
+def _parse_llama(model_type: str, config: Mapping[str, Any], common: dict[str, Any]) -> ModelSpec:
+    activation = config.get("hidden_act") or "silu"
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {activation} is not supported; supported: silu")
+    max_positions = int(config["max_position_embeddings"] or _LLAMA_FAMILY[model_type]["max_position_embeddings"])
+    rope = parse_rope(config, max_positions)
+    has_bias = bool(config.get("attention_bias")) and model_type in ("llama", "qwen3")
     return ModelSpec(
         **common,
-        intermediate_size=int(config["intermediate_size"]),
+        architecture="llama",
+        intermediate_size=_size(config, "intermediate_size"),
         num_kv_heads=int(config.get("num_key_value_heads") or common["num_heads"]),
         head_dim=int(config.get("head_dim") or common["hidden_size"] // common["num_heads"]),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        rope=_parse_rope(config, common["max_model_len"]),
+        max_model_len=rope.max_model_len(max_positions),
+        norm_eps=float(config.get("rms_norm_eps") or 1e-6),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        attention_bias=has_bias or model_type == "qwen2",
+        attention_output_bias=has_bias,
+        mlp_bias=bool(config.get("mlp_bias")) and model_type == "llama",
+        rope=rope,
+        has_head_norms=model_type == "qwen3",
+        windows=_parse_windows(model_type, config, common["num_layers"]),
     )
+
+
+def _parse_windows(model_type: str, config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    """Mistral's window is of every layer; Qwen's of the layers that `layer_types` names, or after the first ones."""
+    window = config.get("sliding_window")
+    if model_type == "llama" or window is None or (model_type != "mistral" and not config.get("use_sliding_window")):
+        return (None,) * num_layers
+    if int(window) < 1:
+        raise ValueError(f"sliding_window = {window} is not valid: at least 1, or null")
+    if model_type == "mistral":
+        return (int(window),) * num_layers
+    kinds = config.get("layer_types")
+    if kinds is None:
+        num_full = 28 if config.get("max_window_layers") is None else int(config["max_window_layers"])
+        return tuple(int(window) if layer >= num_full else None for layer in range(num_layers))
+    if len(kinds) != num_layers or not {*kinds} <= {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types is not valid: full_attention or sliding_attention for each of {num_layers}")
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _parse_opt(config: Mapping[str, Any], common: dict[str, Any]) -> ModelSpec:
-    activation = config.get("activation_function", "relu")
+    activation = config.get("activation_function") or "relu"
     if activation not in _OPT_ACTIVATIONS:
         raise ValueError(f"activation_function {activation} is not supported; supported: {', '.join(_OPT_ACTIVATIONS)}")
-    has_bias = bool(config.get("enable_bias", True))
+    has_bias = _is_on(config, "enable_bias")
     return ModelSpec(
         **common,
-        intermediate_size=int(config["ffn_dim"]),
+        architecture="opt",
+        intermediate_size=_size(config, "ffn_dim"),
         num_kv_heads=common["num_heads"],
         head_dim=common["hidden_size"] // common["num_heads"],
+        max_model_len=int(config.get("max_position_embeddings") or 2048),
         norm_eps=_OPT_LAYER_NORM_EPS,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        tie_word_embeddings=_is_on(config, "tie_word_embeddings"),
         attention_bias=has_bias,
+        attention_output_bias=has_bias,
         mlp_bias=has_bias,
         activation=_OPT_ACTIVATIONS[activation],
         embedding_size=int(config.get("word_embed_proj_dim") or common["hidden_size"]),
-        is_pre_norm=bool(config.get("do_layer_norm_before", True)),
+        is_pre_norm=_is_on(config, "do_layer_norm_before"),
     )
 
 
-def _parse_rope(config: Mapping[str, Any], max_model_len: int) -> RopeSpec:
-    """transformers 4 writes `rope_theta` and `rope_scaling`, 5 writes `rope_parameters`."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type not in _ROPE_TYPES:
-        raise ValueError(f"rope scaling {rope_type} is not supported; supported: {', '.join(_ROPE_TYPES)}")
-    if rope_type == "default":
-        return RopeSpec(theta=theta)
-    if rope_type == "linear":
-        return RopeSpec(theta=theta, rope_type="linear", factor=float(scaling["factor"]))
-    return RopeSpec(
-        theta=theta,
-        rope_type="llama3",
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_max_positions=int(scaling.get("original_max_position_embeddings", max_model_len)),
-    )
+def _size(config: Mapping[str, Any], name: str) -> int:
+    size = config.get(name)
+    if size is None:
+        raise KeyError(name)
+    if int(size) < 1:
+        raise ValueError(f"{name} = {size} is not valid: at least 1")
+    return int(size)
 
 
-def _parse_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+def _is_on(config: Mapping[str, Any], name: str) -> bool:
+    """Of a field that is true by default."""
+    value = config.get(name)
+    return True if value is None else bool(value)
+
+
+def _parse_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named is None:
+        return None
+    name = str(named).removeprefix("torch.")
     if name not in _DTYPES:
         raise ValueError(f"dtype {name} is not supported; supported: {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
 def _refuse_features(path: Path, config: Mapping[str, Any]) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     unsupported = {
-        "sliding_window": config.get("sliding_window"),
         "quantization_config": config.get("quantization_config"),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
-        "layer_norm_elementwise_affine = false": not config.get("layer_norm_elementwise_affine", True),
+        "partial_rotary_factor": partial_rotary_factor(config) != 1.0,
+        "layer_norm_elementwise_affine = false": not _is_on(config, "layer_norm_elementwise_affine"),
         "_remove_final_layer_norm": config.get("_remove_final_layer_norm"),
     }
     for feature, is_used in unsupported.items():
@@ -193,7 +239,7 @@ def _refuse_features(path: Path, config: Mapping[str, Any]) -> None:
 
 def _read_json(file: Path, required: bool = True) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if required:
             raise ModelError(f"model path {file.parent}: has no {file.name}") from None

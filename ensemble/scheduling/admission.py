@@ -1,8 +1,8 @@
-"""The bridge between prefill and decode, and the decode replicas' credit.
+"""The bridge between prefill and decode, and what decode has room for.
 
 promised (in prefill) --arrive--> bridge --next_submission--> decode --released--> gone
 [counted against decode's headroom] [source's blocks leased]  [blocks held at one replica]
-                                          try_start_at -------^   a prompt that the decode replica computes itself
+                                          try_start_at -------^   a prompt that the decoding replica computes itself
 """
 
 from collections.abc import Callable, Iterable
@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple, TypeAlias
 from ensemble.errors import InternalError, InvalidRequest
 from ensemble.request import Request
 from ensemble.scheduling.credits import Credits
-from ensemble.workers.messages import KVHandoff, SubmitDecode
 
-Cancelled: TypeAlias = tuple[Literal["promised"]] | tuple[Literal["bridge"], KVHandoff] | tuple[Literal["decode"], int]
+# Where a request was: promised and in prefill; in the bridge, its blocks leased; in decode at that replica.
+Cancelled: TypeAlias = Literal["promised", "bridge"] | int
 
 
 class _Need(NamedTuple):
@@ -24,41 +24,74 @@ class _Need(NamedTuple):
     life: int  # at the length where it has to end
 
 
+class Submission(NamedTuple):
+    """Requests of the bridge that go to one replica now."""
+
+    replica: int
+    request_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLimits:
+    """What a replica takes to decode."""
+
+    max_num_seqs: int  # running, waiting and swapped
+    num_host_blocks: int = 0  # 0: nothing is swapped
+
+
 @dataclass(slots=True)
 class _Replica:
-    """One decode replica. With a host pool it takes what is expected to fit, else only what fits in any case."""
+    """With a host pool a replica takes what is expected to fit, else only what fits in any case."""
 
-    num_blocks: int
-    num_host_blocks: int
-    credits: Credits
+    credits: Credits  # shared with PrefillScheduler
+    limits: DecodeLimits
+    num_reserved_blocks: int
+    is_open: bool  # for new sequences
     lives: dict[int, int] = field(default_factory=dict)  # request_id |-> blocks for its whole life
 
-    def price(self, need: _Need) -> int:
-        return min(need.expected, self.credits.num_blocks) if self.num_host_blocks else need.life
+    @property
+    def num_blocks(self) -> int:
+        return self.credits.num_blocks
 
-    def fits(self, need: _Need) -> bool:
-        if not self.credits.fits(self.price(need)):
+    @property
+    def num_free_blocks(self) -> int:
+        return max(0, self.credits.free_blocks - self.num_reserved_blocks)
+
+    @property
+    def num_free_seqs(self) -> int:
+        return self.limits.max_num_seqs - len(self.lives)
+
+    def price(self, need: _Need) -> int:
+        if not self.limits.num_host_blocks:
+            return need.life
+        return min(need.expected, self.num_blocks - self.num_reserved_blocks)
+
+    def could_ever_hold(self, need: _Need) -> bool:
+        return need.life <= self.num_blocks
+
+    def fits(self, need: _Need, num_held_blocks: int = 0) -> bool:
+        """`num_held_blocks`: that it has here already, and gives back."""
+        if not self.is_open or self.num_free_seqs < 1 or not self.could_ever_hold(need):
             return False
-        if not self.num_host_blocks or not self.lives:
+        if self.price(need) > self.num_free_blocks + num_held_blocks:
+            return False
+        if not self.limits.num_host_blocks or not self.lives:
             return True
         # Room for the longest twice over: then whichever sequence lacks a block, another one can be swapped out.
         longest = max(need.life, *self.lives.values())
-        return sum(self.lives.values()) + need.life + longest <= self.num_blocks + self.num_host_blocks
+        return sum(self.lives.values()) + need.life + longest <= self.num_blocks + self.limits.num_host_blocks
 
     def hold(self, request_id: int, need: _Need) -> None:
         self.credits.hold(request_id, self.price(need))
         self.lives[request_id] = need.life
 
-    def release(self, request_id: int) -> None:
-        self.credits.release(request_id)
-        del self.lives[request_id]
-
 
 class DecodeAdmission:
-    """Bounds what prefill runs ahead of decode, and binds finished prompts to decode replicas, in order of arrival.
+    """Bounds what prefill runs ahead of decode, and binds finished prompts to replicas, in order of arrival.
 
     Replicas with a host pool are filled by `expected_kv_tokens` (what a request will hold in the end) up to `watermark`
     below their pool, as far as every sequence can be brought to its end by swapping; others by what requests may hold.
+    A request that is `alone` shares its replica with no other sequence.
     """
 
     def __init__(
@@ -76,8 +109,10 @@ class DecodeAdmission:
         self._replicas: dict[int, _Replica] = {}
         self._pool_blocks: dict[int, int] = {}  # replica |-> pool size, kept while it is down
         self._promised: dict[int, _Need] = {}  # request_id |-> what it will need; in prefill or in the bridge
-        self._bridge: dict[int, KVHandoff] = {}  # request_id |-> hand-off, in order of arrival
+        self._bridge: dict[int, int] = {}  # request_id |-> replica that has its KV, in order of arrival
         self._replica_of: dict[int, int] = {}  # request_id |-> replica, from submission until the release
+        self.unreachable: set[tuple[int, int]] = set()  # (source, reader)
+        self._alone: set[int] = set()  # request ids
         self._num_promised_blocks = 0
 
     @property
@@ -90,24 +125,15 @@ class DecodeAdmission:
         return len(self._bridge)
 
     @property
-    def num_bridge_blocks(self) -> int:
-        """Blocks of the bridge's sequences, which stay leased at their sources."""
-        return sum(len(handoff.block_ids) for handoff in self._bridge.values())
-
-    @property
-    def num_decode_seqs(self) -> int:
-        return len(self._replica_of)
-
-    @property
     def num_free_blocks(self) -> int:
-        return sum(replica.credits.free_blocks for replica in self._replicas.values())
+        return sum(replica.num_free_blocks for replica in self._replicas.values() if replica.is_open)
 
     def blocks_for(self, request: Request) -> int:
         """Blocks that the request holds in decode if it runs to its limit."""
         return -(-request.max_num_kv_tokens // self.block_size)
 
     def check(self, request: Request) -> None:
-        """Raises InvalidRequest if no decode replica could ever hold the request."""
+        """Raises InvalidRequest if no replica could ever hold the request."""
         limit = max(self._pool_blocks.values()) if self._pool_blocks else None
         if limit is not None and request.sampling.max_tokens > 1 and self.blocks_for(request) > limit:
             raise InvalidRequest(
@@ -116,30 +142,56 @@ class DecodeAdmission:
                 f"the decode pool holds {limit * self.block_size} tokens",
             )
 
-    def replica_up(self, replica: int, num_blocks: int, max_num_seqs: int, num_host_blocks: int = 0) -> None:
+    def replica_up(self, replica: int, credits: Credits, limits: DecodeLimits, *, is_open: bool = True) -> None:
         """Takes a replica with empty pools into service."""
         if replica in self._replicas:
-            raise InternalError(f"decode replica {replica} is already up")
-        num_reserved_blocks = int(self.watermark * num_blocks) if num_host_blocks else 0
-        credits = Credits(num_blocks - num_reserved_blocks, max_num_seqs)
-        self._replicas[replica] = _Replica(num_blocks, num_host_blocks, credits)
-        self._pool_blocks[replica] = num_blocks
+            raise InternalError(f"replica {replica} is already up")
+        num_reserved_blocks = int(self.watermark * credits.num_blocks) if limits.num_host_blocks else 0
+        self._replicas[replica] = _Replica(credits, limits, num_reserved_blocks, is_open)
+        self.set_open(replica, is_open)
 
-    def replica_down(self, replica: int) -> list[int]:
-        """Forgets a replica. Returns the requests that had been submitted to it and were not released."""
+    def set_open(self, replica: int, is_open: bool) -> None:
+        """Whether it takes new sequences; those that are there go on."""
+        state = self._replicas[replica]
+        state.is_open = is_open
+        self._pool_blocks.pop(replica, None)
+        if is_open:
+            self._pool_blocks[replica] = state.num_blocks
+
+    def replica_down(self, replica: int) -> None:
+        """Forgets a replica, and which sequences are there."""
         gone = self._replicas.pop(replica, None)
-        if gone is None:
-            return []
-        for request_id in gone.lives:
+        for request_id in gone.lives if gone is not None else ():
             del self._replica_of[request_id]
-        return list(gone.lives)
+            self._alone.discard(request_id)
+        self.unreachable = {pair for pair in self.unreachable if replica not in pair}
+
+    def replica_removed(self, replica: int) -> None:
+        """It does not come back: its pool counts no more."""
+        self.replica_down(replica)
+        self._pool_blocks.pop(replica, None)
+
+    def cannot_reach(self, source: int, reader: int) -> None:
+        """The reader cannot map the source's pool, as long as both are up."""
+        self.unreachable.add((source, reader))
+
+    def is_reachable_from(self, source: int) -> bool:
+        """Whether a replica that takes sequences may be able to map the source's pool."""
+        readers = [replica for replica, state in self._replicas.items() if state.is_open]
+        return not readers or any((source, reader) not in self.unreachable for reader in readers)
+
+    def clear_alone(self, request_id: int) -> None:
+        self._alone.discard(request_id)
+
+    def set_alone(self, request_id: int) -> None:
+        """The request is suspected of killing replicas: from now on it runs with no other sequence beside it."""
+        self._alone.add(request_id)
 
     def may_start(self, request: Request) -> bool:
         """Whether prefill may start it: decode has room for it beside all that is promised, or the bridge has."""
         if request.sampling.max_tokens == 1 or self.num_promised_seqs < self.max_num_bridge_seqs:
             return True
-        ledgers = [replica.credits for replica in self._replicas.values()]
-        num_free_seqs = sum((credits.max_num_seqs or 0) - credits.num_seqs for credits in ledgers)
+        num_free_seqs = sum(replica.num_free_seqs for replica in self._replicas.values() if replica.is_open)
         num_blocks = self._num_promised_blocks + self._need(request).expected
         return num_blocks <= self.num_free_blocks and self.num_promised_seqs < num_free_seqs
 
@@ -161,13 +213,13 @@ class DecodeAdmission:
         return True
 
     def try_start_at(self, replica: int, request: Request) -> bool:
-        """Whether a decode replica may compute this prompt itself; if so the request is in decode from now on.
+        """Whether a replica may compute this prompt and decode it; if so the request is in decode from now on.
 
         It may if it has room for the request's whole way, beside it there is room for all that is promised, and nobody
         waits in the bridge.
         """
         state, need = self._replicas.get(replica), self._need(request)
-        if state is None or self._bridge or not state.fits(need):
+        if state is None or self._bridge or not self._fits(state, request.request_id, need):
             return False
         if self._promised and self._num_promised_blocks + need.expected > self.num_free_blocks:
             return False
@@ -182,31 +234,34 @@ class DecodeAdmission:
         if request_id in self._promised:
             self._num_promised_blocks -= self._promised.pop(request_id).expected
         self._bridge.pop(request_id, None)
+        if request_id not in self._replica_of:
+            self._alone.discard(request_id)
 
-    def arrive(self, handoff: KVHandoff) -> None:
+    def arrive(self, request_id: int, source: int) -> None:
         """Takes a prefilled sequence into the bridge. Raises InternalError if it was not promised, or was withdrawn."""
-        request_id = handoff.request.request_id
         if request_id not in self._promised or request_id in self._bridge:
             raise InternalError(f"request {request_id} arrived in the bridge without a promise")
-        self._bridge[request_id] = handoff
+        self._bridge[request_id] = source
 
-    def next_submission(self) -> SubmitDecode | None:
+    def next_submission(self) -> Submission | None:
         """Takes the head of the bridge, and those behind it bound for the same replica; None if the head has to wait.
 
-        The replica is the one with the most free blocks among those with room. Call again until None.
+        The replica is the one with the most free blocks among those with room. A head that no live replica could ever
+        hold stands before nobody. Call again until None.
         """
-        handoffs: list[KVHandoff] = []
+        request_ids: list[int] = []
         replica = None
-        for request_id, handoff in list(self._bridge.items()):
-            best = self._best_replica(self._promised[request_id])
-            if best is None or (handoffs and best != replica):
+        for request_id, source in list(self._bridge.items()):
+            need = self._promised[request_id]
+            best = self._best_replica(request_id, source, need)
+            if best is None and not self._could_ever_go(source, need):
+                continue
+            if best is None or (request_ids and best != replica):
                 break
             replica = best
-            self._submit(request_id, replica)
-            handoffs.append(handoff)
-        if replica is None:
-            return None
-        return SubmitDecode(replica=replica, handoffs=handoffs)
+            self._submit(request_id, source, replica)
+            request_ids.append(request_id)
+        return None if replica is None else Submission(replica, request_ids)
 
     def released(self, replica: int, request_ids: Iterable[int]) -> None:
         """The replica has freed the blocks of these requests. Requests that it does not hold are ignored."""
@@ -214,33 +269,33 @@ class DecodeAdmission:
         if state is None:
             return
         for request_id in request_ids:
-            if request_id in state.lives:
-                state.release(request_id)
+            if state.lives.pop(request_id, None) is not None:
+                state.credits.release(request_id)
                 del self._replica_of[request_id]
+                self._alone.discard(request_id)
 
     def cancel(self, request_id: int) -> Cancelled | None:
-        """Ends a request.
+        """Ends a request, and says where it was; None if it is not here.
 
-        Returns ("promised",): forgotten, prefill has it; ("bridge", handoff): forgotten, the caller has to end the
-        lease; ("decode", replica): the replica has to be told and will report the release; None: it is not here.
+        From "promised" and "bridge" it is gone, and in the bridge the caller has to end the lease; a replica has to be
+        told, and will report the release.
         """
         if request_id in self._replica_of:
-            return "decode", self._replica_of[request_id]
-        handoff = self._bridge.get(request_id)
-        was_promised = request_id in self._promised
+            return self._replica_of[request_id]
+        was_in_bridge, was_promised = request_id in self._bridge, request_id in self._promised
         self.withdraw(request_id)
-        if handoff is not None:
-            return "bridge", handoff
-        return ("promised",) if was_promised else None
+        if was_in_bridge:
+            return "bridge"
+        return "promised" if was_promised else None
 
     def check_integrity(self) -> None:
         """Raises InternalError if the books contradict each other."""
         holders: dict[int, int] = {}
         for replica, state in self._replicas.items():
             state.credits.check_integrity()
-            holders.update((request_id, replica) for request_id in state.credits.request_ids)
-            if state.lives.keys() != set(state.credits.request_ids):
-                raise InternalError(f"decode replica {replica} has two lists of what runs there")
+            holders.update((request_id, replica) for request_id in state.lives)
+            if not state.lives.keys() <= set(state.credits.request_ids):
+                raise InternalError(f"replica {replica} decodes what holds no blocks there")
         if holders != self._replica_of:
             raise InternalError("requests in decode and holders of credit differ")
         if not self._bridge.keys() <= self._promised.keys() or self._promised.keys() & holders.keys():
@@ -250,16 +305,35 @@ class DecodeAdmission:
 
     def _need(self, request: Request) -> _Need:
         life = self.blocks_for(request)
-        if self._expected_kv_tokens is None or not any(each.num_host_blocks for each in self._replicas.values()):
+        if self._expected_kv_tokens is None or not any(each.limits.num_host_blocks for each in self._replicas.values()):
             return _Need(life, life)
         return _Need(min(life, -(-self._expected_kv_tokens(request) // self.block_size)), life)
 
-    def _best_replica(self, need: _Need) -> int | None:
-        fitting = [replica for replica, state in self._replicas.items() if state.fits(need)]
-        return max(fitting, key=lambda replica: self._replicas[replica].credits.free_blocks, default=None)
+    def _fits(self, state: _Replica, request_id: int, need: _Need, num_held_blocks: int = 0) -> bool:
+        if state.lives and (request_id in self._alone or not self._alone.isdisjoint(state.lives)):
+            return False
+        return state.fits(need, num_held_blocks)
 
-    def _submit(self, request_id: int, replica: int) -> None:
-        need = self._promised[request_id]
-        self.withdraw(request_id)
+    def _best_replica(self, request_id: int, source: int, need: _Need) -> int | None:
+        fitting = [
+            replica
+            for replica, state in self._replicas.items()
+            if (source, replica) not in self.unreachable
+            and self._fits(state, request_id, need, state.credits.held(request_id))
+        ]
+        return max(fitting, key=lambda replica: self._replicas[replica].num_free_blocks, default=None)
+
+    def _could_ever_go(self, source: int, need: _Need) -> bool:
+        return any(
+            state.is_open and state.could_ever_hold(need) and (source, replica) not in self.unreachable
+            for replica, state in self._replicas.items()
+        )
+
+    def _submit(self, request_id: int, source: int, replica: int) -> None:
+        need = self._promised.pop(request_id)
+        self._num_promised_blocks -= need.expected
+        del self._bridge[request_id]
+        if source == replica:  # its lease becomes what it decodes from
+            self._replicas[replica].credits.release(request_id)
         self._replicas[replica].hold(request_id, need)
         self._replica_of[request_id] = replica

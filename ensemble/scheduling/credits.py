@@ -1,19 +1,18 @@
-"""The scheduler's ledger of one replica: what it may still send there without asking."""
+"""The router's ledger of one replica: what it may still send there without asking."""
 
 from ensemble.errors import InternalError
 
 
 class Credits:
-    """Blocks and places of one replica, held by request from dispatch until the replica reports the release."""
+    """Blocks of one replica's pool, held by request from dispatch until the replica reports the release."""
 
-    def __init__(self, num_blocks: int, max_num_seqs: int | None = None) -> None:
+    def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.max_num_seqs = max_num_seqs  # None: only blocks are limited
         self.free_blocks = num_blocks
         self._held: dict[int, int] = {}  # request_id |-> blocks
 
     @property
-    def num_seqs(self) -> int:
+    def num_requests(self) -> int:
         return len(self._held)
 
     @property
@@ -25,24 +24,22 @@ class Credits:
         return request_id in self._held
 
     def fits(self, num_blocks: int) -> bool:
-        """Whether one more sequence of `num_blocks` blocks has room."""
-        return num_blocks <= self.free_blocks and (self.max_num_seqs is None or self.num_seqs < self.max_num_seqs)
+        return num_blocks <= self.free_blocks
+
+    def held(self, request_id: int) -> int:
+        """Blocks that the request holds."""
+        return self._held.get(request_id, 0)
 
     def hold(self, request_id: int, num_blocks: int) -> None:
         """Spends credit. Raises InternalError if it does not fit or the request already holds some."""
         if request_id in self._held or not self.fits(num_blocks):
-            raise InternalError(
-                f"request {request_id} cannot hold {num_blocks} blocks:"
-                f" {self.free_blocks} free, {self.num_seqs} of {self.max_num_seqs} sequences"
-            )
+            raise InternalError(f"request {request_id} cannot hold {num_blocks} blocks: {self.free_blocks} are free")
         self._held[request_id] = num_blocks
         self.free_blocks -= num_blocks
 
     def release(self, request_id: int) -> int:
-        """Takes the request's credit back and returns its blocks. Raises InternalError if it holds none."""
-        num_blocks = self._held.pop(request_id, None)
-        if num_blocks is None:
-            raise InternalError(f"request {request_id} holds no credit")
+        """Takes the request's credit back and returns its blocks, 0 if it holds none."""
+        num_blocks = self._held.pop(request_id, 0)
         self.free_blocks += num_blocks
         return num_blocks
 
@@ -51,5 +48,3 @@ class Credits:
         held = sum(self._held.values())
         if self.free_blocks < 0 or self.free_blocks + held != self.num_blocks:
             raise InternalError(f"credit of {self.num_blocks} blocks: {self.free_blocks} free, {held} held")
-        if self.max_num_seqs is not None and self.num_seqs > self.max_num_seqs:
-            raise InternalError(f"credit of {self.max_num_seqs} sequences: {self.num_seqs} held")

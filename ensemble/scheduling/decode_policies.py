@@ -14,11 +14,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
+from ensemble.config import DecodePolicyName
 from ensemble.request import Sequence
-
-DecodePolicyName = Literal["fcfs", "srpt", "priority", "mlfq", "sj-mlfq"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +121,6 @@ class FeedbackQueuePolicy:
         self._level_of: dict[int, int] = {}
         self._used_s: dict[int, float] = {}  # request_id |-> seconds it ran in its level
         self._idle = _IdleClock()
-
-    def level_of(self, request_id: int) -> int:
-        return self._level_of[request_id]
 
     def quantum_s(self, level: int) -> float:
         return self._quantum_s * float(1 << level)

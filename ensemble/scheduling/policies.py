@@ -15,11 +15,11 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
+from ensemble.config import PolicyName
 from ensemble.request import Request
 
-PolicyName = Literal["fcfs", "sjf", "priority", "edf", "fair"]
 Rank: TypeAlias = tuple[float, ...]  # smaller starts earlier
 
 _MAX_IDLE_TENANTS = 1024  # remembered beyond twice the tenants that wait

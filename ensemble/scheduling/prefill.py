@@ -13,7 +13,37 @@ from ensemble.request import Request
 from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.policies import DEFAULT_HINTS, Hints, QueuePolicy
 from ensemble.scheduling.waiting_queue import WaitingQueue
-from ensemble.workers.messages import PrefillBatch, PrefillChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions [start, start + length) of what a request has to prefill."""
+
+    request: Request
+    start: int
+    length: int
+    is_first: bool
+
+    @property
+    def request_id(self) -> int:
+        return self.request.request_id
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """Chunks for one replica."""
+
+    replica: int
+    batch_id: int
+    chunks: list[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
 
 
 @dataclass(slots=True)
@@ -26,24 +56,23 @@ class _Prompt:
 
     @property
     def num_left_tokens(self) -> int:
-        return self.request.prompt_len - self.num_dispatched_tokens
+        return self.request.prefill_len - self.num_dispatched_tokens
 
-    def next_chunk(self, length: int) -> PrefillChunk:
-        start = self.num_dispatched_tokens
+    def next_chunk(self, length: int) -> Chunk:
+        chunk = Chunk(self.request, self.num_dispatched_tokens, length, is_first=not self.has_begun)
         self.num_dispatched_tokens += length
-        request = None if self.has_begun else self.request
         self.has_begun = True
-        return PrefillChunk(request_id=self.request.request_id, start=start, length=length, request=request)
+        return chunk
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a replica takes."""
+    """What prompts a replica takes."""
 
     max_num_batched_tokens: int  # token budget of a batch
     max_batches_in_flight: int
     max_prompt_len: int | None = None  # longer prompts go elsewhere
-    is_decoding: bool = False  # it serves running sequences too: it is asked when no other replica can take a batch
+    stays: bool = False  # prompts decode there; such a replica is asked when no other one can take a batch
 
 
 # (replica, request): asked last, when everything else allows the request to start there; answering True starts it.
@@ -52,18 +81,19 @@ MayStart = Callable[[int, Request], bool]
 
 @dataclass(slots=True)
 class _Replica:
-    credits: Credits
-    limits: Limits
+    credits: Credits  # shared with DecodeAdmission
+    limits: Limits | None  # None: it takes no new prompts
     prompts: dict[int, _Prompt] = field(default_factory=dict)  # unfinished, in the order in which they began
-    batches: dict[int, int] = field(default_factory=dict)  # batch_id |-> tokens, in flight
+    batches: dict[int, PromptBatch] = field(default_factory=dict)  # by batch_id, in flight
 
     @property
     def num_outstanding_tokens(self) -> int:
-        return sum(self.batches.values()) + sum(prompt.num_left_tokens for prompt in self.prompts.values())
+        in_flight = sum(batch.num_tokens for batch in self.batches.values())
+        return in_flight + sum(prompt.num_left_tokens for prompt in self.prompts.values())
 
 
 class PrefillScheduler:
-    """The queue of waiting requests and the prefill replicas' credit. `now` is in seconds and does not go back."""
+    """The queue of waiting requests, and who computes their prompts. `now` is in seconds and does not go back."""
 
     def __init__(
         self,
@@ -83,7 +113,7 @@ class PrefillScheduler:
         The first chunk starts there; a replica that finds less computes the difference with it.
         """
         self.block_size = block_size
-        self.limits = Limits(max_num_batched_tokens, max_batches_in_flight)  # of replicas that come without their own
+        self.limits = Limits(max_num_batched_tokens, max_batches_in_flight)  # of replicas that hand all off
         self.max_num_seqs = max_num_seqs  # chunks in a batch
         self.max_long_tokens = max_long_tokens  # of a batch, for prompts longer than that while shorter ones wait
         self._num_cached_tokens = num_cached_tokens
@@ -106,45 +136,56 @@ class PrefillScheduler:
         """Tokens of the longest prompt that any replica takes; None as long as no replica was ever up."""
         return max(self._max_prompt_lens.values(), default=None)
 
-    def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS) -> None:
-        """Queues a request. Raises Overloaded if the queue is full, InvalidRequest if no replica could ever hold it."""
-        limit = self.max_prompt_len
+    def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS, *, is_again: bool = False) -> None:
+        """Queues a request. Raises Overloaded if the queue is full, InvalidRequest if no replica could ever hold it.
+
+        `is_again`: it was computed before, and what it had is lost. It goes before all others and is never refused.
+        """
+        limit = None if is_again else self.max_prompt_len
         if limit is not None and request.prompt_len > limit:
             raise InvalidRequest(
                 "length of input_ids or text_input", request.prompt_len, f"the prefill pool holds {limit} tokens"
             )
         if request.request_id in self._replica_of:
             raise InternalError(f"request {request.request_id} is already in prefill")
-        self._waiting.add(request, now, hints)
+        self._waiting.add(request, now, hints, is_again=is_again)
 
-    def replica_up(
-        self, replica: int, num_blocks: int, limits: Limits | None = None, num_host_blocks: int = 0
-    ) -> list[int]:
-        """Takes a replica with empty pools into service.
+    def replica_up(self, replica: int, credits: Credits, limits: Limits | None) -> list[int]:
+        """Takes a replica with an empty pool into service; without `limits` it takes no prompts for now.
 
-        A prompt's blocks are on the device; where sequences stay after their prefill, they may be in the host pool
-        when the next one comes. Returns the requests that were queued before any pool was known and that no known
-        pool could ever hold; they have left the queue.
+        Returns the requests that were queued before any pool was known and that no known pool could ever hold; they
+        have left the queue.
         """
         if replica in self._replicas:
-            raise InternalError(f"prefill replica {replica} is already up")
-        limits = limits or self.limits
-        self._replicas[replica] = _Replica(Credits(num_blocks + num_host_blocks), limits)
-        pool_len = num_blocks * self.block_size
-        self._max_prompt_lens[replica] = min(pool_len, limits.max_prompt_len or pool_len)
-        longest = max(self._max_prompt_lens.values())
+            raise InternalError(f"replica {replica} is already up")
+        self._replicas[replica] = _Replica(credits, limits)
+        return self.set_limits(replica, limits)
+
+    def set_limits(self, replica: int, limits: Limits | None) -> list[int]:
+        """Changes what new prompts a replica that is up takes; those that have begun there go on. See `replica_up`."""
+        state = self._replicas[replica]
+        state.limits = limits
+        self._max_prompt_lens.pop(replica, None)
+        if limits is not None:
+            self._max_prompt_lens[replica] = self._max_prompt_len(state, limits)
+        self._hold_back()
+        longest = self.max_prompt_len
+        if longest is None:
+            return []
         return [request.request_id for request in self._waiting.remove_longer_than(longest)]
 
-    def replica_down(self, replica: int) -> list[int]:
-        """Forgets a replica. Returns the requests that were in prefill there or whose blocks were leased there."""
-        gone = self._replicas.pop(replica, None)
-        if gone is None:
-            return []
-        for request_id in gone.credits.request_ids:
-            del self._replica_of[request_id]
-        return gone.credits.request_ids
+    def replica_down(self, replica: int) -> None:
+        """Forgets a replica, and which requests are there."""
+        if self._replicas.pop(replica, None) is not None:
+            self._replica_of = {request_id: at for request_id, at in self._replica_of.items() if at != replica}
+            self._hold_back()
 
-    def next_batch(self, now: float, may_start: MayStart) -> PrefillBatch | None:
+    def replica_removed(self, replica: int) -> None:
+        """It does not come back: its pool counts no more."""
+        self.replica_down(replica)
+        self._max_prompt_lens.pop(replica, None)
+
+    def next_batch(self, now: float, may_start: MayStart) -> PromptBatch | None:
         """The next batch for the least loaded replica that can run one; None if nothing can run now.
 
         What a replica has cached of the request to start next counts as load that it does not have. The head of the
@@ -157,19 +198,29 @@ class PrefillScheduler:
         def load(replica: int) -> tuple[bool, int]:
             num_cached_tokens = 0 if head is None else self._num_cached_tokens(replica, head)
             state = self._replicas[replica]
-            return state.limits.is_decoding, state.num_outstanding_tokens - num_cached_tokens
+            stays = state.limits is not None and state.limits.stays
+            return stays, state.num_outstanding_tokens - num_cached_tokens
 
         for replica in sorted(self._replicas, key=load):
             state = self._replicas[replica]
-            if len(state.batches) >= state.limits.max_batches_in_flight:
+            limits = state.limits or self.limits  # what has begun goes on
+            if len(state.batches) >= limits.max_batches_in_flight:
                 continue
-            chunks = self._chunks(replica, state, now, may_start)
+            chunks = self._chunks(replica, state, limits, now, may_start)
             if chunks:
                 batch_id = self._num_batches
                 self._num_batches += 1
-                state.batches[batch_id] = sum(chunk.length for chunk in chunks)
-                return PrefillBatch(replica=replica, batch_id=batch_id, chunks=chunks)
+                state.batches[batch_id] = PromptBatch(replica, batch_id, chunks)
+                return state.batches[batch_id]
         return None
+
+    def unfinished(self, replica: int) -> list[int]:
+        """Requests whose prompts are being computed there, or have begun."""
+        state = self._replicas.get(replica)
+        if state is None:
+            return []
+        in_flight = (chunk.request_id for batch in state.batches.values() for chunk in batch.chunks)
+        return [*state.prompts, *in_flight]
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """Counts output tokens served to a tenant, which `fair` goes by; prompts are counted when they start."""
@@ -181,14 +232,14 @@ class PrefillScheduler:
             self._replicas[replica].batches.pop(batch_id, None)
 
     def released(self, replica: int, request_ids: Iterable[int]) -> None:
-        """The replica has freed the blocks of these requests. Requests that it does not hold are ignored."""
+        """The replica has freed the blocks of these requests. Requests that are not there are ignored."""
         state = self._replicas.get(replica)
         if state is None:
             return
         for request_id in request_ids:
-            if request_id in state.credits:
-                state.credits.release(request_id)
-                state.prompts.pop(request_id, None)
+            state.credits.release(request_id)
+            state.prompts.pop(request_id, None)
+            if self._replica_of.get(request_id) == replica:
                 del self._replica_of[request_id]
 
     def cancel(self, request_id: int) -> Literal["queued"] | int | None:
@@ -207,22 +258,26 @@ class PrefillScheduler:
     def check_integrity(self) -> None:
         """Raises InternalError if the books contradict each other or a bound is passed."""
         self._waiting.check_integrity()
-        holders: dict[int, int] = {}
         for replica, state in self._replicas.items():
             state.credits.check_integrity()
-            holders.update((request_id, replica) for request_id in state.credits.request_ids)
-            if not state.prompts.keys() <= holders.keys():
-                raise InternalError(f"prefill replica {replica} has unfinished prompts that hold no blocks")
-            if len(state.batches) > state.limits.max_batches_in_flight:
-                raise InternalError(f"prefill replica {replica} has {len(state.batches)} batches in flight")
-            if max(state.batches.values(), default=0) > state.limits.max_num_batched_tokens:
-                raise InternalError(f"prefill replica {replica} has a batch above its token budget")
-        if holders != self._replica_of:
-            raise InternalError("requests in prefill and holders of credit differ")
+            if not state.prompts.keys() <= set(state.credits.request_ids):
+                raise InternalError(f"replica {replica} has unfinished prompts that hold no blocks")
+        for request_id, replica in self._replica_of.items():
+            if request_id not in self._replicas[replica].credits:
+                raise InternalError(f"request {request_id} was started at replica {replica} and holds nothing there")
 
-    def _chunks(self, replica: int, state: _Replica, now: float, may_start: MayStart) -> list[PrefillChunk]:
+    def _max_prompt_len(self, state: _Replica, limits: Limits) -> int:
+        pool_len = state.credits.num_blocks * self.block_size
+        return min(pool_len, limits.max_prompt_len or pool_len)
+
+    def _hold_back(self) -> None:
+        """Requests that only a replica could hold which is down, or takes no prompts, do not stand before others."""
+        live = [self._max_prompt_len(each, each.limits) for each in self._replicas.values() if each.limits is not None]
+        self._waiting.hold_back(max(live, default=None))
+
+    def _chunks(self, replica: int, state: _Replica, limits: Limits, now: float, may_start: MayStart) -> list[Chunk]:
         lengths: dict[int, int] = {}  # request_id |-> tokens in this batch
-        num_left_tokens = state.limits.max_num_batched_tokens
+        num_left_tokens = limits.max_num_batched_tokens
 
         def fill(max_long_tokens: int) -> None:
             """Gives the tokens that are left to prompts, at most `max_long_tokens` of them to long ones."""
@@ -253,32 +308,34 @@ class PrefillScheduler:
     def _start(
         self, replica: int, state: _Replica, now: float, only_short: bool, may_start: MayStart
     ) -> _Prompt | None:
+        if state.limits is None:
+            return None
         request = self._waiting.head(now)
-        if request is None or not self._fits(state, request):
+        if request is None or not self._fits(state, state.limits, request):
             return None
         if only_short and self._waiting.is_long(request):
             request = self._waiting.head(now, only_short=True)
-            if request is None or not self._fits(state, request):
+            if request is None or not self._fits(state, state.limits, request):
                 return None
         if not may_start(replica, request):
             return None
         request_id = request.request_id
         self._waiting.start(request_id, now)
-        state.credits.hold(request_id, self._blocks_for(request))
+        if not state.limits.stays:  # else it holds there what its whole way needs
+            state.credits.hold(request_id, self._blocks_for(request))
         self._replica_of[request_id] = replica
         state.prompts[request_id] = _Prompt(request, self._num_cached_tokens(replica, request))
         return state.prompts[request_id]
 
-    def _fits(self, state: _Replica, request: Request) -> bool:
-        max_prompt_len = state.limits.max_prompt_len
-        is_short_enough = max_prompt_len is None or request.prompt_len <= max_prompt_len
-        return is_short_enough and state.credits.fits(self._blocks_for(request))
+    def _fits(self, state: _Replica, limits: Limits, request: Request) -> bool:
+        is_short_enough = limits.max_prompt_len is None or request.prefill_len <= limits.max_prompt_len
+        return is_short_enough and (limits.stays or state.credits.fits(self._blocks_for(request)))
 
     def _blocks_for(self, request: Request) -> int:
-        return -(-request.prompt_len // self.block_size)
+        return -(-request.prefill_len // self.block_size)
 
     @staticmethod
-    def _dispatch(state: _Replica, request_id: int, length: int) -> PrefillChunk:
+    def _dispatch(state: _Replica, request_id: int, length: int) -> Chunk:
         prompt = state.prompts[request_id]
         chunk = prompt.next_chunk(length)
         if prompt.num_left_tokens == 0:

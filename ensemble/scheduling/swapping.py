@@ -12,8 +12,9 @@ decision is data, and keeps these rules:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-from ensemble.cache.block_manager import Place
+Place: TypeAlias = Literal["device", "host", "out", "in"]  # "out" and "in": being copied, blocks on both sides
 
 _MAX_HEADROOM = 8  # the headroom is at most one part in so many of the pool
 

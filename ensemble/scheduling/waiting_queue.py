@@ -53,7 +53,10 @@ class _Lane:
         self._by_arrival: OrderedDict[int, Waiting] = OrderedDict()
 
     def push(self, waiting: Waiting) -> None:
+        is_last = not self._by_arrival or waiting.number > next(reversed(self._by_arrival))
         self._by_arrival[waiting.number] = waiting
+        if not is_last:  # it comes back
+            self._by_arrival = OrderedDict(sorted(self._by_arrival.items()))
         self._order.push(waiting)
 
     def remove(self, waiting: Waiting) -> None:
@@ -91,6 +94,9 @@ class WaitingQueue:
         self.long_prompt_len = long_prompt_len
         self.num_tokens = 0  # prompt tokens of all waiting requests
         self._waiting: dict[int, Waiting] = {}  # by request_id
+        self._again: dict[int, Waiting] = {}  # of them those that go before all others, in order
+        self._held_back: dict[int, Waiting] = {}  # of them those that no live replica could take
+        self._max_len: int | None = None  # tokens to prefill that a live replica could take; None: not known
         self._ledger = TenantLedger()
         self._short = _Lane(make_order(self.policy, self._ledger), self.policy.max_wait_s)
         self._long = _Lane(make_order(self.policy, self._ledger), self.policy.max_wait_s)
@@ -102,12 +108,29 @@ class WaitingQueue:
         return len(self._waiting)
 
     def is_long(self, request: Request) -> bool:
-        return self.long_prompt_len is not None and request.prompt_len > self.long_prompt_len
+        return self.long_prompt_len is not None and request.prefill_len > self.long_prompt_len
 
-    def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS) -> None:
-        """Raises Overloaded, with the time after which there should be room, if a bound would be passed."""
+    def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS, *, is_again: bool = False) -> None:
+        """Raises Overloaded, with the time after which there should be room, if a bound would be passed.
+
+        `is_again`: it was here before, goes before all others, and is not refused.
+        """
         if request.request_id in self._waiting:
             raise InternalError(f"request {request.request_id} is already waiting")
+        if not is_again:
+            self._check_bounds(request, now)
+        waiting = Waiting(request, hints, now, self._num_arrivals)
+        self._num_arrivals += 1
+        self._waiting[request.request_id] = waiting
+        self.num_tokens += request.prefill_len
+        if is_again:
+            self._again[request.request_id] = waiting
+        elif self._is_too_long(request):
+            self._held_back[request.request_id] = waiting
+        else:
+            self._lane(request).push(waiting)
+
+    def _check_bounds(self, request: Request, now: float) -> None:
         if len(self) >= self.max_num_requests:
             what = f"{len(self)} requests are waiting"
             raise Overloaded(what, self._retry_after_s(1, self._drained_requests.per_s(now)))
@@ -115,14 +138,26 @@ class WaitingQueue:
         if excess > 0 and self._waiting:  # an empty queue takes a prompt of any length
             what = f"{self.num_tokens} prompt tokens are waiting"
             raise Overloaded(what, self._retry_after_s(excess, self._drained_tokens.per_s(now)))
-        waiting = Waiting(request, hints, now, self._num_arrivals)
-        self._num_arrivals += 1
-        self._waiting[request.request_id] = waiting
-        self._lane(request).push(waiting)
-        self.num_tokens += request.prompt_len
+
+    def hold_back(self, max_len: int | None) -> None:
+        """Requests with more tokens to prefill stand before nobody until there is a replica for them; None: all may."""
+        if max_len == self._max_len:
+            return
+        self._max_len = max_len
+        for request_id, waiting in list(self._waiting.items()):
+            if request_id in self._again or self._is_too_long(waiting.request) == (request_id in self._held_back):
+                continue
+            if request_id in self._held_back:
+                self._lane(waiting.request).push(self._held_back.pop(request_id))
+            else:
+                self._lane(waiting.request).remove(waiting)
+                self._held_back[request_id] = waiting
 
     def head(self, now: float, only_short: bool = False) -> Request | None:
         """The request that is to start next."""
+        for waiting in self._again.values():
+            if not self._is_too_long(waiting.request) and not (only_short and self.is_long(waiting.request)):
+                return waiting.request
         heads = [lane.head(now) for lane in ((self._short,) if only_short else (self._short, self._long))]
         first = min((head for head in heads if head is not None), key=lambda head: head[0], default=None)
         return None if first is None else first[1].request
@@ -130,10 +165,11 @@ class WaitingQueue:
     def start(self, request_id: int, now: float) -> None:
         """Takes a request that starts, and charges its tenant."""
         waiting = self._waiting[request_id]
-        self.charge(waiting.hints.tenant, waiting.request.prompt_len - waiting.hints.num_cached_tokens)
+        if request_id not in self._again:
+            self.charge(waiting.hints.tenant, waiting.request.prompt_len - waiting.hints.num_cached_tokens)
         self.remove(request_id)
         self._drained_requests.record(1, now)
-        self._drained_tokens.record(waiting.request.prompt_len, now)
+        self._drained_tokens.record(waiting.request.prefill_len, now)
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """Counts tokens served to a tenant, which `fair` goes by."""
@@ -145,24 +181,30 @@ class WaitingQueue:
         waiting = self._waiting.pop(request_id, None)
         if waiting is None:
             return None
-        self._lane(waiting.request).remove(waiting)
-        self.num_tokens -= waiting.request.prompt_len
+        if self._again.pop(request_id, None) is None and self._held_back.pop(request_id, None) is None:
+            self._lane(waiting.request).remove(waiting)
+        self.num_tokens -= waiting.request.prefill_len
         return waiting.request
 
     def remove_longer_than(self, prompt_len: int) -> list[Request]:
-        """Takes all requests with more than `prompt_len` prompt tokens."""
-        too_long = [each.request for each in self._waiting.values() if each.request.prompt_len > prompt_len]
+        """Takes all requests with more than `prompt_len` tokens to prefill."""
+        too_long = [each.request for each in self._waiting.values() if each.request.prefill_len > prompt_len]
         for request in too_long:
             self.remove(request.request_id)
         return too_long
 
     def check_integrity(self) -> None:
         """Raises InternalError unless the count of tokens is that of the requests, within the bounds."""
-        num_tokens = sum(waiting.request.prompt_len for waiting in self._waiting.values())
+        num_tokens = sum(waiting.request.prefill_len for waiting in self._waiting.values())
         if num_tokens != self.num_tokens:
             raise InternalError(f"waiting queue counts {self.num_tokens} tokens and holds {num_tokens}")
-        if len(self) > self.max_num_requests or (len(self) > 1 and num_tokens > self.max_num_tokens):
+        num_first = len(self) - len(self._again)
+        num_first_tokens = num_tokens - sum(waiting.request.prefill_len for waiting in self._again.values())
+        if num_first > self.max_num_requests or (num_first > 1 and num_first_tokens > self.max_num_tokens):
             raise InternalError(f"waiting queue holds {len(self)} requests, {num_tokens} tokens: past its bounds")
+
+    def _is_too_long(self, request: Request) -> bool:
+        return self._max_len is not None and request.prefill_len > self._max_len
 
     def _lane(self, request: Request) -> _Lane:
         return self._long if self.is_long(request) else self._short

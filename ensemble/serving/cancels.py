@@ -2,33 +2,34 @@
 
 A cancelled ensemble request is seen by the steps that are executed after the cancel, never by the decoupled step that
 runs: `postprocess` sees it, and tells the scheduler over a socket. For that it needs a `cancel_handle` among the
-scheduler's outputs: the number of the stream, that of the response (window.py), and the address of the socket. While
-there is nothing to answer, the scheduler sends heartbeats: responses of the handle alone, which are not passed on.
+scheduler's outputs: the number of the stream and that of the response (window.py), signed, since any client may call
+`postprocess`. While there is nothing to answer, the scheduler sends heartbeats: responses of the handle alone, which
+are not passed on. A request of the ensemble is one with a mark that `preprocess` signed (marks.py).
 
 The relay (http_relay.py) knows no stream's number. It tags requests, and tells the tag of a client that has gone.
 """
 
 import contextlib
 import heapq
-import os
-import tempfile
 import threading
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import zmq
 
+from ensemble.serving.marks import read_cancel_handle
+from ensemble.serving.run_dir import cancel_address, run_dir
 from ensemble.serving.streams import ClientStream
+from ensemble.threads import start_vital_thread
 
 CHECK_INTERVAL_S = 0.1  # asking whether a request is cancelled is a round trip to the Triton server
 HEARTBEAT_S = 0.2  # without a response that carries a handle
 MAX_HEARTBEATS = 100  # in each CHECK_INTERVAL_S: a heartbeat costs as much as a response
 MAX_REMEMBERED = 8192
 PASSED, CANCELLED = "passed", "cancelled"  # what `postprocess` tells; the relay tells a tag alone
-CLIENT_TAG = "distserve_client_tag"  # the request parameter by which the HTTP relay finds a request again
-CANCEL_ADDRESS_VARIABLE = "DISTSERVE_CANCEL_ADDRESS"  # environment variable: where the scheduler hears of cancels
 
 
 class CancelWatch:
@@ -38,8 +39,7 @@ class CancelWatch:
         self._live_streams = live_streams
         self._on_cancel = on_cancel
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cancel-watch", daemon=True)
-        self._thread.start()
+        self._thread = start_vital_thread(self._run, "cancel-watch")
 
     def close(self) -> None:
         self._closing.set()
@@ -65,62 +65,61 @@ def heartbeats_due(streams: Iterable[ClientStream], now: float) -> list[ClientSt
     return heapq.nsmallest(MAX_HEARTBEATS, due, key=lambda stream: stream.last_handle)
 
 
-class CancelReceiver:
-    """The scheduler's end: `on_cancel(request_id)` and `on_passed(number)` are called on a thread of its own.
+class Answer(Protocol):
+    """What a client waits for: one stream, or several choices."""
 
-    Listens where the environment says, else in a folder of its own (mode 0700).
-    """
+    @property
+    def request_ids(self) -> list[int]: ...
+
+
+class CancelReceiver:
+    """The scheduler's end: `on_cancel(request_id)` and `on_passed(number)` are called on a thread of its own."""
 
     def __init__(self, on_cancel: Callable[[int], None], on_passed: Callable[[int], None]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="distserve-cancel-")
-        self.address = os.environ.get(CANCEL_ADDRESS_VARIABLE) or f"ipc://{self._folder.name}/socket"
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
-        self._socket.bind(self.address)
+        self._socket.bind(cancel_address(run_dir()))
         self._on_cancel, self._on_passed = on_cancel, on_passed
         self._lock = threading.Lock()
-        self._tagged: weakref.WeakValueDictionary[str, ClientStream] = weakref.WeakValueDictionary()
+        self._tagged: weakref.WeakValueDictionary[str, Answer] = weakref.WeakValueDictionary()
         self._gone: OrderedDict[str, None] = OrderedDict()  # tags told before their request came; oldest first
-        self._thread = threading.Thread(target=self._run, name="cancel-receiver", daemon=True)
-        self._thread.start()
+        self._thread = start_vital_thread(self._run, "cancel-receiver")
 
-    def watch(self, stream: ClientStream, tag: str) -> None:
-        """Cancels a stream that has been submitted when the relay tells its tag, or at once if it has."""
+    def watch(self, answer: Answer, tag: str) -> None:
+        """Cancels what has been submitted when the relay tells its tag, or at once if it has."""
         with self._lock:
-            self._tagged[tag] = stream
+            self._tagged[tag] = answer
             is_gone = tag in self._gone
-        if is_gone:
-            self._on_cancel(stream.request_id)
+        for request_id in answer.request_ids if is_gone else []:
+            self._on_cancel(request_id)
 
     def close(self) -> None:
         self._context.term()  # the thread closes its socket
         self._thread.join(timeout=1.0)
-        self._folder.cleanup()
 
     def _run(self) -> None:
         try:
             while True:
                 message = self._socket.recv().decode(errors="replace")
                 kind, _, number = message.partition(" ")
-                with contextlib.suppress(ValueError):  # a client's own handle, sent to `postprocess` itself
-                    if not number:
-                        self._client_gone(message)
-                    elif kind == PASSED:
-                        self._on_passed(int(number))
-                    elif kind == CANCELLED:
-                        self._on_cancel(int(number))
+                if not number:
+                    self._client_gone(message)
+                elif kind == PASSED:
+                    self._on_passed(int(number))
+                elif kind == CANCELLED:
+                    self._on_cancel(int(number))
         except zmq.ContextTerminated:
             self._socket.close(linger=0)
 
     def _client_gone(self, tag: str) -> None:
         with self._lock:
-            stream = self._tagged.get(tag)
-            if stream is None:  # its request has ended, or is yet to come
+            answer = self._tagged.get(tag)
+            if answer is None:  # its request has ended, or is yet to come
                 self._gone[tag] = None
                 if len(self._gone) > MAX_REMEMBERED:
                     self._gone.popitem(last=False)
-        if stream is not None:
-            self._on_cancel(stream.request_id)
+        for request_id in answer.request_ids if answer is not None else []:
+            self._on_cancel(request_id)
 
 
 class CancelSender:
@@ -128,21 +127,15 @@ class CancelSender:
 
     def __init__(self) -> None:
         self._context = zmq.Context()
-        self._only_address = os.environ.get(CANCEL_ADDRESS_VARIABLE)  # None: whatever the handles say
-        self._address = ""
-        self._socket: zmq.Socket[bytes] | None = None
+        self._socket = self._context.socket(zmq.PUSH)
+        self._socket.connect(cancel_address(run_dir()))
 
     def passed(self, handle: str, is_cancelled: bool) -> None:
         """Tells the scheduler how far its responses have come, and if the stream's client is gone. Never waits."""
-        stream, _, address = handle.partition("@")
-        request_id, _, number = stream.partition(":")
-        if self._only_address not in (None, address):
-            return  # this handle is not the scheduler's
-        if self._socket is None or address != self._address:
-            if self._socket is not None:
-                self._socket.close(linger=0)
-            self._address, self._socket = address, self._context.socket(zmq.PUSH)
-            self._socket.connect(address)
+        known = read_cancel_handle(handle)
+        if known is None:
+            return  # a client's own, sent to `postprocess` itself
+        request_id, number = known
         with contextlib.suppress(zmq.Again):  # nobody takes them; a later one tells the same
             self._socket.send(f"{PASSED} {number}".encode(), zmq.NOBLOCK)
             if is_cancelled:

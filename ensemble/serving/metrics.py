@@ -8,14 +8,16 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from ensemble.errors import ErrorCode
 from ensemble.request import FinishReason
+from ensemble.router.lives import Timeline
+from ensemble.router.router import Gauges, Labels
 from ensemble.serving.inputs import NO_TARGETS, Targets
-from ensemble.serving.streams import Timeline
+from ensemble.threads import start_vital_thread
 
 INTERVAL_S = 0.25
 _REQUEST_S = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60]
@@ -25,8 +27,6 @@ _WAIT_S = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 Kind = Literal["counter", "gauge", "histogram"]
 MakeFamily = Callable[[str, str, Kind], Any]  # name, description, kind -> a family of the Triton server's metrics API
-Labels: TypeAlias = tuple[tuple[str, str], ...]
-Gauges = Mapping[tuple[str, Labels], float]  # (name, labels) |-> value; of counters, the total so far
 
 METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "vllm:prompt_tokens_total": ("counter", "Prompt tokens of requests whose prefill has finished"),
@@ -38,15 +38,19 @@ METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
         "Requests that named TTFT or TPOT targets, by whether all were met",
     ),
     "distserve:deadline_exceeded_total": ("counter", "Requests that were ended by their own timeout"),
-    "vllm:time_to_first_token_seconds": ("histogram", "Arrival to first token"),
+    "vllm:time_to_first_token_seconds": ("histogram", "Arrival at the front to the hand-over of the first response"),
     "vllm:time_per_output_token_seconds": ("histogram", "Mean time between output tokens of a request"),
-    "vllm:e2e_request_latency_seconds": ("histogram", "Arrival to last token"),
+    "vllm:e2e_request_latency_seconds": ("histogram", "Arrival at the front to the hand-over of the last response"),
     "vllm:request_queue_time_seconds": ("histogram", "Arrival to first prefill batch"),
     "distserve:bridge_time_seconds": ("histogram", "First token to submission to a decode replica"),
     "distserve:kv_transfer_time_seconds": ("histogram", "The copy of a sequence's KV blocks"),
     "vllm:num_requests_waiting": ("gauge", "Requests in the prefill queue"),
     "vllm:num_requests_running": ("gauge", "Requests in prefill, bridge and decode"),
     "vllm:num_requests_swapped": ("gauge", "Requests whose KV is in a decode replica's host pool, or on the way"),
+    "distserve:recoveries_total": (
+        "counter",
+        "Requests computed again from what their clients had, by cause: death of a replica, drain, unreachable",
+    ),
     "vllm:num_preemptions_total": ("counter", "Sequences swapped out in the midst of decode"),
     "distserve:swap_bytes_total": ("counter", "KV moved between device and host pools, by direction"),
     "vllm:prefix_cache_queries_total": ("counter", "Prompt tokens looked up in the prefill replicas' prefix caches"),
@@ -90,8 +94,7 @@ class Metrics:
         self._read_gauges = read_gauges
         self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
-        self._thread.start()
+        self._thread = start_vital_thread(self._run, "metrics")
 
     def count(self, ended: Ended) -> None:
         self._ended.put(ended)
@@ -104,21 +107,28 @@ class Metrics:
 
     def _run(self) -> None:
         while not self._closing.wait(INTERVAL_S):
-            totals: Counter[tuple[str, Labels]] = Counter()
-            deadline = time.monotonic() + INTERVAL_S
-            while not self._ended.empty() and time.monotonic() < deadline:
-                ended = self._ended.get()
-                totals += counted(ended)
-                for name, seconds in durations(ended).items():
-                    self._metric(name, ()).observe(seconds)
-            for (name, labels), value in totals.items():
-                self._metric(name, labels).increment(value)
-            for (name, labels), level in self._read_gauges().items():
-                if METRIC_DESCRIPTIONS[name][0] == "gauge":
-                    self._metric(name, labels).set(level)
-                else:
-                    self._metric(name, labels).increment(level - self._counted.get((name, labels), 0))
-                    self._counted[name, labels] = level
+            try:
+                self._report()
+            except Exception:
+                if not self._closing.is_set():  # else the Triton server takes nothing any more
+                    raise
+
+    def _report(self) -> None:
+        totals: Counter[tuple[str, Labels]] = Counter()
+        deadline = time.monotonic() + INTERVAL_S
+        while not self._ended.empty() and time.monotonic() < deadline:
+            ended = self._ended.get()
+            totals += counted(ended)
+            for name, seconds in durations(ended).items():
+                self._metric(name, ()).observe(seconds)
+        for (name, labels), value in totals.items():
+            self._metric(name, labels).increment(value)
+        for (name, labels), level in self._read_gauges().items():
+            if METRIC_DESCRIPTIONS[name][0] == "gauge":
+                self._metric(name, labels).set(level)
+            else:
+                self._metric(name, labels).increment(level - self._counted.get((name, labels), 0))
+                self._counted[name, labels] = level
 
     def _metric(self, name: str, labels: Labels) -> Any:
         if (name, labels) not in self._metrics:
@@ -158,14 +168,16 @@ def durations(ended: Ended) -> dict[str, float]:
     timeline = ended.timeline
     spans = {
         "vllm:request_queue_time_seconds": (timeline.arrival_ns, timeline.first_scheduled_ns),
-        "vllm:time_to_first_token_seconds": (timeline.arrival_ns, timeline.first_token_ns),
+        "vllm:time_to_first_token_seconds": (timeline.arrival_ns, timeline.first_sent_ns),
         "distserve:bridge_time_seconds": (timeline.first_token_ns, timeline.decode_submitted_ns),
-        "vllm:e2e_request_latency_seconds": (timeline.arrival_ns, timeline.last_token_ns),
+        "vllm:e2e_request_latency_seconds": (timeline.arrival_ns, timeline.last_sent_ns),
     }
     seconds = {name: (end - start) / 1e9 for name, (start, end) in spans.items() if end}
     if timeline.decode_joined_ns:
         seconds["distserve:kv_transfer_time_seconds"] = timeline.kv_transfer_ns / 1e9
-    if timeline.last_token_ns and ended.num_output_tokens > 1:
-        span = (timeline.last_token_ns - timeline.first_token_ns) / 1e9
+    if timeline.last_sent_ns and ended.num_output_tokens > 1:
+        span = (timeline.last_sent_ns - timeline.first_sent_ns) / 1e9
+        if timeline.first_sent_ns == timeline.last_sent_ns:  # one response: its client sees no time between tokens
+            span = (timeline.last_token_ns - timeline.first_token_ns) / 1e9
         seconds["vllm:time_per_output_token_seconds"] = span / (ended.num_output_tokens - 1)
     return seconds

@@ -2,74 +2,164 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import msgspec
 import numpy.typing as npt
 
 from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError, InternalError
-from ensemble.models.spec import load_model_spec
-from ensemble.serving.cancels import CLIENT_TAG, CancelReceiver, CancelWatch
-from ensemble.serving.inputs import ModelLimits, parse_request
+from ensemble.errors import DistServeError, InternalError, Overloaded, StageUnavailable, tell_operator
+from ensemble.router.lives import Timeline
+from ensemble.serving import control, heartbeat
+from ensemble.serving.cancels import CancelReceiver, CancelWatch
+from ensemble.serving.choices import Choices
+from ensemble.serving.exchange import CallModel
+from ensemble.serving.fields import OF_THE_SERVER, from_tensor
+from ensemble.serving.fleet_commands import fleet_handlers
+from ensemble.serving.inputs import ModelLimits, check_envelope, parse_request
+from ensemble.serving.long_texts import LongTexts, prompt_bytes
+from ensemble.serving.marks import CLIENT_TAG, ENSEMBLE_MARK, read_ensemble_mark
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
-from ensemble.serving.orchestrator import Orchestrator
-from ensemble.serving.stage_calls import CallModel
-from ensemble.serving.streams import ClientCall, ClientStream, SenderPool, Timeline
+from ensemble.serving.router_thread import RouterThread
+from ensemble.serving.run_dir import run_dir
+from ensemble.serving.streams import ClientCall, ClientStream, SenderPool
 from ensemble.serving.window import Window
 from ensemble.tokenizer import Tokenizer
+
+Tensors = Mapping[str, npt.NDArray[Any]]
 
 
 class Scheduler:
     """`handle` may be called from any thread; it returns at once, answers come later."""
 
     def __init__(self, deployment: Deployment, call_model: CallModel, make_family: MakeFamily | None = None) -> None:
-        spec = load_model_spec(deployment.model.path)
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
         self._chat = ChatTemplate.from_dir(deployment.model.path)
-        self._limits = ModelLimits(spec.vocab_size, deployment.model.limit_model_len(spec.max_model_len))
-        self._request_ids = itertools.count()
+        if self._chat.fault:
+            tell_operator(f"`messages` cannot be served: {self._chat.fault}")
+        self._limits = ModelLimits.of(deployment, self._tokenizer)
+        self._long_texts = LongTexts(self._limits.max_text_bytes)
+        self._request_ids = itertools.count(secrets.randbits(40) << 20)  # no other run's: stages may outlive this one
         self._senders = SenderPool(self._answered, self._send_failed)
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
-        self._orchestrator = Orchestrator(deployment, call_model, self._senders, self._count)
-        self._metrics = Metrics(make_family, self._orchestrator.gauges) if make_family is not None else None
+        self._router = RouterThread(
+            deployment, call_model, self._senders, self._request_ids.__next__, self._count, self._tell_serving
+        )
+        self._metrics = Metrics(make_family, self._router.gauges) if make_family is not None else None
         self._window = Window()
-        self._cancels = CancelReceiver(self._orchestrator.cancel, self._window.passed)
-        self._watch = CancelWatch(self._orchestrator.live_streams, self._orchestrator.cancel)
+        self._cancels = CancelReceiver(self._router.cancel, self._window.passed)
+        self._watch = CancelWatch(self._router.live_streams, self._router.cancel)
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakSet[ClientStream] = weakref.WeakSet()
+        self._is_draining = False
+        handlers: Mapping[type[control.Command[Any]], Callable[[Any], msgspec.Struct]] = {
+            control.Status: self._load,
+            control.Drain: self._drain,
+            control.EndAll: self._end_all,
+            **fleet_handlers(self._router),
+        }
+        self._control = control.ControlServer(run_dir(), handlers)
 
-    def handle(self, call: ClientCall, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    def handle(self, call: ClientCall, tensors: Tensors) -> None:
         """Takes one request; every outcome, errors too, goes to `call`."""
-        try:
-            tag = json.loads(call.parameters()).get(CLIENT_TAG)
-            client_request = parse_request(tensors, next(self._request_ids), self._tokenizer, self._chat, self._limits)
-        except Exception as error:
-            known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
-            call.send_error(known)
-            self._count(Ended(Timeline(), 0, 0, known.code, is_error=True))
-            return
-        request = client_request.request
-        stream = ClientStream(call, client_request, self._tokenizer, self._window, self._cancels.address)
-        self._orchestrator.submit(request, stream)
-        if tag is not None:
-            self._cancels.watch(stream, str(tag))
+        work = partial(self._take, call, tensors, time.time_ns())
+        if self._long_texts.is_long(prompt_bytes(tensors)):
+            try:
+                self._long_texts.submit(work)
+            except Overloaded as error:
+                self._refuse(call, error)
+        else:
+            work()
 
     def close(self) -> None:
+        self._control.close()
         self._watch.close()
+        self._long_texts.close()
         if self._metrics is not None:
             self._metrics.close()
-        self._orchestrator.close()
+        self._router.close()
         self._senders.close()  # what they have to say passes the window, which the receiver empties
         self._cancels.close()
+
+    def _take(self, call: ClientCall, tensors: Tensors, arrival_ns: int) -> None:
+        try:
+            raw = call.parameters()
+            check_envelope(call.request_id(), raw)
+            parameters = json.loads(raw)
+            tag = parameters.pop(CLIENT_TAG, None)
+            own = {name: value for name, value in parameters.items() if not OF_THE_SERVER.fullmatch(name)}
+            first_id = next(self._request_ids)
+            client_request = parse_request(tensors, own, first_id, self._tokenizer, self._chat, self._limits)
+            mark = str(from_tensor(ENSEMBLE_MARK, tensors[ENSEMBLE_MARK])) if ENSEMBLE_MARK in tensors else ""
+            of_ensemble_ns = read_ensemble_mark(mark)
+        except Exception as error:
+            known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
+            self._refuse(call, known)
+            return
+        choices = [client_request]
+        if client_request.num_choices > 1:
+            more = range(1, client_request.num_choices)
+            choices += [client_request.nth_choice(choice, next(self._request_ids)) for choice in more]
+            request_ids = [each.request.request_id for each in choices]
+            call = Choices(call, request_ids, client_request.options.stream, self._router.cancel)
+        window = None if of_ensemble_ns is None else self._window
+        since = of_ensemble_ns or arrival_ns
+        streams = [ClientStream(call, each, self._tokenizer, since, window) for each in choices]
+        with self._lock:
+            is_draining = self._is_draining
+            if not is_draining:
+                self._streams.update(streams)
+        if is_draining:
+            self._refuse(call, StageUnavailable("scheduler", "the server is draining"))
+            return
+        for stream in streams:
+            self._router.submit(stream.request, stream)
+        if tag is not None:
+            self._cancels.watch(call if isinstance(call, Choices) else streams[0], str(tag))
+
+    def _refuse(self, call: ClientCall, error: DistServeError) -> None:
+        call.send_error(error)
+        self._count(Ended(Timeline(), 0, 0, error.code, is_error=True))
 
     def _count(self, ended: Ended) -> None:
         if self._metrics is not None:
             self._metrics.count(ended)
 
     def _answered(self, stream: ClientStream) -> None:
-        self._orchestrator.answered(stream.request_id)
+        self._router.answered(stream.request_id)
 
     def _send_failed(self, stream: ClientStream, error: Exception) -> None:
         """The client is gone, or our answer is faulty."""
         stream.abort(InternalError(f"the answer could not be sent: {type(error).__name__}: {error}"))
-        self._orchestrator.cancel(stream.request_id)
+        self._router.cancel(stream.request_id)
+
+    def _tell_serving(self, is_serving: bool) -> None:
+        with self._lock:
+            heartbeat.set_serving(is_serving and not self._is_draining)
+
+    # ---- commands
+
+    def _open_streams(self) -> list[ClientStream]:
+        with self._lock:
+            return [stream for stream in self._streams if not stream.is_closed]
+
+    def _load(self, command: object) -> control.Load:
+        return control.Load(len(self._open_streams()), self._is_draining)
+
+    def _drain(self, command: control.Drain) -> control.Load:
+        with self._lock:
+            self._is_draining = True
+        heartbeat.set_serving(False)
+        return self._load(command)
+
+    def _end_all(self, command: control.EndAll) -> control.Load:
+        for stream in self._open_streams():
+            self._senders.fail(stream, StageUnavailable("scheduler", "the server is stopping"))
+        return self._load(command)

@@ -1,92 +1,80 @@
-"""What the `prefill` and `decode` models do: pass the scheduler's calls on to the workers, and their events back.
+"""What the `prefill` and `decode` models do: pass the router's commands on to the replicas, and their events back.
 
-One thread owns everything. A call is answered later, once: a command when its number has come and the worker has it
-(a prefill batch when it has run), a poll when its replica has events, at the latest after the time it allows.
+    router --Exchange, calls with segments--> Stage --ZeroMQ--> worker process of each replica
+    to a worker    [command, payload]  [reset, life]
+    of a worker    [up, life, ReplicaUp]  [failed, life, reason]  [event, life, payload]
+
+One thread owns everything.
 """
 
 import math
+import os
 import queue
 import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+import msgspec
 import zmq
 
-from ensemble.config import Deployment
-from ensemble.errors import ERROR_MARK, ConfigError, DistServeError, InternalError, StageUnavailable
-from ensemble.serving.outbox import Outbox
-from ensemble.workers.messages import (
-    Accepted,
-    Command,
-    EndWorker,
-    LoadFailed,
-    Poll,
-    PrefillAnswer,
-    PrefillBatch,
+from ensemble.config import Deployment, StageName
+from ensemble.errors import ERROR_MARK, ConfigError
+from ensemble.protocol.router_replica import (
+    AddReplica,
+    FromReplica,
+    RemoveReplica,
     ReplicaDown,
     ReplicaUp,
-    StartWorker,
-    WorkerEvent,
-    decode_stage_call,
-    decode_worker_event,
-    encode,
+    StartReplica,
+    ToReplica,
+    ToStage,
 )
-from ensemble.workers.supervisor import Supervisor
+from ensemble.replicas.progress import HangWatch
+from ensemble.replicas.supervisor import Supervisor, WorkerProcess
+from ensemble.serving.exchange import ParkedEnd, Reply
+from ensemble.threads import start_vital_thread
 
-Reply = Callable[[bytes | DistServeError], None]
-MAX_POLL_S = 1.0
-MAX_DETACH_S = 5.0  # a dead worker's readers have this long to close their mappings before it is started again
-
-
-@dataclass(slots=True, eq=False)
-class _Replica:
-    outbox: Outbox
-    poll: tuple[float, Reply] | None = None  # parked: deadline, reply
-    epoch: int = 0
-    up: ReplicaUp | None = None
-    next_number: int = 0
-    early: dict[int, tuple[bytes, Command, Reply]] = field(default_factory=dict)  # commands that overtook another
-    batches: dict[int, Reply] = field(default_factory=dict)  # batch_id |-> its parked call
+WATCH_INTERVAL_S = 0.5
+MAX_QUEUED_COMMANDS = 10_000  # that a worker has not taken; one more, and it counts as hung
 
 
 class Stage:
     """One stage's side of the Triton server. `handle` may be called from any thread."""
 
-    def __init__(self, name: Literal["prefill", "decode"], deployment: Deployment) -> None:
+    def __init__(self, name: StageName, deployment: Deployment) -> None:
         self.name = name
-        stage = deployment.prefill if name == "prefill" else deployment.decode
-        self._replicas = [_Replica(Outbox(index)) for index in range(stage.num_replicas)]
+        devices, first = deployment.prefill.devices, 0
+        if name == "decode":  # ids are unique over the fleet
+            devices, first = deployment.decode.devices, len(devices)
         self._run_dir = tempfile.TemporaryDirectory(prefix=f"distserve-{name}-")  # mode 0700
         address = f"ipc://{self._run_dir.name}/stage"
         self._context = zmq.Context()
         self._workers = self._context.socket(zmq.ROUTER)
         self._workers.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._workers.setsockopt(zmq.SNDHWM, MAX_QUEUED_COMMANDS)
         self._workers.bind(address)
-        self._wake_address = f"inproc://wake-{id(self)}"
-        self._wake_receiver = self._context.socket(zmq.PULL)
-        self._wake_receiver.bind(self._wake_address)
-        self._wake_lock = threading.Lock()
-        self._wake_sender = self._context.socket(zmq.PUSH)
-        self._wake_sender.connect(self._wake_address)
         self._calls: queue.SimpleQueue[tuple[bytes, Reply]] = queue.SimpleQueue()
-        self._supervisor = Supervisor(name, stage.num_replicas, address, Path(self._run_dir.name))
-        self._all_up = threading.Event()
-        if not self._replicas:  # of prefill, in colocated mode
-            self._all_up.set()
+        self._wake_fd = os.eventfd(0)
+        self._router = ParkedEnd(name)
+        self._up: dict[int, ReplicaUp] = {}  # replica |-> its present life, if that serves
+        self._loading: set[int] = set()  # replicas that have never served
+        self._removed: set[int] = set()  # that are still to end
+        self._watch = HangWatch(deployment.hang_timeout_s)
+        self._started = threading.Event()  # every replica serves, or one cannot
         self._load_failure: str | None = None
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name=f"{name}-stage", daemon=True)
-        self._thread.start()
+        self._supervisor = Supervisor(name, address, Path(self._run_dir.name))
+        for replica, device in enumerate(devices, first):
+            self._add(replica, device)
+        if not self._loading:  # prefill's, in colocated mode
+            self._started.set()
+        self._thread = start_vital_thread(self._run, f"{name}-stage")
 
     def wait_until_up(self) -> None:
         """Returns when every replica serves. Raises ConfigError with the reason if one cannot start."""
-        self._all_up.wait()
+        self._started.wait()
         if self._load_failure is not None:
             reason = self._load_failure
             self.close()
@@ -96,163 +84,182 @@ class Stage:
     @property
     def is_up(self) -> bool:
         """Whether any replica serves, if there are any."""
-        return not self._replicas or any(replica.up is not None for replica in self._replicas)
+        return bool(self._up) or not self._supervisor.num_replicas
 
     def handle(self, payload: bytes, reply: Reply) -> None:
-        """Takes one encoded StageCall; `reply` is called once, later, from the stage's thread."""
-        self._calls.put((payload, _guarded(reply)))
-        self._wake()
+        """Takes one encoded Segment; `reply` is called once, later, from the stage's thread."""
+        self._calls.put((payload, reply))
+        os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
         if self._closing:
             return
         self._closing = True
-        self._wake()
+        os.eventfd_write(self._wake_fd, 1)
         self._thread.join()
         self._supervisor.stop()
         self._context.destroy(linger=0)
+        os.close(self._wake_fd)
         self._run_dir.cleanup()
-
-    def _wake(self) -> None:
-        with self._wake_lock:
-            self._wake_sender.send(b"")
 
     # ---- the stage's thread
 
     def _run(self) -> None:
         while not self._closing:
+            workers = self._supervisor.workers
             poller = zmq.Poller()
-            poller.register(self._wake_receiver, zmq.POLLIN)
             poller.register(self._workers, zmq.POLLIN)
-            exit_fds = [worker.exit_fd for worker in self._supervisor.workers if worker is not None]
-            for fd in exit_fds:
+            for fd in [self._wake_fd, *(worker.exit_fd for worker in workers.values())]:
                 poller.register(fd, zmq.POLLIN)
             ready = dict(poller.poll(self._milliseconds_to_next_deadline()))
-            while self._workers.poll(0):
-                identity, payload = self._workers.recv_multipart()
-                self._receive_event(identity, decode_worker_event(payload))
-            for fd in exit_fds:
-                if fd in ready:
-                    self._worker_ended(*self._supervisor.reap(fd))
-            while self._wake_receiver.poll(0):
-                self._wake_receiver.recv()
+            self._receive_from_workers()
+            for replica, worker in workers.items():
+                if worker.exit_fd in ready:
+                    self._ended(replica, *self._supervisor.reap(replica))
+            if self._wake_fd in ready:
+                os.eventfd_read(self._wake_fd)
             while not self._calls.empty():
                 self._receive_call(*self._calls.get())
             self._supervisor.start_due()
-            self._answer_polls()
-        for replica in self._replicas:
-            if replica.poll is not None:
-                replica.poll[1](StageUnavailable(self.name, "the server is stopping"))
-            self._fail_commands(replica, "the server is stopping")
-
-    def _receive_call(self, payload: bytes, reply: Reply) -> None:
-        try:
-            call = decode_stage_call(payload)
-            replica = dict(enumerate(self._replicas))[call.replica]
-        except (ValueError, KeyError) as error:
-            reply(InternalError(f"{self.name}: unreadable call: {error}"))
-            return
-        if isinstance(call, Poll):
-            if replica.poll is not None:  # its caller has given it up
-                replica.poll[1](encode(Accepted()))
-            replica.outbox.confirm(call.last_number)
-            replica.poll = time.monotonic() + min(call.max_wait_s, MAX_POLL_S), reply
-        elif isinstance(call, StartWorker):
-            self._supervisor.allow(call.replica)
-            reply(encode(Accepted()))
-        elif isinstance(call, EndWorker):
-            self._supervisor.kill(call.replica, call.epoch)
-            reply(encode(Accepted()))
-        elif replica.up is None or call.epoch != replica.epoch:
-            reply(StageUnavailable(self.name, f"replica {call.replica} is not up (epoch {call.epoch})"))
-        else:
-            replica.early[call.number] = (payload, call, reply)
-            while replica.next_number in replica.early:
-                self._forward(replica, *replica.early.pop(replica.next_number))
-                replica.next_number += 1
-
-    def _forward(self, replica: _Replica, payload: bytes, command: Command, reply: Reply) -> None:
-        try:
-            self._workers.send_multipart([f"{command.replica}:{command.epoch}".encode(), payload])
-        except zmq.ZMQError:
-            reply(StageUnavailable(self.name, f"the worker of replica {command.replica} is gone"))
-            return
-        if isinstance(command, PrefillBatch) and self.name == "prefill":
-            replica.batches[command.batch_id] = reply
-        else:
-            reply(encode(Accepted()))
-
-    def _receive_event(self, identity: bytes, event: WorkerEvent) -> None:
-        index, epoch = (int(part) for part in identity.split(b":"))
-        replica, worker = self._replicas[index], self._supervisor.workers[index]
-        if worker is None or worker.epoch != epoch:
-            return  # the last words of a worker whose end is known
-        match event:
-            case LoadFailed(reason=reason):
-                self._load_failure = reason
-                self._all_up.set()
-            case PrefillAnswer(batch_id=batch_id):
-                reply = replica.batches.pop(batch_id, None)
-                if reply is not None:
-                    reply(encode(event))
-            case ReplicaUp():
-                replica.up, replica.epoch, replica.next_number = event, epoch, 0
-                worker.up_at = time.monotonic()
-                replica.outbox.add(event)
-                print(
-                    f"distserve: {self.name} replica {index}: up, {event.num_blocks} KV blocks",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                if all(each.up is not None for each in self._replicas):
-                    self._all_up.set()
-            case _:
-                replica.outbox.add(event)
-
-    def _worker_ended(self, index: int, epoch: int, how: str) -> None:
-        replica = self._replicas[index]
-        replica.epoch = epoch
-        if not self._all_up.is_set():  # it never came up: the start has failed
-            self._load_failure = self._load_failure or f"{self.name} replica {index}: {how} while loading"
-            self._all_up.set()
-            return
-        delay = self._supervisor.restart_later(index, MAX_DETACH_S if self.name == "prefill" else 0.0)
-        print(
-            f"distserve: {self.name} replica {index}: {how}; next start in {delay:.1f} s", file=sys.stderr, flush=True
-        )
-        if replica.up is not None:
-            replica.up = None
-            replica.outbox.add(ReplicaDown(replica=index, epoch=epoch, reason=how))
-        self._fail_commands(replica, how)
-
-    def _fail_commands(self, replica: _Replica, reason: str) -> None:
-        for reply in [*replica.batches.values(), *(reply for _, _, reply in replica.early.values())]:
-            reply(StageUnavailable(self.name, reason))
-        replica.batches.clear()
-        replica.early.clear()
-
-    def _answer_polls(self) -> None:
-        now = time.monotonic()
-        for replica in self._replicas:
-            if replica.poll is not None and (replica.outbox or replica.poll[0] <= now):
-                (_, reply), replica.poll = replica.poll, None
-                reply(encode(replica.outbox.take()))
+            self._kill_the_hung()
+            self._router.answer()
+        while not self._calls.empty():
+            self._router.receive(*self._calls.get())
+        self._router.end_run("the server is stopping")
 
     def _milliseconds_to_next_deadline(self) -> int:
-        deadlines = [replica.poll[0] for replica in self._replicas if replica.poll is not None]
-        deadlines += self._supervisor.restart_times
-        if not deadlines:
-            return 1000
-        return math.ceil(max(0.0, min(deadlines) - time.monotonic()) * 1e3)
+        now = time.monotonic()
+        deadline = min(now + WATCH_INTERVAL_S, self._router.deadline, *self._supervisor.restart_times)
+        return math.ceil(max(0.0, deadline - now) * 1e3)
 
+    def _receive_call(self, payload: bytes, reply: Reply) -> None:
+        last_run = self._router.run
+        items = self._router.receive(payload, reply)
+        if self._router.run != last_run:
+            self._begin_run(is_first=last_run is None)
+        for item in items:
+            self._receive_item(item)
 
-def _guarded(reply: Reply) -> Reply:
-    """An answer that the server does not take harms its caller alone, who sees the call fail."""
+    def _begin_run(self, is_first: bool) -> None:
+        """The replicas that are up begin new lives, in which no request of the run before lives on."""
+        for replica, up in list(self._up.items()):  # others have been told nothing in their present life
+            if is_first:
+                self._router.send(up)
+            else:
+                del self._up[replica]
+                self._send(replica, [b"reset", b"%d" % self._supervisor.new_life(replica)])
 
-    def answer(value: bytes | DistServeError) -> None:
+    def _receive_item(self, item: ToStage) -> None:
+        match item:
+            case ToReplica(replica=replica, life=life, command=command):
+                if replica in self._up and self._up[replica].life == life:
+                    self._send(replica, [b"command", bytes(command)])
+            case StartReplica(replica=replica):
+                self._supervisor.allow(replica)
+            case AddReplica(replica=replica, device=device):
+                if replica in self._supervisor:
+                    self._log(f"replica {replica} is there already, and not added")
+                else:
+                    self._add(replica, device)
+            case RemoveReplica(replica=replica):
+                self._remove(replica)
+
+    # ---- the replicas
+
+    def _add(self, replica: int, device: str) -> None:
+        self._loading.add(replica)
+        self._supervisor.add(replica, device)
+
+    def _remove(self, replica: int) -> None:
+        if replica in self._supervisor.workers:
+            self._removed.add(replica)
+            self._supervisor.kill(replica, "it was removed")
+        elif replica in self._supervisor:
+            self._forget(replica, "it was removed")
+
+    def _forget(self, replica: int, reason: str) -> None:
+        self._removed.discard(replica)
+        self._loading.discard(replica)
+        life = self._supervisor.remove(replica)
+        self._log(f"replica {replica}: {reason}; it is not started again")
+        self._router.send(ReplicaDown(replica=replica, life=life, reason=reason, is_final=True))
+
+    def _send(self, replica: int, frames: list[bytes]) -> None:
+        worker = self._supervisor.workers.get(replica)
+        if worker is None:
+            return
         try:
-            reply(value)
-        except Exception:
-            traceback.print_exc()
+            self._workers.send_multipart([worker.identity, *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            self._supervisor.kill(replica, f"worker process {worker.process.pid} took no commands")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:  # its connection has ended; so will the process
+                raise
 
-    return answer
+    def _receive_from_workers(self) -> None:
+        replicas = {worker.identity: replica for replica, worker in self._supervisor.workers.items()}
+        while self._workers.poll(0):
+            identity, *frames = self._workers.recv_multipart()
+            replica = replicas.get(identity)
+            if replica is None or len(frames) != 3:
+                continue  # the last words of a process whose end is known
+            worker = self._supervisor.workers[replica]
+            kind, life, payload = frames
+            if life != b"%d" % worker.life:
+                continue  # of a life before a reset
+            if kind == b"event" and replica in self._up:
+                self._router.send(FromReplica(replica=replica, life=worker.life, event=msgspec.Raw(payload)))
+            elif kind == b"up" and replica not in self._up:
+                self._came_up(replica, worker, payload)
+            elif kind == b"failed":
+                self._supervisor.kill(replica, payload.decode(errors="replace"))
+                self._fail_start(payload.decode(errors="replace"))
+
+    def _came_up(self, replica: int, worker: WorkerProcess, payload: bytes) -> None:
+        try:
+            up = _decode_up(payload)
+            if (up.replica, up.life) != (replica, worker.life):
+                raise ValueError(f"replica {up.replica}, life {up.life} instead of {replica}, {worker.life}")
+        except ValueError as error:
+            self._supervisor.kill(replica, f"worker process {worker.process.pid} came up unreadably: {error}")
+            return
+        self._up[replica] = up
+        worker.up_at = worker.up_at or time.monotonic()
+        self._loading.discard(replica)
+        self._log(f"replica {replica}: up, {up.num_blocks} KV blocks")
+        self._router.send(up)
+        if not self._loading:
+            self._started.set()
+
+    def _kill_the_hung(self) -> None:
+        """Those that have served, and beat no more. Their ends are told when they have exited."""
+        progresses = {
+            (replica, worker.process.pid): worker.progress
+            for replica, worker in self._supervisor.workers.items()
+            if worker.up_at is not None and worker.end_reason is None
+        }
+        for (replica, pid), seconds in self._watch.hung(progresses, time.monotonic()).items():
+            self._supervisor.kill(replica, f"worker process {pid} made no progress for {seconds:.1f} s")
+
+    def _ended(self, replica: int, life: int, reason: str) -> None:
+        was_up = self._up.pop(replica, None) is not None
+        self._fail_start(f"{self.name} replica {replica}: {reason} while loading")
+        if replica in self._removed or replica in self._loading:
+            self._forget(replica, reason)
+            return
+        delay = self._supervisor.restart_later(replica)
+        self._log(f"replica {replica}: {reason}; next start in {delay:.1f} s")
+        if was_up:
+            self._router.send(ReplicaDown(replica=replica, life=life, reason=reason))
+
+    def _fail_start(self, reason: str) -> None:
+        """Until every replica serves, one that cannot is the end of the start."""
+        if not self._started.is_set():
+            self._load_failure = reason
+            self._started.set()
+
+    def _log(self, line: str) -> None:
+        print(f"distserve: {self.name} {line}", file=sys.stderr, flush=True)
+
+
+_decode_up = msgspec.msgpack.Decoder(ReplicaUp).decode

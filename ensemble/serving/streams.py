@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol
@@ -19,11 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemble.errors import DistServeError
-from ensemble.request import FinishReason
+from ensemble.request import FinishReason, TokenLogProbs
+from ensemble.router.lives import Timeline
+from ensemble.serving.answer_text import AnswerText
 from ensemble.serving.inputs import ClientRequest
-from ensemble.serving.stop_strings import StopStrings
+from ensemble.serving.log_probs import LogProbOutputs
+from ensemble.serving.marks import cancel_handle
 from ensemble.serving.window import STAMP_EVERY, Window
-from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
+from ensemble.threads import start_vital_thread
+from ensemble.tokenizer import Tokenizer
 
 MAX_TOKENS_PER_RESPONSE = 8
 HANDLE_INTERVAL_S = 0.1  # in which `postprocess` looks for a stream's cancel, as long as there are tokens to send
@@ -41,25 +44,13 @@ class ClientCall(Protocol):
 
     def is_cancelled(self) -> bool: ...
 
+    def request_id(self) -> str:
+        """As its client named it."""
+        ...
+
     def parameters(self) -> str:
         """The request's, as a JSON object."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class Timeline:
-    """When a request passed each point, in nanoseconds of time.time_ns(); 0 until it has."""
-
-    arrival_ns: int = 0
-    first_scheduled_ns: int = 0
-    first_token_ns: int = 0
-    decode_submitted_ns: int = 0
-    decode_joined_ns: int = 0
-    last_token_ns: int = 0
-    kv_transfer_ns: int = 0  # the copy itself
-    kv_transfer_bytes: int = 0
-    prefill_replica: int = -1
-    decode_replica: int = -1  # -1: ended with its first token
 
 
 class Progress(Enum):
@@ -79,35 +70,34 @@ class ClientStream:
         call: ClientCall,
         client_request: ClientRequest,
         tokenizer: Tokenizer,
-        window: Window,  # of the ensemble, for its clients
-        cancel_address: str,  # where `postprocess` tells what it sees
+        arrival_ns: int,  # time.time_ns() at the front
+        window: Window | None = None,  # of the ensemble, for its clients
     ) -> None:
         self._call = call
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
         self.is_answered = False  # it is being sent, or has been: `answered` follows, or a failure to send
         self.last_handle = time.monotonic()  # when `postprocess` was last sent one; at first the arrival
-        self.timeline = Timeline(arrival_ns=time.time_ns())
+        self.timeline = Timeline(arrival_ns=arrival_ns)
         self.request = client_request.request
         self.hints = client_request.hints
         self.targets = client_request.targets
         timeout_s = client_request.timeout_s
         self.deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._options = client_request.options
+        self._choice = client_request.choice if client_request.num_choices > 1 else None
+        self._log_probs = LogProbOutputs(client_request.options, tokenizer)
         self._tokenizer = tokenizer
-        self._window = window if client_request.options.return_cancel_handle else None
-        self._cancel_address = cancel_address
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._window = window
         self._prompt_text = client_request.prompt_text
-        self._stop_strings = StopStrings(client_request.stop_strings)
-        self._is_stopped = False  # by a stop string
+        self._answer_text = AnswerText(tokenizer, client_request.request, client_request.stop_strings)
         self._lock = threading.Lock()
-        self._pending: deque[int] = deque()
+        self._pending: deque[tuple[int, TokenLogProbs | None]] = deque()
         self._finish_reason: FinishReason | None = None
         self._error: DistServeError | None = None
         self._is_queued = False  # at the sender
         self._is_first = True
-        self._text = ""  # not yet sent
+        self._texts: list[str] = []  # not yet sent
         self._token_ids: list[int] = []  # not yet sent
         self.num_output_tokens = 0
         self.num_sent_tokens = 0  # those that the client's answer was made of
@@ -117,18 +107,27 @@ class ClientStream:
         return self.request.request_id
 
     @property
+    def request_ids(self) -> list[int]:
+        return [self.request_id]
+
+    @property
     def num_prompt_tokens(self) -> int:
         return self.request.prompt_len
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the last response has been handed over."""
+        return self._is_closed
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """How an answered stream ended."""
-        return "stop" if self._is_stopped else self._finish_reason
+        return "stop" if self._answer_text.is_stopped else self._finish_reason
 
-    def push(self, token_id: int, finish_reason: FinishReason | None) -> bool:
+    def push(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None = None) -> bool:
         """Adds a token. True if the stream has to be queued at its sender."""
         with self._lock:
-            self._pending.append(token_id)
+            self._pending.append((token_id, log_probs))
             self.num_output_tokens += 1
             self._finish_reason = finish_reason
             return self._claim()
@@ -162,7 +161,7 @@ class ClientStream:
 
     def _handle(self, number: int) -> Outputs:
         self.last_handle = time.monotonic()
-        handle = f"{self.request_id}:{number}@{self._cancel_address}"
+        handle = cancel_handle(self.request_id, number)
         return {"cancel_handle": np.array([handle.encode()], dtype=object)}
 
     def send_next(self, call_back: Callable[[], None]) -> Progress:
@@ -172,7 +171,7 @@ class ClientStream:
             return Progress.PARKED
         with self._lock:
             limit = MAX_TOKENS_PER_RESPONSE if self._options.stream else len(self._pending)
-            token_ids = [self._pending.popleft() for _ in range(min(limit, len(self._pending)))]
+            tokens = [self._pending.popleft() for _ in range(min(limit, len(self._pending)))]
             has_all = self._finish_reason is not None and not self._pending
             error = self._error
             more = self._is_queued = bool(self._pending) and error is None and not self._is_closed
@@ -181,11 +180,15 @@ class ClientStream:
         if error is not None:
             self._send_error(error)
             return Progress.SENT
-        self._read(token_ids, has_all)
-        is_last = has_all or self._is_stopped
+        num_read_before = len(self._token_ids)
+        self._read([token_id for token_id, _ in tokens], has_all)
+        for token_id, log_probs in tokens[: len(self._token_ids) - num_read_before]:  # up to a stop string
+            if log_probs is not None:
+                self._log_probs.add(token_id, log_probs)
+        is_last = has_all or self._answer_text.is_stopped
         if is_last and not self.timeline.last_token_ns:  # the stop string came before the last token
             self.timeline.last_token_ns = time.time_ns()
-        if is_last or (self._options.stream and (self._text or self._options.return_output_ids)):
+        if is_last or (self._options.stream and (any(self._texts) or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
             if self._window is not None:
                 number = self._window.enter()
@@ -199,7 +202,10 @@ class ClientStream:
                     self.is_answered = False
                     raise
                 self._is_closed = is_last
-            self._text, self._token_ids, self._is_first = "", [], False
+            now = time.time_ns()
+            self.timeline.first_sent_ns = self.timeline.first_sent_ns or now
+            self.timeline.last_sent_ns = now if is_last else 0
+            self._texts, self._token_ids, self._is_first = [], [], False
         if is_last:
             return Progress.ANSWERED
         return Progress.MORE_PENDING if more else Progress.SENT
@@ -217,30 +223,35 @@ class ClientStream:
 
     def _read(self, token_ids: list[int], has_all: bool) -> None:
         """Tokens to text, up to a stop string; what comes after it is not counted."""
-        for token_id in token_ids:
+        ends_itself = has_all and self._finish_reason == "stop"
+        for index, token_id in enumerate(token_ids, 1):
             self._token_ids.append(token_id)
             self.num_sent_tokens += 1
-            text, self._is_stopped = self._stop_strings.push(self._detokenizer.push([token_id]))
-            self._text += text
-            if self._is_stopped:
+            self._texts.append(self._answer_text.push(token_id, ends_itself and index == len(token_ids)))
+            if self._answer_text.is_stopped:
                 return
         if has_all:
-            text, self._is_stopped = self._stop_strings.push(self._detokenizer.flush())
-            self._text += text + self._stop_strings.flush()
+            self._texts.append(self._answer_text.flush())
 
     def _outputs(self, is_last: bool) -> Outputs:
-        options, text = self._options, self._text
+        options, texts = self._options, self._texts
         if self._is_first and not options.exclude_input_in_output:
             prompt = self._prompt_text
-            text = (self._tokenizer.decode(self.request.prompt_token_ids) if prompt is None else prompt) + text
-        outputs: Outputs = {"text_output": np.array([text.encode()], dtype=object)}
+            texts = [self._tokenizer.decode_prompt(self.request.prompt_token_ids) if prompt is None else prompt, *texts]
+        outputs: Outputs = {"text_output": np.array(["".join(texts).encode()], dtype=object)}
         if options.return_finish_reason:
+            until_done = "None" if options.return_vllm_outputs else ""
             reason = self.finish_reason if is_last else None
-            outputs["finish_reason"] = np.array([(reason or "").encode()], dtype=object)
+            outputs["finish_reason"] = np.array([(reason or until_done).encode()], dtype=object)
+        # vllm_backend's counts are of another type, which an ensemble cannot change.
+        prefix, count_type = ("vllm_", np.uint32) if options.return_vllm_outputs else ("", np.int32)
         if options.return_num_input_tokens:
-            outputs["num_input_tokens"] = np.array([self.request.prompt_len], np.int32)
+            outputs[f"{prefix}num_input_tokens"] = np.array([self.request.prompt_len], count_type)
         if options.return_num_output_tokens:
-            outputs["num_output_tokens"] = np.array([len(self._token_ids)], np.int32)
+            outputs[f"{prefix}num_output_tokens"] = np.array([len(self._token_ids)], count_type)
+        if self._choice is not None:
+            outputs["sequence_index"] = np.array([self._choice], np.int32)
+        outputs |= self._log_probs.take()
         if options.return_output_ids:
             outputs["output_ids"] = np.array(self._token_ids, np.int32)
         if options.return_perf_metrics and is_last:
@@ -278,14 +289,17 @@ class SenderPool:
         self._on_answered = on_answered
         self._on_failure = on_failure
         self._threads = [
-            threading.Thread(target=self._run, args=(each,), name=f"sender-{i}", daemon=True)
-            for i, each in enumerate(self._queues)
+            start_vital_thread(partial(self._run, each), f"sender-{i}") for i, each in enumerate(self._queues)
         ]
-        for thread in self._threads:
-            thread.start()
 
-    def push(self, stream: ClientStream, token_id: int, finish_reason: FinishReason | None) -> None:
-        if stream.push(token_id, finish_reason):
+    def push(
+        self,
+        stream: ClientStream,
+        token_id: int,
+        finish_reason: FinishReason | None,
+        log_probs: TokenLogProbs | None = None,
+    ) -> None:
+        if stream.push(token_id, finish_reason, log_probs):
             self._queue_of(stream).put(stream)
 
     def fail(self, stream: ClientStream, error: DistServeError) -> None:

@@ -23,7 +23,7 @@ def make_cache(num_blocks=10):
 
 
 def prefill(cache, owner, token_ids):
-    allocation = cache.allocate(owner, token_ids, cache.blocks.blocks_for(len(token_ids)))
+    allocation = cache.allocate_prompt(owner, token_ids, cache.blocks.blocks_for(len(token_ids)))
     cache.commit(owner, len(token_ids))
     return allocation
 
@@ -40,12 +40,12 @@ def test_a_prefix_is_shared_while_in_use_and_after():
     assert cache.num_free_blocks == 10
     assert cache.num_cached_tokens(PROMPT) == 16
     assert prefill(cache, sequence(3), PROMPT).num_cached_tokens == 16
-    assert cache.hit_rate == pytest.approx(24 / 48)
+    assert (cache.num_hit_tokens, cache.num_queried_tokens) == (24, 48)
 
 
 def test_nothing_is_shared_before_it_is_computed():
     cache = make_cache()
-    cache.allocate(sequence(1), PROMPT, 5)
+    cache.allocate_prompt(sequence(1), PROMPT, 5)
     assert cache.num_cached_tokens(PROMPT) == 0
     cache.commit(sequence(1), 11)  # a chunk
     assert cache.num_cached_tokens(PROMPT) == 8
@@ -62,7 +62,7 @@ def test_equal_blocks_after_different_beginnings_are_different():
 def test_a_prompt_cached_whole_writes_its_last_token_to_a_copy():
     cache = make_cache()
     first = prefill(cache, sequence(1), PROMPT[:8])
-    second = cache.allocate(sequence(2), PROMPT[:8], 2)
+    second = cache.allocate_prompt(sequence(2), PROMPT[:8], 2)
     assert second.num_cached_tokens == 7
     assert second.copies == [(first.block_ids[1], second.block_ids[1])]
     assert second.block_ids[0] == first.block_ids[0] and second.block_ids[1] != first.block_ids[1]
@@ -72,7 +72,7 @@ def test_without_room_for_the_copy_the_last_block_is_computed_again():
     cache = make_cache(num_blocks=2)
     prefill(cache, sequence(1), PROMPT[:8])
     cache.free(sequence(1))
-    again = cache.allocate(sequence(2), PROMPT[:8], 2)
+    again = cache.allocate_prompt(sequence(2), PROMPT[:8], 2)
     assert again.num_cached_tokens == 4 and not again.copies
     cache.check_integrity()
 
@@ -94,7 +94,7 @@ def test_blocks_in_use_are_never_evicted():
     cache = make_cache(num_blocks=4)
     prefill(cache, sequence(1), [1] * 12)
     with pytest.raises(OutOfBlocks):
-        cache.allocate(sequence(2), [2] * 8, 2)
+        cache.allocate_prompt(sequence(2), [2] * 8, 2)
     assert cache.num_free_blocks == 1
     with pytest.raises(InternalError):
         cache.free(sequence(2))
@@ -106,7 +106,7 @@ def test_a_lease_keeps_shared_blocks_in_use():
     prefill(cache, sequence(1), [1] * 12)
     cache.reassign(sequence(1), Owner("transfer", 0))
     with pytest.raises(OutOfBlocks):
-        cache.allocate(sequence(2), [2] * 8, 2)
+        cache.allocate_prompt(sequence(2), [2] * 8, 2)
     cache.free(Owner("transfer", 0))
     assert prefill(cache, sequence(2), [2] * 8).num_cached_tokens == 0
 
@@ -148,7 +148,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         num_cached_tokens = self.cache.num_cached_tokens(tokens)
         num_free_blocks = self.cache.num_free_blocks
         try:
-            allocation = self.cache.allocate(owner, tokens, num_blocks)
+            allocation = self.cache.allocate_prompt(owner, tokens, num_blocks)
         except OutOfBlocks:
             assert num_free_blocks < num_blocks
             assert self.cache.num_free_blocks == num_free_blocks
@@ -159,6 +159,22 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         for source, destination in allocation.copies:
             self.pool[destination] = list(self.pool[source])
         self.prompts[owner] = [tokens, allocation.block_ids, allocation.num_cached_tokens]
+
+    @rule(num_blocks=st.integers(0, 4))
+    def allocate_unshared(self, num_blocks):
+        """For what is no prompt: a sequence that arrives, or comes back from the host pool."""
+        owner = sequence(self.num_requests)
+        if num_blocks > self.cache.num_free_blocks:
+            with pytest.raises(OutOfBlocks):
+                self.cache.allocate(owner, num_blocks)
+            return
+        self.num_requests += 1
+        block_ids = self.cache.allocate(owner, num_blocks)
+        assert len(block_ids) == num_blocks
+        for block_id in block_ids:
+            assert all(block_id not in held for _, held, _ in self.prompts.values())
+            self.pool[block_id] = [None] * B
+        self.prompts[owner] = [[], block_ids, 0]
 
     def draw_owner(self, data):
         return data.draw(st.sampled_from(sorted(self.prompts)))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ensemble.cache import block_copier, swapper
+from ensemble.cache.block_manager import Swap
 from ensemble.cache.kv_pool import KVLayout
 from ensemble.cache.swapper import Swapper, make_host_pool
-from ensemble.scheduling.preemptive_decode import Swap
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, block_size=4, head_dim=16, dtype=torch.float32)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -81,7 +81,7 @@ def warm_runner(request, tmp_path_factory) -> ModelRunner:
     model = load_model(spec, ModelConfig(path=path), device, torch.float32)
     shape = (1024, spec.num_layers, 2, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
     runner = ModelRunner(model, torch.zeros(shape, dtype=torch.float32, device=device), BLOCK_SIZE)
-    runner.warm_up("mixed", MAX_NUM_SEQS, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN)
+    runner.warm_up(MAX_NUM_SEQS, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN)
     return runner
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_tiny_llama, make_tiny_opt
+from checkpoints import make_tiny_llama, make_tiny_mistral, make_tiny_opt, make_tiny_qwen2, make_tiny_qwen3
 
 from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow
@@ -37,9 +37,26 @@ CHECKPOINTS = {
     "llama-rope-theta": (make_tiny_llama, {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
     "llama-rope-linear": (
         make_tiny_llama,
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+        {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+            "max_position_embeddings": 16,
+        },
     ),
     "llama-rope-llama3": (make_tiny_llama, {"rope_parameters": LLAMA3_ROPE}),
+    "llama-rope-yarn": (
+        make_tiny_llama,
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}, "max_position_embeddings": 32},
+    ),
+    "mistral": (make_tiny_mistral, {"head_dim": 32}),
+    "mistral-window": (make_tiny_mistral, {"sliding_window": 10}),
+    "qwen2": (make_tiny_qwen2, {}),
+    "qwen2-tied": (make_tiny_qwen2, {"tie_word_embeddings": True}),
+    "qwen2-window": (make_tiny_qwen2, {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1}),
+    "qwen3": (make_tiny_qwen3, {}),
+    "qwen3-biases-window": (
+        make_tiny_qwen3,
+        {"attention_bias": True, "use_sliding_window": True, "sliding_window": 10, "max_window_layers": 0},
+    ),
     "opt": (make_tiny_opt, {}),
     "opt-gelu-no-bias": (make_tiny_opt, {"activation_function": "gelu", "enable_bias": False}),
     "opt-untied": (make_tiny_opt, {"tie_word_embeddings": False}),
@@ -107,10 +124,13 @@ def run_at_random(runner: ModelRunner, sequences: list[Sequence], seed: int) -> 
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
         prefills = []
         for sequence in chosen:
-            if not sequence.is_prefilled:
+            if sequence.num_computed_tokens < sequence.prompt_len:
                 start = sequence.num_computed_tokens
                 prefills.append(PrefillRow(sequence, start, rng.randint(1, sequence.prompt_len - start)))
-        run_step(runner, Batch(prefills, [sequence for sequence in chosen if sequence.is_prefilled]))
+        run_step(
+            runner,
+            Batch(prefills, [sequence for sequence in chosen if sequence.num_computed_tokens >= sequence.prompt_len]),
+        )
 
 
 def run_whole(runner: ModelRunner, sequences: list[Sequence]) -> None:
@@ -157,8 +177,30 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint):
         assert [sequence.output_token_ids for sequence in mixed] == expected
 
 
+def test_dynamic_rope_scaling_is_that_of_transformers_generate(tmp_path):
+    """From prompts within the original length to answers beyond it. A new model for each: it remembers the longest."""
+    from transformers import AutoModelForCausalLM
+
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    path = make_tiny_llama(tmp_path, rope_parameters=rope, max_position_embeddings=40)
+    runner = make_runner(path)
+    prompts = random_prompts(runner.model.spec.vocab_size)[3:]
+    expected = []
+    for prompt in prompts:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        limits = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+        outputs = model.generate(torch.tensor([prompt]), **limits)
+        expected.append(outputs[0, len(prompt) :].tolist())
+    runner.model.spec = replace(runner.model.spec, eos_token_ids=frozenset([1]))
+    sequences = make_sequences(prompts, [SamplingParams(max_tokens=40, min_tokens=40, temperature=0)] * len(prompts))
+    run_at_random(runner, sequences, seed=1)
+    assert [sequence.output_token_ids for sequence in sequences] == expected
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa-3-heads", "opt", "opt-350m"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "llama-mqa-3-heads", "mistral-window", "qwen2", "qwen3-biases-window", "opt", "opt-350m"]
+)
 def test_greedy_tokens_on_a_gpu_are_those_of_transformers(tmp_path, name):
     """In float32, to the first token where the two best are closer than 1e-3: rounding may choose there."""
     make, overrides = CHECKPOINTS[name]
@@ -217,9 +259,9 @@ def run_ahead(runner: ModelRunner, sequences: list[Sequence], seed: int) -> None
         is_sampling = {id(sequence) for sequence in batch.sampled} if batch else set()
         running = [s for s in sequences if s.request.max_num_tokens - s.num_tokens > (id(s) in is_sampling)]
         chosen = rng.sample(running, rng.randint(1, len(running))) if running else []
-        prefills, decodes = [], [sequence for sequence in chosen if sequence.is_prefilled]
+        prefills, decodes = [], [sequence for sequence in chosen if sequence.num_computed_tokens >= sequence.prompt_len]
         for sequence in chosen:
-            if not sequence.is_prefilled:
+            if sequence.num_computed_tokens < sequence.prompt_len:
                 start = sequence.num_computed_tokens
                 prefills.append(PrefillRow(sequence, start, rng.randint(1, sequence.prompt_len - start)))
         next_batch = Batch(prefills, decodes) if chosen else None

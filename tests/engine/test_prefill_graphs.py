@@ -91,7 +91,7 @@ def runners(request, tmp_path_factory) -> tuple[ModelRunner, ModelRunner]:
     model = load_model(spec, ModelConfig(path=path), device, torch.float32)
     pool = torch.randn(NUM_BLOCKS, spec.num_layers, 2, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim, device=device)
     warm, eager = ModelRunner(model, pool.clone(), BLOCK_SIZE), ModelRunner(model, pool.clone(), BLOCK_SIZE)
-    warm.warm_up("mixed", 24, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN)
+    warm.warm_up(24, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN)
     warm.kv_pool.copy_(pool)
     return warm, eager
 

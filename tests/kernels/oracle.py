@@ -56,9 +56,14 @@ class PagedCache:
         self.lens = torch.tensor(lens, dtype=torch.int32, device=device)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of one sequence's last len(q) tokens, q [L, Hq, D], k and v [C, Hkv, D]: torch SDPA."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of one sequence's last len(q) tokens, q [L, Hq, D], k and v [C, Hkv, D]: torch SDPA.
+
+    window: how many tokens each sees, its own included.
+    """
     mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+    if window is not None:
+        mask = mask.triu(len(k) - len(q) - window + 1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

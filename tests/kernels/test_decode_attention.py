@@ -14,14 +14,14 @@ def new_queries(batch_size, num_heads, head_dim, dtype, device):
     return torch.randn(batch_size, num_heads + 3, head_dim, dtype=dtype, device=device)[:, :num_heads]
 
 
-def check_against_sdpa(out, q, cache, scale):
+def check_against_sdpa(out, q, cache, scale, window=None):
     for seq in range(len(q)):
         k, v = cache.keys[seq], cache.values[seq]
-        check(out[seq : seq + 1], lambda q, k, v: attention(q, k, v, scale), q[seq : seq + 1], k, v)
+        check(out[seq : seq + 1], lambda q, k, v: attention(q, k, v, scale, window), q[seq : seq + 1], k, v)
 
 
-def run(q, cache, scale, workspace=None):
-    return decode_attention(q, cache.kv_cache, cache.block_tables, cache.lens, scale, workspace)
+def run(q, cache, scale, workspace=None, window=None):
+    return decode_attention(q, cache.kv_cache, cache.block_tables, cache.lens, scale, workspace, window)
 
 
 @pytest.fixture(params=[1, 2**10], ids=["whole", "split"])
@@ -45,6 +45,14 @@ def test_block_sizes(block_size, splits, device):
     cache = PagedCache([7, 257, 600], 2, 64, block_size, torch.float16, device)
     q = new_queries(3, 4, 64, torch.float16, device)
     check_against_sdpa(run(q, cache, 0.1), q, cache, 0.1)
+
+
+@pytest.mark.parametrize("window", [1, 15, 64, 65, 200, 1000])
+def test_windows(window, splits, device):
+    torch.manual_seed(0)
+    cache = PagedCache([1, 64, 300, 450], 2, 64, 16, torch.float16, device)
+    q = new_queries(4, 6, 64, torch.float16, device)
+    check_against_sdpa(run(q, cache, 0.1, window=window), q, cache, 0.1, window)
 
 
 def test_padding_rows_are_zero_and_leave_the_others_alone(splits, device):
@@ -90,6 +98,7 @@ def test_long_contexts(num_heads, num_kv_heads, head_dim, dtype, device):
     out = run(q, cache, head_dim**-0.5)
     check_against_sdpa(out, q, cache, head_dim**-0.5)
     assert torch.equal(run(q, cache, head_dim**-0.5), out)
+    check_against_sdpa(run(q, cache, 0.1, window=1000), q, cache, 0.1, window=1000)
 
 
 @pytest.mark.gpu

@@ -3,9 +3,10 @@ import torch
 from oracle import check
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from kernels.rope import rotary_table
-from kernels.write_kv import rope_and_write_kv, write_kv
+from kernels.write_kv import HeadNorms, rope_and_write_kv, write_kv
 
 BLOCK_SIZE = 16
 SLOTS = [35, -1, 0, 79, 16]  # shuffled; one padding row
@@ -67,6 +68,33 @@ def test_rope_and_write_kv_rotates_as_transformers_does(num_heads, num_kv_heads,
     assert torch.equal(k, before[1])
     keys, values = read_slots(kv_cache)
     check(keys, lambda x: rotate(x, 1)[kept], before[1])
+    assert torch.equal(values, v[kept])
+    assert num_written(kv_cache) == 2 * 4 * num_kv_heads
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
+def test_heads_are_normed_and_rotated_as_in_qwen3(num_heads, num_kv_heads, head_dim, dtype, device):
+    config = LlamaConfig(hidden_size=num_heads * head_dim, num_attention_heads=num_heads, rope_theta=10000.0)
+    rotary = LlamaRotaryEmbedding(config).to(device)
+    kv_cache = new_cache(num_kv_heads, head_dim, dtype, device)
+    q, k, v = new_qkv(num_heads, num_kv_heads, head_dim, dtype, device)
+    positions = torch.tensor(POSITIONS, device=device)
+    weights = torch.rand(2, head_dim, device=device).to(dtype) + 0.5
+    kept = [0, 2, 3, 4]
+
+    def norm_and_rotate(x, weight):
+        norm = Qwen3RMSNorm(head_dim, eps=1e-2)
+        norm.weight.data = weight
+        x = norm(x).transpose(0, 1)[None]
+        return apply_rotary_pos_emb(x, x, *rotary(x, positions[None]))[0][0].transpose(0, 1)
+
+    before = q.clone(), k.clone()
+    table, slots = rotary_table(rotary.inv_freq, 512), torch.tensor(SLOTS, device=device)
+    rope_and_write_kv(q, k, v, table, positions, kv_cache, slots, HeadNorms(weights[0], weights[1], 1e-2))
+    check(q, norm_and_rotate, before[0], weights[0])
+    assert torch.equal(k, before[1])
+    keys, values = read_slots(kv_cache)
+    check(keys, lambda x, weight: norm_and_rotate(x, weight)[kept], before[1], weights[1])
     assert torch.equal(values, v[kept])
     assert num_written(kv_cache) == 2 * 4 * num_kv_heads
 

@@ -1,6 +1,6 @@
 """Half precision against single: log-probabilities of 512 tokens that the model itself generates.
 
-A real model on the CPU; random ones of both architectures there and on a GPU, where the Triton kernels compute them.
+A real model on the CPU; random ones of all architectures there and on a GPU, where the Triton kernels compute them.
 """
 
 import random
@@ -15,7 +15,7 @@ from ensemble.models.layers import AttentionMetadata
 from ensemble.models.spec import load_model_spec
 from ensemble.request import Request, SamplingParams
 from ensemble.tokenizer import Tokenizer
-from tests.checkpoints import make_tiny_llama, make_tiny_opt
+from tests.checkpoints import make_tiny_llama, make_tiny_opt, make_tiny_qwen3
 from tools.offline import generate
 
 CPU = torch.device("cpu")
@@ -57,12 +57,16 @@ def test_half_precision_is_as_close_to_single_as_it_can_be(smollm2_dir, texts, e
     assert ours <= 1.25 * theirs
 
 
-@pytest.fixture(scope="module", params=["llama", "opt"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "opt"])
 def random_model(request, tmp_path_factory):
     """A checkpoint whose heads the GPU kernels take, and prompts with their continuation."""
     path = tmp_path_factory.mktemp(request.param)
     if request.param == "llama":
         make_tiny_llama(path, hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
+    elif request.param == "qwen3":
+        make_tiny_qwen3(
+            path, hidden_size=256, head_dim=64, use_sliding_window=True, sliding_window=50, max_window_layers=1
+        )
     else:
         make_tiny_opt(path, hidden_size=256, num_attention_heads=4, word_embed_proj_dim=256)
     rng = random.Random(0)
@@ -72,7 +76,7 @@ def random_model(request, tmp_path_factory):
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_both_architectures_in_half_precision(random_model, dtype, device):
+def test_all_architectures_in_half_precision(random_model, dtype, device):
     """As close as transformers, which on the random LLaMA passes the bound for bf16 itself (0.033 on a CPU)."""
     path, texts = random_model
     exact = transformers_log_probs(path, texts, torch.float32)

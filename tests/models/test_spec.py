@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from checkpoints import make_tiny_llama, make_tiny_opt
+from checkpoints import make_tiny_llama, make_tiny_mistral, make_tiny_opt, make_tiny_qwen2, make_tiny_qwen3
 
 from ensemble.errors import ModelError
-from ensemble.models.llama import inverse_frequencies
-from ensemble.models.spec import RopeSpec, load_model_spec
+from ensemble.models.rope import RopeSpec
+from ensemble.models.spec import load_model_spec
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -92,34 +92,79 @@ def test_biases_and_wide_heads_are_read(tmp_path):
     assert (spec.attention_bias, spec.mlp_bias, spec.head_dim, spec.num_kv_heads) == (True, True, 256, 8)
 
 
-def test_generation_config_names_the_end_of_sequence(tmp_path):
-    spec = load_model_spec(write(tmp_path, LLAMA_2_7B, eos_token_id=[2, 128001]))
-    assert spec.eos_token_ids == frozenset([2, 128001])
+MISTRAL = LLAMA_2_7B | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
+QWEN2 = LLAMA_2_7B | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 4096}
+QWEN3 = LLAMA_2_7B | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "sliding_window": 4096}
 
 
-@pytest.mark.parametrize("rope", ["rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
-def test_rope_frequencies_are_those_of_transformers(tmp_path, rope, kind):
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    scaling = {"rope_type": kind}
-    if kind != "default":
-        scaling["factor"] = 8.0
-    if kind == "llama3":
-        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
-    theta = {"rope_theta": 500000.0}
-    config = LLAMA_2_7B | ({rope: scaling | theta} if rope == "rope_parameters" else {rope: scaling} | theta)
-    path = write(tmp_path, config)
-    spec = load_model_spec(path)
-    theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(path)).inv_freq
-    torch.testing.assert_close(inverse_frequencies(spec.rope, spec.head_dim), theirs, rtol=1e-6, atol=0)
+def without(config, *names):
+    return {name: value for name, value in config.items() if name not in names}
 
 
-@pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_opt])
+def test_mistral(tmp_path):
+    spec = load_model_spec(write(tmp_path, MISTRAL))
+    assert (spec.architecture, spec.attention_bias, spec.has_head_norms) == ("llama", False, False)
+    assert spec.windows == (4096,) * 32
+    assert load_model_spec(write(tmp_path, without(MISTRAL, "sliding_window"))).windows == (4096,) * 32
+    assert load_model_spec(write(tmp_path, MISTRAL | {"sliding_window": None})).windows == (None,) * 32
+
+
+def test_qwen2(tmp_path):
+    spec = load_model_spec(write(tmp_path, QWEN2))
+    assert (spec.attention_bias, spec.attention_output_bias, spec.mlp_bias) == (True, False, False)
+    assert spec.windows == (None,) * 32
+    windowed = QWEN2 | {"use_sliding_window": True, "max_window_layers": 30}
+    assert load_model_spec(write(tmp_path, windowed)).windows == (None,) * 30 + (4096,) * 2
+    kinds = ["sliding_attention", "full_attention"] * 16
+    assert load_model_spec(write(tmp_path, windowed | {"layer_types": kinds})).windows == (4096, None) * 16
+    with pytest.raises(ModelError, match="layer_types"):
+        load_model_spec(write(tmp_path, windowed | {"layer_types": kinds[1:]}))
+
+
+def test_qwen3(tmp_path):
+    spec = load_model_spec(write(tmp_path, QWEN3))
+    assert (spec.has_head_norms, spec.attention_bias, spec.head_dim) == (True, False, 128)
+    assert load_model_spec(write(tmp_path, QWEN3 | {"hidden_size": 1024})).head_dim == 128
+    assert load_model_spec(write(tmp_path, QWEN3 | {"attention_bias": True})).attention_output_bias
+
+
+@pytest.mark.parametrize("config", [LLAMA_2_7B, MISTRAL, QWEN2, QWEN3, OPT_350M])
+def test_what_is_null_or_left_out_is_as_in_transformers(tmp_path, config):
+    from transformers import AutoConfig
+
+    optional = {*config} - {"hidden_size", "ffn_dim", "intermediate_size", "vocab_size", "model_type", "torch_dtype"}
+    optional -= {name for name in config if name.startswith("num_") and "key_value" not in name}
+    theirs = AutoConfig.from_pretrained(write(tmp_path, without(config, *optional)))
+    assert_read_alike(load_model_spec(tmp_path), theirs)
+    nulls = dict.fromkeys(optional - {"sliding_window", "num_key_value_heads"})
+    assert_read_alike(load_model_spec(write(tmp_path, without(config, *optional) | nulls)), theirs)
+
+
+def assert_read_alike(spec, theirs):
+    assert spec.max_model_len == theirs.max_position_embeddings
+    assert spec.tie_word_embeddings == theirs.tie_word_embeddings
+    if spec.architecture == "opt":
+        assert (spec.embedding_size, spec.is_pre_norm) == (theirs.word_embed_proj_dim, theirs.do_layer_norm_before)
+        assert (spec.attention_bias, spec.activation) == (theirs.enable_bias, theirs.activation_function)
+        return
+    assert (spec.num_kv_heads, spec.norm_eps) == (theirs.num_key_value_heads, theirs.rms_norm_eps)
+    assert spec.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert spec.rope == RopeSpec(theta=theirs.rope_parameters["rope_theta"])
+    assert set(spec.windows) == {getattr(theirs, "sliding_window", None)}
+
+
+def test_a_missing_architecture_is_told_by_the_model_type(tmp_path):
+    assert load_model_spec(write(tmp_path, QWEN3 | {"architectures": None})).has_head_norms
+    assert (
+        load_model_spec(write(tmp_path, LLAMA_2_7B | {"architectures": ["LLaMAForCausalLM"]})).architecture == "llama"
+    )
+
+
+@pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_mistral, make_tiny_qwen2, make_tiny_qwen3, make_tiny_opt])
 def test_checkpoints_of_the_installed_transformers_are_read(tmp_path, make):
     spec = load_model_spec(make(tmp_path))
-    assert (spec.vocab_size, spec.num_layers, spec.head_dim, spec.eos_token_ids) == (384, 2, 16, frozenset([1]))
+    head_dim = 32 if make is make_tiny_qwen3 else 16
+    assert (spec.vocab_size, spec.num_layers, spec.head_dim, spec.eos_token_ids) == (384, 2, head_dim, frozenset([1]))
 
 
 @pytest.mark.parametrize(
@@ -127,17 +172,13 @@ def test_checkpoints_of_the_installed_transformers_are_read(tmp_path, make):
     [
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported; supported: LlamaForCausalLM"),
         ({"architectures": None, "model_type": "t5"}, "model_type t5"),
-        ({"sliding_window": 4096}, "sliding_window is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling yarn is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling dynamic is not supported"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling longrope is not supported"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "field factor is missing"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
         ({"torch_dtype": "int8"}, "dtype int8 is not supported"),
         ({"num_key_value_heads": 5}, "32 heads are not a multiple of 5 KV heads"),
         ({"hidden_size": "wide"}, "config.json"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0 is not valid"),
+        ({"vocab_size": None}, "field vocab_size is missing"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, change, message):
@@ -167,11 +208,36 @@ def test_a_missing_field_is_named(tmp_path):
         load_model_spec(write(tmp_path, config))
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "is empty; a Hugging Face directory is needed"),
+        (["README.md"], "has no config.json; a Hugging Face directory is needed"),
+        (["model.safetensors"], "has no config.json"),
+        (["nested/config.json"], "nested has one"),
+        (["snapshots/0123/config.json"], "snapshots/0123 has one"),
+        (["model-q4_0.gguf"], "holds a GGUF model, which llama.cpp reads (model-q4_0.gguf)"),
+        (["adapter_config.json", "adapter_model.safetensors"], "holds an adapter (LoRA) and not a model"),
+        (["consolidated.00.pth", "params.json"], "in their maker's own format"),
+        (["rank0.engine", "config.pbtxt"], "TensorRT engine"),
+    ],
+)
+def test_a_directory_that_is_no_model_is_named_for_what_it_is(tmp_path, files, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(ModelError) as error:
+        load_model_spec(tmp_path)
+    assert str(error.value).startswith(f"model path {tmp_path}: ")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_path_that_is_no_model_is_named_in_one_line(tmp_path):
     with pytest.raises(ModelError, match="no such directory"):
         load_model_spec(tmp_path / "absent")
-    with pytest.raises(ModelError, match="has no config"):
-        load_model_spec(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match="is a GGUF file; a Hugging Face directory is needed"):
+        load_model_spec(tmp_path / "model.gguf")
     for content in ("{", "[]"):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ModelError, match=r"config\.json: ") as error:

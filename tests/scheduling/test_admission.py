@@ -1,22 +1,34 @@
 import pytest
 
 from ensemble.errors import InternalError, InvalidRequest
-from ensemble.scheduling.admission import DecodeAdmission
+from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.credits import Credits
+
+SOURCE = 9  # a replica that only prefills
 
 
 def make_admission(max_num_bridge_seqs=2, replicas=((10, 8),)):
     admission = DecodeAdmission(block_size=4, max_num_bridge_seqs=max_num_bridge_seqs)
     for replica, (num_blocks, max_num_seqs) in enumerate(replicas):
-        admission.replica_up(replica, num_blocks, max_num_seqs)
+        bring_up(admission, replica, num_blocks, max_num_seqs)
     return admission
+
+
+def bring_up(admission, replica, num_blocks=10, max_num_seqs=8, num_host_blocks=0):
+    """Returns the credit that the replica's requests hold."""
+    credits = Credits(num_blocks)
+    admission.replica_up(replica, credits, DecodeLimits(max_num_seqs, num_host_blocks))
+    return credits
 
 
 def promise(admission, request):
     assert admission.try_promise(request)
 
 
-def request_ids(submission):
-    return [handoff.request.request_id for handoff in submission.handoffs]
+def wait_in_bridge(admission, *requests, source=SOURCE):
+    for request in requests:
+        promise(admission, request)
+        admission.arrive(request.request_id, source)
 
 
 def test_prefill_runs_ahead_of_decode_by_the_bridge_bound_only(make_request):
@@ -52,70 +64,66 @@ def test_a_request_that_ends_with_its_first_token_needs_no_promise(make_request)
     admission.check_integrity()
 
 
-def test_the_whole_life_is_reserved_and_the_head_waits_for_it(make_request, make_handoff):
-    admission = make_admission(max_num_bridge_seqs=8)
+def test_the_whole_life_is_reserved_and_the_head_waits_for_it(make_request):
+    admission = make_admission(max_num_bridge_seqs=8, replicas=())
+    credits = bring_up(admission, 0)
     requests = [make_request(0, 16, max_tokens=9), make_request(1, 16, max_tokens=9), make_request(2, 1, max_tokens=2)]
-    for request in requests:  # 6, 6 and 1 blocks
-        promise(admission, request)
-        admission.arrive(make_handoff(request))
-    assert request_ids(admission.next_submission()) == [0]
+    wait_in_bridge(admission, *requests)  # 6, 6 and 1 blocks
+    assert admission.next_submission().request_ids == [0]
     assert admission.next_submission() is None  # 2 would fit, but may not overtake 1
-    assert admission.num_bridge_seqs == 2 and admission.num_bridge_blocks == 5
+    assert admission.num_bridge_seqs == 2
     admission.released(0, [0])
-    assert request_ids(admission.next_submission()) == [1, 2]
-    assert admission.num_promised_seqs == 0 and admission.num_decode_seqs == 2
+    assert admission.next_submission().request_ids == [1, 2]
+    assert admission.num_promised_seqs == 0 and credits.request_ids == [1, 2]
 
 
-def test_the_replica_with_the_most_free_blocks_is_chosen_late(make_request, make_handoff):
+def test_the_replica_with_the_most_free_blocks_is_chosen_late(make_request):
     admission = make_admission(max_num_bridge_seqs=8, replicas=((10, 8), (12, 8)))
     requests = [make_request(request_id, 12, max_tokens=5) for request_id in range(4)]  # 4 blocks each
-    for request in requests:
-        promise(admission, request)
-        admission.arrive(make_handoff(request))
+    wait_in_bridge(admission, *requests)
     submissions = [admission.next_submission() for _ in range(4)]
-    assert [(s.replica, request_ids(s)) for s in submissions] == [(1, [0]), (0, [1]), (1, [2]), (0, [3])]
+    assert [(s.replica, s.request_ids) for s in submissions] == [(1, [0]), (0, [1]), (1, [2]), (0, [3])]
     assert admission.next_submission() is None
 
 
-def test_cancel_says_who_has_to_act(make_request, make_handoff):
+def test_cancel_says_who_has_to_act(make_request):
     admission = make_admission(max_num_bridge_seqs=8)
     requests = [make_request(request_id, 16, max_tokens=9) for request_id in range(3)]
-    handoffs = [make_handoff(request) for request in requests]
     for request in requests:
         promise(admission, request)
-    admission.arrive(handoffs[0])
+    admission.arrive(0, SOURCE)
     admission.next_submission()
-    admission.arrive(handoffs[1])
-    assert admission.cancel(0) == ("decode", 0)
-    assert admission.cancel(1) == ("bridge", handoffs[1])
-    assert admission.cancel(2) == ("promised",)
+    admission.arrive(1, SOURCE)
+    assert admission.cancel(0) == 0  # the replica
+    assert admission.cancel(1) == "bridge"
+    assert admission.cancel(2) == "promised"
     assert [admission.cancel(request_id) for request_id in (1, 2, 3)] == [None, None, None]
     assert admission.num_free_blocks == 4  # the sequence in decode holds its blocks until the replica reports
     admission.released(0, [0])
     assert admission.num_free_blocks == 10 and admission.num_promised_seqs == 0
 
 
-def test_a_withdrawn_request_cannot_arrive(make_request, make_handoff):
+def test_a_withdrawn_request_cannot_arrive(make_request):
     admission = make_admission()
     request = make_request(0, 4)
     promise(admission, request)
     admission.withdraw(0)
     with pytest.raises(InternalError):
-        admission.arrive(make_handoff(request))
+        admission.arrive(request.request_id, SOURCE)
 
 
-def test_a_lost_replica_gives_up_its_sequences_and_the_bridge_waits(make_request, make_handoff):
-    admission = make_admission(max_num_bridge_seqs=8)
-    requests = [make_request(request_id, 16, max_tokens=9) for request_id in range(2)]
-    for request in requests:
-        promise(admission, request)
-        admission.arrive(make_handoff(request))
+def test_a_lost_replica_gives_up_its_sequences_and_the_bridge_waits(make_request):
+    admission = make_admission(max_num_bridge_seqs=8, replicas=())
+    credits = bring_up(admission, 0)
+    wait_in_bridge(admission, *(make_request(request_id, 16, max_tokens=9) for request_id in range(2)))
     admission.next_submission()
-    assert admission.replica_down(0) == [0]
+    assert credits.request_ids == [0]
+    admission.replica_down(0)
+    assert admission.cancel(0) is None
     assert admission.next_submission() is None
-    admission.replica_up(0, 10, 8)
+    bring_up(admission, 0)
     admission.released(0, [0])  # late word of the predecessor
-    assert request_ids(admission.next_submission()) == [1]
+    assert admission.next_submission().request_ids == [1]
     admission.check_integrity()
 
 
@@ -127,7 +135,7 @@ def test_a_request_no_pool_could_hold_is_refused(make_request):
     admission.check(make_request(0, 100, max_tokens=1))
 
 
-def test_with_a_host_pool_expected_growth_is_admitted(make_request, make_handoff):
+def test_with_a_host_pool_expected_growth_is_admitted(make_request):
     """4 blocks at full length, 2 expected: twice as many come in, less the watermark, as without a host pool."""
     requests = [make_request(request_id, 4, max_tokens=13) for request_id in range(20)]
     num_admitted = {}
@@ -135,39 +143,35 @@ def test_with_a_host_pool_expected_growth_is_admitted(make_request, make_handoff
         admission = DecodeAdmission(
             block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=lambda request: 8, watermark=0.1
         )
-        admission.replica_up(0, 20, 100, num_host_blocks)
-        for request in requests:
-            promise(admission, request)
-            admission.arrive(make_handoff(request))
+        credits = bring_up(admission, 0, 20, 100, num_host_blocks)
+        wait_in_bridge(admission, *requests)
         submission = admission.next_submission()
-        num_admitted[num_host_blocks] = len(submission.handoffs)
+        num_admitted[num_host_blocks] = len(submission.request_ids)
         admission.check_integrity()
-        admission.released(0, request_ids(submission))
-        assert admission.num_decode_seqs == 0
+        admission.released(0, submission.request_ids)
+        assert credits.num_requests == 0
         assert admission.num_free_blocks == (18 if num_host_blocks else 20)
     assert num_admitted == {0: 5, 100: 9}
 
 
-def test_a_small_host_pool_slows_admission(make_request, make_handoff):
+def test_a_small_host_pool_slows_admission(make_request):
     """All that are admitted can be brought to their end: at full length, the longest twice, they fit both pools."""
     admission = DecodeAdmission(block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=lambda request: 4)
-    admission.replica_up(0, 20, 100, num_host_blocks=8)
+    bring_up(admission, 0, 20, 100, num_host_blocks=8)
     for request_id in range(20):
         request = make_request(request_id, 4, max_tokens=13)
-        promise(admission, request)
-        admission.arrive(make_handoff(request))
-    assert len(admission.next_submission().handoffs) == 6
+        wait_in_bridge(admission, request)
+    assert len(admission.next_submission().request_ids) == 6
 
 
-def test_a_request_as_large_as_the_pool_runs_alone(make_request, make_handoff):
+def test_a_request_as_large_as_the_pool_runs_alone(make_request):
     admission = DecodeAdmission(
         block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=lambda request: 80, watermark=0.2
     )
-    admission.replica_up(0, 20, 100, num_host_blocks=8)
+    bring_up(admission, 0, 20, 100, num_host_blocks=8)
     request = make_request(0, 40, max_tokens=41)
-    promise(admission, request)
-    admission.arrive(make_handoff(request))
-    assert request_ids(admission.next_submission()) == [0]
+    wait_in_bridge(admission, request)
+    assert admission.next_submission().request_ids == [0]
 
 
 def test_a_prompt_computed_by_a_decode_replica_holds_its_whole_life_there(make_request):
@@ -177,7 +181,7 @@ def test_a_prompt_computed_by_a_decode_replica_holds_its_whole_life_there(make_r
     assert admission.try_start_at(1, make_request(2, 4, max_tokens=1))
     assert not admission.try_start_at(1, make_request(3, 1, max_tokens=1))  # blocks are left, places are not
     assert not admission.try_start_at(2, make_request(4, 1))  # there is no such replica
-    assert admission.num_free_blocks == 20 - 6 - 1 and admission.cancel(0) == ("decode", 1)
+    assert admission.num_free_blocks == 20 - 6 - 1 and admission.cancel(0) == 1
     admission.released(1, [0, 2])
     assert admission.try_start_at(1, make_request(1, 16, max_tokens=9))
     admission.check_integrity()
@@ -190,13 +194,147 @@ def test_what_prefill_was_promised_is_not_given_to_a_prompt_computed_in_decode(m
     assert admission.try_start_at(0, make_request(2, 16, max_tokens=1))  # 4 blocks
 
 
-def test_who_waits_in_the_bridge_goes_before_prompts_computed_in_decode(make_request, make_handoff):
+def test_who_waits_in_the_bridge_goes_before_prompts_computed_in_decode(make_request):
     admission = make_admission(max_num_bridge_seqs=2, replicas=((10, 1),))
     assert admission.try_start_at(0, make_request(0, 4, max_tokens=5))
     waiting = make_request(1, 4, max_tokens=5)
-    promise(admission, waiting)
-    admission.arrive(make_handoff(waiting))
+    wait_in_bridge(admission, waiting)
     assert admission.next_submission() is None  # the only place is taken
     admission.released(0, [0])
     assert not admission.try_start_at(0, make_request(2, 4, max_tokens=5))
-    assert request_ids(admission.next_submission()) == [1]
+    assert admission.next_submission().request_ids == [1]
+
+
+def test_a_head_that_only_a_lost_replica_could_hold_stands_before_nobody(make_request):
+    admission = make_admission(max_num_bridge_seqs=8, replicas=((10, 8), (20, 8)))
+    admission.replica_down(1)
+    wait_in_bridge(admission, make_request(0, 32, max_tokens=13), make_request(1, 16, max_tokens=9))  # 11 and 6 blocks
+    assert admission.next_submission() == (0, [1])
+    assert admission.next_submission() is None and admission.num_bridge_seqs == 1
+    bring_up(admission, 1, num_blocks=20)
+    assert admission.next_submission() == (1, [0])
+    admission.check_integrity()
+
+
+def test_a_request_that_has_to_be_alone_shares_its_replica_with_no_sequence(make_request):
+    admission = make_admission(max_num_bridge_seqs=8)
+    requests = [make_request(request_id, 4, max_tokens=5) for request_id in range(3)]
+    admission.set_alone(1)
+    wait_in_bridge(admission, *requests)
+    for request_id in range(3):
+        assert admission.next_submission() == (0, [request_id])
+        assert admission.next_submission() is None
+        admission.released(0, [request_id])
+    admission.check_integrity()
+
+
+def test_a_prompt_that_has_to_be_alone_starts_at_a_replica_only_when_that_is_empty(make_request):
+    admission = make_admission()
+    admission.set_alone(1)
+    assert admission.try_start_at(0, make_request(0, 4, max_tokens=5))
+    assert not admission.try_start_at(0, make_request(1, 4, max_tokens=5))
+    admission.released(0, [0])
+    assert admission.try_start_at(0, make_request(1, 4, max_tokens=5))
+    assert not admission.try_start_at(0, make_request(2, 4, max_tokens=5))
+    admission.clear_alone(1)  # it has got on: it was not its doing
+    assert admission.try_start_at(0, make_request(2, 4, max_tokens=5))
+
+
+@pytest.mark.parametrize("end", ["cancelled", "withdrawn", "released", "lost"])
+def test_nothing_is_remembered_of_a_request_that_was_alone(make_request, end):
+    admission = make_admission()
+    request = make_request(0, 4, max_tokens=5)
+    admission.set_alone(0)
+    promise(admission, request)
+    if end == "cancelled":
+        admission.cancel(0)
+    elif end == "withdrawn":
+        admission.withdraw(0)
+    else:
+        admission.arrive(0, SOURCE)
+        admission.next_submission()
+        if end == "released":
+            admission.released(0, [0])
+        else:
+            admission.replica_down(0)
+            bring_up(admission, 0)
+    assert admission.try_start_at(0, request)
+    assert admission.try_start_at(0, make_request(1, 4, max_tokens=5))
+
+
+def test_a_closed_replica_gets_no_more_and_what_it_has_goes_on(make_request):
+    admission = make_admission(max_num_bridge_seqs=1, replicas=((10, 8), (10, 8)))
+    wait_in_bridge(admission, make_request(0, 16, max_tokens=9))
+    assert admission.next_submission() == (0, [0])
+    admission.set_open(0, False)
+    assert admission.num_free_blocks == 10  # the other one's
+    assert not admission.try_start_at(0, make_request(5, 1))
+    wait_in_bridge(admission, make_request(1, 4, max_tokens=5))
+    assert admission.next_submission() == (1, [1])
+    admission.released(0, [0])
+    wait_in_bridge(admission, make_request(2, 32, max_tokens=9))  # 10 blocks
+    assert admission.next_submission() is None  # the only open one has 8 free
+    admission.set_open(0, True)
+    assert admission.next_submission() == (0, [2])
+    admission.check_integrity()
+
+
+def test_only_replicas_that_take_sequences_say_what_could_be_held(make_request):
+    admission = make_admission(replicas=((10, 8), (20, 8)))
+    request = make_request(0, 40, max_tokens=41)  # 20 blocks
+    admission.check(request)
+    admission.replica_down(1)
+    admission.check(request)  # it comes back
+    admission.replica_removed(1)
+    with pytest.raises(InvalidRequest):
+        admission.check(request)
+    bring_up(admission, 1, num_blocks=20)
+    admission.check(request)
+    admission.set_open(1, False)
+    with pytest.raises(InvalidRequest):
+        admission.check(request)
+
+
+def test_what_goes_on_where_it_was_prefilled_gives_its_lease_for_its_life(make_request):
+    """Source and reader are one replica: 5 blocks leased and 6 wanted fit 6, beside 4 that another one holds."""
+    admission = make_admission(replicas=())
+    credits = bring_up(admission, 0)
+    request = make_request(0, 20, max_tokens=5)
+    promise(admission, request)
+    credits.hold(0, 5)  # as PrefillScheduler does
+    credits.hold(7, 4)
+    admission.arrive(0, source=0)
+    assert admission.next_submission() == (0, [0])
+    assert credits.held(0) == 6 and credits.free_blocks == 0
+    admission.check_integrity()
+    admission.released(0, [0])
+    assert credits.request_ids == [7]
+
+
+def test_prompts_at_a_replica_take_the_room_of_its_sequences(make_request):
+    admission = make_admission(replicas=())
+    credits = bring_up(admission, 0)
+    credits.hold(7, 5)  # a prompt that is computed there
+    wait_in_bridge(admission, make_request(0, 16, max_tokens=9))  # 6 blocks
+    assert admission.num_free_blocks == 5 and admission.next_submission() is None
+    credits.release(7)
+    assert admission.next_submission() == (0, [0])
+
+
+def test_a_reader_that_cannot_map_the_source_is_passed_over(make_request):
+    admission = make_admission(max_num_bridge_seqs=8, replicas=((20, 8), (10, 8)))
+    admission.cannot_reach(SOURCE, 0)
+    wait_in_bridge(admission, make_request(0, 16, max_tokens=9))
+    wait_in_bridge(admission, make_request(1, 16, max_tokens=9), source=8)
+    assert admission.next_submission() == (1, [0])
+    assert admission.next_submission() == (0, [1])
+    assert admission.is_reachable_from(SOURCE)
+    admission.cannot_reach(SOURCE, 1)
+    assert not admission.is_reachable_from(SOURCE) and admission.is_reachable_from(8)
+    wait_in_bridge(admission, make_request(2, 4, max_tokens=5))
+    wait_in_bridge(admission, make_request(3, 4, max_tokens=5), source=8)
+    assert admission.next_submission() == (0, [3])  # 2 can go nowhere, and stands before nobody
+    admission.replica_down(1)
+    bring_up(admission, 1)  # its next life may reach it
+    assert admission.next_submission() == (1, [2])
+    admission.check_integrity()

@@ -5,30 +5,30 @@ from ensemble.scheduling.credits import Credits
 
 
 def test_credit_is_spent_and_comes_back():
-    credits = Credits(num_blocks=10, max_num_seqs=2)
+    credits = Credits(10)
     credits.hold(1, 6)
     assert not credits.fits(5)
     credits.hold(2, 4)
-    assert credits.free_blocks == 0 and credits.num_seqs == 2
+    assert credits.free_blocks == 0 and credits.request_ids == [1, 2]
+    assert (credits.held(1), credits.held(2), credits.held(3)) == (6, 4, 0)
     assert credits.release(1) == 6
     credits.check_integrity()
     assert credits.fits(6) and not credits.fits(7)
+    assert 1 not in credits and credits.num_requests == 1
 
 
-def test_places_run_out_before_blocks():
-    credits = Credits(num_blocks=10, max_num_seqs=1)
-    credits.hold(1, 1)
-    assert not credits.fits(1)
+def test_what_does_not_fit_is_not_held():
+    credits = Credits(10)
     with pytest.raises(InternalError):
-        credits.hold(2, 1)
+        credits.hold(1, 11)
+    assert credits.free_blocks == 10 and credits.num_requests == 0
 
 
-def test_credit_is_held_once_and_released_once():
-    credits = Credits(num_blocks=10)
+def test_credit_is_held_once_and_comes_back_once():
+    credits = Credits(10)
     credits.hold(1, 1)
     with pytest.raises(InternalError):
         credits.hold(1, 1)
-    credits.release(1)
-    with pytest.raises(InternalError):
-        credits.release(1)
+    assert credits.release(1) == 1
+    assert credits.release(1) == 0  # both schedulers hear of every release
     assert credits.free_blocks == 10

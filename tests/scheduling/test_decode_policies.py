@@ -101,9 +101,9 @@ def test_mlfq_follows_its_rules_exactly(name, operations):
 
 def test_skip_join_enters_where_the_quantum_covers_the_cost():
     policy = make_policy("sj-mlfq")
-    for request_id, cost in enumerate([0.0, 0.01, 0.0101, 0.04, 0.3]):
+    for request_id, cost in reversed(list(enumerate([0.0, 0.01, 0.0101, 0.04, 0.3]))):
         policy.add(make_sequence(request_id), 0.0, priority=0, join_cost_s=cost)
-    assert [policy.level_of(request_id) for request_id in range(5)] == [0, 0, 1, 2, 5]
+    assert policy.order(0.0) == [1, 0, 2, 3, 4]  # the first two in one level, by joining; each of the others in a later
 
 
 def test_srpt_runs_the_one_with_the_fewest_tokens_left():

@@ -12,7 +12,7 @@ def test_the_index_says_what_the_caches_would_find():
     for request_id, prompt in enumerate(prompts * 2):
         cache, replica = caches[request_id % 2], request_id % 2
         owner = Owner("sequence", request_id)
-        cache.allocate(owner, prompt, cache.blocks.blocks_for(len(prompt)))
+        cache.allocate_prompt(owner, prompt, cache.blocks.blocks_for(len(prompt)))
         cache.commit(owner, len(prompt))
         cache.free(owner)
         index.update(replica, *cache.take_events())

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
+from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.request import Request, SamplingParams, Sequence
-from ensemble.scheduling.admission import DecodeAdmission
+from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
-from ensemble.scheduling.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.scheduling.swapping import Footprint, Memory, plan_iteration
-from ensemble.workers.messages import KVHandoff
 
 BLOCK_SIZE = 2
 NUM_BLOCKS = 10
@@ -47,7 +47,8 @@ class SwapStorm(RuleBasedStateMachine):
             max_num_bridge_seqs=50,
             expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 3,
         )
-        self.admission.replica_up(0, NUM_BLOCKS, 50, self.num_host_blocks)
+        self.admission.replica_up(0, Credits(NUM_BLOCKS), DecodeLimits(50, self.num_host_blocks))
+        self.requests = {}  # request_id |-> waits in the bridge
         self.submitted = deque()  # admitted, waiting for blocks to be pulled into
 
     def write(self, sequence, position):
@@ -73,22 +74,13 @@ class SwapStorm(RuleBasedStateMachine):
             return
         self.hints[self.num_requests] = {"priority": priority, "join_cost_s": join_cost_s}
         self.num_requests += 1
-        block_ids = list(range(self.blocks.device.blocks_for(prompt_len)))
-        self.admission.arrive(
-            KVHandoff(
-                transfer_id=request.request_id,
-                source="ipc://p",
-                request=request,
-                output_token_ids=[1],
-                num_kv_tokens=prompt_len,
-                block_ids=block_ids,
-            )
-        )
+        self.requests[request.request_id] = request
+        self.admission.arrive(request.request_id, source=1)
 
     def pull(self):
         """Returns the blocks that the first sequence which still waits needs."""
         while (submission := self.admission.next_submission()) is not None:
-            self.submitted.extend(handoff.request for handoff in submission.handoffs)
+            self.submitted.extend(self.requests.pop(request_id) for request_id in submission.request_ids)
         while self.submitted:
             request = self.submitted[0]
             num_blocks = self.blocks.device.blocks_for(request.prompt_len)

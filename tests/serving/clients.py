@@ -22,6 +22,7 @@ DTYPES = {
     "temperature": "FP32",
     "top_p": "FP32",
     "seed": "UINT64",
+    "n": "INT32",
     "priority": "INT32",
     "tenant": "BYTES",
     "ttft_target_ms": "FP32",
@@ -77,10 +78,12 @@ class StreamClient:
     def send(self, model: str, request_id: str, **values: Any) -> None:
         self.send_inputs(model, request_id, make_inputs(batched=model == "ensemble", **values))
 
-    def send_inputs(self, model: str, request_id: str, inputs: list[grpc.InferInput]) -> None:
+    def send_inputs(self, model: str, request_id: str, inputs: list[grpc.InferInput], **settings: Any) -> None:
         self.answers[request_id] = Answer()
         self._open += 1
-        self._client.async_stream_infer(model, inputs, request_id=request_id, enable_empty_final_response=True)
+        self._client.async_stream_infer(
+            model, inputs, request_id=request_id, enable_empty_final_response=True, **settings
+        )
 
     def wait(self, timeout_s: float = 120.0) -> dict[str, Answer]:
         for _ in range(self._open):

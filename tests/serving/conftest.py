@@ -1,13 +1,23 @@
 """Servers that several tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ensemble.serving.run_dir import RUN_DIR_VARIABLE
 from tests.checkpoints import make_tiny_llama
 from tests.serving.deployments import deploy
 from tools.server.triton_server import TritonServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of what these tests run in their own process."""
+    path = tmp_path_factory.mktemp("run")
+    os.environ[RUN_DIR_VARIABLE] = str(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -124,11 +124,3 @@ def test_neighbours_in_flight_are_untouched(tiny_server: TritonServer) -> None:
     client.close()
     assert answer.error is None
     assert answer.text == alone
-
-
-def test_unknown_members_of_an_http_body_are_passed_over(tiny_server: TritonServer) -> None:
-    """The server makes them request parameters, the kind that the HTTP relay's tag is."""
-    body = json.dumps({**GOOD, "note": "distserve_client_tag", "distserve_client_tag_v2": 1, "x": "é"}).encode()
-    for url in (tiny_server.http_url, tiny_server.direct_http_url):
-        with urllib.request.urlopen(f"{url}/v2/models/ensemble/generate", body, timeout=30) as response:
-            assert json.load(response)["text_output"]

@@ -6,9 +6,13 @@ import gzip
 import http.client
 import itertools
 import json
+import shutil
 import socket
+import struct
 import sys
 import threading
+import time
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,12 +23,25 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble.serving.cancels import CLIENT_TAG
-from ensemble.serving.http_relay import with_first_member
+from ensemble.errors import (
+    DeadlineExceeded,
+    DistServeError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    StageUnavailable,
+)
+from ensemble.serving.heartbeat import beats_folder
+from ensemble.serving.http_contract import AnswerInspector, as_plain_request
+from ensemble.serving.http_messages import with_first_member
+from ensemble.serving.marks import CLIENT_TAG
+from ensemble.serving.run_dir import cancel_address
+from tools.server.ports import Ports
 from tools.server.processes import spawn
-from tools.server.triton_server import Ports
 
+DEADLINE = "deadline exceeded: the request's timeout_ms has passed"
 GENERATE = "/v2/models/ensemble/generate"
+MAX_BODY_BYTES = 10 << 20
 JSON_VALUES = st.recursive(
     st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
 )
@@ -98,8 +115,9 @@ class Echo(BaseHTTPRequestHandler):
 
 
 class Relay:
-    def __init__(self, port: int, cancels: "zmq.Socket[bytes]") -> None:
+    def __init__(self, port: int, run_dir: Path, cancels: "zmq.Socket[bytes]") -> None:
         self.port = port
+        self.run_dir = run_dir
         self.cancels = cancels
 
     def connect(self) -> http.client.HTTPConnection:
@@ -129,14 +147,15 @@ def relay(echo: ThreadingHTTPServer, tmp_path_factory: pytest.TempPathFactory) -
 
 @contextlib.contextmanager
 def running_relay(upstream_port: int, path: Path) -> Iterator[Relay]:
-    address, port = f"ipc://{path}/cancels", Ports.free().http
-    command = [sys.executable, "-m", "ensemble.serving.http_relay", "127.0.0.1", str(port), str(upstream_port), address]
+    address, port = cancel_address(path), Ports.free().http
+    arguments = ["127.0.0.1", str(port), str(upstream_port), str(path), str(MAX_BODY_BYTES)]
+    command = [sys.executable, "-m", "ensemble.serving.http_relay", *arguments]
     with zmq.Context() as context, context.socket(zmq.PULL) as cancels, (path / "log").open("wb") as log:
         cancels.bind(address)
         cancels.setsockopt(zmq.LINGER, 0)
         process = spawn(command, log, {})
         try:
-            relay = Relay(port, cancels)
+            relay = Relay(port, path, cancels)
             for _ in range(500):
                 with contextlib.suppress(ConnectionRefusedError):
                     socket.create_connection(("127.0.0.1", port)).close()
@@ -158,14 +177,160 @@ def test_generate_gets_a_tag_of_its_own_and_other_requests_pass_as_they_are(rela
         tags.add(got.pop(CLIENT_TAG))
         assert got == {"text_input": "é", "max_tokens": 2}
     assert len(tags) == 3
-    connection.request("POST", "/v2/models/double/infer", b'{"a": 1}')
+    connection.request("POST", "/v2/models/scheduler/infer", b'{"a": 1}')
     assert connection.getresponse().read() == b'{"a": 1}'
-    connection.request("GET", "/v2/health/ready")
-    assert connection.getresponse().read() == b"/v2/health/ready"
+    connection.request("GET", "/v2/models/ensemble/config")
+    assert connection.getresponse().read() == b"/v2/models/ensemble/config"
     packed = gzip.compress(b'{"a": 1}')
-    connection.request("POST", GENERATE, packed, {"Content-Encoding": "gzip"})
+    connection.request("POST", "/v2/models/scheduler/infer", packed, {"Content-Encoding": "gzip"})
     assert connection.getresponse().read() == packed
     connection.close()
+
+
+@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("Deflate", zlib.compress)])
+@pytest.mark.parametrize("size", [8, 3_000_000])
+def test_compressed_bodies_of_generates_are_decoded(relay: Relay, encoding: str, compress: Any, size: int) -> None:
+    body = {"text_input": "x" * size, "max_tokens": 2}
+    connection = relay.connect()
+    for is_chunked in (False, True):
+        packed = compress(json.dumps(body).encode())
+        data = iter([packed[:7], packed[7:]]) if is_chunked else packed
+        connection.request("POST", GENERATE, data, {"Content-Encoding": encoding}, encode_chunked=is_chunked)
+        got = json.load(connection.getresponse())
+        assert got.pop(CLIENT_TAG)
+        assert got == body
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status", "message"),
+    [
+        ("br", b"x", 415, "Content-Encoding 'br' is not taken: gzip, deflate or none"),
+        ("gzip", b"no such thing", 400, "the body is not gzip"),
+        ("gzip", gzip.compress(b"{}" * 500)[:-4], 400, "it ends in its midst"),
+        ("deflate", zlib.compress(b" " * (64 << 20) + b"{}"), 413, "more than 67108864 bytes when it is decoded"),
+    ],
+    ids=["unknown", "junk", "cut", "too long"],
+)
+def test_what_cannot_be_decoded_is_refused(relay: Relay, encoding: str, body: bytes, status: int, message: str) -> None:
+    connection = relay.connect()
+    connection.request("POST", GENERATE, body, {"Content-Encoding": encoding})
+    response = connection.getresponse()
+    assert response.status == status
+    assert message in json.load(response)["error"]
+
+
+@pytest.mark.parametrize(
+    ("start", "headers"),
+    [
+        (f"POST {GENERATE}", "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"),
+        (f"POST {GENERATE}", "upgrade: h2c\r\nconnection: keep-alive, upgrade\r\n"),
+        (f"POST http://example.org:8000{GENERATE}", ""),
+        (f"POST HTTP://[::1]:8000{GENERATE}", ""),
+    ],
+)
+def test_other_ways_to_write_a_request(relay: Relay, start: str, headers: str) -> None:
+    """Java's client offers an upgrade to HTTP/2, proxies send whole URLs; both are answered, and may send more."""
+    request = f'{start} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 8\r\n\r\n{{"a": 1}}'.encode()
+    answers = relay.raw(request * 2 + b"GET /v2/models/ensemble/config HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert answers.count(b"HTTP/1.1 200 OK") == 3
+    assert answers.count(CLIENT_TAG.encode()) == 2
+    head = as_plain_request(request)
+    assert head.startswith(f"POST {GENERATE} HTTP/1.1\r\n".encode())
+    assert b"pgrade" not in head
+    assert b"HTTP2" not in head
+    assert (b"connection: keep-alive" in head.lower()) == ("keep-alive" in headers)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"max_tokens": 4294967301}', "max_tokens = 4294967301 is not valid: an integer of 32 bits"),
+        (b'{"parameters": {"top_k": -99999999999}}', "top_k = -99999999999"),
+        (b'{"temperature": 1e400}', "temperature = Infinity"),
+        (b'{"seed": 18446744073709551616}', "seed = 18446744073709551616 is not valid: an integer of 64 bits"),
+        (b'{"stop_token_ids": [1, 4294967297]}', "stop_token_ids = 4294967297"),
+    ],
+)
+def test_numbers_of_which_the_server_would_take_a_part_are_refused(relay: Relay, body: bytes, message: str) -> None:
+    connection = relay.connect()
+    for chunked in (False, True):
+        connection.request("POST", GENERATE, iter([body]) if chunked else body, encode_chunked=chunked)
+        response = connection.getresponse()
+        assert response.status == 400
+        assert message in json.load(response)["error"]
+
+
+def test_long_numbers_that_fit_pass(relay: Relay) -> None:
+    connection = relay.connect()
+    body = {"seed": 2**64 - 1, "text_input": "call 0123456789", "max_tokens": 2147483647}
+    connection.request("POST", GENERATE, json.dumps(body))
+    got = json.load(connection.getresponse())
+    assert got.pop(CLIENT_TAG)
+    assert got == body
+
+
+def answered(status: bytes, message: str, pieces: list[int], request: bytes | None = b"{}") -> tuple[bytes, bytes]:
+    """Head and body of what a client gets when the server's answer comes in pieces, cut at these positions."""
+    body = json.dumps({"error": message}).encode()
+    framed = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    data = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\n%b" % (status, framed)
+    inspector = AnswerInspector(request)
+    got = b"".join(inspector.push(piece) for piece in cut(data, pieces))
+    assert inspector.is_done
+    head, _, answer = got.partition(b"\r\n\r\n")
+    return head, answer
+
+
+@given(st.lists(st.integers(0, 300), max_size=6))
+def test_errors_get_their_status_however_they_arrive(pieces: list[int]) -> None:
+    cases: list[tuple[DistServeError, int, int | None]] = [
+        (Overloaded("a queue is full", 2.4), 503, 3),
+        (StageUnavailable("decode", "its worker ended"), 503, 1),
+        (DeadlineExceeded(DEADLINE), 504, None),
+        (InternalError("here"), 500, None),
+        (InvalidRequest("overloaded", 1, "retry after 9 s"), 400, None),
+    ]
+    for error, status, retry_after in cases:
+        for message in (str(error), f"in ensemble 'vllm_model', {error}"):
+            head, body = answered(b"400 Bad Request", message, pieces)
+            assert head.startswith(b"HTTP/1.1 %d " % status)
+            assert (b"Retry-After: %d" % (retry_after or 0) in head) == (retry_after is not None)
+            assert json.loads(body) == {"error": message}
+            assert b"Content-Length: %d" % len(body) in head
+
+
+@pytest.mark.parametrize(
+    ("request_body", "message"),
+    [
+        (b'{"text_input": "x", "max_tokens": "many"}', 'max_tokens = "many" is not valid: an integer'),
+        (b'{"text_input": "x", "max_tokens": null}', "max_tokens = null is not valid: an integer"),
+        (b'{"text_input": 5}', "text_input = 5 is not valid: a string"),
+        (b'{"parameters": {"temperature": "hot"}}', 'temperature = "hot" is not valid: a number'),
+        (b'{"sampling_parameters": {"n": 1}}', 'sampling_parameters = {"n": 1} is not valid: a string of JSON'),
+        (b'{"parameters": 5}', "parameters is not valid: a JSON object"),
+        (
+            b'{"max_tokns": null}',
+            "max_tokns = None is not valid: there is no input of this name; did you mean max_tokens?",
+        ),
+        (b'{"id": 5}', "id = 5 is not valid: a string"),
+        (b"[1]", "the body is not a JSON object"),
+        (b'{"text_input": ', "the body is not JSON: "),
+        (b"", "the body is not JSON: "),
+        (b'{"text_input": "\xff"}', "the body is not UTF-8: "),
+    ],
+)
+def test_a_wrong_type_is_a_400_that_names_the_field(request_body: bytes, message: str) -> None:
+    head, body = answered(b"500 Internal Server Error", "Unable to parse 'data': attempt to", [], request_body)
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert message in json.loads(body)["error"]
+
+
+@given(st.binary(max_size=200), st.lists(st.integers(0, 300), max_size=6))
+def test_answers_without_an_error_pass_as_they_are(body: bytes, pieces: list[int]) -> None:
+    data = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    inspector = AnswerInspector(None)
+    assert b"".join(piece if inspector.is_done else inspector.push(piece) for piece in cut(data, pieces)) == data
 
 
 def test_bodies_of_any_size_and_in_chunks(relay: Relay) -> None:
@@ -204,7 +369,7 @@ def test_the_tag_of_a_client_that_goes_is_told(relay: Relay) -> None:
     first = json.load(connection.getresponse())[CLIENT_TAG]
     assert not relay.cancels.poll(200), "it is still there"
     assert connection.sock is not None
-    connection.sock.sendall(b"POST /v2/models/x/generate?wait HTTP/1.1\r\nContent-Length: 1\r\n\r\nx")
+    connection.sock.sendall(b"POST /v2/models/scheduler/generate?wait HTTP/1.1\r\nContent-Length: 1\r\n\r\nx")
     connection.close()
     assert relay.cancels.poll(1000)
     told = relay.cancels.recv().decode()
@@ -233,23 +398,50 @@ def test_what_comes_after_a_generate_neither_answers_nor_hides_it(relay: Relay) 
 
 def test_an_empty_line_after_a_body_is_passed_over(relay: Relay) -> None:
     request = f"POST {GENERATE} HTTP/1.1\r\nContent-Length: 2\r\n\r\n{{}}".encode()
-    answer = relay.raw(request + b"\r\n" + b"GET /ready HTTP/1.1\r\nConnection: close\r\n\r\n")
+    answer = relay.raw(request + b"\r\n" + b"GET /v2/models/stats HTTP/1.1\r\nConnection: close\r\n\r\n")
     assert answer.count(b"HTTP/1.1 200 OK") == 2
-    assert answer.endswith(b"/ready")
+    assert answer.endswith(b"/v2/models/stats")
+
+
+def test_http_2_without_an_upgrade_is_told(relay: Relay) -> None:
+    answer = relay.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 505 ")
+    assert b"HTTP/2 is not served here" in answer
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"POST / HTTP/1.1\r\nContent-Length: many\r\n\r\n", b"Content-Length 'many' is not a number"),
-        (b"GET / HTTP/1.1\r\nwhat is this\r\n\r\n", b"'what is this' is not a header"),
-        (b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", b"longer than 65536 bytes"),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"chunk size 'zz' is not a number"),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 70_000, b"longer than 65536 bytes"),
-        (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-length: 2\r\n\r\n", b"Content-length is there twice"),
-        (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", b"are both there"),
-        (b"POST / HTTP/1.1\r\nContent-Length : 1\r\n\r\n", b"'Content-Length : 1' is not a header"),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", b"neither chunked nor identity"),
+        (
+            b"POST /v2/models/scheduler/infer HTTP/1.1\r\nContent-Length: many\r\n\r\n",
+            b"Content-Length 'many' is not a number",
+        ),
+        (b"GET /v2 HTTP/1.1\r\nwhat is this\r\n\r\n", b"'what is this' is not a header"),
+        (b"GET /v2 HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", b"longer than 65536 bytes"),
+        (
+            b"POST /v2/models/scheduler/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+            b"chunk size 'zz' is not a number",
+        ),
+        (
+            b"POST /v2/models/scheduler/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 70_000,
+            b"longer than 65536 bytes",
+        ),
+        (
+            b"POST /v2/models/scheduler/infer HTTP/1.1\r\nContent-Length: 1\r\nContent-length: 2\r\n\r\n",
+            b"Content-length is there twice",
+        ),
+        (
+            b"POST /v2/models/scheduler/infer HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"are both there",
+        ),
+        (
+            b"POST /v2/models/scheduler/infer HTTP/1.1\r\nContent-Length : 1\r\n\r\n",
+            b"'Content-Length : 1' is not a header",
+        ),
+        (
+            b"POST /v2/models/scheduler/infer HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
+            b"neither chunked nor identity",
+        ),
     ],
     ids=["length", "header", "long head", "chunk size", "long chunk size", "two lengths", "both", "space", "encoding"],
 )
@@ -262,7 +454,115 @@ def test_what_is_no_http_is_refused(relay: Relay, data: bytes, message: bytes) -
 def test_while_the_triton_server_is_down(tmp_path: Path) -> None:
     with running_relay(Ports.free().http, tmp_path) as relay:
         connection = relay.connect()
-        connection.request("GET", "/v2/health/ready")
+        for path, message in (
+            ("/v2/health/ready", "no request could be served now"),
+            ("/v2/models/stats", "the Triton server does not answer"),
+        ):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            assert response.status == 503
+            assert response.headers["Retry-After"] == "1"
+            assert json.load(response) == {"error": message}
+        connection.request("GET", "/v2/health/live")
+        assert connection.getresponse().status == 200
+
+
+# ---- what passes
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("POST", "/v2/models/prefill/generate", 403, "model prefill is not for clients"),
+        ("POST", "/v2/models/decode/versions/1/infer", 403, "model decode is not for clients"),
+        ("POST", "/v2/models/preprocess/generate_stream", 403, "use ensemble or scheduler"),
+        ("POST", "/v2/models/%65nsemble/generate", 403, "is not for clients"),
+        ("POST", "/v2/repository/models/scheduler/unload", 404, "is not among what this server offers"),
+        ("POST", "/v2/systemsharedmemory/region/mine/register", 403, "--allow-client-shm"),
+        ("POST", "/v2/cudasharedmemory/region/mine/register", 403, "--allow-client-shm"),
+        ("POST", "/v2/trace/setting", 404, "is not among what this server offers"),
+        ("POST", "/v2/logging", 404, "is not among what this server offers"),
+        ("GET", "/v2/../v2/models/x/generate", 404, "is not among what this server offers"),
+        ("GET", "/v2/health/ready", 503, "no request could be served"),
+        ("GET", "/v2/models/ensemble/ready", 503, "no request could be served"),
+    ],
+)
+def test_what_is_not_for_clients_does_not_pass(relay: Relay, method: str, path: str, status: int, message: str) -> None:
+    connection = relay.connect()
+    connection.request("POST", GENERATE, b'{"a": 1}')  # an answer before, on the same connection, changes nothing
+    connection.getresponse().read()
+    connection.request(method, path, b'{"a": 1}')
+    response = connection.getresponse()
+    assert response.status == status
+    assert message in json.load(response)["error"]
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v2", "/v2/models/stats", "/v2/models/prefill", "/v2/models/decode/versions/1/config", "/v2/models/x/stats"],
+)
+def test_reading_about_models_passes(relay: Relay, path: str) -> None:
+    connection = relay.connect()
+    connection.request("GET", f"{path}?x=1")
+    assert connection.getresponse().read() == f"{path}?x=1".encode()
+    connection.close()
+
+
+def test_readiness_is_what_the_scheduler_says_and_live_is_live(relay: Relay) -> None:
+    beat = beats_folder(relay.run_dir) / "scheduler-1"
+    beat.parent.mkdir()
+    connection = relay.connect()
+    try:
+        for is_serving, status in ((True, 200), (False, 503), (True, 200)):
+            beat.write_bytes(beat_of(pid=1, is_serving=is_serving))
+            connection.request("GET", "/v2/health/live")
+            assert connection.getresponse().read() == b""
+            connection.request("GET", "/v2/models/scheduler/ready")
+            response = connection.getresponse()
+            response.read()
+            assert response.status == status
+    finally:
+        shutil.rmtree(beat.parent)
+        connection.close()
+
+
+def beat_of(pid: int, is_serving: bool) -> bytes:
+    return struct.pack("<QQ?", pid, 1, is_serving).ljust(512, b"\0")
+
+
+def test_a_body_that_is_too_long_is_refused_by_name(relay: Relay) -> None:
+    allowed = f"the body is longer than {MAX_BODY_BYTES} bytes (--max-body-bytes)"
+    connection = relay.connect()
+    connection.request("POST", GENERATE, b'{"a": 1}')
+    connection.getresponse().read()
+    started = time.monotonic()
+    connection.request("POST", GENERATE, b"x" * (MAX_BODY_BYTES + 1))
+    response = connection.getresponse()
+    assert response.status == 413
+    assert json.load(response)["error"] == allowed
+    connection.close()
+    connection = relay.connect()
+    with contextlib.suppress(ConnectionError):  # the answer may come before all chunks are sent
+        connection.request("POST", GENERATE, (b" " * (1 << 20) for _ in range(12)), encode_chunked=True)
+    response = connection.getresponse()
+    assert response.status == 413
+    assert json.load(response)["error"] == allowed
+    connection.close()
+    assert time.monotonic() - started < 5
+
+
+def test_a_server_that_ends_before_it_answers_is_an_error_and_no_silence(tmp_path: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        running_relay(listener.getsockname()[1], tmp_path) as relay,
+    ):
+        connection = relay.connect()
+        connection.request("POST", GENERATE, b'{"a": 1}')
+        accepted, _ = listener.accept()
+        while b"}" not in accepted.recv(4096):
+            pass
+        accepted.close()
         response = connection.getresponse()
         assert response.status == 503
         assert json.load(response) == {"error": "the Triton server does not answer"}

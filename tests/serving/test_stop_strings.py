@@ -1,10 +1,17 @@
 """Stop strings: found across token borders, never shown, and nothing shown that would have to be taken back."""
 
+import re
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ensemble.request import FinishReason, Request, SamplingParams, Sequence
+from ensemble.serving.answer_text import AnswerText, answer_text
 from ensemble.serving.stop_strings import StopStrings
+from ensemble.tokenizer import Tokenizer
+from tests.checkpoints import make_tiny_tokenizer
 from tests.serving.clients import blocks_in_use, generate, read_metrics
 from tools.server.triton_server import TritonServer
 
@@ -25,9 +32,15 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[s
     else:
         stopped = False
         shown += matcher.flush()
-    first = min((position for stop in stops if (position := whole.find(stop)) >= 0), default=None)
-    assert stopped == (first is not None)
-    assert shown == (whole if first is None else whole[:first])
+    expected = text_before_stop(whole, stops)
+    assert stopped == (expected is not None)
+    assert shown == (whole if expected is None else expected)
+
+
+def text_before_stop(text: str, stops: list[str]) -> str | None:
+    """Character by character."""
+    ends = ((length, stop) for length in range(len(text) + 1) for stop in stops)
+    return next((text[: length - len(stop)] for length, stop in ends if text[:length].endswith(stop)), None)
 
 
 @given(pieces, stops)
@@ -42,6 +55,101 @@ def test_nothing_is_held_back_longer_than_needed(pieces: list[str], stops: list[
         shown += text
         held = whole[len(shown) :]
         assert not held or any(stop.startswith(held) for stop in stops)
+
+
+SPECIAL = "<|end|>"
+mixed = st.lists(st.one_of(st.text(alphabet="ab", max_size=3), st.just(SPECIAL)), max_size=10)
+mixed_stops = st.lists(
+    st.lists(st.sampled_from(["a", "b", "ab", SPECIAL]), min_size=1, max_size=3).map("".join), min_size=1, max_size=3
+)
+
+
+@given(mixed, mixed_stops, st.integers(0, 4))
+def test_special_tokens_match_but_are_not_shown_and_nothing_stops_early(
+    pieces: list[str], stops: list[str], num_early: int
+) -> None:
+    """Against a search of the whole text after each piece, character by character of it."""
+    matcher = StopStrings(stops, [SPECIAL, "<s>"])
+    expected, shown, stopped = None, "", False
+    for count, piece in enumerate(pieces, 1):
+        whole, before = "".join(pieces[:count]), "".join(pieces[: count - 1])
+        visible = whole.replace(SPECIAL, "")
+        ends = []
+        for number, stop in enumerate(stops if count > num_early else []):
+            text, old = (whole, before) if SPECIAL in stop else (visible, before.replace(SPECIAL, ""))
+            for end in range(len(old) + 1, len(text) + 1):
+                if text[:end].endswith(stop):
+                    ends.append((end - len(old), number, text[: end - len(stop)].replace(SPECIAL, "")))
+        text, stopped = matcher.push(piece, is_shown=piece != SPECIAL, may_stop=count > num_early)
+        shown += text
+        assert visible.startswith(shown)
+        if ends:
+            expected = min(ends)[2]
+            break
+    assert stopped == (expected is not None)
+    assert shown + matcher.flush() == ("".join(pieces).replace(SPECIAL, "") if expected is None else expected)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer")
+    make_tiny_tokenizer(path)
+    return Tokenizer.from_dir(path)
+
+
+# stop strings, parameters, how the answer to "The" goes on, whether it ends itself |-> text, stopped after how many
+ANSWERS = [
+    ([], {}, " river</s>", True, " river", None),
+    ([], {}, " river", True, " rive", None),  # an end token that is not special has no text either
+    ([], {"ignore_eos": True}, " a</s>b", False, " ab", None),
+    (["</s>"], {"ignore_eos": True}, " a</s>b", False, " a", 3),
+    (["a</s>"], {"ignore_eos": True}, " a</s>b", False, " ", 3),
+    (["a</s>b"], {"ignore_eos": True}, " a</s>b", False, " ", 4),
+    (["ab"], {"ignore_eos": True}, " a</s>b", False, " ", 4),
+    (["/s>"], {"ignore_eos": True}, " a</s>b", False, " ab", None),
+    (["a</s>"], {}, " a</s>", True, " ", 3),
+    (["b"], {"min_tokens": 2}, "bbbb", False, "bb", 3),
+    (["bb"], {"min_tokens": 2}, "bbbb", False, "b", 3),
+    (["b"], {"min_tokens": 3, "max_tokens": 4}, "bbbb", False, "bbb", 4),
+    (["</s>"], {"min_tokens": 1, "ignore_eos": True}, "</s>a</s>", False, "a", 3),
+    (["b", "bcd"], {"min_tokens": 1}, "bca", False, "bca", None),
+    (["c", "bc"], {"min_tokens": 1}, "bca", False, "b", 2),  # of two that end at once the first of the list
+    (["bc", "c"], {"min_tokens": 1}, "bca", False, "", 2),
+]
+
+
+@pytest.mark.parametrize(("stops", "sampling", "tokens", "ends_itself", "text", "stopped_after"), ANSWERS)
+def test_text_of_an_answer(
+    tokenizer: Tokenizer,
+    stops: list[str],
+    sampling: dict[str, Any],
+    tokens: str,
+    ends_itself: bool,
+    text: str,
+    stopped_after: int | None,
+) -> None:
+    units = [unit for unit in re.split("(</s>|.)", tokens) if unit]
+    token_ids = [token_id for unit in units for token_id in tokenizer.encode(unit, add_special_tokens=False)]
+    assert len(token_ids) == len(units)
+    request = Request(
+        request_id=0, prompt_token_ids=tokenizer.encode("The"), sampling=SamplingParams(**{"max_tokens": 9} | sampling)
+    )
+    answer = AnswerText(tokenizer, request, stops)
+    shown, num_read = "", None
+    for count, token_id in enumerate(token_ids, 1):
+        shown += answer.push(token_id, is_end=ends_itself and count == len(token_ids))
+        if answer.is_stopped:
+            num_read = count
+            break
+    assert (shown if answer.is_stopped else shown + answer.flush()) == text
+    assert num_read == stopped_after
+
+
+@pytest.mark.parametrize(("reason", "text"), [("stop", " river"), ("length", " river.")])
+def test_the_text_of_a_sequence_that_has_ended(tokenizer: Tokenizer, reason: FinishReason, text: str) -> None:
+    request = Request(request_id=0, prompt_token_ids=tokenizer.encode("The"), sampling=SamplingParams())
+    token_ids = tokenizer.encode(" river.", add_special_tokens=False)
+    assert answer_text(tokenizer, Sequence(request, output_token_ids=token_ids, finish_reason=reason)) == text
 
 
 @pytest.mark.server

@@ -10,9 +10,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from ensemble.config import DecodePolicyName
 from ensemble.engine.engine import load_engine
 from ensemble.request import Request, SamplingParams
-from ensemble.scheduling.decode_policies import DecodePolicyName
 from tests.serving.clients import blocks_in_use, read_metrics, run_streams
 from tests.serving.deployments import deploy
 from tools.offline import generate

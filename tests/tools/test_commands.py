@@ -14,8 +14,9 @@ import pytest
 from tests.checkpoints import make_tiny_llama
 from tools.client import generate_stream
 from tools.server.deployment import make_deployment
+from tools.server.ports import Ports
 from tools.server.processes import session_pids
-from tools.server.triton_server import Ports, TritonServer
+from tools.server.triton_server import TritonServer
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,14 @@ def test_bin_files_are_downloaded_where_there_are_no_safetensors(tmp_path: Path,
     assert "flax_model.msgpack" not in hub.downloaded
 
 
+def test_a_repository_of_another_format_is_named_before_anything_is_downloaded(tmp_path: Path, hub: Hub) -> None:
+    (hub.directory / "model.safetensors").rename(hub.directory / "model-q4_0.gguf")
+    (hub.directory / "pytorch_model.bin").unlink()
+    result = resolve(NAME, tmp_path / "home", HF_ENDPOINT=hub.url)
+    assert result.stderr.startswith(f"error: model {NAME}: on the Hub it holds a GGUF model")
+    assert result.stderr.count("\n") == 1 and not hub.downloaded
+
+
 @pytest.mark.parametrize("variables", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
 def test_without_a_network_the_cache_is_used(tmp_path: Path, variables: dict[str, str]) -> None:
     path = make_cached(tmp_path)

@@ -13,12 +13,15 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as grpc
 
 from ensemble.config import Deployment
 from tools.installation import server_files as installation
 from tools.installation.server_files import Installation, ServerError
+from tools.server.ports import Ports
 from tools.server.processes import session_pids
-from tools.server.triton_server import SHM, Ports, TritonServer
+from tools.server.run_dir import SHM
+from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 
@@ -69,7 +72,8 @@ def deployment() -> Deployment:
 def double(server: TritonServer, values: list[int]) -> list[int]:
     tensor = {"name": "x", "datatype": "INT32", "shape": [len(values)], "data": values}
     body = json.dumps({"inputs": [tensor]}).encode()
-    with urllib.request.urlopen(f"{server.http_url}/v2/models/double/infer", body, timeout=30) as response:
+    url = f"{server.direct_http_url}/v2/models/double/infer"  # the relay passes calls of our own fronts alone
+    with urllib.request.urlopen(url, body, timeout=30) as response:
         return list(json.load(response)["outputs"][0]["data"])
 
 
@@ -108,7 +112,7 @@ def test_a_killed_server_leaves_nothing_either(tmp_path: Path, deployment: Deplo
         assert environments
         run_dir, pid = server.run_dir, server.pid
         os.kill(pid, signal.SIGKILL)
-        assert server.wait() == -signal.SIGKILL
+        assert server.wait() == "the Triton server ended: killed by signal 9, SIGKILL"
     assert not list(session_pids(pid))
     assert not traces(run_dir)
     assert not all(folder.exists() for folder in environments)
@@ -122,13 +126,24 @@ def test_without_the_relay_the_port_is_the_triton_servers_own(tmp_path: Path, de
         assert double(server, [3]) == [6]
 
 
-def test_a_server_whose_relay_dies_has_ended_and_says_so(tmp_path: Path, deployment: Deployment) -> None:
+def test_what_has_ended_is_started_again_and_nothing_else(tmp_path: Path, deployment: Deployment) -> None:
     repository = make_repository(tmp_path / "models", DOUBLE)
     with TritonServer(deployment, model_repository=repository) as server:
         server.wait_ready(timeout_s=120)
-        os.kill(server.relay_pid, signal.SIGKILL)
-        assert server.wait() == -signal.SIGKILL
-        assert server.failure_reason() == "the HTTP relay ended with status -9"
+        ports, pid, relay_pid = server.ports, server.pid, server.relay_pid
+        os.kill(relay_pid, signal.SIGKILL)
+        assert server.wait() == "the HTTP relay ended: killed by signal 9, SIGKILL"
+        server.restart()
+        server.wait_ready(timeout_s=120)
+        assert (server.ports, server.pid) == (ports, pid)
+        relay_pid = server.relay_pid
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait() == "the Triton server ended: killed by signal 9, SIGKILL"
+        server.restart()
+        assert not list(session_pids(pid))
+        server.wait_ready(timeout_s=120)
+        assert (server.ports, server.relay_pid) == (ports, relay_pid)
+        assert double(server, [5]) == [10]
 
 
 def test_two_servers_at_once(tmp_path: Path, deployment: Deployment) -> None:
@@ -220,6 +235,26 @@ def test_a_port_in_use_is_named(tmp_path: Path, deployment: Deployment) -> None:
         server = TritonServer(deployment, model_repository=repository, ports=Ports(free.http, port, free.metrics))
         with pytest.raises(ServerError, match=f"port {port} is in use"):
             server.start()
+
+
+@pytest.mark.parametrize("host", ["::", "::1"])
+def test_ipv6(tmp_path: Path, deployment: Deployment, host: str) -> None:
+    """Every front; `::` takes HTTP clients of both kinds."""
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    with TritonServer(deployment, model_repository=repository, host=host) as server:
+        server.wait_ready(timeout_s=120)
+        assert double(server, [5]) == [10]
+        assert grpc.InferenceServerClient(server.grpc_url).is_server_ready()
+        if host == "::":
+            with urllib.request.urlopen(f"{server.http_url.replace('[::1]', '127.0.0.1')}/v2/health/ready") as answer:
+                assert answer.status == 200
+
+
+def test_a_host_that_is_not_this_machines_is_named(tmp_path: Path, deployment: Deployment) -> None:
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    for host in ("192.0.2.1", "2001:db8::1", "no.such.host.invalid"):
+        with pytest.raises(ServerError, match=f"host {host}: "):
+            TritonServer(deployment, model_repository=repository, host=host).start()
 
 
 def test_free_ports_are_three_that_can_be_bound() -> None:

@@ -34,7 +34,7 @@ class Bench:
         self.num_blocks = free_bytes // (self.kv_bytes_per_token * GPU_BLOCK_SIZE)
         kv_pool = torch.empty((self.num_blocks, *block_shape), dtype=torch.float16, device=device).normal_()
         self.runner = ModelRunner(self.model, kv_pool, GPU_BLOCK_SIZE)
-        self.runner.warm_up("mixed", max(batch_sizes), MAX_NUM_BATCHED_TOKENS, self.spec.max_model_len)
+        self.runner.warm_up(max(batch_sizes), MAX_NUM_BATCHED_TOKENS, self.spec.max_model_len)
         torch.cuda.synchronize()
         self.ready_s = time.perf_counter() - start
 
@@ -113,7 +113,7 @@ class Bench:
 
     def weight_bytes(self) -> int:
         """Of all weights but the tables that a step takes only a few rows from."""
-        total = sum(weight.nbytes for name, weight in self.model.named_weights() if "embed" not in name)
+        total = sum(each.tensor.nbytes for each in self.model.named_weights() if "embed" not in each.name)
         return total + (self.model.lm_head.weight.nbytes if self.spec.tie_word_embeddings else 0)
 
     def prefill_flops(self, batch_size: int, prompt_len: int) -> float:

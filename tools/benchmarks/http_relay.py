@@ -113,7 +113,7 @@ def stream(netloc: str, num_tokens: int = NUM_TOKENS) -> tuple[float, int]:
 
 def cpu_seconds(pid: int) -> float:
     """What a process has used, its own and the system's time for it."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS_PER_S
 
 

@@ -156,7 +156,7 @@ def main(
             "command": " ".join(["python", "-m", "tools.benchmarks.kernels", *sys.argv[1:]]),
             "rows": [{"goal": None, "met": None, **row} for row in ceiling_rows] + rows,
         }
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
         "command": " ".join(command),
         "rows": [{"goal": None, "met": None} | row for row in rows],
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def report(rows: list[dict[str, Any]], output: Path | None) -> None:

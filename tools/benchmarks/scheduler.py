@@ -19,10 +19,12 @@ from typing import Any, get_args
 import typer
 
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
+from ensemble.config import DecodePolicyName, PolicyName
+from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.request import Request, SamplingParams, Sequence
-from ensemble.scheduling.decode_policies import DecodePolicyName, DecodePolicySettings, make_decode_policy
-from ensemble.scheduling.policies import Hints, PolicyName, QueuePolicy
-from ensemble.scheduling.preemptive_decode import PreemptiveDecodeScheduler
+from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
 
 BLOCK_SIZE = 16
@@ -48,7 +50,7 @@ def prefill_ms(name: PolicyName, num_queued: int) -> list[float]:
         policy=QueuePolicy(name, max_wait_s=1e9),
         max_long_tokens=1024,
     )
-    scheduler.replica_up(0, num_blocks=100_000)
+    scheduler.replica_up(0, Credits(100_000), scheduler.limits)
     num_requests, times_ms = 0, []
     for decision in range(NUM_DECISIONS):
         while scheduler.num_waiting < num_queued:
@@ -121,7 +123,7 @@ def main(out: Path = Path("docs/results/scheduler-cost.json")) -> None:
         "rows": rows,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
+    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for row in rows:
         print(f"{row['name']:58s} {row['value']:9.4f} {row['unit']:6s} {row['goal'] or '':8s} {row['met']}")
 

@@ -100,13 +100,13 @@ def drive(url: str, inputs: list[dict[str, Any]], gaps_s: list[float] | None, ma
     program, environment = ensure_perf_analyzer()
     with tempfile.TemporaryDirectory() as folder:
         data, export, intervals = (Path(folder) / name for name in ("inputs.json", "export.json", "intervals"))
-        data.write_text(json.dumps({"data": inputs}))
+        data.write_text(json.dumps({"data": inputs}), encoding="utf-8")
         load = ["--concurrency-range", str(max_concurrency)]
         if gaps_s:
             # In microseconds, the first before the first request. perf_analyzer begins anew after the last, and looks
             # only each second whether there have been enough: a pause, in which the answers are awaited.
             gaps_us = [*(max(1, round(1e6 * gap)) for gap in gaps_s), DRAIN_US]
-            intervals.write_text("".join(f"{gap}\n" for gap in gaps_us))
+            intervals.write_text("".join(f"{gap}\n" for gap in gaps_us), encoding="utf-8")
             load = ["--request-intervals", str(intervals)]
         command = [str(program), "-m", "ensemble", "-u", url, "-i", "grpc", "--async", "--streaming", *load]
         command += ["--input-data", str(data), "--profile-export-file", str(export), "--max-threads", "16"]
@@ -118,7 +118,7 @@ def drive(url: str, inputs: list[dict[str, Any]], gaps_s: list[float] | None, ma
         if result.returncode or not export.exists():
             said = (result.stderr or result.stdout).strip().splitlines()
             raise LoadError(f"perf_analyzer against {url}: {said[0] if said else result.returncode}")
-        (experiment,) = json.loads(export.read_text())["experiments"]
+        (experiment,) = json.loads(export.read_text(encoding="utf-8"))["experiments"]
     requests = sorted(experiment["requests"], key=lambda each: each["timestamp"])[: len(inputs)]
     if len(requests) < len(inputs):
         raise LoadError(f"perf_analyzer against {url}: {len(requests)} of {len(inputs)} requests were served")

@@ -21,11 +21,13 @@ from typing import Any
 
 import typer
 
-from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
+from ensemble.cache.block_manager import BlockManager, Owner, Swap, SwappableBlocks
+from ensemble.config import DecodePolicyName, PolicyName
+from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.request import Request, SamplingParams, Sequence
-from ensemble.scheduling.decode_policies import DecodePolicyName, DecodePolicySettings, make_decode_policy
-from ensemble.scheduling.policies import Hints, PolicyName, QueuePolicy
-from ensemble.scheduling.preemptive_decode import PreemptiveDecodeScheduler, Swap
+from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
 
 BLOCK_SIZE = 16
@@ -191,7 +193,7 @@ def simulate_prefill(name: PolicyName, jobs: list[Job]) -> float:
         max_queue_tokens=sum(job.prompt_len for job in jobs),
         policy=QueuePolicy(name, max_wait_s=30.0),
     )
-    scheduler.replica_up(0, num_blocks=5000)
+    scheduler.replica_up(0, Credits(5000), scheduler.limits)
     arrivals = deque(enumerate(jobs))
     num_in_time, now = 0, 0.0
     while arrivals or scheduler.num_waiting:
@@ -267,7 +269,7 @@ def main(out: Path = Path("docs/results/scheduling.json"), num_jobs: int = 2000,
         "rows": rows,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
+    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for each in rows:
         print(f"{each['name']:72s} {each['value']:10.4f} {each['unit']:6s} {each['goal'] or ''}")
 

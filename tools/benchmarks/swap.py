@@ -19,9 +19,9 @@ import typer
 from rich.console import Console
 
 from ensemble.cache import swapper
+from ensemble.cache.block_manager import Swap
 from ensemble.cache.kv_pool import KVLayout
 from ensemble.cache.swapper import Swapper, Way, make_host_pool
-from ensemble.scheduling.preemptive_decode import Swap
 from tools.benchmarks.results import write_results
 from tools.benchmarks.steps_beside import PROMPT_LEN, layout_of, make_bench, step_rows
 

@@ -23,8 +23,8 @@ import torch
 import typer
 
 from ensemble.cache.kv_pool import KVLayout, map_peer_pool
+from ensemble.protocol.replica_replica import decode_pool_handle
 from ensemble.transfer.puller import Pull, Puller
-from ensemble.workers.messages import decode_pool_handle
 from tools.benchmarks.results import report
 from tools.benchmarks.steps_beside import PROMPT_LEN, make_bench, step_rows
 
@@ -42,7 +42,7 @@ STEPS_LAYOUT = "LLaMA-2-7B, blocks of 64 tokens"
 EXPORTER = """
 import sys, torch
 from ensemble.cache.kv_pool import KVPool
-from ensemble.workers.messages import encode
+from ensemble.protocol.replica_replica import encode
 from tools.benchmarks.transfer import LAYOUTS, POOL_BYTES
 device = torch.device(sys.argv[2]); torch.cuda.set_device(device)
 layout = LAYOUTS[sys.argv[1]]

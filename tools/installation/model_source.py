@@ -1,16 +1,14 @@
 """Where a model is: a directory, or a name on the Hugging Face Hub, whose files are downloaded once.
 
 The Hub's own variables hold: HF_HOME and HF_HUB_CACHE (where), HF_TOKEN (for models with a licence), HF_ENDPOINT,
-HF_HUB_OFFLINE.
+HF_HUB_OFFLINE. huggingface_hub is imported where it is used: it takes HOME as it finds it then (see cache.py).
 """
 
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
 from ensemble.errors import ModelError
+from ensemble.models.checkpoint import WANTED, other_format
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 _TEXT_FILES = [
@@ -21,7 +19,10 @@ _TEXT_FILES = [
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 ]
 _SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
@@ -38,11 +39,16 @@ def resolve_model(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if Path(name).is_dir() or not _HUB_NAME.fullmatch(name):
         return Path(name)
+    from huggingface_hub import HfApi, snapshot_download
+
     try:
         listing = HfApi().model_info(name, timeout=_HUB_TIMEOUT_S).siblings or []
     except Exception as error:  # the classes differ between releases, and with the transport
         return _cached(name, error)
-    has_safetensors = any(file.rfilename in _SAFETENSORS for file in listing)
+    names = [file.rfilename for file in listing]
+    if not any(name in (*_SAFETENSORS, *_PICKLES) for name in names) and (other := other_format(names)):
+        raise ModelError(f"model {name}: on the Hub it {other}; {WANTED}")
+    has_safetensors = any(name in _SAFETENSORS for name in names)
     patterns = _TEXT_FILES + (_SAFETENSORS if has_safetensors else _PICKLES)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
@@ -59,6 +65,8 @@ def model_name(path: Path) -> str:
 
 def _cached(name: str, error: Exception) -> Path:
     """What an earlier download left in the cache. `error` says why the Hub was of no help."""
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=_TEXT_FILES, local_files_only=True))
     except Exception:
@@ -67,6 +75,8 @@ def _cached(name: str, error: Exception) -> Path:
 
 
 def _advice(name: str, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     if isinstance(error, GatedRepoError):
         return "and behind a licence: accept it on the model's page, and set HF_TOKEN to a token of that account"
     if isinstance(error, RepositoryNotFoundError):

@@ -139,7 +139,9 @@ def fault_rows(
             time.sleep(0.2)
         left_mib = excess_mib(before)
         strangers = set(gpu_processes()) - machine.pids - set(session_pids(session))
-    faults_in_log = [line for line in log.read_text(errors="replace").splitlines() if "CUDA error" in line]
+    faults_in_log = [
+        line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "CUDA error" in line
+    ]
     copying = sum(each.copy_s for each in warm.outcomes) / 5.0
     expected = [each.output_ids for each in alone]
     yield {"name": "start to ready", "value": round(load_s, 1), "unit": "s"}
@@ -191,7 +193,11 @@ def shares(folder: Path) -> Iterable[Row]:
         session = server.pid
         serve(server, make_requests(64, SHAPES["OPT-1.3b"]["vocab_size"], 64))
         used, by_process, pids = gpu_memory_mib()[0] - used_before, gpu_processes(), [p.pid for p in workers(server)]
-        kv = [line for line in server.log_path.read_text(errors="replace").splitlines() if "KV blocks" in line]
+        kv = [
+            line
+            for line in server.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if "KV blocks" in line
+        ]
     others = sum(mib for pid, mib in by_process.items() if pid not in {*pids, *machine.pids})
     yield {"name": "shares of 0.45: pools by a profiling pass", "value": sorted(kv), "unit": ""}
     for pid in pids:

@@ -70,7 +70,7 @@ MARGIN = 1e-3
 def write_model_dir(path: Path, config: dict[str, Any]) -> None:
     """config.json and a byte-level tokenizer of the right size: what `load_format: dummy` needs."""
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(alphabet)}
     vocabulary |= {f"token{index}": index for index in range(len(alphabet), config["vocab_size"])}

@@ -1,29 +1,43 @@
-"""One request to the `scheduler` on a gRPC stream of its own: what tools that put a server under load send."""
+"""One request on a gRPC stream of its own: what tools that put a server under load send."""
 
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import tritonclient.grpc as grpc
 
-Inputs = dict[str, np.ndarray[Any, Any]]
+Inputs = dict[str, np.ndarray[Any, Any]]  # as the `scheduler` takes them
+ModelName = Literal["scheduler", "ensemble"]
 DTYPES = {"int32": "INT32", "float32": "FP32", "bool": "BOOL", "uint64": "UINT64", "object": "BYTES"}
 
 
 @dataclass(slots=True)
 class Answer:
-    """What came of a request until its end, or until the client went away."""
+    """What came of a request until its end, or until the client went away. All times are time.monotonic()."""
 
     responses: list[dict[str, np.ndarray[Any, Any]]] = field(default_factory=list)  # output |-> values
     error: str | None = None
     has_ended: bool = False  # False: the client went away first
-    ended_at: float = 0.0  # time.monotonic() of the end, or of the going away
+    sent_at: float = 0.0
+    received_at: list[float] = field(default_factory=list)  # of each response
+    ended_at: float = 0.0  # of the end, or of the going away
 
     @property
     def output_ids(self) -> list[int]:
-        return [int(token_id) for each in self.responses for token_id in each["output_ids"]]
+        return [int(token_id) for each in self.responses for token_id in each["output_ids"].reshape(-1)]
+
+    @property
+    def text(self) -> str:
+        pieces = [each["text_output"].reshape(-1)[0] for each in self.responses]
+        return "".join(piece.decode() if isinstance(piece, bytes) else str(piece) for piece in pieces)
+
+    @property
+    def silences(self) -> list[tuple[float, float]]:
+        """From and to when nothing came."""
+        return list(pairwise([self.sent_at, *self.received_at, self.ended_at]))
 
 
 def make_tensors(inputs: Inputs) -> list[grpc.InferInput]:
@@ -35,7 +49,7 @@ def make_tensors(inputs: Inputs) -> list[grpc.InferInput]:
     return tensors
 
 
-def ask(url: str, inputs: Inputs, timeout_s: float) -> Answer:
+def ask(url: str, inputs: Inputs, timeout_s: float, model: ModelName = "scheduler") -> Answer:
     """Sends the request and waits for its end; after `timeout_s` the client goes away, which cancels it."""
     answer, ended, errors = Answer(), threading.Event(), []
 
@@ -46,14 +60,18 @@ def ask(url: str, inputs: Inputs, timeout_s: float) -> Answer:
             return
         response = result.get_response()
         if response.outputs:
+            answer.received_at.append(time.monotonic())
             answer.responses.append({output.name: result.as_numpy(output.name) for output in response.outputs})
         if response.parameters["triton_final_response"].bool_param:
             ended.set()
 
+    if model == "ensemble":  # it has a batch dimension
+        inputs = {name: array[np.newaxis] for name, array in inputs.items()}
     client = grpc.InferenceServerClient(url)
     try:
         client.start_stream(receive)
-        client.async_stream_infer("scheduler", make_tensors(inputs), enable_empty_final_response=True)
+        answer.sent_at = time.monotonic()
+        client.async_stream_infer(model, make_tensors(inputs), enable_empty_final_response=True)
         answer.has_ended = ended.wait(timeout_s)
         answer.ended_at = time.monotonic()
         client.stop_stream(cancel_requests=not answer.has_ended)

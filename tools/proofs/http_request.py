@@ -1,4 +1,4 @@
-"""One request to the `scheduler` over HTTP on a connection of its own: what tools that put a server under load send."""
+"""One request over HTTP on a connection of its own: what tools that put a server under load send."""
 
 import http.client
 import json
@@ -8,21 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from tools.proofs.grpc_request import Answer, Inputs
+from tools.proofs.grpc_request import Answer, Inputs, ModelName
 
 
-def ask_http(url: str, inputs: Inputs, timeout_s: float) -> Answer:
+def ask_http(url: str, inputs: Inputs, timeout_s: float, model: ModelName = "scheduler") -> Answer:
     """Sends the request and waits for its end; after `timeout_s` the client closes the connection."""
-    answer, deadline = Answer(), time.monotonic() + timeout_s
+    answer = Answer(sent_at=time.monotonic())
     asked = {name: array.tolist() if array.size > 1 else array.item() for name, array in inputs.items()}
     endpoint = "generate_stream" if asked.get("stream") else "generate"
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout_s)
     try:
-        connection.request("POST", f"/v2/models/scheduler/{endpoint}", json.dumps(asked))
-        for event in _events(connection, deadline):
+        connection.request("POST", f"/v2/models/{model}/{endpoint}", json.dumps(asked))
+        for event in _events(connection, answer.sent_at + timeout_s):
             if "error" in event:
                 answer.error = str(event["error"])
             else:
+                answer.received_at.append(time.monotonic())
                 answer.responses.append({name: np.atleast_1d(value) for name, value in event.items()})
         answer.has_ended = True
     except TimeoutError:

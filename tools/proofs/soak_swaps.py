@@ -25,10 +25,9 @@ import typer
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ensemble.config import Deployment
+from ensemble.config import DecodePolicyName, Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.request import Request, SamplingParams
-from ensemble.scheduling.decode_policies import DecodePolicyName
 from tools.benchmarks.results import at_least, exactly, report
 from tools.offline import generate
 from tools.proofs.gpu_smoke import write_model_dir
@@ -97,7 +96,7 @@ def write_model(path: Path) -> None:
     """Weights with which every output showed a block that was zeroed in its midst; with dummy ones, 41 of 57 did."""
     write_model_dir(path, TINY_MODEL | {"eos_token_id": EOS_TOKEN_IDS})
     weights = load({"path": path, "dtype": "float64", "load_format": "dummy"}).runner.model.named_weights()
-    scaled = {name: weight * (WEIGHTS_SCALE if weight.ndim > 1 else 1.0) for name, weight in weights}
+    scaled = {each.name: each.tensor * (WEIGHTS_SCALE if each.tensor.ndim > 1 else 1.0) for each in weights}
     save_file(scaled, path / "model.safetensors")
 
 

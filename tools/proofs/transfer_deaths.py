@@ -23,8 +23,8 @@ import torch
 import typer
 
 from ensemble.cache.kv_pool import KVLayout, KVPool, map_peer_pool
+from ensemble.protocol.replica_replica import decode_pool_handle, encode
 from ensemble.transfer.puller import Pull, Puller
-from ensemble.workers.messages import decode_pool_handle, encode
 from tools.benchmarks.results import at_most, exactly, report
 
 LAYOUT = KVLayout(num_layers=8, num_kv_heads=8, block_size=64, head_dim=128, dtype=torch.float16)
@@ -224,7 +224,7 @@ def free_mib(device: torch.device) -> int:
 
 def num_mappings() -> int:
     """Of CPU pools, own and peers', in this process."""
-    return Path("/proc/self/maps").read_text().count("distserve-kv-pool")
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count("distserve-kv-pool")
 
 
 def tell(what: Any) -> None:

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, and whose descendants can be found."""
+"""Processes that end with the one that started them, and that are found by the run directory in their environment."""
 
 import contextlib
 import os
@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
+
+from ensemble.serving.run_dir import RUN_DIR_VARIABLE
 
 # Runs a program that is terminated when the thread that started it is gone, however it ended (PR_SET_PDEATHSIG).
 RUN_UNTIL_PARENT_ENDS = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
@@ -26,23 +28,52 @@ def spawn(command: list[str], log: BinaryIO, environment: Mapping[str, str]) -> 
     )
 
 
-def end_session(session: int, grace_s: float) -> None:
-    """Waits for the processes of a session to end, and kills those that have not in `grace_s`."""
+def how_it_ended(status: int) -> str:
+    """In words, of a return code as subprocess has it: negative for a signal."""
+    if status >= 0:
+        return f"exit status {status}"
+    name = signal.Signals(-status).name if -status in signal.valid_signals() else "unknown"
+    return f"killed by signal {-status}, {name}"
+
+
+def status_of_ended(pid: int) -> int | None:
+    """The return code of an ended process that its parent has not waited for yet; None if it has."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return os.waitstatus_to_exitcode(int(fields[-1])) if state in "ZX" else None
+
+
+def end_processes(run_dir: Path, grace_s: float, besides: Collection[int] = ()) -> list[int]:
+    """Waits for the processes of a run to end; kills those that have not in `grace_s`, and returns their ids."""
     deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline and any(session_pids(session)):
+    while time.monotonic() < deadline and any(pid not in besides for pid in run_pids(run_dir)):
         time.sleep(0.02)
-    for pid in session_pids(session):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    while any(session_pids(session)):
+    killed = set()
+    while pids := [pid for pid in run_pids(run_dir) if pid not in besides]:  # one may have started another
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        killed.update(pids)
         time.sleep(0.01)
+    return list(killed)
+
+
+def run_pids(run_dir: Path) -> Iterable[int]:
+    """The live processes of a run, by their environment."""
+    mark = f"{RUN_DIR_VARIABLE}={run_dir}".encode()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if mark in environment.read_bytes().split(b"\0"):
+                yield int(environment.parent.name)
 
 
 def session_pids(session: int) -> Iterable[int]:
     """The live processes of a session, read from /proc; ended ones that wait for their parent do not count."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            state, _, _, its_session = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:4]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(its_session) == session and state not in "ZX":

@@ -18,7 +18,7 @@ def workers(server: TritonServer) -> list[psutil.Process]:
     found = []
     for process in processes(server):
         try:
-            if "ensemble.workers.worker" in process.cmdline():
+            if "ensemble.replicas.worker" in process.cmdline():
                 found.append(process)
         except psutil.Error:  # it has just ended
             continue

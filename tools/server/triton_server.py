@@ -7,76 +7,59 @@ What a server leaves on disk lies in one private run directory, which `stop` rem
         models                   link to the model repository, whose own path may hold spaces: stubs cannot have them
         backends/python/         links to the Python backend and to the stub for this interpreter's version
         lib/libpython3.X.so.1.0  link for the stub's loader
+        owner, starting, ready   run_dir.py's
+        secret, stubs, ...       what the processes share (ensemble/serving/run_dir.py)
 """
 
 import contextlib
-import math
 import os
-import random
-import shutil
-import socket
+import re
+import secrets
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Collection
-from dataclasses import astuple, dataclass
+from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
 
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
 from ensemble.errors import ERROR_MARK
-from ensemble.serving.cancels import CANCEL_ADDRESS_VARIABLE
+from ensemble.serving import control
+from ensemble.serving.heartbeat import read_heartbeats
+from ensemble.serving.run_dir import RUN_DIR_VARIABLE
 from tools.installation.server_files import Installation, ServerError, find_libpython
-from tools.server.processes import end_session, spawn
+from tools.server.ports import Ports, free_ports, port_is_free
+from tools.server.processes import end_processes, how_it_ended, spawn
+from tools.server.run_dir import GRACE_S, RunDir, remove_environment_folder, shm_prefix
+from tools.server.watch import StubWatch
 
 MODEL_REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 MARK = "distserve: "  # of lines in the server's log that are for the operator
-SHM = Path("/dev/shm")
-TMP = Path("/tmp")  # whatever TMPDIR says, the Python backend makes an empty folder here
-CLOCK_TICK_S = 0.05  # by which a file's time may lag behind
-STOP_S = 3.5  # from SIGTERM until what is left is killed
+MAX_BODY_BYTES = 4 << 20  # of an HTTP request
+LOADED_TO_READY_S = 60.0  # a server that is not ready so long after its models have loaded will never be
+MAX_STALLED_STARTS = 2
+CONTROL_S = 2.0  # for the scheduler to answer a command
+STACKS_S = 0.5  # for the stubs to write their stacks, if they can
+LAST_WORDS_S = 1.0  # for the last errors to be handed over
+# What is in the log of every start on a machine without GPU, and no reason of anything.
+NO_REASON = re.compile("CUDA|NVML|DCGM", re.IGNORECASE)
+LAST_CRY = re.compile("ASSERTION FAILED|terminate called|what\\(\\):")
 
 Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Ports:
-    http: int
-    grpc: int
-    metrics: int
-
-    @classmethod
-    def free(cls) -> "Ports":
-        return cls(*free_ports(3))
-
-
-def free_ports(count: int, besides: Collection[int] = ()) -> list[int]:
-    """Ports that nothing listens on, below the range from which outgoing connections take theirs."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        if port not in besides and port_is_free("0.0.0.0", port):
-            ports.add(port)
-    return list(ports)
-
-
-def port_is_free(host: str, port: int) -> bool:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError:
-            return False
-    return True
+class StalledStart(ServerError):
+    """All models have loaded, and the server does not become ready."""
 
 
 class TritonServer:
     """One server process with its stubs and workers, as a context manager that starts it.
 
-    `start` returns at once; `wait_ready` returns when every model is ready and every front open. `stop` leaves no
-    process, no run directory and no shared memory. Ports are free ones unless given.
+    `start` returns at once; `wait_ready` returns when every model is ready and every front open. `wait` returns when it
+    can serve no more, and then `restart` starts it again at the same ports. `stop` leaves no process, no run directory
+    and no shared memory. Ports are free ones unless given.
     """
 
     def __init__(
@@ -88,6 +71,8 @@ class TritonServer:
         log_path: Path | None = None,  # None: in the run directory, so gone after `stop`
         model_repository: Path = MODEL_REPOSITORY,
         http_relay: bool = True,  # which cancels requests whose HTTP client goes away; False: the Triton server's port
+        max_body_bytes: int = MAX_BODY_BYTES,
+        allow_client_shm: bool = False,  # clients may register shared memory
     ) -> None:
         self.deployment = deployment
         self.ports = ports
@@ -95,11 +80,15 @@ class TritonServer:
         self.model_repository = model_repository
         self._log_path = log_path
         self._has_relay = http_relay
+        self._max_body_bytes = max_body_bytes
+        self._allow_client_shm = allow_client_shm
         self._own_http = (host, 0)  # where the Triton server itself listens
         self._process: subprocess.Popen[bytes] | None = None
         self._relay: subprocess.Popen[bytes] | None = None
-        self._run_dir: Path | None = None
-        self._starting_s = (0.0, math.inf)  # from when to when the server was starting, as time.time()
+        self._run_dir: RunDir | None = None
+        self._watch: StubWatch | None = None
+        self._log_start = 0  # bytes of the log that are of earlier lives
+        self._was_ready = False  # in this life
 
     def __enter__(self) -> "TritonServer":
         self.start()
@@ -117,7 +106,8 @@ class TritonServer:
     @property
     def direct_http_url(self) -> str:
         """The Triton server's own, without the relay before it."""
-        return f"http://127.0.0.1:{self._own_http[1]}"
+        host, port = self._own_http
+        return f"http://{self._client_host if host == self.host else host}:{port}"
 
     @property
     def relay_pid(self) -> int:
@@ -140,7 +130,7 @@ class TritonServer:
     @property
     def run_dir(self) -> Path:
         assert self._run_dir is not None, "the server has not been started"
-        return self._run_dir
+        return self._run_dir.path
 
     @property
     def pid(self) -> int:
@@ -154,11 +144,9 @@ class TritonServer:
 
     @property
     def _client_host(self) -> str:
-        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
-
-    @property
-    def _shm_prefix(self) -> str:
-        return f"triton_python_backend_shm_region_{self.run_dir.name}_"
+        """As part of a URL."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]" if ":" in host else host
 
     def start(self) -> None:
         """Starts the server program. Raises ServerError."""
@@ -171,112 +159,201 @@ class TritonServer:
         self._own_http = (self.host, self.ports.http)
         if self._has_relay:
             self._own_http = ("127.0.0.1", free_ports(1, besides={*astuple(self.ports)})[0])
-        self._run_dir = make_run_dir()
-        self._starting_s = (time.time(), math.inf)
+        self._run_dir = RunDir()
         try:
             self._fill_run_dir(installation)
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.log_path.open("wb") as log:
-                self._process = spawn(self._command(installation), log, self._environment())
-                if self._has_relay:
-                    self._relay = spawn(self._relay_command(), log, self._environment())
+            self.log_path.write_bytes(b"")
+            self._start_server()
+            if self._has_relay:
+                self._relay = self._spawn(self._relay_command())
         except OSError as error:
             self.stop()
             raise ServerError(f"the Triton server cannot be started: {error}") from None
 
+    def _start_server(self) -> None:
+        assert self._run_dir is not None
+        self._log_start = self.log_path.stat().st_size
+        self._was_ready = False
+        self._run_dir.server_starts()
+        self._process = self._spawn(self._command(Installation.find()))
+        self._watch = StubWatch(self.run_dir)
+
+    def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
+        with self.log_path.open("ab") as log:
+            return spawn(command, log, self._environment())
+
     def wait_ready(self, progress: Progress = lambda line: None, timeout_s: float = 3600.0) -> None:
         """Returns when all models are ready and all fronts open; `progress` gets the operator's lines of the log.
 
-        Raises ServerError.
+        A start that stalls after loading is made again. Raises ServerError.
         """
-        assert self._process is not None, "the server has not been started"
         deadline = time.monotonic() + timeout_s
+        for attempt in range(MAX_STALLED_STARTS + 1):
+            try:
+                self._wait_ready(progress, timeout_s, deadline)
+                return
+            except StalledStart as stalled:
+                if attempt == MAX_STALLED_STARTS:
+                    raise
+                progress(f"{stalled}; starting it again")
+                self._restart_server()
+
+    def _wait_ready(self, progress: Progress, timeout_s: float, deadline: float) -> None:
         num_seen = 0
-        is_ready = False
-        while not is_ready:
-            is_ready = self._is_ready()
+        loaded_at: float | None = None
+        while True:
+            self._was_ready = self._is_ready()
             lines = self._operator_lines()
             for line in lines[num_seen:]:
                 progress(line)
             num_seen = len(lines)
-            if self._ended() is not None:
-                raise ServerError(self.failure_reason())
+            if (reason := self.poll()) is not None:
+                raise ServerError(reason)
+            if self._was_ready:
+                break
+            if loaded_at is None and self._has_loaded():
+                loaded_at = time.monotonic()
+            if loaded_at is not None and time.monotonic() > loaded_at + LOADED_TO_READY_S:
+                self._print_stacks()
+                raise StalledStart(
+                    f"the server was not ready {LOADED_TO_READY_S:.0f} s after all its models had loaded"
+                )
             if time.monotonic() > deadline:
+                self._print_stacks()
                 raise ServerError(f"the server was not ready after {timeout_s:.0f} s")
-            if not is_ready:
-                time.sleep(0.05)
-        self._starting_s = (self._starting_s[0], time.time())
+            time.sleep(0.05)
+        assert self._run_dir is not None
+        self._run_dir.server_is_ready()
 
-    def wait(self) -> int:
-        """Blocks until the server program ends, or the relay before it, and returns its exit status."""
-        while (ended := self._ended()) is None:
+    def wait(self) -> str:
+        """Blocks until the server or its relay has ended, or can serve no more, and returns why in one line."""
+        while (reason := self.poll()) is None:
             time.sleep(0.1)
-        return int(ended.returncode)
+        return reason
 
-    def _ended(self) -> "subprocess.Popen[bytes] | None":
-        """The process that has ended first, if any."""
-        assert self._process is not None, "the server has not been started"
-        running = [process for process in (self._process, self._relay) if process is not None]
-        return next((process for process in running if process.poll() is not None), None)
+    def poll(self) -> str | None:
+        """Why it can serve no more; None: it goes on. To be called every 0.1 s."""
+        if self._server_ended:
+            return self._why_it_ended()
+        if self._relay is not None and (status := self._relay.poll()) is not None:
+            return self._error_line() or f"the HTTP relay ended: {how_it_ended(status)}"
+        assert self._watch is not None
+        return self._watch.poll(judges_progress=self._was_ready)
 
-    def failure_reason(self) -> str:
-        """Why the server ended, in one line out of its log."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
-        for line in lines:
-            if line.startswith(ERROR_MARK):
-                return line.removeprefix(ERROR_MARK).strip()
-        ended = self._ended()
-        status = ended.returncode if ended else None
-        if ended is not None and ended is self._relay:
-            return f"the HTTP relay ended with status {status}"
-        errors = [line for line in lines if line.startswith("E") and "] " in line]
-        return errors[-1].split("] ", 1)[1].strip('" ') if errors else f"the Triton server ended with status {status}"
+    def restart(self) -> None:
+        """After `wait`: starts again what has ended, the relay alone or the Triton server with stubs and workers.
+
+        `wait_ready` tells when it serves.
+        """
+        if self._relay is not None and self._relay.poll() is not None:
+            self._relay = self._spawn(self._relay_command())
+        if self.poll() is not None:
+            self._restart_server()
+
+    def drain(self, timeout_s: float) -> None:
+        """Has new requests refused, and returns when the running ones have ended: after `timeout_s` by an error."""
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(control.ControlError):  # nothing runs there any more
+            load = control.call(self.run_dir, control.Drain(), control.Load, CONTROL_S)
+            while load.num_open and time.monotonic() < deadline and self.poll() is None:
+                time.sleep(0.05)
+                load = control.call(self.run_dir, control.Status(), control.Load, CONTROL_S)
+            deadline = time.monotonic() + LAST_WORDS_S
+            if load.num_open:
+                load = control.call(self.run_dir, control.EndAll(), control.Load, CONTROL_S)
+            while load.num_open and time.monotonic() < deadline and self.poll() is None:
+                time.sleep(0.05)
+                load = control.call(self.run_dir, control.Status(), control.Load, CONTROL_S)
 
     def stop(self) -> None:
         """Ends the server, its stubs and workers, and removes what they leave behind. Safe to repeat."""
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(STOP_S - 0.5)
+                self._process.wait(GRACE_S - 0.5)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-            end_session(self._process.pid, grace_s=0.5)
             if self._process.returncode != 0:
-                self._remove_environment_folder()
+                remove_environment_folder(self.run_dir)
             self._process = None
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         if self._relay is not None:  # after the server, whose last answers it passes
             self._relay.kill()
             self._relay.wait()
             self._relay = None
         if self._run_dir is not None:
-            for region in SHM.glob(f"{self._shm_prefix}*"):
-                region.unlink(missing_ok=True)
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._run_dir.remove(grace_s=0.5)
             self._run_dir = None
 
-    def _remove_environment_folder(self) -> None:
-        """Removes what a server that was cut short leaves in /tmp, told by its age: its name says not whose it is."""
-        earliest_s, latest_s = self._starting_s
-        for folder in TMP.glob("python_env_??????"):
-            with contextlib.suppress(OSError):  # gone, or not empty
-                status = folder.stat()
-                if status.st_uid == os.geteuid() and earliest_s - CLOCK_TICK_S <= status.st_mtime <= latest_s:
-                    folder.rmdir()
+    def _restart_server(self) -> None:
+        """Ends what is left of it at once: its clients learn of that, and could get nothing from it any more."""
+        assert self._run_dir is not None
+        assert self._process is not None
+        assert self._watch is not None
+        self._process.kill()
+        self._process.wait()
+        self._watch.close()
+        end_processes(self.run_dir, 0.0, besides=() if self._relay is None else (self._relay.pid,))
+        self._run_dir.remove_leftovers_of_server()
+        self._start_server()
+
+    @property
+    def _server_ended(self) -> bool:
+        assert self._process is not None, "the server has not been started"
+        return self._process.poll() is not None
+
+    def _why_it_ended(self) -> str:
+        assert self._process is not None
+        how = f"the Triton server ended: {how_it_ended(self._process.returncode)}"
+        if (line := self._error_line()) is not None:
+            return line
+        lines = self._log_lines()
+        if self._was_ready:
+            cries = [line.strip() for line in lines if LAST_CRY.search(line)]
+            return f"{how}: {cries[-1]}" if cries else how
+        errors = [line for line in lines if line.startswith("E") and "] " in line and not NO_REASON.search(line)]
+        return errors[-1].split("] ", 1)[1].strip('" ') if errors else how
+
+    def _error_line(self) -> str | None:
+        """What a process of ours gave as the reason of its end."""
+        lines = (line.removeprefix(ERROR_MARK).strip() for line in self._log_lines() if line.startswith(ERROR_MARK))
+        return next(lines, None)
+
+    def _log_lines(self) -> list[str]:
+        """Of this life of the server."""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace").splitlines()
+
+    def _print_stacks(self) -> None:
+        assert self._watch is not None
+        self._watch.print_stacks()
+        time.sleep(STACKS_S)
+
+    def _has_loaded(self) -> bool:
+        """Whether every model that has a stub is done with its `initialize`."""
+        models = {path.parent.parent.name for path in self.model_repository.glob("*/1/model.py")}
+        beats = {beat.model: beat for beat in read_heartbeats(self.run_dir).values()}
+        # The scheduler says so only when it could serve a request.
+        return models == {name for name, beat in beats.items() if beat.is_serving or name == "scheduler"}
 
     def _is_ready(self) -> bool:
-        """Of the three fronts the server opens that of the metrics last, some 40 ms after it says that it is ready."""
+        """Of the fronts the server opens that of the metrics last, some 40 ms after it says that it is ready."""
         try:
-            for url in (f"{self.http_url}/v2/health/ready", self.metrics_url):
+            for url in (f"{self.direct_http_url}/v2/health/ready", self.metrics_url, f"{self.http_url}/v2/health/live"):
                 with urllib.request.urlopen(url, timeout=5) as response:
                     if response.status != 200:
                         return False
-            return True
         except OSError:  # URLError is one
             return False
+        return all(beat.is_serving for beat in read_heartbeats(self.run_dir).values())
 
     def _operator_lines(self) -> list[str]:
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        lines = self._log_lines()
         return [line.removeprefix(MARK) for line in lines if line.startswith(MARK) and not line.startswith(ERROR_MARK)]
 
     def _fill_run_dir(self, installation: Installation) -> None:
@@ -284,6 +361,7 @@ class TritonServer:
         backend.mkdir(parents=True)
         for file in installation.backend_files:
             (backend / file.name).symlink_to(file)
+        (self.run_dir / "http-port").write_text(str(self._ports.http), encoding="utf-8")
         (self.run_dir / "lib").mkdir()
         libpython = find_libpython()
         if libpython is not None:
@@ -294,22 +372,24 @@ class TritonServer:
     def _command(self, installation: Installation) -> list[str]:
         num_replicas = self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas
         python_backend = {
-            "shm-default-byte-size": 16 << 20,
-            "shm-growth-byte-size": 16 << 20,
-            "shm-region-prefix-name": self._shm_prefix,
+            "shm-default-byte-size": 4 << 20,  # five stubs, and room to grow, in the 64 MiB that containers get
+            "shm-growth-byte-size": 4 << 20,
+            "shm-region-prefix-name": shm_prefix(self.run_dir),
             "thread-pool-size": 64 + 8 * num_replicas,  # each parked call of the scheduler holds one
             "stub-timeout-seconds": 3600,  # a model is initialised when its workers have loaded their weights
         }
         options: dict[str, object] = {
             "model-repository": self.run_dir / "models",
             "backend-directory": self.run_dir / "backends",
-            "http-address": self._own_http[0],
+            "http-address": http_address(self._own_http[0]),
             "http-port": self._own_http[1],
-            "grpc-address": self.host,
+            "grpc-address": f"[{self.host}]" if ":" in self.host else self.host,
             "grpc-port": self._ports.grpc,
-            "metrics-address": self.host,
+            "metrics-address": http_address(self.host),
             "metrics-port": self._ports.metrics,
             "exit-timeout-secs": 2,
+            "http-restricted-api": f"{self._closed_protocols}:{secrets.token_hex(8)}={secrets.token_hex(16)}",
+            "grpc-restricted-protocol": f"{self._closed_protocols}:{secrets.token_hex(8)}={secrets.token_hex(16)}",
         }
         return [
             str(installation.server),
@@ -318,12 +398,14 @@ class TritonServer:
         ]
 
     def _relay_command(self) -> list[str]:
-        arguments = [self.host, str(self._ports.http), str(self._own_http[1]), self._cancel_address]
-        return [sys.executable, "-m", "ensemble.serving.http_relay", *arguments]
+        arguments = [self.host, self._ports.http, self._own_http[1], self.run_dir, self._max_body_bytes]
+        arguments += ["allow-client-shm"] if self._allow_client_shm else []
+        return [sys.executable, "-m", "ensemble.serving.http_relay", *map(str, arguments)]
 
     @property
-    def _cancel_address(self) -> str:
-        return f"ipc://{self.run_dir}/cancels"
+    def _closed_protocols(self) -> str:
+        """To all: nobody is told the header that would open them."""
+        return ",".join(["model-repository", "trace", "logging"] + ["shared-memory"] * (not self._allow_client_shm))
 
     def _environment(self) -> dict[str, str]:
         """The stub finds its packages through the first `python3` on PATH, and ignores PYTHONPATH."""
@@ -334,14 +416,14 @@ class TritonServer:
             "PYTHONNOUSERSITE": "1",
             "TMPDIR": str(self.run_dir),
             DEPLOYMENT_VARIABLE: str(self.run_dir / "deployment.yaml"),
-            CANCEL_ADDRESS_VARIABLE: self._cancel_address,
+            RUN_DIR_VARIABLE: str(self.run_dir),
         }
-
-
-def make_run_dir() -> Path:
-    folder = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="distserve-", dir=folder if len(folder) <= 40 else "/tmp"))
 
 
 def prepend(folder: Path, paths: str | None) -> str:
     return f"{folder}:{paths}" if paths else str(folder)
+
+
+def http_address(host: str) -> str:
+    """As the Triton server's HTTP library takes it."""
+    return f"ipv6:{host}" if ":" in host else host

@@ -2,6 +2,7 @@
 
 import triton_python_backend_utils as pb_utils
 
+from ensemble.serving import heartbeat
 from ensemble.serving.cancels import CancelSender
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -9,7 +10,9 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 class TritonPythonModel:
     def initialize(self, args):
+        heartbeat.start(args["model_name"])
         self.cancels = CancelSender()
+        heartbeat.set_serving(True)
 
     def execute(self, requests):
         for request in requests:

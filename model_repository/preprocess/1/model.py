@@ -1,30 +1,71 @@
 """The shell of the `preprocess` model: text or chat messages to token ids."""
 
-import contextlib
+import time
+from functools import partial
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError
-from ensemble.serving.inputs import parse_prompt
+from ensemble.errors import DistServeError, InternalError, Overloaded
+from ensemble.serving import heartbeat
+from ensemble.serving.inputs import ModelLimits, parse_prompt
+from ensemble.serving.long_texts import LongTexts, prompt_bytes
+from ensemble.serving.marks import ENSEMBLE_MARK, ensemble_mark
 from ensemble.tokenizer import Tokenizer
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+def refusal(error):
+    triton_error = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
+    return pb_utils.InferenceResponse(error=triton_error)
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        path = Deployment.from_environment().model.path
-        self.tokenizer = Tokenizer.from_dir(path)
-        self.chat = ChatTemplate.from_dir(path)
+        heartbeat.start(args["model_name"])
+        deployment = Deployment.from_environment()
+        self.tokenizer = Tokenizer.from_dir(deployment.model.path)
+        self.chat = ChatTemplate.from_dir(deployment.model.path)
+        self.limits = ModelLimits.of(deployment, self.tokenizer)
+        self.long_texts = LongTexts(self.limits.max_text_bytes)
+        heartbeat.set_serving(True)
 
     def execute(self, requests):
-        return [self.tokenize(request) for request in requests]
+        return [self.answer(request) for request in requests]
 
-    def tokenize(self, request):
+    def answer(self, request):
+        """None: later, by the request's sender."""
+        arrival_ns = time.time_ns()
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        outputs = {"return_cancel_handle": np.ones(1, bool)}
-        with contextlib.suppress(DistServeError):  # without ids the scheduler meets the same error, and counts it
-            token_ids, _ = parse_prompt(tensors, self.tokenizer, self.chat)
+        if not self.long_texts.is_long(prompt_bytes(tensors)):
+            return self.tokenize(tensors, arrival_ns)
+        try:
+            self.long_texts.submit(partial(self.answer_later, request.get_response_sender(), tensors, arrival_ns))
+        except Overloaded as error:
+            return refusal(error)
+        return None
+
+    def answer_later(self, sender, tensors, arrival_ns):
+        try:
+            response = self.tokenize(tensors, arrival_ns)
+        except Exception as error:  # nobody else would tell the client
+            response = refusal(InternalError(f"{type(error).__name__}: {error}"))
+        sender.send(response, flags=FINAL)
+
+    def tokenize(self, tensors, arrival_ns):
+        outputs = {ENSEMBLE_MARK: np.array([ensemble_mark(arrival_ns).encode()], dtype=object)}
+        outputs["return_vllm_outputs"] = np.ones(1, bool)
+        try:
+            token_ids, _ = parse_prompt(tensors, self.tokenizer, self.chat, self.limits)
             outputs["input_ids"] = np.array(token_ids, np.int32)
+        except DistServeError as error:
+            if prompt_bytes(tensors) > self.limits.max_text_bytes:
+                return refusal(error)  # here: it is not to be copied once more
+            # Without ids the scheduler meets the same error, and counts it.
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
+
+    def finalize(self):
+        self.long_texts.close()

@@ -1,10 +1,14 @@
 """The shell of the `scheduler` model: Triton requests to `ensemble.serving.scheduler.Scheduler`, and answers back."""
 
+import threading
+
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.config import Deployment
 from ensemble.errors import InternalError
+from ensemble.serving import heartbeat, secret
+from ensemble.serving.marks import ENSEMBLE_MARK
 from ensemble.serving.scheduler import Scheduler
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -15,7 +19,7 @@ class ClientCall:
 
     def __init__(self, request):
         self._sender = request.get_response_sender()
-        self.parameters = request.parameters
+        self.request_id, self.parameters = request.request_id, request.parameters
 
     def send(self, outputs, final):
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
@@ -29,12 +33,21 @@ class ClientCall:
         return self._sender.is_cancelled()
 
 
+may_call = threading.Event()  # the server has begun to give us requests
+
+
 def call_stage(stage, payload):
-    """One unary BLS call: an encoded StageCall to its encoded StageAnswer."""
+    """One unary BLS call: an encoded StageCall to its encoded StageAnswer.
+
+    None leaves before the first request, that of the model's warm-up: the 24.10 server crashes, or never becomes ready,
+    when a call reaches it in the midst of `initialize`.
+    """
+    if not may_call.is_set():
+        raise InternalError("the server is still starting")
     request = pb_utils.InferenceRequest(
         model_name=stage,
         requested_output_names=["ANSWER"],
-        inputs=[pb_utils.Tensor("CALL", np.frombuffer(payload, np.uint8))],
+        inputs=[pb_utils.Tensor("CALL", np.frombuffer(secret.seal(payload), np.uint8))],
     )
     try:
         response = request.exec()
@@ -45,17 +58,27 @@ def call_stage(stage, payload):
     return pb_utils.get_output_tensor_by_name(response, "ANSWER").as_numpy().tobytes()
 
 
+def is_warm_up(tensors):
+    """As config.pbtxt has it: an empty mark alone."""
+    return list(tensors) == [ENSEMBLE_MARK] and not any(tensors[ENSEMBLE_MARK])
+
+
 def make_family(name, description, kind):
     return pb_utils.MetricFamily(name=name, description=description, kind=getattr(pb_utils.MetricFamily, kind.upper()))
 
 
 class TritonPythonModel:
     def initialize(self, args):
+        heartbeat.start(args["model_name"])
         self.scheduler = Scheduler(Deployment.from_environment(), call_stage, make_family)
 
     def execute(self, requests):
+        may_call.set()
         for request in requests:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            if is_warm_up(tensors):
+                request.get_response_sender().send(flags=FINAL)
+                continue
             self.scheduler.handle(ClientCall(request), tensors)
 
     def finalize(self):

@@ -1,0 +1,70 @@
+"""Which part of a model is a rank's: of a dimension, of its heads. Pure arithmetic, the same on every rank."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ensemble.errors import ConfigError
+from ensemble.parallel.tensor_parallel import TensorParallel
+
+_UNIT = 64  # elements; shares are whole units where the dimension is, which keeps rows aligned for the kernels
+
+
+def shares(size: int, num_ranks: int) -> list[range]:
+    """`size` elements in `num_ranks` pieces, in order, as equal as whole units allow. None is empty."""
+    unit = math.gcd(size, _UNIT)
+    while size // unit < num_ranks:
+        if unit == 1:
+            raise ConfigError(f"tensor_parallel_size = {num_ranks}: a dimension of {size} cannot be divided by so many")
+        unit //= 2
+    borders = [size // unit * rank // num_ranks * unit for rank in range(num_ranks + 1)]
+    return [range(start, end) for start, end in pairwise(borders)]
+
+
+def share(size: int, parallel: TensorParallel) -> range:
+    """This rank's piece."""
+    return shares(size, parallel.size)[parallel.rank]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShare:
+    """A rank's heads. Its query heads lie side by side; each `num_queries / num_kv` of them share a KV head."""
+
+    queries: range  # of the model's query heads
+    kv: tuple[int, ...]  # the model's KV head behind each of the rank's
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.queries)
+
+    @property
+    def num_kv(self) -> int:
+        return len(self.kv)
+
+    def query_rows(self, head_dim: int) -> list[range]:
+        """The rank's rows of a projection to queries."""
+        return [range(self.queries.start * head_dim, self.queries.stop * head_dim)]
+
+    def kv_rows(self, head_dim: int) -> list[range]:
+        """The rank's rows of a projection to keys or values, as few runs as they make."""
+        runs: list[range] = []
+        for head in self.kv:
+            start = head * head_dim
+            if runs and runs[-1].stop == start:
+                start = runs.pop().start
+            runs.append(range(start, (head + 1) * head_dim))
+        return runs
+
+
+def share_heads(num_heads: int, num_kv_heads: int, parallel: TensorParallel) -> HeadShare:
+    """Any degree that divides the query heads. Raises ConfigError for another.
+
+    Where there are fewer KV heads than ranks, several ranks hold the same one. Where ranks and groups of query heads
+    do not line up, as 24 query heads of 8 KV heads over 3 ranks, a rank holds a KV head more than once: attention
+    wants every KV head to serve as many query heads.
+    """
+    if num_heads % parallel.size:
+        raise ConfigError(f"tensor_parallel_size = {parallel.size}: a divisor of the {num_heads} query heads is needed")
+    num_queries, group = num_heads // parallel.size, num_heads // num_kv_heads
+    queries = range(parallel.rank * num_queries, (parallel.rank + 1) * num_queries)
+    return HeadShare(queries, tuple(query // group for query in queries[:: math.gcd(num_queries, group)]))

@@ -1,0 +1,108 @@
+"""The group of ranks among which the layers of one model are divided, in Megatron's way (Shoeybi et al., 2019).
+
+A rank is an object here, not a global of its process: several may live in one process, each on a thread of its own.
+Collectives are gloo's on CPUs and NCCL's on GPUs, where they run on the current stream and may be captured in a graph.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.nn import functional as F
+
+from ensemble.errors import ConfigError, InternalError
+
+
+class Collectives(Protocol):
+    """What is used of torch's gloo and NCCL, as objects that are no process's default group."""
+
+    def allreduce(self, tensors: list[Tensor], options: Any) -> dist.Work: ...
+
+    def _allgather_base(self, output: Tensor, x: Tensor) -> dist.Work: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """One rank's view of its group. Every rank of it makes the same calls in the same order, with like tensors.
+
+    A peer that is gone, or late by more than the time-out of `connect`, is an InternalError.
+    """
+
+    rank: int = 0
+    size: int = 1
+    collectives: Collectives | None = None  # None: this rank is alone
+    device_type: str = "cpu"
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Adds up the ranks' tensors, in place, to the same bits on every rank. Returns `x`."""
+        self._reduce(x, dist.ReduceOp.SUM)
+        return x
+
+    def smallest(self, value: int) -> int:
+        """Of the ranks' values; waits for the device."""
+        values = torch.tensor([value], device=self.device_type)
+        self._reduce(values, dist.ReduceOp.MIN)
+        return int(values)
+
+    def all_gather(
+        self,
+        x: Tensor,  # [S, widths[rank]]
+        widths: Sequence[int],
+    ) -> Tensor:  # [S, sum(widths)]
+        """The ranks' columns side by side."""
+        if self.collectives is None:
+            return x
+        widest = max(widths)
+        padded = F.pad(x, (0, widest - x.shape[1])).contiguous()
+        gathered = x.new_empty(self.size * x.shape[0], widest)
+        self._wait(self.collectives._allgather_base(gathered, padded))
+        parts = gathered.view(self.size, -1, widest)
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+    def _reduce(self, x: Tensor, operation: Any) -> None:
+        if self.collectives is not None:
+            options = dist.AllreduceOptions()
+            options.reduceOp = operation
+            self._wait(self.collectives.allreduce([x], options))
+
+    def _wait(self, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise InternalError(f"tensor parallel rank {self.rank} of {self.size}: a peer is gone: {reason}") from None
+
+
+SINGLE = TensorParallel()
+
+
+def connect(
+    store: Store,  # the group's alone, seen by every rank
+    rank: int,
+    size: int,
+    device: torch.device,  # which NCCL's is current by then
+    timeout_s: float = 60.0,
+) -> TensorParallel:
+    """Waits for all `size` ranks to come. Raises InternalError for one that does not, in `timeout_s`."""
+    if not 0 <= rank < size:
+        raise ConfigError(f"rank = {rank}: below the size of its group, {size}, is allowed")
+    if size == 1:
+        return SINGLE
+    timeout = timedelta(seconds=timeout_s)
+    collectives: object
+    try:
+        if device.type == "cpu":
+            collectives = dist.ProcessGroupGloo(store, rank, size, timeout)
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            collectives = dist.ProcessGroupNCCL(store, rank, size, options)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InternalError(f"tensor parallel rank {rank} of {size}: cannot meet its peers: {reason}") from None
+    return TensorParallel(rank, size, cast(Collectives, collectives), device.type)

@@ -1,0 +1,219 @@
+"""Between the router and the replicas: msgspec structs, msgpack on the wire.
+
+    router --ToStage--> prefill | decode model (items of a channel, unary BLS) --Command, unread--> replica (ZeroMQ)
+    replica --Event, unread--> stage --FromStage (items of the channel)--> router
+
+A request's id is that of one attempt at it: an attempt after a lost replica, and every choice of several, has its own.
+So nothing that is said of an older attempt can be taken for a newer one. A `life` is a replica from its start, or from
+the router's, to its end; what is said to, or by, another life is dropped.
+
+A `KVHandoff` gives its holder the right, and the duty, to end the lease on the source's blocks exactly once:
+the router while the sequence waits in the bridge, the reader from `Join` on.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+
+from ensemble.request import FinishReason, Request, TokenLogProbs
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class KVHandoff(msgspec.Struct, frozen=True, kw_only=True):
+    """A prefilled sequence's KV: in the source's blocks until the reader acknowledges, or the router cancels."""
+
+    request_id: int
+    source: str  # address of the source replica's peer socket, which is that of one life
+    num_kv_tokens: int
+    block_ids: list[int]  # in the source's pool
+
+
+# ---- commands, to one replica
+
+
+class PromptChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt is to be computed up to position `end`. Its first chunk carries the request."""
+
+    request_id: int
+    end: int
+    request: Request | None = None
+    stays: bool = False  # it decodes where it was prefilled; else it is handed off
+
+
+class RunPrompts(_Message, frozen=True, kw_only=True):
+    """Chunks to compute, in order, behind those of the batches before; a step takes as many as its budget allows."""
+
+    batch_id: int
+    chunks: list[PromptChunk]
+
+
+class Arrival(msgspec.Struct, frozen=True, kw_only=True):
+    """A sequence that is to go on at another replica than the one that has its KV."""
+
+    request: Request
+    output_token_ids: list[int]  # so far, those before this attempt included
+    handoff: KVHandoff
+
+
+class Join(_Message, frozen=True, kw_only=True):
+    arrivals: list[Arrival]
+
+
+class CancelRequests(_Message, frozen=True, kw_only=True):
+    """Ends requests at this replica in whatever state they are; confirmed by Released."""
+
+    request_ids: list[int]
+
+
+class AttachPeer(_Message, frozen=True, kw_only=True):
+    """Map that replica's pool now, so that the first hand-off need not wait for it."""
+
+    address: str  # of its peer socket
+
+
+class DetachPeer(_Message, frozen=True, kw_only=True):
+    """That life of a replica has ended: close the mapping of its pool, and say so by Detached."""
+
+    address: str  # of its peer socket
+
+
+Command: TypeAlias = RunPrompts | Join | CancelRequests | AttachPeer | DetachPeer
+
+
+# ---- events, of one replica
+
+
+class StepDone(_Message, frozen=True, kw_only=True):
+    """One step's tokens, as columns, and the prompts that it has finished."""
+
+    request_ids: list[int]
+    positions: list[int]  # of the tokens among their outputs, from 0
+    token_ids: list[int]
+    finished: dict[int, FinishReason]
+    log_probs: dict[int, TokenLogProbs]  # of the tokens of those that ask for them
+    handoffs: list[KVHandoff]  # of finished prompts that go on elsewhere
+    batch_ids: list[int]  # of RunPrompts that have run to their ends
+    num_free_blocks: int  # by the replica's own count
+
+
+class Joined(_Message, frozen=True, kw_only=True):
+    """Sequences whose KV has arrived and that take part from the next step on."""
+
+    request_ids: list[int]
+    transfer_s: list[float]
+    transfer_bytes: list[int]
+
+
+class Released(_Message, frozen=True, kw_only=True):
+    """Requests whose blocks at this replica are free again."""
+
+    request_ids: list[int]
+    num_free_blocks: int  # by the replica's own count
+
+
+class SwapReport(_Message, frozen=True, kw_only=True):
+    """What a replica has swapped since its last report."""
+
+    num_swapped_seqs: int  # now in the host pool, or on the way
+    num_preemptions: int  # sequences swapped out
+    bytes_out: int  # of completed copies
+    bytes_in: int
+
+
+class PrefixReport(_Message, frozen=True, kw_only=True):
+    """What has changed in a replica's prefix cache since its last report."""
+
+    stored: list[bytes]  # hashes of blocks, see cache/prefix_cache.py
+    evicted: list[bytes]  # to be applied first
+    num_queried_tokens: int  # prompt tokens asked for
+    num_hit_tokens: int  # of them found
+
+
+class AttachFailed(_Message, frozen=True, kw_only=True):
+    """The pool of the replica at this address cannot be mapped here, and why. What was to come from it is given up."""
+
+    address: str
+    reason: str
+    request_ids: list[int]
+
+
+class Detached(_Message, frozen=True, kw_only=True):
+    """The pool of the replica at this address is mapped here no more."""
+
+    address: str
+
+
+Event: TypeAlias = StepDone | Joined | Released | SwapReport | PrefixReport | AttachFailed | Detached
+
+
+# ---- items of the channel: commands and events with their replica, and what concerns the stage itself
+
+
+class ToReplica(_Message, frozen=True, kw_only=True):
+    """Passed on if that is the replica's present life."""
+
+    replica: int
+    life: int
+    command: msgspec.Raw
+
+
+class StartReplica(_Message, frozen=True, kw_only=True):
+    """A dead replica's pool is mapped by nobody any more: its next life may start."""
+
+    replica: int
+
+
+class AddReplica(_Message, frozen=True, kw_only=True):
+    """Starts a replica that the stage has not had."""
+
+    replica: int
+    device: str
+
+
+class RemoveReplica(_Message, frozen=True, kw_only=True):
+    """Ends a replica for good, whatever it does."""
+
+    replica: int
+
+
+ToStage: TypeAlias = ToReplica | StartReplica | AddReplica | RemoveReplica
+
+
+class ReplicaUp(_Message, frozen=True, kw_only=True):
+    """The first that is said of a life; said again to a router that is new, of a new life in the same process."""
+
+    replica: int
+    life: int
+    device: str
+    num_blocks: int
+    num_host_blocks: int  # 0: it does not swap
+    max_num_seqs: int  # sequences that it takes to decode: running, waiting and swapped
+    pid: int
+    peer_address: str  # where others attach its pool
+
+
+class ReplicaDown(_Message, frozen=True, kw_only=True):
+    """The last that is said of a life. The process has exited, unless the life never came up."""
+
+    replica: int
+    life: int
+    reason: str
+    is_final: bool = False  # it was removed, or could not be started: there is no next life
+
+
+class FromReplica(_Message, frozen=True, kw_only=True):
+    replica: int
+    life: int
+    event: msgspec.Raw
+
+
+FromStage: TypeAlias = ReplicaUp | ReplicaDown | FromReplica
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_event = msgspec.msgpack.Decoder(Event).decode
+decode_to_stage = msgspec.msgpack.Decoder(ToStage).decode
+decode_from_stage = msgspec.msgpack.Decoder(FromStage).decode

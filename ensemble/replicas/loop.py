@@ -1,0 +1,466 @@
+"""The engine loop of a replica: chunks of prompts, running sequences, or both in a step; arrivals, leases, swaps.
+
+    RunPrompts --> prompts --last chunk--+--stays--------------------> decode <--> swapped
+                                         +--else--> leased             ^  |
+    Join --> arrivals: wait for blocks, pull --copy completed----------+  +--last token--> blocks free
+                                 CancelRequests, in every state: blocks free when the last step or copy has ended
+
+It knows no role: what the router sends is what it does. A lease ends when its reader acknowledges a completed copy, or
+the router cancels the request.
+
+On a GPU a step is launched before the tokens of the one before are read. A sequence that those tokens end has then run
+a step too many: its last token is dropped, and its blocks are freed only when that step has run.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
+from ensemble.cache.prefix_cache import PrefixCache
+from ensemble.cache.swapper import Swapper, make_host_pool
+from ensemble.config import Batching, Deployment, StageName
+from ensemble.engine.batch import Batch
+from ensemble.engine.engine import Engine, Launched
+from ensemble.errors import ConfigError
+from ensemble.protocol.router_replica import (
+    Arrival,
+    AttachFailed,
+    AttachPeer,
+    CancelRequests,
+    Command,
+    Detached,
+    DetachPeer,
+    Event,
+    Join,
+    Joined,
+    KVHandoff,
+    PrefixReport,
+    Released,
+    RunPrompts,
+    StepDone,
+    SwapReport,
+)
+from ensemble.replicas.arrivals import Arrivals
+from ensemble.replicas.peers import Peers
+from ensemble.replicas.preemptive_decode import DecodePlan, PreemptiveDecodeScheduler
+from ensemble.replicas.prompts import Prompts, PromptStep
+from ensemble.request import Sequence
+from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.transfer.puller import Puller
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """How a replica fills its steps and its memory."""
+
+    max_num_prompt_tokens: int  # in a step of prompts alone
+    max_num_prompt_tokens_beside: int  # in a step with running sequences
+    max_num_seqs: int  # running, in a step
+    policy: DecodePolicySettings = field(default_factory=DecodePolicySettings)
+    batching: Batching = "mixed"
+    headroom_blocks: int = 0
+    host_kv_bytes: int = 0
+    prefix_cache: bool = False
+
+
+def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
+    decode = deployment.decode
+    return LoopSettings(
+        max_num_prompt_tokens=deployment.prefill.max_num_batched_tokens,
+        max_num_prompt_tokens_beside=deployment.num_prompt_tokens_beside,
+        max_num_seqs=deployment.stage(home).max_num_seqs,
+        policy=DecodePolicySettings(decode.policy, decode.quantum_s, decode.starvation_s),
+        batching=decode.batching,
+        headroom_blocks=decode.headroom_blocks,
+        host_kv_bytes=decode.host_kv_bytes if home == "decode" else 0,
+        prefix_cache=deployment.prefill.prefix_cache,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step whose tokens have not been read."""
+
+    launched: Launched
+    prompts: PromptStep
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        batch = self.launched.batch
+        return [row.sequence for row in batch.prefills] + batch.decodes
+
+    @property
+    def finished_prompts(self) -> list[Sequence]:
+        return [row.sequence for row in self.launched.batch.prefills if row.finishes_prompt]
+
+
+class EngineLoop:
+    """`address` names this life of the replica to those that read its pool. Raises ConfigError without a host pool."""
+
+    def __init__(self, engine: Engine, peers: Peers, settings: LoopSettings, address: str) -> None:
+        self.engine = engine
+        self.peers = peers
+        self.address = address
+        layout, pool = engine.pool.layout, engine.pool.tensor
+        self.num_host_blocks = settings.host_kv_bytes // layout.block_bytes
+        if settings.host_kv_bytes and not self.num_host_blocks:
+            raise ConfigError(f"host_kv_bytes = {settings.host_kv_bytes}: a block has {layout.block_bytes} bytes")
+        self.cache = PrefixCache(engine.blocks) if settings.prefix_cache else None
+        self._device_blocks: BlockManager | PrefixCache = self.cache or engine.blocks
+        self.blocks = SwappableBlocks(self._device_blocks, BlockManager(self.num_host_blocks, layout.block_size))
+        self._prompts = Prompts(self._device_blocks, pool)
+        self._settings = settings
+        self._arrivals = Arrivals(self._device_blocks, peers, Puller(pool))
+        self._leases: set[int] = set()  # request ids
+        self._swapper = Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
+        self._scheduler = PreemptiveDecodeScheduler(
+            self.blocks,
+            make_decode_policy(settings.policy),
+            max_num_seqs=settings.max_num_seqs,
+            headroom_blocks=settings.headroom_blocks,
+        )
+        # Under fcfs an arrival comes after all that are here: none of them makes room for it.
+        self._makes_room = settings.policy.name != "fcfs"
+        self._running: dict[int, Sequence] = {}  # request_id |-> decodes here and is not removed
+        self._launched: _Step | None = None
+        self._launched_ids: set[int] = set()  # its request ids
+        self._reported = SwapReport(num_swapped_seqs=0, num_preemptions=0, bytes_out=0, bytes_in=0)  # all in all
+        self._num_preemptions = 0
+        self._swap_bytes = {"out": 0, "in": 0}
+        self._reported_prefix_tokens = (0, 0)  # asked of the cache, and found
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._device_blocks.num_free_blocks
+
+    @property
+    def has_work(self) -> bool:
+        copies = self._arrivals.num_in_flight + self._swapper.num_in_flight
+        return len(self._scheduler) > 0 or self._launched is not None or copies > 0 or self._prompts.has_work
+
+    @property
+    def waits_for_gpu(self) -> bool:
+        """All there is to do is launched and has not run: should work come meanwhile, it need not wait for that."""
+        if self._launched is None or len(self._scheduler) > 0 or self._prompts.has_work:
+            return False
+        return not self._launched.launched.handle.is_done
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no request has anything here."""
+        return not (self.has_work or self._leases or self._running or self._arrivals.request_ids)
+
+    def handle(self, command: Command) -> list[Event]:
+        match command:
+            case RunPrompts():
+                self._prompts.add(command)
+                return []
+            case Join(arrivals=arrivals):
+                events: list[Event] = []
+                for arrival in arrivals:
+                    if arrival.handoff.source == self.address:
+                        events += self._adopt(arrival)
+                    else:
+                        self._arrivals.receive(arrival)
+                events += self._give_up_unmappable({arrival.handoff.source for arrival in arrivals})
+                self.start_pulls()
+                return events
+            case CancelRequests(request_ids=request_ids):
+                events = self._cancel(request_ids)
+                self.start_pulls()
+                return events
+            case AttachPeer(address=address):
+                if address != self.address:
+                    self.peers.attach(address)
+                return []
+            case DetachPeer(address=address):
+                return self._detach(address)
+
+    def receive_handles(self) -> list[Event]:
+        """Maps the pools whose handles have come, and starts what waited for them."""
+        events: list[Event] = []
+        for address, reason in self.peers.receive_handles():
+            if reason is not None:
+                events.append(AttachFailed(address=address, reason=reason, request_ids=[]))
+                events += self._give_up_unmappable({address})
+        self.start_pulls()
+        return events
+
+    def end_leases(self, request_ids: list[int]) -> list[Event]:
+        """Their readers have their copies; an unknown lease was ended by a cancel before."""
+        ended = [request_id for request_id in request_ids if request_id in self._leases]
+        for request_id in ended:
+            self._end_lease(request_id)
+        if ended:
+            self.start_pulls()
+        return self._released(ended)
+
+    def cancel_all(self) -> list[Event]:
+        """Ends every request. Call `step` until `is_empty`."""
+        request_ids = [*self._prompts.request_ids, *self._running, *self._arrivals.request_ids, *self._leases]
+        return self._cancel(request_ids)
+
+    def step(self) -> list[Event]:
+        """Lets arrived sequences join, launches a step, and commits the one before (on a CPU: this one)."""
+        start = time.monotonic()
+        events = self._join() + self._end_swaps()
+        num_owed_blocks = self._arrivals.num_wanted_blocks  # to who came before
+        prompts = self._prompts.next_step(
+            self._prompt_budget(), lambda num_blocks: self._scheduler.has_room_for(num_blocks + num_owed_blocks)
+        )
+        plan = self._plan(start, prompts)
+        self._start_swaps(plan)
+        step = None
+        if prompts.rows or plan.run:
+            step = _Step(self.engine.launch(Batch(prompts.rows, plan.run)), prompts)
+        elif prompts.batch_ids:  # all their prompts were cancelled
+            events.append(self._step_done([], [], prompts.batch_ids))
+        if self.engine.runs_ahead:
+            step, self._launched = self._launched, step
+            self._launched_ids = {each.request_id for each in self._launched.sequences} if self._launched else set()
+            self._decode_prompts(self._launched, num_unread_tokens=1)
+        if step is not None:
+            events += self._commit(step)
+        elif self._launched is None and not events:
+            self._wait_for_copy()
+        if not self.engine.runs_ahead:
+            self._decode_prompts(step, num_unread_tokens=0)
+        now = time.monotonic()
+        self._scheduler.ran(now - start, now, num_unread_tokens=int(self.engine.runs_ahead))
+        self._prompts.ran(prompts, now - start)
+        self._retire_those_at_their_end()
+        self.start_pulls()
+        return events + self._swap_report() + self._prefix_report()
+
+    def start_pulls(self) -> None:
+        """Starts the copies of arrivals for which there are blocks now."""
+        self._arrivals.start_pulls(self._scheduler.has_room_for)
+
+    def _prompt_budget(self) -> int:
+        is_alone = len(self._scheduler) == 0 or self._settings.batching == "prefill-first"
+        return self._settings.max_num_prompt_tokens if is_alone else self._settings.max_num_prompt_tokens_beside
+
+    def _plan(self, now: float, prompts: PromptStep) -> DecodePlan:
+        if prompts.rows and self._settings.batching == "prefill-first":
+            return DecodePlan()
+        num_wanted_blocks = self._arrivals.num_wanted_blocks + self._prompts.num_wanted_blocks
+        return self._scheduler.next_plan(now, num_wanted_blocks if self._makes_room else 0)
+
+    def _decode_prompts(self, step: _Step | None, num_unread_tokens: int) -> None:
+        """Prompts that stay and that a step finishes decode from the next one on, unless it ends them."""
+        for sequence in step.finished_prompts if step is not None else []:
+            ends = sequence.is_finished or sequence.num_left_tokens <= num_unread_tokens
+            if not ends and self._prompts.stays(sequence.request_id):
+                self._add(self._prompts.take(sequence.request_id), num_unread_tokens, self._prompts_cost_s(sequence))
+
+    def _prompts_cost_s(self, sequence: Sequence) -> float:
+        return self._prompts.cost_s(sequence.request.prefill_len)
+
+    def _add(self, sequence: Sequence, num_unread_tokens: int, join_cost_s: float) -> None:
+        self._running[sequence.request_id] = sequence
+        self._scheduler.add(
+            sequence,
+            time.monotonic(),
+            priority=sequence.request.priority,
+            join_cost_s=join_cost_s,
+            num_unread_tokens=num_unread_tokens,
+        )
+
+    def _adopt(self, arrival: Arrival) -> list[Event]:
+        """What was leased goes on here, in the blocks where it is."""
+        request_id = arrival.request.request_id
+        if request_id not in self._leases:
+            return []  # cancelled
+        self._leases.remove(request_id)
+        owner = Owner("sequence", request_id)
+        self._device_blocks.reassign(Owner("transfer", request_id), owner)
+        block_ids = list(self._device_blocks.blocks_of(owner))
+        sequence = Sequence(arrival.request, list(arrival.output_token_ids), arrival.handoff.num_kv_tokens, block_ids)
+        self._add(sequence, 0, self._prompts_cost_s(sequence))
+        return [Joined(request_ids=[request_id], transfer_s=[0.0], transfer_bytes=[0])]
+
+    def _join(self) -> list[Event]:
+        arrived, released = self._arrivals.completed()
+        for sequence, pull in arrived:
+            self._add(sequence, 0, pull.seconds + self._swapper.swap_in_s(len(pull.target_block_ids)))
+        events: list[Event] = []
+        if arrived:
+            pulls = [pull for _, pull in arrived]
+            events.append(
+                Joined(
+                    request_ids=[pull.request_id for pull in pulls],
+                    transfer_s=[pull.seconds for pull in pulls],
+                    transfer_bytes=[pull.num_bytes for pull in pulls],
+                )
+            )
+        return events + self._released(released)
+
+    def _start_swaps(self, plan: DecodePlan) -> None:
+        """Before the planned batch is launched, so that a copy out waits for the steps that wrote its blocks alone."""
+        for swap in plan.swap_out:
+            self._swapper.start(swap, "out")
+        for swap in plan.swap_in:
+            self._swapper.start(swap, "in")
+        self._num_preemptions += len(plan.swap_out)
+
+    def _end_swaps(self) -> list[Event]:
+        released = []
+        for swapped in self._swapper.completed():
+            self._swap_bytes[swapped.way] += swapped.num_blocks * self.engine.pool.layout.block_bytes
+            if self._scheduler.swap_ended(swapped.request_id):
+                released.append(swapped.request_id)
+        return self._released(released)
+
+    def _wait_for_copy(self) -> None:
+        if self._swapper.num_in_flight:
+            self._swapper.wait(1e-3)
+        else:
+            self._arrivals.wait(1e-3)
+
+    def _commit(self, step: _Step) -> list[Event]:
+        sampled = self.engine.commit(step.launched)
+        if self.cache is not None:
+            for row in step.launched.batch.prefills:
+                if (owner := Owner("sequence", row.sequence.request_id)) in self.cache:
+                    self.cache.commit(owner, row.end)
+        ended = [sequence.request_id for sequence in step.sequences if sequence.is_finished]
+        released = self._released([request_id for request_id in ended if self._leave(request_id)])
+        handoffs = [self._lease(each) for each in step.finished_prompts if self._goes_on_elsewhere(each)]
+        return [self._step_done(sampled, handoffs, step.prompts.batch_ids), *released]
+
+    def _goes_on_elsewhere(self, sequence: Sequence) -> bool:
+        request_id = sequence.request_id
+        return not sequence.is_finished and request_id in self._prompts and not self._prompts.stays(request_id)
+
+    def _lease(self, sequence: Sequence) -> KVHandoff:
+        """From here on the blocks are the reader's to release."""
+        request_id = sequence.request_id
+        self._device_blocks.reassign(Owner("sequence", request_id), Owner("transfer", request_id))
+        self._prompts.take(request_id)
+        self._leases.add(request_id)
+        return KVHandoff(
+            request_id=request_id,
+            source=self.address,
+            num_kv_tokens=sequence.num_computed_tokens,
+            block_ids=sequence.block_ids,
+        )
+
+    def _end_lease(self, request_id: int) -> None:
+        self._leases.remove(request_id)
+        self._device_blocks.free(Owner("transfer", request_id))
+
+    def _step_done(self, sampled: list[Sequence], handoffs: list[KVHandoff], batch_ids: list[int]) -> StepDone:
+        return StepDone(
+            request_ids=[sequence.request_id for sequence in sampled],
+            positions=[len(sequence.output_token_ids) - 1 for sequence in sampled],
+            token_ids=[sequence.last_token_id for sequence in sampled],
+            finished={each.request_id: each.finish_reason for each in sampled if each.finish_reason is not None},
+            log_probs={each.request_id: each.last_log_probs for each in sampled if each.last_log_probs is not None},
+            handoffs=handoffs,
+            batch_ids=batch_ids,
+            num_free_blocks=self.num_free_blocks,
+        )
+
+    def _retire_those_at_their_end(self) -> None:
+        """Sequences whose unread token is the last that they may have run no further."""
+        for request_id in self._launched_ids:
+            sequence = self._running.get(request_id)  # None: a prompt that is not finished, or does not decode here
+            if sequence is None or request_id not in self._scheduler:
+                continue
+            if sequence.num_left_tokens <= 1:
+                self._scheduler.retire(request_id)
+
+    def _cancel(self, request_ids: list[int]) -> list[Event]:
+        released = []
+        for request_id in request_ids:
+            if request_id in self._prompts:
+                if self._prompts.cancel(request_id) or self._leave(request_id):
+                    released.append(request_id)
+            elif request_id in self._running:
+                self._running[request_id].finish_reason = "cancelled"
+                if self._leave(request_id):
+                    released.append(request_id)
+            elif request_id in self._leases:
+                self._end_lease(request_id)
+                released.append(request_id)
+            elif request_id in self._arrivals and self._arrivals.cancel(request_id):
+                released.append(request_id)
+        return self._released(released) + self._swap_report()
+
+    def _give_up_unmappable(self, addresses: set[str]) -> list[Event]:
+        """What was to come from pools that cannot be mapped is given up."""
+        events: list[Event] = []
+        for address in addresses:
+            reason = self.peers.why_unmappable(address)
+            request_ids = self._arrivals.from_source(address) if reason is not None else []
+            if reason is not None and request_ids:
+                self._cancel(request_ids)
+                events.append(AttachFailed(address=address, reason=reason, request_ids=request_ids))
+        return events
+
+    def _detach(self, address: str) -> list[Event]:
+        """Gives up what has not arrived from a dead source, lets its copies end, and closes the mapping."""
+        lost = self._arrivals.from_source(address)
+        events = self._cancel(lost)
+        while any(request_id in self._arrivals for request_id in lost):
+            self._arrivals.wait(1e-3)
+            events += self._join()
+        self.peers.detach(address)
+        self.start_pulls()
+        return [*events, Detached(address=address)]
+
+    def _leave(self, request_id: int) -> bool:
+        """Ends a sequence; True if its blocks are free now, not only after the launched step or a copy."""
+        if request_id in self._launched_ids:
+            if request_id in self._scheduler:
+                self._scheduler.retire(request_id)
+            return False
+        if request_id in self._prompts:
+            self._prompts.take(request_id)
+            self._device_blocks.free(Owner("sequence", request_id))
+            return True
+        del self._running[request_id]
+        return self._scheduler.remove(request_id)
+
+    def _released(self, request_ids: list[int]) -> list[Event]:
+        if not request_ids:
+            return []
+        return [Released(request_ids=request_ids, num_free_blocks=self.num_free_blocks)]
+
+    def _swap_report(self) -> list[Event]:
+        """What is new since the last report."""
+        before = self._reported
+        self._reported = SwapReport(
+            num_swapped_seqs=self._scheduler.num_swapped_seqs,
+            num_preemptions=self._num_preemptions,
+            bytes_out=self._swap_bytes["out"],
+            bytes_in=self._swap_bytes["in"],
+        )
+        if self._reported == before:
+            return []
+        return [
+            SwapReport(
+                num_swapped_seqs=self._reported.num_swapped_seqs,
+                num_preemptions=self._reported.num_preemptions - before.num_preemptions,
+                bytes_out=self._reported.bytes_out - before.bytes_out,
+                bytes_in=self._reported.bytes_in - before.bytes_in,
+            )
+        ]
+
+    def _prefix_report(self) -> list[Event]:
+        if self.cache is None:
+            return []
+        stored, evicted = self.cache.take_events()
+        num_queried_before, num_hit_before = self._reported_prefix_tokens
+        self._reported_prefix_tokens = self.cache.num_queried_tokens, self.cache.num_hit_tokens
+        num_queried = self.cache.num_queried_tokens - num_queried_before
+        if not (stored or evicted or num_queried):
+            return []
+        return [
+            PrefixReport(
+                stored=stored,
+                evicted=evicted,
+                num_queried_tokens=num_queried,
+                num_hit_tokens=self.cache.num_hit_tokens - num_hit_before,
+            )
+        ]

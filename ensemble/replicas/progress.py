@@ -1,0 +1,78 @@
+"""Health is progress: a replica counts its beats in memory that its stage sees too, and the stage judges by them.
+
+Beats can be read while the process that counts them stands still, and cost a store of eight bytes.
+"""
+
+import mmap
+import os
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
+SIZE = 64  # bytes: beats, u64; step_s, f64; the rest is free
+SLOW_STEPS = 10  # a step may take that many times what steps took lately
+STEP_DECAY = 0.9  # by step, of a long one's weight
+MAX_LATE_S = 1.0  # a watcher that looks less often has stood still itself
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Progress:
+    """Counted by one thread of one process, read by another process.
+
+    Without `fd` the memory is new, and `fd` is to be passed to the process that counts; with it, it is that memory.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        if fd is None:
+            fd = os.memfd_create("progress")
+            os.ftruncate(fd, SIZE)
+        self.fd = fd
+        memory = memoryview(mmap.mmap(fd, SIZE))
+        self._beats = memory[:8].cast("Q")
+        self._step_s = memory[8:16].cast("d")
+
+    def beat(self) -> None:
+        """The loop goes on. At least once a second, also where there is nothing to do."""
+        self._beats[0] += 1
+
+    def step_took(self, seconds: float) -> None:
+        self._step_s[0] = max(seconds, STEP_DECAY * self._step_s[0])
+
+    @property
+    def beats(self) -> int:
+        return self._beats[0]
+
+    @property
+    def step_s(self) -> float:
+        """What a step may well take: the longest of late."""
+        return self._step_s[0]
+
+
+class HangWatch:
+    """Which of some processes stand still. Time is an argument, in seconds."""
+
+    def __init__(self, hang_timeout_s: float) -> None:
+        self._hang_timeout_s = hang_timeout_s
+        self._looked_at = float("-inf")
+        self._since: dict[Hashable, tuple[int, float]] = {}  # key |-> beats, since when
+
+    def hung(self, progresses: Mapping[Key, Progress], now: float) -> dict[Key, float]:
+        """Key |-> seconds without a beat, of those that have had none for too long. To be asked twice a second.
+
+        Who was late itself does not judge: what stopped it may have stopped the others as well.
+        """
+        if now - self._looked_at > MAX_LATE_S:
+            self._since.clear()
+        self._looked_at = now
+        self._since = {key: self._beats_since(key, progress, now) for key, progress in progresses.items()}
+        stood_still_s = {key: now - self._since[key][1] for key in progresses}
+        return {
+            key: seconds
+            for key, seconds in stood_still_s.items()
+            if seconds >= max(self._hang_timeout_s, SLOW_STEPS * progresses[key].step_s)
+        }
+
+    def _beats_since(self, key: Hashable, progress: Progress, now: float) -> tuple[int, float]:
+        beats = progress.beats
+        seen = self._since.get(key)
+        return seen if seen is not None and seen[0] == beats else (beats, now)

@@ -1,0 +1,154 @@
+"""The process of a replica: loads its engine, then serves its stage over ZeroMQ until the stage goes away.
+
+    python -m ensemble.replicas.worker HOME REPLICA LIFE DEVICE STAGE_ADDRESS PEER_ADDRESS ALIVE_FD PROGRESS_FD
+
+The deployment file is named by the environment. ALIVE_FD is a pipe that the stage holds open: its end means that the
+stage is gone, whichever way it went, and the worker must not outlive it.
+
+    stage -> worker   [b"command", Command]   [b"reset", life]
+    worker -> stage   [b"up", life, ReplicaUp]   [b"failed", life, reason]   [b"event", life, Event]
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch
+import zmq
+
+from ensemble.config import Deployment, StageName
+from ensemble.engine.engine import load_engine
+from ensemble.errors import ConfigError
+from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
+from ensemble.replicas.loop import EngineLoop, loop_settings
+from ensemble.replicas.peers import Peers, PeerServer
+from ensemble.replicas.progress import Progress
+
+GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
+IDLE_POLL_MS = 500  # between two beats of an idle loop
+MAX_UNSENT = 100_000  # events that the stage has not taken: it hangs
+
+
+def main() -> None:
+    home, replica, life, device_name, stage_address, peer_address, alive_fd, progress_fd = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    threading.Thread(target=_exit_with_the_stage, args=(int(alive_fd),), daemon=True).start()
+
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
+    socket.identity = f"{replica}:{life}".encode()
+    socket.connect(stage_address)
+    deployment = Deployment.from_environment()
+    stage_name: StageName = "prefill" if home == "prefill" else "decode"
+    device = torch.device(device_name)
+    if device.type == "cpu":
+        torch.set_num_threads(deployment.stage(stage_name).num_threads or cpu_threads(deployment))
+    progress = Progress(int(progress_fd))
+    try:
+        engine = load_engine(deployment, deployment.stage(stage_name), device, on_layer=progress.beat)
+        loop = EngineLoop(engine, Peers(context, device), loop_settings(deployment, stage_name), peer_address)
+    except ConfigError as error:
+        socket.send_multipart([b"failed", life.encode(), str(error).encode()])
+        socket.close()
+        context.term()  # returns when the message is out
+        sys.exit(1)
+    up = ReplicaUp(
+        replica=int(replica),
+        life=int(life),
+        device=device_name,
+        num_blocks=engine.pool.num_blocks,
+        num_host_blocks=loop.num_host_blocks,
+        max_num_seqs=deployment.num_places(stage_name),
+        pid=os.getpid(),
+        peer_address=peer_address,
+    )
+    server = PeerServer(context, peer_address, engine.pool)
+    Worker(loop, socket, server, progress, up).serve()
+
+
+@dataclass(slots=True)
+class Worker:
+    """Between the loop and its sockets."""
+
+    loop: EngineLoop
+    socket: "zmq.Socket[bytes]"
+    server: PeerServer
+    progress: Progress
+    up: ReplicaUp  # of the present life
+
+    def serve(self) -> None:
+        self._send(b"up", encode(self.up))
+        while True:
+            self.serve_once()
+
+    def serve_once(self) -> None:
+        """What has come, then a step."""
+        loop = self.loop
+        if not loop.has_work:
+            zmq.select([self.socket, self.server.socket, *loop.peers.attaching], [], [], IDLE_POLL_MS / 1e3)
+        self.progress.beat()
+        self._send_events(loop.end_leases(self.server.acknowledged()))
+        while self.socket.poll(0):
+            self._receive(*self.socket.recv_multipart())
+        if loop.peers.attaching:
+            self._send_events(loop.receive_handles())
+        if loop.waits_for_gpu:
+            time.sleep(GPU_POLL_S)
+        elif loop.has_work:
+            start = time.monotonic()
+            events = loop.step()
+            self.progress.step_took(time.monotonic() - start)
+            self._send_events(events)
+
+    def _receive(self, kind: bytes, payload: bytes) -> None:
+        if kind == b"command":
+            self._send_events(self.loop.handle(decode_command(payload)))
+        elif kind == b"reset":
+            self._reset(int(payload))
+
+    def _reset(self, life: int) -> None:
+        """Another router: all requests end here, and nothing is said of them any more."""
+        self.loop.cancel_all()
+        while not self.loop.is_empty:
+            self.progress.beat()
+            self.loop.step()
+        self.up = ReplicaUp(
+            **{name: getattr(self.up, name) for name in ReplicaUp.__struct_fields__ if name != "life"}, life=life
+        )
+        self._send(b"up", encode(self.up))
+
+    def _send_events(self, events: list[Event]) -> None:
+        for event in events:
+            self._send(b"event", encode(event))
+
+    def _send(self, kind: bytes, payload: bytes) -> None:
+        """Raises zmq.Again when the stage takes nothing for too long: it counts as hung, and the process ends."""
+        self.socket.send_multipart([kind, str(self.up.life).encode(), payload], zmq.NOBLOCK)
+
+
+def cpu_threads(deployment: Deployment) -> int:
+    """An equal part of the cores for each worker that computes on the CPU."""
+    devices = deployment.prefill.devices + deployment.decode.devices
+    return max(1, len(os.sched_getaffinity(0)) // max(1, devices.count("cpu")))
+
+
+def _exit_with_the_stage(alive_fd: int) -> None:
+    while os.read(alive_fd, 1):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception:
+        # Nothing is torn down: after a fault of the GPU every call of CUDA fails, in destructors too, and the sooner
+        # the process has ended, the sooner its requests are taken up elsewhere and the next life begins.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

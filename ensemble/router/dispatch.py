@@ -1,0 +1,204 @@
+"""What goes where now: asks the schedulers, tells the replicas."""
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from ensemble.cache.prefix_cache import block_hashes
+from ensemble.config import Deployment, StageName
+from ensemble.protocol.router_replica import (
+    Arrival,
+    AttachPeer,
+    Command,
+    Join,
+    PromptChunk,
+    ReplicaUp,
+    RunPrompts,
+    ToReplica,
+    ToStage,
+    encode,
+)
+from ensemble.request import Request
+from ensemble.router.fleet import Fleet, Replica
+from ensemble.router.lives import Life, Lives
+from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.estimates import OutputEstimate
+from ensemble.scheduling.policies import Hints, QueuePolicy
+from ensemble.scheduling.prefill import Limits, PrefillScheduler
+from ensemble.scheduling.prefix_index import PrefixIndex
+
+Send = Callable[[StageName, ToStage], None]  # to the home of a replica; never waits
+MAX_BATCHES_IN_FLIGHT = 2  # one runs, one is behind it
+# Where sequences run too, a step is launched before the one before is read, and told then: with three it never waits.
+MAX_BATCHES_BESIDE = 3
+
+
+class Dispatch:
+    """The schedulers, and how replicas of each role are entered in them."""
+
+    def __init__(self, deployment: Deployment, lives: Lives, fleet: Fleet, send: Send) -> None:
+        self._deployment = deployment
+        self._lives = lives
+        self._fleet = fleet
+        self._send = send
+        self._alone: set[int] = set()  # attempt ids
+        self.prefixes = PrefixIndex(deployment.block_size) if deployment.prefill.prefix_cache else None
+        self.output_estimate = OutputEstimate()
+        queue = deployment.scheduler
+        self.prefill = PrefillScheduler(
+            block_size=deployment.block_size,
+            max_num_batched_tokens=deployment.prefill.max_num_batched_tokens,
+            max_num_seqs=deployment.prefill.max_num_seqs,
+            max_batches_in_flight=MAX_BATCHES_IN_FLIGHT,
+            max_queue_requests=queue.max_queue_requests,
+            max_queue_tokens=queue.max_queue_tokens,
+            policy=QueuePolicy(queue.policy, queue.max_wait_s, queue.aging_s, queue.ttft_target_s),
+            max_long_tokens=deployment.prefill.max_long_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+        )
+        self.admission = DecodeAdmission(
+            block_size=deployment.block_size,
+            max_num_bridge_seqs=deployment.prefill.max_num_bridge_seqs,
+            expected_kv_tokens=self.output_estimate.num_kv_tokens,
+            watermark=deployment.decode.watermark,
+        )
+
+    # ---- replicas
+
+    def replica_up(self, replica: Replica, up: ReplicaUp) -> list[int]:
+        """Enters a replica's new life. Returns the attempts in the queue that no known pool could ever hold."""
+        limits = DecodeLimits(up.max_num_seqs, up.num_host_blocks)
+        self.admission.replica_up(replica.id, replica.credits, limits, is_open=replica.takes_sequences)
+        refused = self.prefill.replica_up(replica.id, replica.credits, self._prompt_limits(replica))
+        self._attach(replica)
+        return refused
+
+    def role_changed(self, replica: Replica) -> list[int]:
+        """Its role or its state is another one; what it has goes on there. See `replica_up`."""
+        self.admission.set_open(replica.id, replica.takes_sequences)
+        refused = self.prefill.set_limits(replica.id, self._prompt_limits(replica))
+        self._attach(replica)
+        return refused
+
+    def replica_down(self, replica: Replica) -> None:
+        self.prefill.replica_down(replica.id)
+        self.admission.replica_down(replica.id)
+        if self.prefixes is not None:
+            self.prefixes.replica_down(replica.id)
+
+    def replica_removed(self, replica: Replica) -> None:
+        self.prefill.replica_removed(replica.id)
+        self.admission.replica_removed(replica.id)
+
+    def command(self, replica: Replica, command: Command) -> None:
+        item = ToReplica(replica=replica.id, life=replica.life, command=msgspec.Raw(encode(command)))
+        self._send(replica.home, item)
+
+    def _prompt_limits(self, replica: Replica) -> Limits | None:
+        decode = self._deployment.decode
+        if replica.takes_prompts and replica.role == "prefill":
+            return self.prefill.limits
+        if replica.takes_prompts:
+            return Limits(self._deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
+        if replica.takes_sequences and decode.local_prefill_tokens:
+            return Limits(decode.local_prefill_tokens, MAX_BATCHES_BESIDE, decode.max_local_prompt_len, stays=True)
+        return None
+
+    def _attach(self, replica: Replica) -> None:
+        """Who will read a pool maps it now: the first hand-off need not wait for that."""
+        others = [other for other in self._fleet.up_ones() if other.id != replica.id]
+        for source, reader in [(other, replica) for other in others] + [(replica, other) for other in others]:
+            if source.role == "prefill" and reader.takes_sequences:
+                self.command(reader, AttachPeer(address=source.peer_address))
+
+    # ---- requests
+
+    def enqueue(self, life: Life, now: float, *, is_again: bool = False) -> None:
+        """Raises Overloaded, or InvalidRequest where no pool could ever hold it."""
+        request, hints = life.attempt, life.client.hints
+        self.admission.check(request)
+        if self.prefixes is not None:
+            token_ids = request.prompt_token_ids + request.resumed_token_ids
+            life.hashes = block_hashes(token_ids, self.prefixes.block_size)
+            num_cached_tokens = self.prefixes.best(life.hashes, request.prefill_len)
+            hints = Hints(hints.priority, hints.tenant, hints.ttft_target_s, num_cached_tokens)
+        self.prefill.add(request, now, hints, is_again=is_again)
+        if life.is_alone:
+            self._alone.add(request.request_id)
+            self.admission.set_alone(request.request_id)
+
+    def ended(self, attempt_id: int) -> None:
+        """An attempt is over: it has all its tokens, or is given up."""
+        self._alone.discard(attempt_id)
+
+    def no_longer_alone(self, life: Life) -> None:
+        life.is_alone = False
+        self._alone.discard(life.attempt_id)
+        self.admission.clear_alone(life.attempt_id)
+
+    def dispatch(self, now: float) -> None:
+        """Everything that can start now, starts: first what has waited in the bridge."""
+        while submission := self.admission.next_submission():
+            self._join(submission.replica, submission.request_ids)
+        while batch := self.prefill.next_batch(now, self._may_start):
+            replica = self._fleet.get(batch.replica)
+            assert replica is not None, "the scheduler has only replicas of the fleet"
+            time_ns = time.time_ns()
+            chunks = []
+            for chunk in batch.chunks:
+                life = self._lives.of_attempt(chunk.request_id)
+                assert life is not None, "the queue has only live requests"
+                if chunk.is_first:
+                    self._started(life, replica, time_ns)
+                stays = life.decode_replica is not None
+                request = chunk.request if chunk.is_first else None
+                chunks.append(PromptChunk(request_id=chunk.request_id, end=chunk.end, request=request, stays=stays))
+            self.command(replica, RunPrompts(batch_id=batch.batch_id, chunks=chunks))
+
+    def _started(self, life: Life, replica: Replica, time_ns: int) -> None:
+        life.phase, timeline = "prefill", life.client.timeline
+        timeline.first_scheduled_ns = timeline.first_scheduled_ns or time_ns
+        if life.decode_replica is not None:  # it stays
+            timeline.prefill_replica, timeline.decode_replica = -1, replica.id
+        else:
+            life.prefill_replica = timeline.prefill_replica = replica.id
+
+    def _join(self, replica_id: int, attempt_ids: list[int]) -> None:
+        replica, time_ns = self._fleet.get(replica_id), time.time_ns()
+        assert replica is not None, "the scheduler has only replicas of the fleet"
+        arrivals = []
+        for attempt_id in attempt_ids:
+            life = self._lives.of_attempt(attempt_id)
+            assert life is not None and life.handoff is not None, "the bridge has only live requests"
+            arrivals.append(
+                Arrival(request=life.attempt, output_token_ids=list(life.output_token_ids), handoff=life.handoff)
+            )
+            life.phase, life.handoff, life.decode_replica = "decode", None, replica_id
+            timeline = life.client.timeline
+            timeline.decode_submitted_ns, timeline.decode_replica = time_ns, replica_id
+        self.command(replica, Join(arrivals=arrivals))
+
+    def _may_start(self, replica_id: int, request: Request) -> bool:
+        replica, life = self._fleet.get(replica_id), self._lives.of_attempt(request.request_id)
+        if replica is None or life is None:
+            return False
+        if self._alone and not self._may_share(replica_id, life):
+            return False
+        if replica.role != "prefill":
+            if not self.admission.try_start_at(replica_id, request):
+                return False
+            life.decode_replica = replica_id
+            return True
+        return self.admission.try_promise(request)
+
+    def _may_share(self, replica_id: int, life: Life) -> bool:
+        """Whether the prompts that the replica computes, and this one, are none that has to be alone."""
+        computed = self.prefill.unfinished(replica_id)
+        return not computed if life.is_alone else self._alone.isdisjoint(computed)
+
+    def _num_cached_tokens(self, replica_id: int, request: Request) -> int:
+        life = self._lives.of_attempt(request.request_id)
+        if self.prefixes is None or life is None:
+            return 0
+        return self.prefixes.num_cached_tokens(replica_id, life.hashes, request.prefill_len)

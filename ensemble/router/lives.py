@@ -1,0 +1,157 @@
+"""One record for each live request: what was asked, what the client has of it, and where it is.
+
+    queued --> prefill --> bridge --> decode --> answering --> ended        (an only token: prefill --> answering)
+       ^          |          |          |
+       +----------+----------+----------+   its replica was lost, or drained: prefilled again, from prompt and outputs
+
+The record is the only commit point. A token is taken if it is of the present attempt and at the record's length; what
+is computed again starts from the committed tokens, as an attempt with an id of its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import msgspec
+
+from ensemble.errors import DistServeError, InternalError
+from ensemble.protocol.router_replica import KVHandoff
+from ensemble.request import FinishReason, Request, TokenLogProbs
+from ensemble.scheduling.policies import Hints
+
+Phase = Literal["queued", "prefill", "bridge", "decode", "answering"]
+TOKENS_OF_PROGRESS = 16  # an attempt that has got on by so many was not ended by what the request itself does
+
+
+@dataclass(slots=True, eq=False)
+class Timeline:
+    """When a request passed each point, in nanoseconds of time.time_ns(); 0 until it has. Of the last attempt."""
+
+    arrival_ns: int = 0
+    first_scheduled_ns: int = 0
+    first_token_ns: int = 0
+    decode_submitted_ns: int = 0
+    decode_joined_ns: int = 0
+    last_token_ns: int = 0
+    first_sent_ns: int = 0  # the first and the last response have been handed over
+    last_sent_ns: int = 0
+    kv_transfer_ns: int = 0  # the copy itself
+    kv_transfer_bytes: int = 0
+    prefill_replica: int = -1
+    decode_replica: int = -1  # -1: ended with its first token
+    num_recoveries: int = 0  # attempts after the first
+
+
+class Client(Protocol):
+    """Whoever waits for the answer."""
+
+    @property
+    def timeline(self) -> Timeline: ...
+
+    @property
+    def hints(self) -> Hints: ...
+
+    @property
+    def deadline(self) -> float | None:
+        """By time.monotonic()."""
+
+    @property
+    def is_answered(self) -> bool:
+        """The last response is being sent, or has been."""
+
+    def take(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None) -> None:
+        """Gets the next token, once. Never waits."""
+
+    def fail(self, error: DistServeError) -> None:
+        """The request has ended with this error. Never waits."""
+
+    def ended(self) -> None:
+        """The request has ended with its last response."""
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    request: Request  # as it was asked
+    client: Client
+    attempt: Request  # as it is computed now; its id is the attempt's
+    phase: Phase = "queued"
+    output_token_ids: list[int] = field(default_factory=list)  # committed: the client has them, or will
+    prefill_replica: int | None = None  # of this attempt
+    decode_replica: int | None = None  # of this attempt
+    handoff: KVHandoff | None = None  # while it is in the bridge
+    hashes: list[bytes] = field(default_factory=list)  # of the blocks to prefill, where there is a prefix cache
+    num_deaths: int = 0  # of replicas that had it, in a row
+    num_alone_deaths: int = 0
+    is_alone: bool = False  # suspected of those deaths: it runs with no other beside it
+
+    @property
+    def request_id(self) -> int:
+        return self.request.request_id
+
+    @property
+    def attempt_id(self) -> int:
+        return self.attempt.request_id
+
+    @property
+    def has_progressed(self) -> bool:
+        """Whether this attempt has got on so far that no death before it was this request's doing."""
+        return len(self.output_token_ids) - len(self.attempt.resumed_token_ids) >= TOKENS_OF_PROGRESS
+
+    def commit(self, position: int, token_id: int) -> bool:
+        """Takes a token of the present attempt at that position of the output. False: it is here already."""
+        if position > len(self.output_token_ids):
+            raise InternalError(
+                f"request {self.request_id}: token {position} came after token {len(self.output_token_ids) - 1}"
+            )
+        if position < len(self.output_token_ids):
+            return False
+        self.output_token_ids.append(token_id)
+        return True
+
+    def again(self, attempt_id: int) -> None:
+        """Begins the next attempt, which has to be prefilled from the prompt and all committed tokens."""
+        self.attempt = msgspec.structs.replace(
+            self.request, request_id=attempt_id, resumed_token_ids=list(self.output_token_ids)
+        )
+        self.phase = "queued"
+        self.prefill_replica = self.decode_replica = self.handoff = None
+        self.client.timeline.num_recoveries += 1
+
+
+class Lives:
+    """The live requests, by their id and by that of their attempt."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, Life] = {}
+        self._by_attempt: dict[int, Life] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Life]:
+        return iter(list(self._by_id.values()))
+
+    def get(self, request_id: int) -> Life | None:
+        return self._by_id.get(request_id)
+
+    def of_attempt(self, attempt_id: int) -> Life | None:
+        """The live request whose present attempt this is; None for attempts that have ended."""
+        return self._by_attempt.get(attempt_id)
+
+    def add(self, life: Life) -> None:
+        self._by_id[life.request_id] = life
+        self._by_attempt[life.attempt_id] = life
+
+    def begin_again(self, life: Life, attempt_id: int) -> None:
+        del self._by_attempt[life.attempt_id]
+        life.again(attempt_id)
+        self._by_attempt[attempt_id] = life
+
+    def end_attempt(self, life: Life) -> None:
+        """All tokens are committed: nothing that a replica says concerns it any more."""
+        life.phase = "answering"
+        self._by_attempt.pop(life.attempt_id, None)
+
+    def remove(self, life: Life) -> None:
+        self._by_id.pop(life.request_id, None)
+        self._by_attempt.pop(life.attempt_id, None)

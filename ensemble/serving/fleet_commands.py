@@ -1,0 +1,141 @@
+"""An operator's commands about the fleet, as they come over the control socket (control.py)."""
+
+import queue
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from ensemble.config import Role, StageName
+from ensemble.errors import InvalidRequest
+from ensemble.router.fleet import Replica
+from ensemble.router.router import Router
+from ensemble.serving.control import Command, ControlError
+from ensemble.serving.router_thread import RouterThread
+
+ANSWER_WITHIN_S = 5.0
+
+
+class ReplicaRow(msgspec.Struct, frozen=True):
+    """One replica, as the router sees it."""
+
+    replica: int
+    home: StageName
+    device: str
+    role: Role
+    state: str
+    num_requests: int
+    num_blocks: int
+    num_free_blocks: int
+
+
+class FleetTable(msgspec.Struct, frozen=True):
+    replicas: list[ReplicaRow]
+
+
+class ListFleet(Command[FleetTable], frozen=True, tag=True):
+    """Changes nothing."""
+
+
+class AddReplica(Command[FleetTable], frozen=True, tag=True):
+    """Starts one more replica; it serves as soon as it has loaded."""
+
+    device: str
+    role: Role
+
+
+class DrainReplica(Command[FleetTable], frozen=True, tag=True):
+    """It gets no more requests. Those that it has end there, or after `within_s` elsewhere."""
+
+    replica: int
+    within_s: float | None = None
+
+
+class UndrainReplica(Command[FleetTable], frozen=True, tag=True):
+    """It gets requests again."""
+
+    replica: int
+
+
+class RemoveReplica(Command[FleetTable], frozen=True, tag=True):
+    """Drains it, then ends it."""
+
+    replica: int
+    within_s: float | None = None
+
+
+class ChangeRole(Command[FleetTable], frozen=True, tag=True):
+    """What it gets from now on is another part of the work; what it has goes on there."""
+
+    replica: int
+    role: Role
+
+
+def fleet_handlers(router: RouterThread) -> Mapping[type[Command[Any]], Callable[[Any], msgspec.Struct]]:
+    """The commands' handlers, for a ControlServer."""
+
+    def answer(change: Callable[[Router], None]) -> FleetTable:
+        def on_its_thread(of: Router) -> FleetTable:
+            change(of)
+            of.tick(time.monotonic())
+            return table(of)
+
+        try:
+            return router.ask(on_its_thread, ANSWER_WITHIN_S)
+        except queue.Empty:
+            raise ControlError(f"the router has not answered within {ANSWER_WITHIN_S:.0f} s") from None
+
+    return {
+        ListFleet: lambda command: answer(lambda of: None),
+        AddReplica: lambda command: answer(lambda of: add(of, command)),
+        DrainReplica: lambda command: answer(lambda of: drain(of, command, is_leaving=False)),
+        RemoveReplica: lambda command: answer(lambda of: drain(of, command, is_leaving=True)),
+        UndrainReplica: lambda command: answer(lambda of: of.undrain(replica_of(of, command.replica))),
+        ChangeRole: lambda command: answer(lambda of: change_role(of, command)),
+    }
+
+
+def table(router: Router) -> FleetTable:
+    return FleetTable(
+        [
+            ReplicaRow(
+                each.id,
+                each.home,
+                each.device,
+                each.role,
+                each.state,
+                each.credits.num_requests if each.is_up else 0,
+                each.credits.num_blocks if each.is_up else 0,
+                each.num_free_blocks if each.is_up else 0,
+            )
+            for each in router.fleet
+        ]
+    )
+
+
+def add(router: Router, command: AddReplica) -> None:
+    router.add("prefill" if command.role == "prefill" else "decode", command.device, command.role)
+
+
+def drain(router: Router, command: DrainReplica | RemoveReplica, *, is_leaving: bool) -> None:
+    replica = replica_of(router, command.replica)
+    if not router.serves_without(replica):
+        raise InvalidRequest("replica", replica.id, "another replica has to be able to do what it does")
+    until = None if command.within_s is None else time.monotonic() + command.within_s
+    router.drain(replica, until, is_leaving=is_leaving)
+
+
+def change_role(router: Router, command: ChangeRole) -> None:
+    replica = replica_of(router, command.replica)
+    if not router.serves_without(replica, command.role):
+        raise InvalidRequest("role", command.role, "some replica has to take prompts, and some to decode")
+    router.set_role(replica, command.role)
+
+
+def replica_of(router: Router, replica_id: int) -> Replica:
+    replica = router.fleet.get(replica_id)
+    if replica is None:
+        known = ", ".join(str(each.id) for each in router.fleet)
+        raise InvalidRequest("replica", replica_id, f"one of {known}")
+    return replica

@@ -1,0 +1,204 @@
+"""What the HTTP relay puts right, as functions of bytes: requests as clients really write them, and answers' statuses.
+
+The Triton server's HTTP front knows no wrong type (it says 500, and not where), takes numbers beyond 32 bits by their
+lower half, and turns every error inside an ensemble into a 400.
+"""
+
+import json
+import math
+import re
+import zlib
+from typing import Any
+
+from ensemble.serving.fields import INTERNAL, KINDS, Kind, fits, unknown
+from ensemble.serving.http_messages import Refused, response
+
+MAX_KEPT_BYTES = 1 << 20  # of a body that is looked into
+MAX_DECODED_BYTES = 64 << 20  # as much as the Triton server takes
+MAX_ANSWER_BYTES = 64 << 10  # of one with an error
+ABSOLUTE_FORM = re.compile(rb"([A-Z]+) https?://[^/ ]*(\S*) ", re.IGNORECASE)
+HOP_BY_HOP = re.compile(rb"(?im)^(?:upgrade|http2-settings):[^\n]*\n")
+CONNECTION = re.compile(rb"(?im)^connection:([^\r\n]*)\r\n")
+PREFACE = b"PRI * HTTP/2"
+LONG_NUMBER = re.compile(rb"[0-9]{10}|[0-9][eE]")  # what may not fit into 32 bits
+UINT64_NAMES = {"seed", "random_seed"}
+IN_ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
+RETRY_AFTER = re.compile(r"retry after ([0-9.]+) s")
+STATUSES = (  # of messages, as errors.py begins them
+    (re.compile(r"overloaded: "), 503),
+    (re.compile(r"\w+ is unavailable: "), 503),
+    (re.compile(r".*Stub process .* is not healthy", re.DOTALL), 503),
+    (re.compile(r"deadline exceeded: "), 504),
+    (re.compile(r"the client cancelled "), 499),
+    (re.compile(r"internal error: "), 500),
+)
+OF_THE_PARSER = re.compile(
+    r"(?:Unable to parse|failed to parse the request JSON|attempt to (?:get|access)|Expected JSON object"
+    r"|Converting keyword|parameter '.*' has invalid type)",
+    re.DOTALL,
+)
+
+
+def as_plain_request(head: bytes) -> bytes:
+    """The head without an offer to upgrade, which nobody takes up, its target in origin-form. Raises Refused."""
+    if head.startswith(PREFACE):
+        raise Refused(505, "HTTP/2 is not served here: send HTTP/1.1, or use the gRPC port")
+    found = ABSOLUTE_FORM.match(head)
+    if found is not None:
+        head = b"%b %b " % (found[1], found[2] or b"/") + head[found.end() :]
+    without = HOP_BY_HOP.sub(b"", head)
+    if without is head or without == head:
+        return head
+    return CONNECTION.sub(_without_upgrade, without)
+
+
+def _without_upgrade(connection: "re.Match[bytes]") -> bytes:
+    options = [option.strip() for option in connection[1].split(b",")]
+    kept = [option for option in options if option.lower() not in (b"upgrade", b"http2-settings")]
+    return b"Connection: %b\r\n" % b", ".join(kept) if kept else b""
+
+
+def decode(body: bytes, encoding: bytes) -> bytes:
+    """A compressed body. Raises Refused."""
+    name = encoding.decode(errors="replace").strip().lower()
+    if name not in ("gzip", "x-gzip", "deflate"):
+        raise Refused(415, f"Content-Encoding {name!r} is not taken: gzip, deflate or none")
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    try:
+        decoded = decoder.decompress(body, MAX_DECODED_BYTES)
+    except zlib.error as error:
+        raise Refused(400, f"the body is not {name}: {error}") from None
+    if decoder.unconsumed_tail:
+        raise Refused(413, f"the body has more than {MAX_DECODED_BYTES} bytes when it is decoded")
+    if not decoder.eof:
+        raise Refused(400, f"the body is not {name}: it ends in its midst")
+    return decoded
+
+
+def fault_of(body: bytes) -> str | None:
+    """What the Triton server takes wrongly, or refuses without saying what, in the JSON body of a `generate`."""
+    try:
+        members = json.loads(body)
+    except UnicodeDecodeError as error:
+        return f"the body is not UTF-8: {error.reason} at byte {error.start}"
+    except (ValueError, RecursionError) as error:
+        return f"the body is not JSON: {error}"
+    if not isinstance(members, dict):
+        return "the body is not a JSON object"
+    parameters = members.pop("parameters", {})
+    if not isinstance(parameters, dict):
+        return "parameters is not valid: a JSON object"
+    for name, value in [*members.items(), *parameters.items()]:
+        fault = _fault_of_member(name, value)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _fault_of_member(name: str, value: Any) -> str | None:
+    if name == "id":
+        return None if isinstance(value, str) else f"id = {_shown(value)} is not valid: a string"
+    if name not in KINDS or name in INTERNAL:
+        is_parameter = isinstance(value, str | int | bool)
+        return None if is_parameter else str(unknown(name, value, KINDS))
+    kind = KINDS[name]
+    if not fits(kind, value):
+        kind_of_json = "a string of JSON" if kind is Kind.OBJECT else kind.value
+        return f"{name} = {_shown(value)} is not valid: {kind_of_json}"
+    for element in value if isinstance(value, list) else [value]:
+        if kind in (Kind.INT, Kind.INTS) and isinstance(element, int):
+            low, high = (0, 1 << 64) if name in UINT64_NAMES else (-(1 << 31), 1 << 31)
+            if not low <= element < high:
+                bits = 64 if name in UINT64_NAMES else 32
+                return f"{name} = {_shown(element)} is not valid: an integer of {bits} bits"
+        if kind in (Kind.FLOAT, Kind.FLOATS) and isinstance(element, int | float) and not _is_float32(element):
+            return f"{name} = {_shown(element)} is not valid: a finite number of 32 bits"
+    return None
+
+
+def _is_float32(value: float) -> bool:
+    try:
+        return math.isfinite(value) and abs(float(value)) <= 3.4e38
+    except OverflowError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    shown = json.dumps(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+class AnswerInspector:
+    """Follows the answer to one `generate`, and puts its status right if it is an error."""
+
+    def __init__(self, request_body: bytes | None) -> None:
+        self._request_body = request_body
+        self._held = b""
+        self.is_done = False
+
+    def push(self, data: bytes) -> bytes:
+        """What to pass on now."""
+        self._held += data
+        if len(self._held) < 12 and b"HTTP/1.1 "[: len(self._held)] == self._held[:9]:
+            return b""  # the status is still to come
+        if self._held[9:10] == b"1":  # an interim answer
+            end = self._held.find(b"\r\n\r\n") + 4
+            passed, self._held = (self._held[:end], self._held[end:]) if end >= 4 else (b"", self._held)
+            return passed + (self.push(b"") if self._held and passed else b"")
+        if self._held[9:10] in b"45":
+            whole = _whole_answer(self._held)
+            if whole is None and len(self._held) <= MAX_ANSWER_BYTES:
+                return b""
+            if whole is not None:
+                self.is_done = True
+                return amended(*whole, self._request_body)
+        self.is_done = True
+        return self._held
+
+    def rest(self) -> bytes:
+        """What is held when the server closes."""
+        return self._held if not self.is_done else b""
+
+
+def _whole_answer(data: bytes) -> tuple[int, list[bytes], bytes] | None:
+    """Status, header lines and decoded body; None until all has come."""
+    head, empty, body = data.partition(b"\r\n\r\n")
+    if not empty:
+        return None
+    status_line, *lines = head.split(b"\r\n")
+    headers = {line.partition(b":")[0].strip().lower(): line.partition(b":")[2].strip() for line in lines}
+    kept = [line for line in lines if line.partition(b":")[0].lower() not in (b"content-length", b"transfer-encoding")]
+    status = int(status_line[9:12])
+    if headers.get(b"transfer-encoding", b"").lower() != b"chunked":
+        length = int(headers.get(b"content-length", b"0"))
+        return (status, kept, body[:length]) if len(body) >= length else None
+    decoded = b""
+    while True:
+        size, line_end, rest = body.partition(b"\r\n")
+        if not line_end:
+            return None
+        num_bytes = int(size.partition(b";")[0], 16)
+        if len(rest) < num_bytes + 2:
+            return None
+        if num_bytes == 0:
+            return status, kept, decoded
+        decoded, body = decoded + rest[:num_bytes], rest[num_bytes + 2 :]
+
+
+def amended(status: int, headers: list[bytes], body: bytes, request_body: bytes | None) -> bytes:
+    """The answer with the status that its message has, and with the field where the server did not name it."""
+    prefix = b"data: " if body.startswith(b"data: ") else b""
+    try:
+        message = str(json.loads(body[len(prefix) :])["error"])
+    except (ValueError, KeyError, TypeError):
+        return response(status, headers, body)
+    plain = IN_ENSEMBLE.sub("", message, count=1)
+    if OF_THE_PARSER.match(plain):
+        fault = fault_of(request_body) if request_body is not None else None
+        status, body = 400, prefix + json.dumps({"error": fault or message}).encode() + (b"\n\n" if prefix else b"")
+    else:
+        status = next((found for pattern, found in STATUSES if pattern.match(plain)), status)
+    if status == 503 and not any(line.lower().startswith(b"retry-after:") for line in headers):
+        seconds = RETRY_AFTER.search(plain)
+        headers = [*headers, b"Retry-After: %d" % max(1, math.ceil(float(seconds[1])) if seconds else 1)]
+    return response(status, headers, body)

@@ -1,0 +1,41 @@
+"""The private folder of one running server (mode 0700): its processes find one another there.
+
+secret         what only processes of this run know (secret.py)
+stubs/         signs of life, a file for each stub (heartbeat.py)
+cancels        socket: `postprocess` and the HTTP relay tell the scheduler of clients that have gone (cancels.py)
+control        socket: an operator's commands to the scheduler (control.py)
+"""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from ensemble.errors import ConfigError
+
+RUN_DIR_VARIABLE = "DISTSERVE_RUN_DIR"
+
+
+def run_dir() -> Path:
+    """What the environment names; under a `tritonserver` that was started by hand a folder that all its stubs share.
+
+    Raises ConfigError if that folder is somebody else's.
+    """
+    if RUN_DIR_VARIABLE in os.environ:
+        return Path(os.environ[RUN_DIR_VARIABLE])
+    path = Path(tempfile.gettempdir()) / f"distserve-by-hand-{os.getppid()}"  # every stub's parent is the server
+    path.mkdir(mode=0o700, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise ConfigError(f"{path} is not a private folder of this user: set {RUN_DIR_VARIABLE} to one")
+    return path
+
+
+def cancel_address(of_run: Path) -> str:
+    """Where the scheduler hears of cancels."""
+    return f"ipc://{of_run}/cancels"
+
+
+def control_address(of_run: Path) -> str:
+    """Where the scheduler takes an operator's commands."""
+    return f"ipc://{of_run}/control"

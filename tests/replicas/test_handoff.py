@@ -1,0 +1,220 @@
+"""Two replicas in one process, with real engines: what a sequence goes through between them."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ensemble.config import Deployment
+from ensemble.engine.engine import Engine, load_engine
+from ensemble.protocol.router_replica import CancelRequests, Joined, PromptChunk, RunPrompts, StepDone
+from ensemble.request import Request, SamplingParams
+from tests.checkpoints import make_tiny_llama
+from tests.replicas.pair import CPU, Pair, handoffs_of, join, released_in, tokens_of, whole_prompts
+from tools.offline import generate
+
+NUM_BLOCKS, BLOCK_SIZE = 64, 4
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    path = make_tiny_llama(tmp_path_factory.mktemp("llama"))
+    stage = {"devices": ["cpu"], "kv_cache_bytes": NUM_BLOCKS * 2 * 2 * 2 * BLOCK_SIZE * 16 * 8}
+    return Deployment.parse(
+        {
+            "model": {"path": path, "dtype": "float64"},
+            "prefill": stage,
+            "decode": stage,
+            "block_size": BLOCK_SIZE,
+        }
+    )
+
+
+@pytest.fixture
+def pair(deployment: Deployment, tmp_path: Path) -> Iterator[Pair]:
+    pair = Pair(deployment, tmp_path)
+    yield pair
+    pair.close()
+
+
+def make_requests(count: int, temperature: float) -> list[Request]:
+    rng = random.Random(7)
+    return [
+        Request(
+            request_id=index,
+            prompt_token_ids=[rng.randrange(3, 380) for _ in range(rng.choice([1, 3, 4, 5, 19]))],
+            sampling=SamplingParams(
+                max_tokens=rng.randint(1, 12), temperature=temperature, seed=index, ignore_eos=index % 2 == 0
+            ),
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_equal_those_of_one_engine_and_every_block_comes_back(
+    pair: Pair, deployment: Deployment, temperature: float
+) -> None:
+    requests = make_requests(12, temperature)
+    alone: Engine = load_engine(deployment, deployment.decode, CPU)
+    expected = {request_id: sequence.output_token_ids for request_id, sequence in generate(alone, requests).items()}
+
+    pair.prefill.handle(whole_prompts(requests))
+    prefill_events = pair.prefill.run()
+    handoffs = handoffs_of(prefill_events)
+    assert pair.decode.handle(join(prefill_events, requests)) == []
+    decode_events = pair.decode.run()
+
+    assert tokens_of(prefill_events + decode_events) == expected
+    while pair.prefill.loop._leases:
+        prefill_events += pair.prefill.acknowledged()
+    assert sorted(released_in(prefill_events)) == [each.request_id for each in requests]
+    assert sorted(released_in(decode_events)) == sorted(handoffs)
+    joined = [event for event in decode_events if isinstance(event, Joined)]
+    assert sorted(request_id for event in joined for request_id in event.request_ids) == sorted(handoffs)
+    num_blocks = sum(len(handoff.block_ids) for handoff in handoffs.values())
+    assert sum(sum(event.transfer_bytes) for event in joined) == num_blocks * pair.decode.engine.pool.layout.block_bytes
+    pair.assert_empty()
+
+
+def test_source_blocks_stay_until_the_copy_is_acknowledged(pair: Pair) -> None:
+    requests = make_requests(4, 0.0)
+    pair.prefill.handle(whole_prompts(requests))
+    events = pair.prefill.run()
+    handoffs = handoffs_of(events)
+    leased = sum(len(each.block_ids) for each in handoffs.values())
+    assert leased and pair.prefill.loop.num_free_blocks == NUM_BLOCKS - leased
+
+    pair.decode.handle(join(events, requests))
+    assert pair.prefill.loop.num_free_blocks == NUM_BLOCKS - leased
+    pair.decode.run()
+    released: list[int] = []
+    while len(released) < len(handoffs):
+        released += released_in(pair.prefill.acknowledged())
+    assert sorted(released) == sorted(handoffs)
+    pair.assert_empty()
+
+
+def make_long_requests(count: int) -> list[Request]:
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+    return [Request(request_id=index, prompt_token_ids=[5] * 9, sampling=sampling) for index in range(count)]
+
+
+def in_every_state(pair: Pair, requests: list[Request]) -> None:
+    """0 in prefill between two chunks, 1 under lease in the bridge, 2 on its way to decode, 3 running there."""
+    first_chunk = PromptChunk(request_id=0, end=4, request=requests[0])
+    pair.prefill.handle(RunPrompts(batch_id=1, chunks=[first_chunk]))
+    pair.prefill.handle(whole_prompts(requests[1:]))
+    events = pair.prefill.run()
+    assert handoffs_of(events).keys() == {1, 2, 3}
+    pair.decode.handle(join(events, [requests[3]]))
+    while 3 not in tokens_of(pair.decode.serve_once()):
+        pass
+    pair.decode.handle(join(events, [requests[2]]))
+
+
+def test_cancel_frees_everything_in_every_state(pair: Pair) -> None:
+    in_every_state(pair, make_long_requests(4))
+    assert released_in(pair.prefill.handle(CancelRequests(request_ids=[0, 1]))) == [0, 1]
+    events = pair.decode.handle(CancelRequests(request_ids=[2, 3]))
+    events += pair.decode.run()
+    assert sorted(released_in(events)) == [2, 3]
+    assert 2 not in tokens_of(events)
+
+    released: list[int] = []
+    while len(released) < 2:
+        released += released_in(pair.prefill.acknowledged())
+    assert sorted(released) == [2, 3]
+    pair.assert_empty()
+
+
+def test_all_that_a_replica_has_can_be_ended_at_once(pair: Pair) -> None:
+    """As when another router takes over: nothing of what the old one asked for is left, in whatever state it was."""
+    requests = make_long_requests(6)
+    in_every_state(pair, requests[:4])
+    pair.prefill.handle(RunPrompts(batch_id=2, chunks=[PromptChunk(request_id=4, end=3, request=requests[4])]))
+    pair.decode.handle(whole_prompts([requests[5]], stays=True))
+    for replica in (pair.decode, pair.prefill):
+        assert not replica.loop.is_empty
+        events = replica.loop.cancel_all()
+        while not replica.loop.is_empty:
+            events += replica.loop.step()
+        assert tokens_of(events) == {}
+        replica.assert_empty()
+    assert pair.prefill.acknowledged() == []  # the leases had ended
+
+
+def test_cancelling_twice_or_what_is_unknown_says_nothing(pair: Pair) -> None:
+    pair.decode.handle(whole_prompts(make_long_requests(1), stays=True))
+    pair.decode.serve_once()
+    assert released_in(pair.decode.handle(CancelRequests(request_ids=[0, 0, 7]))) == [0]
+    assert pair.decode.handle(CancelRequests(request_ids=[0])) == []
+    pair.assert_empty()
+
+
+def test_chunk_of_a_cancelled_prompt_is_skipped_and_its_batch_still_ends(pair: Pair) -> None:
+    requests = make_requests(2, 0.0)
+    pair.prefill.handle(whole_prompts(requests))
+    assert released_in(pair.prefill.handle(CancelRequests(request_ids=[0]))) == [0]
+    steps = [event for event in pair.prefill.run() if isinstance(event, StepDone)]
+    assert [request_id for step in steps for request_id in step.request_ids] == [1]
+    pair.prefill.handle(CancelRequests(request_ids=[1]))
+    pair.prefill.handle(whole_prompts([requests[0]], batch_id=5))
+    pair.prefill.handle(CancelRequests(request_ids=[0]))
+    [step] = pair.prefill.run()
+    assert isinstance(step, StepDone) and step.batch_ids == [5] and step.request_ids == []
+    pair.assert_empty()
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_what_is_handed_off_may_go_on_where_it_is(deployment: Deployment, tmp_path: Path, prefix_cache: bool) -> None:
+    """Its lease becomes what it decodes from: nothing is copied, and a cancelled lease is not taken up."""
+    requests = make_requests(12, 1.0)
+    alone = load_engine(deployment, deployment.decode, CPU)
+    expected = {request_id: sequence.output_token_ids for request_id, sequence in generate(alone, requests).items()}
+    raw = deployment.model_dump()
+    raw["prefill"]["prefix_cache"] = prefix_cache
+    pair = Pair(Deployment.parse(raw), tmp_path)
+    replica = pair.decode
+    try:
+        replica.handle(whole_prompts(requests))
+        events = replica.run()
+        handoffs = handoffs_of(events)
+        cancelled = min(handoffs)
+        going_on = join(events, requests)
+        events += replica.handle(CancelRequests(request_ids=[cancelled]))
+        joined = replica.handle(going_on)
+        assert [event.request_ids for event in joined if isinstance(event, Joined)] == [
+            [request_id] for request_id in handoffs if request_id != cancelled
+        ]
+        assert all(event.transfer_bytes == [0] for event in joined if isinstance(event, Joined))
+        events += joined + replica.run()
+        expected[cancelled] = expected[cancelled][:1]
+        assert tokens_of(events) == expected
+        assert sorted(released_in(events)) == [each.request_id for each in requests]
+        replica.assert_empty()
+    finally:
+        pair.close()
+
+
+def test_an_arrival_that_waits_for_blocks_starts_when_a_lease_ends(deployment: Deployment, tmp_path: Path) -> None:
+    """Nothing else is going on that would make the replica look."""
+    raw = deployment.model_dump()
+    raw["decode"]["kv_cache_bytes"] = 10 * 2 * 2 * 2 * BLOCK_SIZE * 16 * 8
+    pair = Pair(Deployment.parse(raw), tmp_path)
+    sampling = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    leased, arriving = (Request(request_id=index, prompt_token_ids=[7] * 24, sampling=sampling) for index in range(2))
+    try:
+        pair.decode.handle(whole_prompts([leased]))
+        pair.decode.run()
+        pair.prefill.handle(whole_prompts([arriving]))
+        events = pair.prefill.run()
+        pair.decode.handle(join(events, [arriving]))
+        events += pair.decode.run()
+        assert len(tokens_of(events)[1]) == 1  # 6 of 10 blocks are leased
+        pair.decode.loop.end_leases([0])
+        events += pair.decode.run()
+        assert len(tokens_of(events)[1]) == 3
+    finally:
+        pair.close()

@@ -1,0 +1,136 @@
+"""Prompts that share cached prefixes say what they say alone, whatever is cut, cancelled or evicted meanwhile."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ensemble.config import Deployment
+from ensemble.engine.engine import Engine, load_engine
+from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts
+from ensemble.request import Request, SamplingParams
+from tests.checkpoints import make_tiny_llama
+from tests.replicas.pair import CPU, Pair, join, tokens_of
+from tools.offline import generate
+
+BLOCK_SIZE = 4
+BLOCK_BYTES = 2 * 2 * 2 * BLOCK_SIZE * 16 * 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+def deploy(model: Path, num_blocks: int) -> Deployment:
+    return Deployment.parse(
+        {
+            "model": {"path": model, "dtype": "float64"},
+            "prefill": {"devices": ["cpu"], "kv_cache_bytes": num_blocks * BLOCK_BYTES, "prefix_cache": True},
+            "decode": {"devices": ["cpu"], "kv_cache_bytes": 512 * BLOCK_BYTES},
+            "block_size": BLOCK_SIZE,
+        }
+    )
+
+
+@pytest.fixture
+def make_pair(tmp_path: Path) -> Iterator[Callable[[Deployment], Pair]]:
+    pairs: list[Pair] = []
+
+    def make(deployment: Deployment) -> Pair:
+        pairs.append(Pair(deployment, tmp_path))
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        pair.close()
+
+
+def make_requests(count: int) -> list[Request]:
+    """Prompts out of few beginnings; some are the beginning itself, in whole blocks."""
+    rng = random.Random(4)
+    beginnings = [[rng.randrange(3, 380) for _ in range(length)] for length in (8, 12, 21, 30)]
+    return [
+        Request(
+            request_id=index,
+            prompt_token_ids=rng.choice(beginnings) + [rng.randrange(3, 380) for _ in range(rng.choice([0, 3, 9, 14]))],
+            sampling=SamplingParams(max_tokens=rng.choice([1, 5]), temperature=1.0, seed=index, ignore_eos=True),
+        )
+        for index in range(count)
+    ]
+
+
+def cut(rng: random.Random, request: Request) -> list[PromptChunk]:
+    """The prompt in chunks, from where the scheduler takes the cache to end: rightly, too early or too late."""
+    start = rng.choice([0, rng.randrange(request.prompt_len)])
+    chunks = []
+    while start < request.prompt_len:
+        length = rng.randint(1, request.prompt_len - start)
+        first = request if not chunks else None
+        start += length
+        chunks.append(PromptChunk(request_id=request.request_id, end=start, request=first))
+    return chunks
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True], ids=["step by step", "launched ahead"])
+@pytest.mark.parametrize("num_blocks", [44, 400], ids=["with eviction", "room for all"])
+def test_shared_prefixes_in_chunks_with_cancels(
+    model: Path,
+    make_pair: Callable[[Deployment], Pair],
+    monkeypatch: pytest.MonkeyPatch,
+    num_blocks: int,
+    runs_ahead: bool,
+) -> None:
+    monkeypatch.setattr(Engine, "runs_ahead", runs_ahead)
+    rng = random.Random(num_blocks)
+    requests = make_requests(48)
+    pair = make_pair(deploy(model, num_blocks))
+    cache = pair.prefill.loop.cache
+    assert cache is not None
+    events: list[Event] = []
+    cancelled: set[int] = set()
+    num_batches = 0
+    for first in range(0, len(requests), 4):
+        pending = [cut(rng, request) for request in requests[first : first + 4]]
+        while any(pending):
+            chunks = [chunks.pop(0) for chunks in pending if chunks and rng.random() < 0.7]
+            events += pair.prefill.handle(RunPrompts(batch_id=num_batches, chunks=chunks))
+            num_batches += 1
+            events += pair.prefill.serve_once()
+            cache.check_integrity()
+            if rng.random() < 0.15:
+                request = rng.choice(requests[first : first + 4])
+                begun = (
+                    not pending[request.request_id - first] or pending[request.request_id - first][0].request is None
+                )
+                if begun and request.request_id not in cancelled:
+                    cancelled.add(request.request_id)
+                    events += pair.prefill.handle(CancelRequests(request_ids=[request.request_id]))
+                    pending[request.request_id - first] = []
+        events += pair.prefill.run()
+        going_on = [request for request in requests[first : first + 4] if request.request_id not in cancelled]
+        pair.decode.handle(join(events, going_on))
+        events += pair.decode.run()
+        while pair.prefill.loop._leases:
+            events += pair.prefill.acknowledged()
+
+    deployment = deploy(model, 512)
+    alone = generate(load_engine(deployment, deployment.decode, CPU), requests)
+    tokens = tokens_of(events)
+    for request_id, sequence in alone.items():
+        if request_id in cancelled:
+            assert tokens.get(request_id, []) == sequence.output_token_ids[: len(tokens.get(request_id, []))]
+        else:
+            assert tokens[request_id] == sequence.output_token_ids
+    assert cancelled and len(cancelled) < len(requests) // 2
+    pair.assert_empty()
+
+    reports = [event for event in events if isinstance(event, PrefixReport)]
+    assert sum(report.num_queried_tokens for report in reports) == sum(request.prompt_len for request in requests)
+    assert sum(report.num_hit_tokens for report in reports) > 0.3 * sum(request.prompt_len for request in requests)
+    stored: set[bytes] = set()
+    for report in reports:
+        stored = (stored - set(report.evicted)) | set(report.stored)
+    assert len(stored) == num_blocks - pair.prefill.engine.blocks.num_free_blocks  # the index knows what is cached
+    assert any(report.evicted for report in reports) == (num_blocks == 44)

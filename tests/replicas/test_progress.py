@@ -1,0 +1,79 @@
+"""Who stands still is found out, who is slow or was stopped together with its watcher is left alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ensemble.replicas.progress import HangWatch, Progress
+
+HANG_TIMEOUT_S = 10.0
+
+
+@pytest.fixture
+def progress() -> Progress:
+    return Progress()
+
+
+def look(watch: HangWatch, progress: Progress, start: float, end: float) -> dict[object, float]:
+    """Looks twice a second within [start, end); returns what it saw first, with the time."""
+    for half_seconds in range(round(2 * start), round(2 * end)):
+        hung = watch.hung({"replica": progress}, half_seconds / 2)
+        if hung:
+            return {**hung, "at": half_seconds / 2}
+    return {}
+
+
+def test_beats_of_another_process_are_seen(progress: Progress) -> None:
+    program = (
+        "import sys; from ensemble.replicas.progress import Progress; progress = Progress(int(sys.argv[1]));"
+        "[progress.beat() for _ in range(1000)]; progress.step_took(0.25)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(progress.fd)], pass_fds=[progress.fd], check=True)
+    assert (progress.beats, progress.step_s) == (1000, 0.25)
+
+
+def test_who_stands_still_is_hung_after_the_timeout(progress: Progress) -> None:
+    assert look(HangWatch(HANG_TIMEOUT_S), progress, 0, 60) == {"replica": HANG_TIMEOUT_S, "at": HANG_TIMEOUT_S}
+
+
+def test_a_beat_starts_the_clock_again(progress: Progress) -> None:
+    watch = HangWatch(HANG_TIMEOUT_S)
+    for start in range(0, 45, 9):
+        assert look(watch, progress, start, start + 9) == {}
+        progress.beat()
+    assert look(watch, progress, 45, 90) == {"replica": HANG_TIMEOUT_S, "at": 45 + HANG_TIMEOUT_S}
+
+
+def test_a_step_may_take_ten_times_what_steps_took(progress: Progress) -> None:
+    progress.step_took(3.0)
+    assert look(HangWatch(HANG_TIMEOUT_S), progress, 0, 60) == {"replica": 30.0, "at": 30.0}
+
+
+def test_one_long_step_is_forgotten(progress: Progress) -> None:
+    progress.step_took(60.0)
+    for _ in range(100):
+        progress.step_took(0.01)
+    assert look(HangWatch(HANG_TIMEOUT_S), progress, 0, 60)["at"] == HANG_TIMEOUT_S
+
+
+def test_a_late_watcher_does_not_judge(progress: Progress) -> None:
+    watch = HangWatch(HANG_TIMEOUT_S)
+    assert look(watch, progress, 0, 9) == {}
+    assert look(watch, progress, 30, 40) == {}, "it has not watched for long enough since it stood still"
+    assert look(watch, progress, 40, 60) == {"replica": HANG_TIMEOUT_S, "at": 40.0}
+
+
+def test_each_has_its_own_clock() -> None:
+    watch, alive, dead = HangWatch(HANG_TIMEOUT_S), Progress(), Progress()
+    for half_seconds in range(60):
+        alive.beat()
+        hung = watch.hung({"alive": alive, "dead": dead}, half_seconds / 2)
+        assert set(hung) == ({"dead"} if half_seconds / 2 >= HANG_TIMEOUT_S else set())
+
+
+def test_a_new_process_is_not_judged_by_the_clock_of_the_one_before() -> None:
+    watch = HangWatch(HANG_TIMEOUT_S)
+    for half_seconds in range(18):
+        watch.hung({(0, 0): Progress()}, half_seconds / 2)
+    assert look(watch, Progress(), 9, 18) == {}

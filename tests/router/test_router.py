@@ -1,0 +1,360 @@
+"""The router against replicas that compute known answers: what clients get, whatever happens to the replicas."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from ensemble.config import Deployment
+from ensemble.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, StageUnavailable
+from tests.router.fake_fleet import BLOCK_SIZE, FakeFleet, answer
+
+
+def deploy(num_prefill: int = 1, num_decode: int = 1, mode: str = "disaggregated", **sections: dict) -> Deployment:
+    raw = {
+        "mode": mode,
+        "model": {"path": "unused"},
+        "prefill": {"devices": ["cpu"] * num_prefill, "max_num_batched_tokens": 16, "max_num_bridge_seqs": 3},
+        "decode": {"devices": ["cpu"] * num_decode},
+        "block_size": BLOCK_SIZE,
+    }
+    for name, fields in sections.items():
+        raw[name] = raw.get(name, {}) | fields
+    return Deployment.parse(raw)
+
+
+def make_fleet(*shape: int, **changes) -> FakeFleet:
+    fleet = FakeFleet(deploy(*shape, **changes))
+    fleet.run()
+    return fleet
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [((1, 1), "disaggregated"), ((2, 2), "disaggregated"), ((1, 3), "disaggregated"), ((0, 2), "colocated")],
+)
+def test_every_shape_of_fleet_answers_and_uses_all_its_replicas(shape, mode):
+    fleet = make_fleet(*shape, mode=mode)
+    asked = [fleet.arrive(prompt_len, max_tokens=6) for prompt_len in [5, 9, 14, 20, 3, 7, 11, 2]]
+    fleet.run()
+    for request, client in asked:
+        assert client.tokens == answer(request) and client.finish_reason == "length"
+    used = {client.timeline.prefill_replica for _, client in asked} | {
+        client.timeline.decode_replica for _, client in asked
+    }
+    assert {replica.id for replica in fleet.router.fleet} <= used
+    fleet.assert_empty()
+
+
+def test_mixed_beside_decode(**_):
+    fleet = make_fleet(1, 2)
+    fleet.router.set_role(fleet.router.fleet.get(1), "mixed")
+    asked = [fleet.arrive(6, max_tokens=5) for _ in range(8)]
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+    assert -1 in {client.timeline.prefill_replica for _, client in asked}  # computed where it decodes
+    fleet.assert_empty()
+
+
+@pytest.mark.parametrize("replica_id", [0, 1])
+@pytest.mark.parametrize("num_steps", range(14))
+def test_a_lost_replica_costs_time_and_not_answers(replica_id, num_steps):
+    fleet = make_fleet(1, 1)
+    asked = [fleet.arrive(prompt_len, max_tokens=7) for prompt_len in (3, 18, 6)]
+    for _ in range(num_steps):
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    fleet.kill(replica_id)
+    fleet.run()
+    for request, client in asked:
+        assert client.error is None and client.tokens == answer(request)
+    fleet.assert_empty()
+
+
+def test_what_died_twice_is_tried_alone_and_given_up_after_its_own_deaths():
+    fleet = make_fleet(1, 1)
+    poison, client = fleet.arrive(4, max_tokens=40)
+    healthy = []
+    num_alone_deaths = 0
+    for _ in range(20):
+        if client.is_over:
+            break
+        healthy.append(fleet.arrive(3, max_tokens=4))
+        for _ in range(40):  # until it decodes: there it kills
+            for replica in list(fleet.replicas.values()):
+                fleet.deliver(replica.id)
+                replica.step(fleet)
+            decoding = (
+                [r.request.prompt_token_ids[0] for r in fleet.replicas[1].running.values()]
+                if 1 in fleet.replicas
+                else []
+            )
+            if poison.prompt_token_ids[0] in decoding:
+                num_alone_deaths += len(decoding) == 1
+                fleet.kill(1)
+                break
+        for _ in range(10):
+            for replica_id in (0, 1):
+                fleet.deliver(replica_id)
+    fleet.run()
+    assert isinstance(client.error, StageUnavailable) and "alone" in str(client.error)
+    assert num_alone_deaths >= 4  # max_recoveries = 3 of its own, and one more
+    assert all(each.tokens == answer(request) for request, each in healthy)
+    fleet.assert_empty()
+
+
+def test_a_draining_replica_lets_what_runs_finish_and_gets_nothing_new():
+    fleet = make_fleet(1, 2)
+    asked = [fleet.arrive(4, max_tokens=8) for _ in range(4)]
+    for _ in range(6):
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    fleet.router.drain(fleet.router.fleet.get(1), None, is_leaving=True)
+    later = [fleet.arrive(4, max_tokens=8) for _ in range(4)]
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked + later)
+    assert all(client.timeline.num_recoveries == 0 for _, client in asked)
+    assert all(client.timeline.decode_replica == 2 for _, client in later)
+    assert fleet.router.fleet.get(1) is None and 1 not in fleet.replicas  # it has left
+    fleet.assert_empty()
+
+
+def test_a_drain_that_takes_too_long_moves_what_runs():
+    fleet = make_fleet(1, 2)
+    asked = [fleet.arrive(4, max_tokens=20) for _ in range(2)]
+    for _ in range(6):
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    fleet.router.drain(fleet.router.fleet.get(1), fleet.now + 1.0)
+    fleet.now += 1.5
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+    assert any(client.timeline.num_recoveries for _, client in asked)
+    assert all(client.timeline.decode_replica == 2 for _, client in asked)
+    fleet.assert_empty()
+
+
+def test_roles_change_under_load():
+    fleet = make_fleet(1, 2)
+    asked = []
+    for role in ("prefill", "mixed", "decode", "mixed"):
+        asked += [fleet.arrive(6, max_tokens=6) for _ in range(3)]
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+        fleet.router.set_role(fleet.router.fleet.get(2), role)
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+    fleet.assert_empty()
+
+
+def test_a_prefill_replica_that_becomes_the_only_decoder_goes_on_with_what_it_leased():
+    fleet = make_fleet(2, 1)
+    fleet.kill(2)
+    asked = [fleet.arrive(6, max_tokens=6) for _ in range(2)]
+    for _ in range(8):
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    for replica_id in (0, 1):
+        fleet.router.set_role(fleet.router.fleet.get(replica_id), "mixed")
+    fleet.waiting.clear()  # the decode replica does not come back
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+
+
+def test_an_added_replica_is_used():
+    fleet = make_fleet(1, 1)
+    added = fleet.router.add("decode", "cpu", "decode")
+    fleet.start(added.id)
+    fleet.run()
+    asked = [fleet.arrive(4, max_tokens=8) for _ in range(6)]
+    fleet.run()
+    assert added.id in {client.timeline.decode_replica for _, client in asked}
+    assert all(client.tokens == answer(request) for request, client in asked)
+
+
+def test_a_replica_that_is_up_twice_or_lives_anew_leaves_a_consistent_fleet():
+    fleet = make_fleet(1, 1)
+    request, client = fleet.arrive(4, max_tokens=8)
+    for _ in range(6):
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    fleet.router.receive(fleet.replicas[1].up(), fleet.now)  # said again
+    fleet.check()
+    fleet.replicas.pop(1)
+    fleet.start(1)  # its next life is told, and the end of the last is not
+    fleet.run()
+    assert client.tokens == answer(request)
+    fleet.assert_empty()
+
+
+def test_requests_wait_for_a_fleet_that_comes_back_and_are_refused_when_it_does_not():
+    fleet = make_fleet(1, 1)
+    fleet.kill(0)
+    fleet.waiting.clear()
+    fleet.deliver(1)
+    request, client = fleet.arrive(4, max_tokens=4)
+    fleet.now += 10
+    fleet.tick()
+    assert not client.is_over and not fleet.router.is_serving
+    fleet.now += 25
+    fleet.tick()
+    assert isinstance(client.error, StageUnavailable) and "killed" in str(client.error)
+    _, late = fleet.arrive(4, max_tokens=4)
+    assert isinstance(late.error, StageUnavailable)
+    fleet.start(0)
+    fleet.run()
+    assert fleet.router.is_serving
+    request, client = fleet.arrive(4, max_tokens=4)
+    fleet.run()
+    assert client.tokens == answer(request)
+
+
+def test_cancels_and_deadlines_end_a_request_in_every_state():
+    for num_steps in range(12):
+        fleet = make_fleet(1, 1)
+        cancelled, late = fleet.arrive(9, max_tokens=9), fleet.arrive(9, max_tokens=9, deadline=fleet.now + 5)
+        for _ in range(num_steps):
+            for replica in list(fleet.replicas.values()):
+                fleet.deliver(replica.id)
+                replica.step(fleet)
+        is_over = cancelled[1].is_over, late[1].is_over
+        fleet.router.cancel(cancelled[0].request_id)
+        fleet.now += 6
+        fleet.tick()
+        assert is_over[0] or isinstance(cancelled[1].error, Cancelled)
+        assert is_over[1] or isinstance(late[1].error, DeadlineExceeded)
+        fleet.run()
+        fleet.assert_empty()
+
+
+def test_a_pool_that_nobody_can_map_is_an_error_and_no_wait():
+    from ensemble.protocol.router_replica import AttachFailed
+
+    fleet = make_fleet(1, 1)
+    source = fleet.replicas[0]
+    fleet.replicas[1].out.append(AttachFailed(address=source.address, reason="no peer access", request_ids=[]))
+    fleet.run()
+    _, client = fleet.arrive(4, max_tokens=4)
+    fleet.run()
+    assert isinstance(client.error, StageUnavailable) and "no peer access" in str(client.error)
+    fleet.assert_empty()
+
+
+class AnyFleet(RuleBasedStateMachine):
+    """Whatever happens, in whichever order: every request ends once, with the known answer or for a reason."""
+
+    shape, mode = (2, 2), "disaggregated"
+
+    def __init__(self):
+        super().__init__()
+        self.fleet = FakeFleet(deploy(*self.shape, mode=self.mode))
+        self.fleet.run()
+        self.asked = []
+        self.cancelled = set()
+        self.num_added = 0
+
+    def known(self):
+        return sorted(replica.id for replica in self.fleet.router.fleet)
+
+    @rule(prompt_len=st.integers(1, 40), max_tokens=st.integers(1, 12))
+    def arrive(self, prompt_len, max_tokens):
+        self.asked.append(self.fleet.arrive(prompt_len, max_tokens))
+
+    @rule(data=st.data())
+    def deliver(self, data):
+        self.fleet.deliver(data.draw(st.sampled_from(self.known())))
+
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def step(self, data, count):
+        replica = self.fleet.replicas.get(data.draw(st.sampled_from(self.known())))
+        for _ in range(count if replica is not None else 0):
+            replica.step(self.fleet)
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def cancel(self, data):
+        request, _ = data.draw(st.sampled_from(self.asked))
+        self.cancelled.add(request.request_id)
+        self.fleet.router.cancel(request.request_id)
+        self.fleet.tick()
+
+    @precondition(lambda self: len(self.asked) % 4 == 3 and self.fleet.replicas)
+    @rule(data=st.data())
+    def kill(self, data):
+        self.fleet.kill(data.draw(st.sampled_from(sorted(self.fleet.replicas))))
+
+    @precondition(lambda self: self.fleet.waiting)
+    @rule(data=st.data())
+    def start(self, data):
+        self.fleet.start(data.draw(st.sampled_from(sorted(self.fleet.waiting))))
+
+    @rule(data=st.data(), role=st.sampled_from(["prefill", "decode", "mixed"]))
+    def change_role(self, data, role):
+        self.fleet.router.set_role(self.fleet.router.fleet.get(data.draw(st.sampled_from(self.known()))), role)
+        self.fleet.tick()
+
+    @rule(data=st.data(), within=st.none() | st.floats(0, 2))
+    def drain(self, data, within):
+        until = None if within is None else self.fleet.now + within
+        self.fleet.router.drain(self.fleet.router.fleet.get(data.draw(st.sampled_from(self.known()))), until)
+        self.fleet.tick()
+
+    @rule(data=st.data())
+    def undrain(self, data):
+        self.fleet.router.undrain(self.fleet.router.fleet.get(data.draw(st.sampled_from(self.known()))))
+        self.fleet.tick()
+
+    @precondition(lambda self: self.num_added < 2)
+    @rule(home=st.sampled_from(["prefill", "decode"]), role=st.sampled_from(["prefill", "decode", "mixed"]))
+    def add(self, home, role):
+        self.num_added += 1
+        self.fleet.router.add(home, "cpu", role)
+
+    def staying(self):
+        return sorted(replica.id for replica in self.fleet.router.fleet if not replica.is_leaving)
+
+    @precondition(lambda self: len(self.staying()) > 2)
+    @rule(data=st.data())
+    def remove(self, data):
+        replica = self.fleet.router.fleet.get(data.draw(st.sampled_from(self.staying())))
+        self.fleet.router.drain(replica, self.fleet.now, is_leaving=True)
+        self.fleet.tick()
+
+    @rule(seconds=st.floats(0, 3))
+    def wait(self, seconds):
+        self.fleet.now += seconds
+        self.fleet.tick()
+
+    @invariant()
+    def books_agree(self):
+        self.fleet.check()
+
+    def teardown(self):
+        for replica in list(self.fleet.router.fleet):
+            self.fleet.router.undrain(replica)
+            self.fleet.router.set_role(replica, "mixed")
+        self.fleet.run(2000)
+        self.fleet.now += 100
+        self.fleet.run(2000)
+        for request, client in self.asked:
+            if client.error is None:
+                assert client.tokens == answer(request), "a wrong answer, or none"
+            elif not isinstance(client.error, InvalidRequest | Overloaded | StageUnavailable):
+                assert isinstance(client.error, Cancelled) and request.request_id in self.cancelled
+            assert client.tokens == answer(request)[: len(client.tokens)]
+        self.fleet.assert_empty()
+
+
+class AnyColocatedFleet(AnyFleet):
+    shape, mode = (0, 3), "colocated"
+
+
+@pytest.mark.parametrize("machine", [AnyFleet, AnyColocatedFleet])
+def test_any_history_ends_in_the_known_answers(machine):
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=60, deadline=None))

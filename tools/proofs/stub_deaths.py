@@ -1,0 +1,132 @@
+"""Kills, and stops, every stub of a served model under load, on the CPU.
+
+    python -m tools.proofs.stub_deaths --output docs/results/stub-deaths.json
+
+Clients of both fronts send long requests, one after the other. For each stub the tool sends SIGKILL, or SIGSTOP, and
+measures until the last request that was under way has ended, and until one that was sent afterwards has been served.
+Both times are from the signal on. 3 minutes.
+"""
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from tools.benchmarks.results import at_most, exactly, report
+from tools.proofs.gpu_smoke import write_model_dir
+from tools.proofs.grpc_request import Answer, Inputs, ask
+from tools.proofs.http_request import ask_http
+from tools.proofs.serve_process import ServeProcess, wait_until
+from tools.server.tiny_server import TINY_MODEL
+
+STUBS = ("scheduler", "prefill", "decode", "preprocess", "postprocess")
+KNOWN_GOAL_S, SERVED_GOAL_S = 3.0, 20.0
+REQUEST_TIMEOUT_S = 60.0
+MAX_TOKENS = 400
+PAUSE_S = 0.1  # of a client that was refused
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    sent_at: float  # time.monotonic(), as all times here
+    ended_at: float
+    has_ended: bool
+    error: str | None
+
+
+class Load:
+    """Two clients of each front, from entry to exit."""
+
+    def __init__(self, server: ServeProcess) -> None:
+        self.outcomes: list[Outcome] = []  # appended by the clients' threads
+        self._under_way: dict[int, float] = {}
+        self._stop = threading.Event()
+        fronts = 2 * [(ask, server.grpc_url), (ask_http, server.http_url)]
+        self._threads = [threading.Thread(target=self._run, args=(i, *front)) for i, front in enumerate(fronts)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def is_full(self) -> bool:
+        return len(self._under_way) == len(self._threads)
+
+    def served_after(self, moment: float) -> list[Outcome]:
+        return [each for each in self.outcomes.copy() if each.error is None and each.sent_at > moment]
+
+    def _run(self, index: int, send: Callable[[str, Inputs, float], Answer], url: str) -> None:
+        inputs: Inputs = {
+            "input_ids": np.array([5, 6, 7 + index], np.int32),
+            "max_tokens": np.array([MAX_TOKENS], np.int32),
+            "temperature": np.zeros(1, np.float32),
+            "ignore_eos": np.ones(1, bool),
+            "stream": np.ones(1, bool),
+        }
+        while not self._stop.is_set():
+            self._under_way[index] = sent_at = time.monotonic()
+            answer = send(url, inputs, REQUEST_TIMEOUT_S)
+            del self._under_way[index]
+            self.outcomes.append(Outcome(sent_at, answer.ended_at, answer.has_ended, answer.error))
+            if answer.error is not None:
+                self._stop.wait(PAUSE_S)
+
+
+def harm(server: ServeProcess, load: Load, stub: str, number: signal.Signals) -> list[dict[str, Any]]:
+    """One signal to one stub, and the rows of what came of it."""
+    wait_until(load.is_full, REQUEST_TIMEOUT_S)
+    harmed_at = time.monotonic()
+    os.kill(server.stub(stub), number)
+    wait_until(lambda: bool(load.served_after(harmed_at)), REQUEST_TIMEOUT_S)
+    served_at = min(each.ended_at for each in load.served_after(harmed_at))
+    lost = [each for each in load.outcomes.copy() if each.sent_at <= harmed_at < each.ended_at]
+    server.wait_ready(REQUEST_TIMEOUT_S)
+    known_s = max((each.ended_at - harmed_at for each in lost), default=0.0)
+    name = f"{number.name} of {stub}"
+    return [
+        at_most(f"{name}: until the last client knows", round(known_s, 2), "s", KNOWN_GOAL_S),
+        at_most(f"{name}: until a request is served", round(served_at - harmed_at, 2), "s", SERVED_GOAL_S),
+    ]
+
+
+def main(output: Annotated[Path | None, typer.Option(help="JSON file for the summary")] = None) -> None:
+    """Exit status 1 if a goal was missed."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="s") as name:
+        model = Path(name) / "model"
+        write_model_dir(model, TINY_MODEL)
+        flags = ("--load-format", "dummy", "--dtype", "float32", "--kv-cache-bytes", str(64 << 20))
+        hung = 0
+        for number in (signal.SIGKILL, signal.SIGSTOP):  # a server each: it is started again five times at most
+            folder = Path(name) / number.name
+            folder.mkdir()
+            server = ServeProcess(model, folder, *flags)
+            try:
+                with Load(server) as load:
+                    for stub in STUBS:
+                        rows += harm(server, load, stub, number)
+                hung += sum(not each.has_ended for each in load.outcomes)
+            finally:
+                server.close()
+        rows.append(exactly("requests that hung", hung, "requests", 0))
+    report(rows, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
