@@ -202,15 +202,20 @@ def _prefill_attention_kernel(
         last = position + num_queries - 1
         last_visible = tl.minimum(position + rows // GROUP, last)
         end_of_full_tiles = tl.minimum((position + 1) // BLOCK_N * BLOCK_N, end)
-        if HAS_WINDOW:  # from the first query's first position on, and every tile masked
-            start = tl.multiple_of(
-                tl.maximum(start, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N), BLOCK_N
-            )
-            end_of_full_tiles = start
         k_start = kv_head * HEAD_STRIDE
         v_start = k_start + NUM_KV_HEADS * HEAD_STRIDE
         block_table = block_tables + seq * block_tables_stride
         # fmt: off
+        if HAS_WINDOW:  # from the first query's first position to where the last query sees all; nothing before it
+            start = tl.maximum(start, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N)
+            start_of_full_tiles = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_N) * BLOCK_N
+            start_of_full_tiles = tl.maximum(tl.minimum(start_of_full_tiles, end_of_full_tiles), start)
+            acc, row_sum, row_max = _attend(
+                acc, row_sum, row_max, q_rows, last_visible, window, kv, k_start, v_start, block_table, start,
+                start_of_full_tiles, last, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, IS_TILED,
+                HAS_WINDOW, MASKED=True,
+            )
+            start = start_of_full_tiles
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q_rows, last_visible, window, kv, k_start, v_start, block_table, start,
             end_of_full_tiles, last, block_stride, scale_log2, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, IS_TILED, HAS_WINDOW,
@@ -286,8 +291,8 @@ def prefill_attention(
     cu_seqlens_q: Tensor,  # [S + 1] int32
     context_lens: Tensor,  # [S] int32, total lengths, the new tokens included
     scale: float,
-    window: int | None = None,  # how many tokens a query sees, its own included; None: all before it
     workspace: PrefillWorkspace | None = None,  # with the plan for these lengths; None makes one
+    window: int | None = None,  # how many tokens a query sees, its own included; None: all before it
 ) -> Tensor:  # [T, Hq, D]
     """Causal attention of the new tokens over everything before them. Hq is a multiple of Hkv; S is at least 1.
 

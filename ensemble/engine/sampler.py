@@ -121,11 +121,11 @@ def sampling_arrays(
     if masked:
         rows, token_ids = np.array(masked, dtype=np.int64).T
         groups["mask"] = {"rows": np.ascontiguousarray(rows), "token_ids": np.ascontiguousarray(token_ids)}
-    penalty_groups, unread = tables.arrays(sequences, unread_rows)
-    groups |= penalty_groups
     asked = [row for row, p in enumerate(params) if p.num_logprobs is not None]
     if asked:
         groups["asked"] = {"rows": np.array(asked, dtype=np.int64)}
+    penalty_groups, unread = tables.arrays(sequences, unread_rows)
+    groups |= penalty_groups
     if unread:
         groups["unread_penalised"] = unread_arrays(unread)
     return groups

@@ -78,13 +78,13 @@ def paged_attention(
     """Causal attention of a step's tokens over everything before them; over `window` tokens, their own included."""
     tables, starts, lens = metadata.block_tables, metadata.cu_seqlens_q, metadata.context_lens
     if metadata.prefill_workspace is not None:
-        out = prefill_attention(q, kv_cache, tables, starts, lens, scale, window, metadata.prefill_workspace)
+        out = prefill_attention(q, kv_cache, tables, starts, lens, scale, metadata.prefill_workspace, window)
         return out.view(q.shape[0], -1)
     split, rows = metadata.num_prefill_tokens, metadata.num_prefills
     parts = []
     if split > 0:
         parts.append(
-            prefill_attention(q[:split], kv_cache, tables[:rows], starts[: rows + 1], lens[:rows], scale, window)
+            prefill_attention(q[:split], kv_cache, tables[:rows], starts[: rows + 1], lens[:rows], scale, window=window)
         )
     if split < q.shape[0]:
         workspace = metadata.decode_workspace

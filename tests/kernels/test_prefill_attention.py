@@ -13,14 +13,14 @@ from kernels.prefill_plan import plan_prefill, prefill_workspace
 HEADS = [(4, 4, 64), (6, 2, 80), (4, 1, 96), (5, 1, 128), (8, 1, 64)]  # query heads, KV heads, head_dim
 
 
-def run(cache, queries, scale, window=None, workspace=None):
+def run(cache, queries, scale, workspace=None, window=None):
     """The kernel's output, one tensor per sequence."""
     query_lens = [len(q) for q in queries]
     starts = torch.tensor([0, *query_lens], device=cache.lens.device).cumsum(0).int()
     q = torch.cat(queries)
     if workspace is not None:
         plan_prefill(workspace, starts, cache.lens)
-    out = prefill_attention(q, cache.kv_cache, cache.block_tables, starts, cache.lens, scale, window, workspace)
+    out = prefill_attention(q, cache.kv_cache, cache.block_tables, starts, cache.lens, scale, workspace, window)
     return out.split(query_lens)
 
 
@@ -36,7 +36,7 @@ def check_against_sdpa(outs, queries, cache, scale, window=None):
             check(out, lambda q, k, v: attention(q, k, v, scale, window), q, k, v)
 
 
-@pytest.fixture(params=[(1, 1), (2**10, 1), (2**10, 2)], ids=["whole", "single_tiles", "pairs"])
+@pytest.fixture(params=[(1, 1), (2**10, 2)], ids=["whole", "divided"])
 def shares(request, monkeypatch):
     """Keys in one piece, or divided among programs; and fewer programs than items, so that each takes several."""
     monkeypatch.setattr(prefill_plan, "_SHARES", request.param[0])
@@ -62,16 +62,6 @@ def test_chunks_after_a_cached_prefix_and_empty_queries(num_heads, num_kv_heads,
     check_against_sdpa(run(cache, queries, 0.1), queries, cache, 0.1)
 
 
-@pytest.mark.parametrize("window", [1, 31, 64, 149, 1000])
-@pytest.mark.parametrize("block_size", [16, 64])
-def test_windows(window, block_size, shares, device):
-    torch.manual_seed(0)
-    lens, query_lens = [150, 33, 260], [150, 1, 130]
-    cache = PagedCache(lens, 2, 64, block_size, torch.float16, device)
-    queries = new_queries(query_lens, 6, 64, torch.float16, device)
-    check_against_sdpa(run(cache, queries, 0.1, window), queries, cache, 0.1, window)
-
-
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [HEADS[1], HEADS[3]])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_divided_keys_and_decode_rows(num_heads, num_kv_heads, head_dim, block_size, shares, device):
@@ -83,6 +73,16 @@ def test_divided_keys_and_decode_rows(num_heads, num_kv_heads, head_dim, block_s
     check_against_sdpa(run(cache, queries, 0.1), queries, cache, 0.1)
 
 
+@pytest.mark.parametrize("window", [1, 31, 64, 149, 1000])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_windows(window, block_size, shares, device):
+    torch.manual_seed(0)
+    lens, query_lens = [150, 33, 260], [150, 1, 130]
+    cache = PagedCache(lens, 2, 64, block_size, torch.float16, device)
+    queries = new_queries(query_lens, 6, 64, torch.float16, device)
+    check_against_sdpa(run(cache, queries, 0.1, window=window), queries, cache, 0.1, window)
+
+
 def test_workspace_serves_every_smaller_step(device):
     torch.manual_seed(0)
     workspace = prefill_workspace(100, 3, 4, 2, 64, torch.float16, device)
@@ -90,7 +90,7 @@ def test_workspace_serves_every_smaller_step(device):
         cache = PagedCache(lens, 2, 64, 16, torch.float16, device)
         queries = new_queries(query_lens, 4, 64, torch.float16, device)
         for _ in range(2):  # every layer of a step
-            check_against_sdpa(run(cache, queries, 0.1, workspace=workspace), queries, cache, 0.1)
+            check_against_sdpa(run(cache, queries, 0.1, workspace), queries, cache, 0.1)
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 64, 256])

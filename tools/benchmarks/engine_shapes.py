@@ -62,5 +62,5 @@ SHAPES = {
 
 def load_spec(config: dict[str, Any]) -> ModelSpec:
     with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "config.json").write_text(json.dumps(config))
+        Path(directory, "config.json").write_text(json.dumps(config), encoding="utf-8")
         return load_model_spec(directory)

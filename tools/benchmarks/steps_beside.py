@@ -10,7 +10,7 @@ import torch
 
 from ensemble.cache.kv_pool import KVLayout
 from ensemble.engine.batch import Batch
-from tools.benchmarks.engine import NUM_STEPS, Bench, commit
+from tools.benchmarks.engine_bench import NUM_STEPS, Bench, commit
 
 MODEL, BATCH_SIZES = "LLaMA-2-7B", (1, 32, 64)
 PROMPT_LEN = 512
