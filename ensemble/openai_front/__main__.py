@@ -15,7 +15,7 @@ import uvicorn
 
 from ensemble.chat import ChatTemplate
 from ensemble.errors import ERROR_MARK, ModelError
-from ensemble.openai_front.app import Front, make_app
+from ensemble.openai_front.app import Front, Limits, make_app
 from ensemble.openai_front.prompts import Prompts
 from ensemble.openai_front.upstream import Upstream
 from ensemble.tokenizer import Tokenizer
@@ -43,10 +43,10 @@ def main() -> None:
 
 async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
     tokenizer = Tokenizer.from_dir(arguments.model)
-    max_len = int(arguments.max_model_len)
-    prompts = Prompts(tokenizer, ChatTemplate.from_dir(arguments.model), max_len)
+    limits = Limits(arguments.max_model_len, arguments.max_body_bytes)
+    prompts = Prompts(tokenizer, ChatTemplate.from_dir(arguments.model), limits.max_model_len)
     upstream = Upstream(arguments.grpc_url, arguments.ready_url)
-    app = make_app(Front(upstream, prompts, tokenizer, arguments.name, max_len), upstream)
+    app = make_app(Front(upstream, prompts, tokenizer, arguments.name, limits), upstream)
     config = uvicorn.Config(
         app,
         access_log=False,
@@ -66,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, required=True, help="tokens of prompt and output together")
     parser.add_argument("--grpc-url", required=True, help="host:port of the Triton server")
     parser.add_argument("--ready-url", required=True, help="URL that answers 200 while requests can be served")
+    parser.add_argument("--max-body-bytes", type=int, default=4 << 20, help="of a request")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9000)
     return parser.parse_args()

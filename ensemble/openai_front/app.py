@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,21 +20,27 @@ from ensemble.openai_front.streaming import Delivery, merged
 from ensemble.openai_front.upstream import Piece, Upstream
 from ensemble.tokenizer import Tokenizer
 
-MAX_BODY_BYTES = 32 << 20
 BODY_TIMEOUT_S = 60.0
 MAX_CHOICES = 128  # of all prompts of a request
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_model_len: int  # tokens, prompt and output together
+    max_body_bytes: int
 
 
 class Front:
     """One model, as OpenAI's clients see it."""
 
-    def __init__(self, upstream: Upstream, prompts: Prompts, tokenizer: Tokenizer, name: str, max_len: int) -> None:
+    def __init__(self, upstream: Upstream, prompts: Prompts, tokenizer: Tokenizer, name: str, limits: Limits) -> None:
         self._upstream = upstream
         self._prompts = prompts
         self._tokenizer = tokenizer
         self._name = name
+        self._max_body_bytes = limits.max_body_bytes
         about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "distserve"}
-        self._model = {**about, "max_model_len": max_len}
+        self._model = {**about, "max_model_len": limits.max_model_len}
 
     async def health(self) -> Response:
         is_ready = await self._upstream.is_ready()
@@ -57,7 +63,7 @@ class Front:
         return await self._answer(await self._read(request, ChatRequest), ChatAnswer)
 
     async def _read(self, request: Request, kind: type[AskedModel]) -> AskedModel:
-        asked = parse(await read_body(request), kind)
+        asked = parse(await read_body(request, self._max_body_bytes), kind)
         self._check_name(asked.model)
         return asked
 
@@ -87,20 +93,20 @@ async def numbered(pieces: AsyncIterator[Piece], first_choice: int) -> AsyncIter
         yield replace(piece, choice=first_choice + piece.choice)
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
     """Raises ApiError."""
     try:
-        return await asyncio.wait_for(_read_all(request), BODY_TIMEOUT_S)
+        return await asyncio.wait_for(_read_all(request, max_bytes), BODY_TIMEOUT_S)
     except asyncio.TimeoutError:
         raise ApiError(408, f"The request's body has not come within {BODY_TIMEOUT_S:.0f} s.", code="timeout") from None
 
 
-async def _read_all(request: Request) -> bytes:
+async def _read_all(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for data in request.stream():
         body += data
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"The request's body has more than {MAX_BODY_BYTES} bytes.", code="too_large")
+        if len(body) > max_bytes:
+            raise ApiError(413, f"The request's body has more than {max_bytes} bytes.", code="too_large")
     return bytes(body)
 
 

@@ -5,13 +5,14 @@ import json
 
 from ensemble.chat import ChatTemplate
 from ensemble.errors import InvalidRequest
-from ensemble.openai_front.errors import ApiError
+from ensemble.openai_front.errors import RETRY_AFTER_S, ApiError
 from ensemble.openai_front.protocol import Asked, ChatRequest, CompletionRequest
 from ensemble.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI's API has it
 INLINE_CHARS = 4096  # a longer text is tokenized on a thread, so that the streams go on meanwhile
 MAX_AT_ONCE = 4  # texts on threads
+MAX_LONG = 64  # of them, with those that wait
 
 
 class Prompts:
@@ -20,6 +21,7 @@ class Prompts:
         self._chat = chat
         self._max_model_len = max_model_len  # tokens, prompt and output together
         self._threads = asyncio.Semaphore(MAX_AT_ONCE)
+        self._num_long = 0  # texts on threads, and those that wait for one
 
     async def token_ids(self, asked: Asked) -> list[list[int]]:
         """Of each prompt of the request. Raises ApiError, InvalidRequest."""
@@ -49,11 +51,21 @@ class Prompts:
         if len(text) <= INLINE_CHARS:
             found = self._tokenizer.encode(text, add_special_tokens)
         else:
-            async with self._threads:
-                found = await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
+            found = await self._encode_long(text, add_special_tokens)
         if not found:
             raise InvalidRequest(param, text, "at least one token")
         return found
+
+    async def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self._num_long >= MAX_LONG:
+            message = f"overloaded: {MAX_LONG} long texts wait to be tokenized"
+            raise ApiError(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=RETRY_AFTER_S)
+        self._num_long += 1
+        try:
+            async with self._threads:
+                return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
+        finally:
+            self._num_long -= 1
 
     def _too_long(self, param: str, length: str, max_tokens: int | None) -> ApiError:
         asked = f" and max_tokens is {max_tokens}" if max_tokens else ""

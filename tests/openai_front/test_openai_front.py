@@ -248,7 +248,7 @@ def test_errors(
 
 
 def test_a_body_that_is_too_large(openai_server: TritonServer) -> None:
-    status, answer, _ = post(openai_server, "completions", b" " * (33 << 20))
+    status, answer, _ = post(openai_server, "completions", b" " * (5 << 20))
     assert (status, answer["error"]["code"]) == (413, "too_large")
 
 

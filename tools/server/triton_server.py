@@ -119,6 +119,10 @@ class TritonServer:
         return self._beside[RELAY].pid
 
     @property
+    def openai_pid(self) -> int:
+        return self._beside[OPENAI_FRONT].pid
+
+    @property
     def beside_pids(self) -> list[int]:
         """Of the relay and the OpenAI front."""
         return [process.pid for process in self._beside.values()]
@@ -433,6 +437,7 @@ class TritonServer:
             "max-model-len": model.limit_model_len(load_model_spec(model.path).max_model_len),
             "grpc-url": self.grpc_url,
             "ready-url": f"{self.http_url}/v2/health/ready",
+            "max-body-bytes": self._max_body_bytes,
             "host": self.host,
             "port": self._openai_port,
         }
