@@ -91,6 +91,7 @@ def of_the_server(code: grpc.StatusCode, text: str) -> ApiError:
     if text.startswith("deadline exceeded"):
         return ApiError(504, text, kind="timeout_error", code="deadline_exceeded")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # CANCELLED: the server stops
+        text = text if " is unavailable: " in text else "the Triton server does not answer"
         return ApiError(503, text, kind="server_error", code="unavailable", retry_after_s=RETRY_AFTER_S)
     return ApiError(500, text, kind="server_error", code="internal_error")
 
