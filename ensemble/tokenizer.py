@@ -30,7 +30,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder().items()
         self.special_tokens: dict[int, str] = {i: token.content for i, token in added if token.special}
         self._backend = backend
-        self._new_decoder, self._strips_first_space = _decoder_of(backend, self.special_tokens)
+        self._new_decoder, self._spelled, self._strips_first_space = _decoder_of(backend, self.special_tokens)
         self.eos_token_id = eos_token_id
         self.vocab_size: int = backend.get_vocab_size()
 
@@ -82,6 +82,11 @@ class Tokenizer:
     def max_token_bytes(self) -> int:
         """Of text that one token stands for, at most: a piece is spelled in no fewer bytes than its text."""
         return max(len(piece.encode()) for piece in self._backend.get_vocab(with_added_tokens=True))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token stands for by itself, which may be half a character; of a special one its name."""
+        spelled = self.special_tokens.get(token_id) or self._spelled(token_id)
+        return spelled.encode() if isinstance(spelled, str) else spelled
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens without the special ones. Bytes that are no UTF-8 become U+FFFD."""
@@ -143,16 +148,20 @@ class IncrementalDetokenizer:
 
 def _decoder_of(
     backend: tokenizers.Tokenizer, special_tokens: Container[int]
-) -> tuple[Callable[[], TextDecoder], bool]:
-    """What makes a sequence's decoder, and whether the text's first space is none. Raises ModelError."""
+) -> tuple[Callable[[], TextDecoder], Callable[[int], str | bytes], bool]:
+    """What makes a sequence's decoder, what tells a token's text or bytes, and whether the text's first space is none.
+
+    Raises ModelError.
+    """
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "none"}
     steps = decoder.get("decoders", [decoder])
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
-        return partial(ByteLevelText, ByteLevelTokens(backend, special_tokens)), False
+        spelled = ByteLevelTokens(backend, special_tokens)
+        return partial(ByteLevelText, spelled), spelled, False
     if kinds in _SENTENCEPIECE_DECODERS:
         tokens = SentencePieceTokens(backend, special_tokens, steps[0]["pattern"]["String"])
-        return partial(SentencePieceText, tokens), "Strip" in kinds
+        return partial(SentencePieceText, tokens), tokens, "Strip" in kinds
     raise ModelError(
         f"tokenizer decoder {'+'.join(kinds)} is not supported; supported: ByteLevel,"
         f" {' and '.join('+'.join(names) for names in _SENTENCEPIECE_DECODERS)}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ensemble.openai_front.protocol import WITHOUT_EFFECT, ChatRequest, CompletionRequest
 from ensemble.serving.metrics import METRIC_DESCRIPTIONS
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,14 @@ def test_the_api_page_names_every_input_and_output() -> None:
     config = (ROOT / "model_repository/scheduler/config.pbtxt").read_text()
     declared = set(re.findall(r'\{ name: "(\w+)"', config))
     assert documented == declared
+
+
+def test_the_page_of_openais_api_names_every_member() -> None:
+    page = (ROOT / "docs/openai.md").read_text()
+    tables = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    documented = set(re.findall(r"`([a-z_]+)(?:\.[a-z_]+)?`", tables))
+    known = {name for each in (ChatRequest, CompletionRequest) for name in (*each.model_fields, *each.unserved)}
+    assert documented == known | WITHOUT_EFFECT
 
 
 def test_the_api_page_names_every_metric() -> None:

@@ -26,6 +26,8 @@ from tools.server.triton_server import MAX_BODY_BYTES, TritonServer
 
 CURL = """curl -s {url}/v2/models/ensemble/generate \
 -d '{{"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""
+OPENAI_CURL = """curl -s {url}/completions \
+-d '{{"model": "{name}", "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""
 MAX_RESTARTS, RESTARTS_WITHIN_S = 5, 600.0
 DEVICES = "a replica on each of these, such as cuda:0,cuda:1 or cpu"
 
@@ -58,6 +60,8 @@ def main(
     http_port: Annotated[int, Option(envvar="HTTP_PORT", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, Option(envvar="GRPC_PORT", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,
+    openai_port: Annotated[int, Option(envvar="OPENAI_PORT", min=1, max=65535)] = 9000,
+    openai: Annotated[bool, Option(help="serve OpenAI's API")] = True,
     http_relay: Annotated[bool, Option(help="cancel requests whose HTTP client goes away")] = True,
     max_body_bytes: Annotated[int, Option(min=1, help="of an HTTP request")] = MAX_BODY_BYTES,
     allow_client_shm: Annotated[
@@ -102,6 +106,7 @@ def main(
         ports=Ports(http_port, grpc_port, metrics_port),
         host=host,
         log_path=log or cache_dir() / f"server-{http_port}.log",
+        openai_port=openai_port if openai else None,
         http_relay=http_relay,
         max_body_bytes=max_body_bytes,
         allow_client_shm=allow_client_shm,
@@ -113,7 +118,12 @@ def main(
         print(f"gRPC     {server.grpc_url}")
         print(f"metrics  {server.metrics_url}")
         print(f"log      {server.log_path}")
-        print(f"\n{CURL.format(url=server.http_url)}\n", flush=True)
+        if openai:
+            print(f"OpenAI   {server.openai_url}")
+        print(f"\n{CURL.format(url=server.http_url)}")
+        if openai:
+            print(OPENAI_CURL.format(url=server.openai_url, name=model_name(server.deployment.model.path)))
+        print(flush=True)
         console.print("Ready. Ctrl-C stops the server.")
         try:
             keep_serving(server, console, MAX_RESTARTS if restart else 0)

@@ -1,5 +1,6 @@
 """What an operator types: `tools.serve`, `tools.demo`, `tools.client`, as programs."""
 
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from tests.checkpoints import make_tiny_llama
 from tools.client import generate_stream
 from tools.server.deployment import make_deployment
-from tools.server.ports import Ports
+from tools.server.ports import Ports, free_ports
 from tools.server.processes import session_pids
 from tools.server.triton_server import TritonServer
 
@@ -43,12 +44,14 @@ def test_serve_prints_a_line_that_works_when_pasted_and_ctrl_c_ends_it(
     environment["XDG_CACHE_HOME"] = str(tmp_path / "no folder")
     ports = Ports.free()
     environment |= {name: str(getattr(ports, name.split("_")[0].lower())) for name in ("HTTP_PORT", "GRPC_PORT")}
-    environment["METRICS_PORT"] = str(ports.metrics)
+    environment |= {"METRICS_PORT": str(ports.metrics), "OPENAI_PORT": str(free_ports(1)[0])}
     command = [sys.executable, "-m", "tools.serve", "--kv-cache-bytes", str(16 << 20), "--log", str(log)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as serve:
         assert serve.stdout is not None
-        curl = next(line for line in serve.stdout if line.startswith("curl "))
-        answer = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60).stdout
+        curls = itertools.islice((line for line in serve.stdout if line.startswith("curl ")), 2)
+        answer, openai_answer = (
+            subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60).stdout for curl in curls
+        )
         children = Path(f"/proc/{serve.pid}/task/{serve.pid}/children").read_text().split()
         client = run(
             "tools.client", "Hello", "--url", f"http://127.0.0.1:{ports.http}", "--max-tokens", "4", env=environment
@@ -58,6 +61,7 @@ def test_serve_prints_a_line_that_works_when_pasted_and_ctrl_c_ends_it(
         assert serve.wait(30) == 0
         assert time.monotonic() - started < 5
     assert json.loads(answer)["text_output"]
+    assert json.loads(openai_answer)["choices"][0]["text"] == json.loads(answer)["text_output"]
     assert client.returncode == 0 and client.stdout.strip()
     assert "Started HTTPService" in log.read_text()
     assert not [pid for child in children for pid in session_pids(int(child))]

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,12 @@ class Clients:
         self._begun = threading.Semaphore(0)
         self._threads = [
             threading.Thread(target=self._run, args=each, daemon=True)
-            for each in (("grpc", self._grpc), ("stream", self._http_stream), ("generate", self._http_generate))
+            for each in (
+                ("grpc", self._grpc),
+                ("stream", self._http_stream),
+                ("generate", self._http_generate),
+                ("openai", self._openai),
+            )
         ]
         for thread in self._threads:
             thread.start()
@@ -104,6 +110,18 @@ class Clients:
         response = self._post("generate", {**LONG, "stream": False})
         return response.status, json.load(response)
 
+    def _openai(self) -> Any:
+        """The last event of a stream."""
+        url = f"http://127.0.0.1:{self._serve.openai_port}/v1"
+        with urllib.request.urlopen(f"{url}/models", timeout=10) as models:
+            name = json.load(models)["data"][0]["id"]
+        body = json.dumps({"model": name, "prompt": "x", **LONG}).encode()
+        with urllib.request.urlopen(f"{url}/completions", body, timeout=60) as response:
+            response.readline()
+            self._begun.release()
+            *_, last, _ = response.read().split(b"\n\n")
+        return json.loads(last.removeprefix(b"data: "))
+
     def _post(self, endpoint: str, values: dict[str, Any]) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self._serve.ports.http, timeout=60)
         connection.request("POST", f"/v2/models/ensemble/{endpoint}", json.dumps({"text_input": "x", **values}))
@@ -129,6 +147,7 @@ def test_a_stub_that_ends_or_hangs(serve: ServeProcess, stub: str, number: int, 
     assert isinstance(clients.errors["stream"], http.client.IncompleteRead)
     status, body = clients.errors["generate"]
     assert (status, body) == (503, {"error": "the Triton server does not answer"})
+    assert clients.errors["openai"]["error"]["code"] == "unavailable"
     assert serve.status("/v2/health/ready") == 503
     assert serve.status("/v2/health/live") == 200
     wait_until(lambda: serve.status("/v2/health/ready") == 200, SERVING_WITHIN_S)

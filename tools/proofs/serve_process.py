@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ensemble.serving.heartbeat import read_heartbeats
-from tools.server.ports import Ports
+from tools.server.ports import Ports, free_ports
 
 STOP_S = 60.0
 
@@ -22,7 +22,8 @@ class ServeProcess:
     def __init__(self, model: Path, folder: Path, *arguments: str, timeout_s: float = 120.0) -> None:
         self.ports = Ports.free()
         flags = ["--http-port", self.ports.http, "--grpc-port", self.ports.grpc, "--metrics-port", self.ports.metrics]
-        flags += ["--model", model, "--log", folder / "log", *arguments]
+        [self.openai_port] = free_ports(1)
+        flags += ["--openai-port", self.openai_port, "--model", model, "--log", folder / "log", *arguments]
         self._temporary = folder / "t"
         self._temporary.mkdir()
         self._output = (folder / "output").open("w")

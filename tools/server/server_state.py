@@ -9,9 +9,9 @@ from tools.server.triton_server import TritonServer
 
 
 def processes(server: TritonServer) -> list[psutil.Process]:
-    """The Triton server's with its descendants, and the HTTP relay."""
+    """The Triton server's with its descendants, and those beside it."""
     own = psutil.Process(server.pid)
-    return [psutil.Process(server.relay_pid), own, *own.children(recursive=True)]
+    return [*map(psutil.Process, server.beside_pids), own, *own.children(recursive=True)]
 
 
 def workers(server: TritonServer) -> list[psutil.Process]:

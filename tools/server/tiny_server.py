@@ -26,7 +26,7 @@ TINY_MODEL: dict[str, Any] = {
 
 
 @contextmanager
-def tiny_server() -> Iterator[TritonServer]:
+def tiny_server(openai_port: int | None = None) -> Iterator[TritonServer]:
     """Ready, with dummy weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
@@ -34,6 +34,6 @@ def tiny_server() -> Iterator[TritonServer]:
         stage = {"devices": ["cpu"], "kv_cache_bytes": 64 << 20}
         model = {"path": path, "load_format": "dummy", "dtype": "float32"}
         deployment = Deployment.parse({"model": model, "prefill": stage, "decode": stage})
-        with TritonServer(deployment, log_path=Path(folder) / "log") as server:
+        with TritonServer(deployment, log_path=Path(folder) / "log", openai_port=openai_port) as server:
             server.wait_ready(timeout_s=120)
             yield server

@@ -26,9 +26,11 @@ from types import TracebackType
 
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
 from ensemble.errors import ERROR_MARK
+from ensemble.models.spec import load_model_spec
 from ensemble.serving import control
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.run_dir import RUN_DIR_VARIABLE
+from tools.installation.model_source import model_name
 from tools.installation.server_files import Installation, ServerError, find_libpython
 from tools.server.ports import Ports, free_ports, port_is_free
 from tools.server.processes import end_processes, how_it_ended, spawn
@@ -40,6 +42,7 @@ MARK = "distserve: "  # of lines in the server's log that are for the operator
 MAX_BODY_BYTES = 4 << 20  # of an HTTP request
 LOADED_TO_READY_S = 60.0  # a server that is not ready so long after its models have loaded will never be
 MAX_STALLED_STARTS = 2
+RELAY, OPENAI_FRONT = "HTTP relay", "OpenAI front"  # the processes beside the Triton server
 CONTROL_S = 2.0  # for the scheduler to answer a command
 STACKS_S = 0.5  # for the stubs to write their stacks, if they can
 LAST_WORDS_S = 1.0  # for the last errors to be handed over
@@ -71,6 +74,7 @@ class TritonServer:
         log_path: Path | None = None,  # None: in the run directory, so gone after `stop`
         model_repository: Path = MODEL_REPOSITORY,
         http_relay: bool = True,  # which cancels requests whose HTTP client goes away; False: the Triton server's port
+        openai_port: int | None = None,  # of a front for OpenAI's clients; None: there is none
         max_body_bytes: int = MAX_BODY_BYTES,
         allow_client_shm: bool = False,  # clients may register shared memory
     ) -> None:
@@ -80,11 +84,12 @@ class TritonServer:
         self.model_repository = model_repository
         self._log_path = log_path
         self._has_relay = http_relay
+        self._openai_port = openai_port
         self._max_body_bytes = max_body_bytes
         self._allow_client_shm = allow_client_shm
         self._own_http = (host, 0)  # where the Triton server itself listens
         self._process: subprocess.Popen[bytes] | None = None
-        self._relay: subprocess.Popen[bytes] | None = None
+        self._beside: dict[str, subprocess.Popen[bytes]] = {}  # RELAY, OPENAI_FRONT |-> its process, if it has one
         self._run_dir: RunDir | None = None
         self._watch: StubWatch | None = None
         self._log_start = 0  # bytes of the log that are of earlier lives
@@ -111,8 +116,21 @@ class TritonServer:
 
     @property
     def relay_pid(self) -> int:
-        assert self._relay is not None, "the server has no HTTP relay"
-        return self._relay.pid
+        return self._beside[RELAY].pid
+
+    @property
+    def openai_pid(self) -> int:
+        return self._beside[OPENAI_FRONT].pid
+
+    @property
+    def beside_pids(self) -> list[int]:
+        """Of the relay and the OpenAI front."""
+        return [process.pid for process in self._beside.values()]
+
+    @property
+    def openai_url(self) -> str:
+        """As OpenAI's clients take it for their base URL."""
+        return f"http://{self._client_host}:{self._openai_port}/v1"
 
     @property
     def grpc_url(self) -> str:
@@ -153,7 +171,7 @@ class TritonServer:
         installation = Installation.find()
         if self.ports is None:
             self.ports = Ports.free()
-        for port in (self.ports.http, self.ports.grpc, self.ports.metrics):
+        for port in (*astuple(self.ports), *([] if self._openai_port is None else [self._openai_port])):
             if not port_is_free(self.host, port):
                 raise ServerError(f"port {port} is in use")
         self._own_http = (self.host, self.ports.http)
@@ -165,8 +183,7 @@ class TritonServer:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.write_bytes(b"")
             self._start_server()
-            if self._has_relay:
-                self._relay = self._spawn(self._relay_command())
+            self._start_beside()
         except OSError as error:
             self.stop()
             raise ServerError(f"the Triton server cannot be started: {error}") from None
@@ -178,6 +195,15 @@ class TritonServer:
         self._run_dir.server_starts()
         self._process = self._spawn(self._command(Installation.find()))
         self._watch = StubWatch(self.run_dir)
+
+    def _start_beside(self) -> None:
+        """Those that are to run, and do not."""
+        commands = {RELAY: self._relay_command} if self._has_relay else {}
+        if self._openai_port is not None:
+            commands[OPENAI_FRONT] = self._openai_command
+        for name, command in commands.items():
+            if name not in self._beside or self._beside[name].poll() is not None:
+                self._beside[name] = self._spawn(command())
 
     def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
@@ -236,18 +262,18 @@ class TritonServer:
         """Why it can serve no more; None: it goes on. To be called every 0.1 s."""
         if self._server_ended:
             return self._why_it_ended()
-        if self._relay is not None and (status := self._relay.poll()) is not None:
-            return self._error_line() or f"the HTTP relay ended: {how_it_ended(status)}"
+        for name, process in self._beside.items():
+            if (status := process.poll()) is not None:
+                return self._error_line() or f"the {name} ended: {how_it_ended(status)}"
         assert self._watch is not None
         return self._watch.poll(judges_progress=self._was_ready)
 
     def restart(self) -> None:
-        """After `wait`: starts again what has ended, the relay alone or the Triton server with stubs and workers.
+        """After `wait`: starts again what has ended, a process beside it or the Triton server with stubs and workers.
 
         `wait_ready` tells when it serves.
         """
-        if self._relay is not None and self._relay.poll() is not None:
-            self._relay = self._spawn(self._relay_command())
+        self._start_beside()
         if self.poll() is not None:
             self._restart_server()
 
@@ -281,10 +307,10 @@ class TritonServer:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        if self._relay is not None:  # after the server, whose last answers it passes
-            self._relay.kill()
-            self._relay.wait()
-            self._relay = None
+        for process in self._beside.values():  # after the server, whose last answers they pass
+            process.kill()
+            process.wait()
+        self._beside = {}
         if self._run_dir is not None:
             self._run_dir.remove(grace_s=0.5)
             self._run_dir = None
@@ -297,7 +323,7 @@ class TritonServer:
         self._process.kill()
         self._process.wait()
         self._watch.close()
-        end_processes(self.run_dir, 0.0, besides=() if self._relay is None else (self._relay.pid,))
+        end_processes(self.run_dir, 0.0, besides=self.beside_pids)
         self._run_dir.remove_leftovers_of_server()
         self._start_server()
 
@@ -344,7 +370,8 @@ class TritonServer:
     def _is_ready(self) -> bool:
         """Of the fronts the server opens that of the metrics last, some 40 ms after it says that it is ready."""
         try:
-            for url in (f"{self.direct_http_url}/v2/health/ready", self.metrics_url, f"{self.http_url}/v2/health/live"):
+            urls = [f"{self.direct_http_url}/v2/health/ready", self.metrics_url, f"{self.http_url}/v2/health/live"]
+            for url in urls if self._openai_port is None else [*urls, f"{self.openai_url}/models"]:
                 with urllib.request.urlopen(url, timeout=5) as response:
                     if response.status != 200:
                         return False
@@ -401,6 +428,21 @@ class TritonServer:
         arguments = [self.host, self._ports.http, self._own_http[1], self.run_dir, self._max_body_bytes]
         arguments += ["allow-client-shm"] if self._allow_client_shm else []
         return [sys.executable, "-m", "ensemble.serving.http_relay", *map(str, arguments)]
+
+    def _openai_command(self) -> list[str]:
+        model = self.deployment.model
+        arguments = {
+            "model": model.path,
+            "name": model_name(model.path),
+            "max-model-len": model.limit_model_len(load_model_spec(model.path).max_model_len),
+            "grpc-url": self.grpc_url,
+            "ready-url": f"{self.http_url}/v2/health/ready",
+            "max-body-bytes": self._max_body_bytes,
+            "host": self.host,
+            "port": self._openai_port,
+        }
+        options = [f"--{name}={value}" for name, value in arguments.items()]
+        return [sys.executable, "-m", "ensemble.openai_front", *options]
 
     @property
     def _closed_protocols(self) -> str:

@@ -1,0 +1,101 @@
+"""Errors as OpenAI's API answers them: a status, and a body of message, type, param and code."""
+
+import math
+import re
+from typing import Any
+
+import grpc
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from ensemble.errors import InvalidRequest
+
+RETRY_AFTER_S = 1.0  # of a stage that is down: its workers and the Triton server start again within seconds
+_FIELD = re.compile(r"(?:length of )?([a-z_]+)([\w.\[\]]*) = ")  # with which the text of an InvalidRequest begins
+_SENT_AS = {"stop_words": "stop", "text_input": "prompt", "input_ids": "prompt"}
+_REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")  # which the Triton server puts before a model's error
+
+
+class ApiError(Exception):
+    """What a client gets in place of an answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self._details = {"message": message, "type": kind, "param": param, "code": code}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": self._details}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.retry_after_s is None:
+            return {}
+        milliseconds = math.ceil(1e3 * self.retry_after_s)
+        return {"retry-after": str(math.ceil(self.retry_after_s)), "retry-after-ms": str(milliseconds)}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+async def answer_api_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def answer_invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, InvalidRequest)
+    return invalid(error).response()
+
+
+def invalid(error: InvalidRequest) -> ApiError:
+    return ApiError(400, str(error), param=error.field, code="invalid_value")
+
+
+def invalid_body(error: ValidationError) -> ApiError:
+    """The first of what a request's model finds wrong."""
+    first = error.errors(include_url=False)[0]
+    param = _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    allowed = first["msg"].removeprefix("Value error, ").replace("Input should be ", "")
+    code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
+    return ApiError(400, str(InvalidRequest(param, first["input"], allowed)), param=param, code=code)
+
+
+def of_the_server(code: grpc.StatusCode, text: str) -> ApiError:
+    """What the Triton server, or the scheduler through it, says."""
+    text = _REQUEST_ID.sub("", text)
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        found = _FIELD.match(text)
+        param = _SENT_AS.get(found.group(1), found.group(1)) + found.group(2) if found else None
+        return ApiError(400, text, param=param, code="invalid_value")
+    if text.startswith("overloaded: "):
+        retry = re.search(r"retry after ([\d.]+) s", text)
+        retry_after_s = float(retry.group(1)) if retry else RETRY_AFTER_S
+        return ApiError(429, text, kind="rate_limit_error", code="overloaded", retry_after_s=retry_after_s)
+    if text.startswith("deadline exceeded"):
+        return ApiError(504, text, kind="timeout_error", code="deadline_exceeded")
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # CANCELLED: the server stops
+        text = text if " is unavailable: " in text else "the Triton server does not answer"
+        return ApiError(503, text, kind="server_error", code="unavailable", retry_after_s=RETRY_AFTER_S)
+    return ApiError(500, text, kind="server_error", code="internal_error")
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """As in `messages[0].content`."""
+    return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in location).removeprefix(".")

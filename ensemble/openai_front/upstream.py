@@ -1,0 +1,133 @@
+"""Requests to the `scheduler` model, each on a gRPC stream of its own, so that each can be cancelled by itself."""
+
+import asyncio
+import contextlib
+import json
+import struct
+import urllib.request
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from ensemble.openai_front.errors import of_the_server
+
+MODEL = "scheduler"
+READY_TIMEOUT_S = 5.0
+# A stream that fails is closed with the error's own code; without this its text alone would be a message of the stream.
+METADATA = (("triton_grpc_error", "true"),)
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # the Triton server starts again within seconds
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_LENGTH = struct.Struct("<I")  # before each element of BYTES
+_COUNT = struct.Struct("<i")  # an element of INT32
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one response brings of one answer."""
+
+    choice: int
+    text: str
+    num_tokens: int
+    finish_reason: str | None  # of its last piece
+    # For each token: id |-> its `logprob` and `rank`, the sampled one first.
+    log_probs: list[dict[str, dict[str, Any]]] | None
+
+
+class Upstream:
+    """The Triton server, which may come and go."""
+
+    def __init__(self, grpc_url: str, ready_url: str) -> None:
+        """grpc_url: host and port; ready_url: of the HTTP service, 200 while requests can be served."""
+        self._channel = grpc.aio.insecure_channel(grpc_url, options=CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._ready_url = ready_url
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def is_ready(self) -> bool:
+        return await asyncio.to_thread(self._ask_ready)
+
+    def _ask_ready(self) -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(self._ready_url, timeout=READY_TIMEOUT_S) as response:
+            return bool(response.status == 200)
+        return False
+
+    async def generate(
+        self, request_id: str, token_ids: list[int], sampling: dict[str, Any], options: dict[str, Any]
+    ) -> AsyncIterator[Piece]:
+        """Raises ApiError. Closing it, or cancelling what waits for it, cancels the request."""
+        call = self._stub.ModelStreamInfer(metadata=METADATA)
+        try:
+            await call.write(_as_message(request_id, token_ids, sampling, options))
+            await call.done_writing()
+            async for response in call:
+                for piece in _pieces(response.infer_response):
+                    yield piece
+        except grpc.aio.AioRpcError as error:
+            raise of_the_server(error.code(), error.details() or "") from None
+        except asyncio.InvalidStateError:  # `write` to a call that has failed already
+            raise of_the_server(await call.code(), await call.details() or "") from None
+        finally:
+            call.cancel()  # of no effect on one that has ended
+
+
+def _as_message(
+    request_id: str, token_ids: list[int], sampling: dict[str, Any], options: dict[str, Any]
+) -> service_pb2.ModelInferRequest:
+    message = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
+    message.inputs.add(name="input_ids", datatype="INT32", shape=[len(token_ids)])
+    message.raw_input_contents.append(np.array(token_ids, np.int32).tobytes())
+    packed = json.dumps(sampling).encode()
+    message.inputs.add(name="sampling_parameters", datatype="BYTES", shape=[1])
+    message.raw_input_contents.append(_LENGTH.pack(len(packed)) + packed)
+    if "priority" in options:  # a parameter of this name is the Triton server's own
+        message.inputs.add(name="priority", datatype="INT32", shape=[1])
+        message.raw_input_contents.append(_COUNT.pack(options["priority"]))
+    for name in ("return_finish_reason", "return_num_output_tokens"):
+        message.parameters[name].bool_param = True
+    for name, value in options.items():
+        if name != "priority":
+            message.parameters[name].string_param = str(value)
+    return message
+
+
+def _pieces(response: service_pb2.ModelInferResponse) -> Iterable[Piece]:
+    """Of each answer that the response is about."""
+    outputs = {output.name: raw for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)}
+    if not outputs:  # the end of a stream alone
+        return
+    texts = list(_elements(outputs["text_output"]))
+    reasons = list(_elements(outputs["finish_reason"]))
+    counts = [count for (count,) in _COUNT.iter_unpack(outputs["num_output_tokens"])]
+    indices = outputs.get("sequence_index")
+    choices = [0] if indices is None else [choice for (choice,) in _COUNT.iter_unpack(indices)]
+    log_probs = list(_elements(outputs["logprobs"])) if "logprobs" in outputs else []
+    for position, choice in enumerate(choices):
+        yield Piece(
+            choice,
+            texts[position].decode(),
+            counts[position],
+            reasons[position].decode() or None,
+            json.loads(log_probs[position]) if log_probs else None,
+        )
+
+
+def _elements(raw: bytes) -> Iterable[bytes]:
+    """Of BYTES."""
+    start = 0
+    while start < len(raw):
+        (length,) = _LENGTH.unpack_from(raw, start)
+        start += _LENGTH.size
+        yield raw[start : start + length]
+        start += length
