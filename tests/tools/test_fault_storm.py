@@ -1,56 +1,135 @@
-"""The judge of a storm of kills sees what it is there to see."""
+"""The judges of storms see what they are there to see."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tools.proofs.fault_storm import HUNG, Kill, Outcome, storm_rows
+from tools.proofs.fault_storm import storm_rows
+from tools.proofs.faults import Fault, Shape, silence_rows
+from tools.proofs.grpc_request import Answer
+from tools.proofs.known_requests import COMPLETE, FAILED, HUNG, REFUSED, TAKEN, WENT_AWAY, WRONG, Known, Outcome, judge
 
-KILL = Kill("decode", killed_at=10.0, gone_s=0.1, served_at=16.0)
-EXPECTED = [[1, 2], [3, 4]]
-
-
-def missed(outcome: Outcome) -> list[str]:
-    """Goals that a storm of this request and its kill misses, beside the one that has no part in it."""
-    rows: list[dict[str, Any]] = storm_rows([KILL], [outcome], EXPECTED, load_s=5.0)
-    return [row["name"] for row in rows if row.get("met") is False and "outlived" not in row["name"]]
+KNOWN = Known({"stream": np.ones(1, bool)}, [1, 2], "ab")
 
 
-def outcome(sent_at: float, ended_at: float, output_ids: list[int], error: str | None = None) -> Outcome:
-    return Outcome(0, sent_at, ended_at, output_ids, error, copy_s=0.0)
+def kill(served_at: float | None = 11.0, *, is_stop: bool = False) -> Fault:
+    return Fault(["prefill"], is_stop, 10.0, 10_000, 15.0 if is_stop else 5.0, False, 0.1, served_at)
+
+
+def answer(
+    output_ids: list[int],
+    text: str,
+    error: str | None = None,
+    has_ended: bool = True,
+    received_at: tuple[float, ...] = (1.0,),
+) -> Answer:
+    """All in one response, as over gRPC."""
+    response = {"output_ids": np.array(output_ids), "text_output": np.array([text.encode()], np.object_)}
+    return Answer([response] if received_at else [], error, has_ended, 0.5, [*received_at], 1.5)
+
+
+def missed(faults: list[Fault], outcome: Outcome) -> list[str]:
+    rows: list[dict[str, Any]] = storm_rows(faults, len(faults), [outcome], num_recoveries=1, load_s=5.0)
+    return [row["name"] for row in rows if row.get("met") is False]
 
 
 @pytest.mark.parametrize(
-    "good",
+    ("given", "verdict"),
     [
-        outcome(9.0, 11.5, [1, 2]),
-        outcome(9.5, 10.9, [1], "decode is unavailable: it died"),
-        outcome(14.0, 14.1, [], "decode is unavailable: it died"),
+        (answer([1, 2], "ab"), COMPLETE),
+        (answer([1], "a"), WRONG),
+        (answer([1, 3], "ab"), WRONG),
+        (answer([1, 2], "aB"), WRONG),
+        (answer([1, 2, 2], "ab"), WRONG),
+        (answer([], "", received_at=()), WRONG),
+        (answer([1], "a", error="decode is unavailable"), FAILED),
+        (answer([1], "a", has_ended=False), HUNG),
     ],
-    ids=["not touched", "ended soon", "refused later"],
+    ids=["right", "cut short", "a token", "a letter", "a token twice", "nothing", "an error", "no end"],
 )
-def test_what_a_kill_may_do(good: Outcome) -> None:
-    assert missed(good) == []
+def test_only_what_a_request_gives_alone_is_right(given: Answer, verdict: str) -> None:
+    outcome = judge(KNOWN, given)
+    assert outcome.verdict == verdict
+    assert outcome.is_fault is (verdict != COMPLETE)
+    assert bool(missed([kill()], outcome)) is (verdict != COMPLETE)
+
+
+def test_the_ensemble_is_judged_by_its_text() -> None:
+    pieces = [{"text_output": np.array([[piece]], np.object_)} for piece in (b"a", b"b")]
+    assert judge(KNOWN, Answer(pieces, None, True)).verdict == COMPLETE
+    assert judge(KNOWN, Answer(pieces[:1], None, True)).verdict == WRONG
 
 
 @pytest.mark.parametrize(
-    ("bad", "goal"),
+    ("given", "verdict"),
     [
-        (outcome(9.0, 9.5, [3, 4]), "outputs that differ"),
-        (outcome(9.0, 9.5, [1]), "outputs that differ"),
-        (outcome(9.5, 11.2, [1], "decode is unavailable: it died"), "kill to the last error"),
-        (outcome(9.5, 10.2, [1], "prefill is unavailable: it died"), "errors that are late, or not UNAVAILABLE"),
-        (outcome(9.5, 10.2, [1], "illegal memory access"), "errors that are late, or not UNAVAILABLE"),
-        (outcome(8.0, 9.0, [1], "decode is unavailable: it died"), "errors that are late, or not UNAVAILABLE"),
-        (outcome(9.0, 69.0, [1], HUNG), "requests hung"),
+        (answer([1], "a", has_ended=False), WENT_AWAY),
+        (answer([], "", has_ended=False, received_at=()), WENT_AWAY),
+        (answer([1, 2], "ab"), COMPLETE),
+        (answer([2], "b", has_ended=False), WRONG),
+        (answer([], "", error="decode is unavailable"), FAILED),
     ],
-    ids=["another prompt's", "cut short", "late", "another stage", "another error", "before any kill", "hung"],
+    ids=["a beginning", "nothing yet", "all", "no beginning", "an error"],
 )
-def test_what_a_kill_may_not_do(bad: Outcome, goal: str) -> None:
-    assert any(name.startswith(goal) for name in missed(bad))
+def test_what_a_client_that_goes_away_may_have_seen(given: Answer, verdict: str) -> None:
+    assert judge(KNOWN, given, goes_away=True).verdict == verdict
 
 
-def test_service_that_does_not_come_back_is_seen() -> None:
-    gone = Kill("prefill", killed_at=10.0, gone_s=0.1)
-    rows = storm_rows([gone], [outcome(9.0, 9.5, [1, 2])], EXPECTED, load_s=5.0)
-    assert [row["met"] for row in rows if row["name"] == "kill to service"] == [False]
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [
+        (answer([], "", error="max_tokens = -1: at least 1 is needed"), REFUSED),
+        (answer([], "", error="a fault of the server's"), FAILED),
+        (answer([1, 2], "ab"), TAKEN),
+        (answer([], "", has_ended=False), HUNG),
+    ],
+)
+def test_bad_input_is_refused(given: Answer, verdict: str) -> None:
+    assert judge(KNOWN, given, is_bad=True).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("silence", "fault", "is_met"),
+    [
+        ((9.0, 13.9), kill(), True),
+        ((9.0, 14.1), kill(), False),
+        ((9.0, 14.1), kill(is_stop=True), True),
+        ((14.0, 30.0), kill(is_stop=True), False),
+        ((1.0, 6.1), kill(), False),
+    ],
+    ids=["soon", "late after a kill", "in time after a SIGSTOP", "late after a SIGSTOP", "before any fault"],
+)
+def test_silence_of_a_stream_is_seen(silence: tuple[float, float], fault: Fault, is_met: bool) -> None:
+    rows = silence_rows([fault], [Outcome(COMPLETE, 0.0, 40.0, [silence])])
+    assert all(row["met"] for row in rows) is is_met
+
+
+def test_silence_is_a_streams_own() -> None:
+    long = Answer(KNOWN_RESPONSES, None, True, 0.0, [6.0, 6.1], 6.2)
+    assert judge(KNOWN, long).silences == [(0.0, 6.0)]
+    assert not judge(Known({"stream": np.zeros(1, bool)}, [1, 2], "ab"), long).silences
+
+
+KNOWN_RESPONSES = [{"output_ids": np.array([i]), "text_output": np.array([t])} for i, t in ((1, "a"), (2, "b"))]
+
+
+def test_a_storm_that_was_cut_short_or_did_not_recover_is_seen() -> None:
+    good = Outcome(COMPLETE, 9.0, 11.0)
+    assert missed([kill()], good) == []
+    assert missed([kill(served_at=None)], good) == ["fault to service"]
+    rows = storm_rows([kill()], 2, [good], num_recoveries=0, load_s=5.0)
+    assert [row["name"] for row in rows if row.get("met") is False] == ["faults", "recoveries"]
+
+
+def test_shapes_of_fleets() -> None:
+    assert Shape.parse("2P1D1M") == Shape(2, 1, 1) and str(Shape(1, 0, 2)) == "1P2M"
+    assert Shape.parse("1P1D1M").fields(["a", "b"]) == {
+        "mode": "disaggregated",
+        "prefill": {"devices": ["a"]},
+        "decode": {"devices": ["b", "a"]},
+    }
+    assert Shape.parse("1D1M").fields(["cpu"])["mode"] == "colocated"
+    for name in ("", "P", "1P", "2D", "1D1P"):
+        with pytest.raises(ValueError, match="fleet ="):
+            Shape.parse(name)

@@ -16,14 +16,15 @@ from ensemble.config import GPU_BLOCK_SIZE, Deployment
 from tools.benchmarks.engine_shapes import SHAPES
 from tools.benchmarks.results import report
 from tools.installation.server_files import ServerError
-from tools.proofs.fault_storm import request
-from tools.proofs.gpu_smoke import write_model_dir
+from tools.proofs.gpu_smoke import greedy_inputs, write_model_dir
+from tools.proofs.grpc_request import ask
 from tools.server.triton_server import TritonServer
 
 MODEL = "LLaMA-2-7B"
 SHARE = {"disaggregated": 0.45, "colocated": 0.9}  # of the GPU, for a worker
 PROMPT = list(range(3, 515))
 GOAL_S = 20.0  # with warm caches
+REQUEST_TIMEOUT_S = 60.0
 
 
 def main(
@@ -69,10 +70,10 @@ def start(deployment: Deployment, log: Path) -> tuple[float, float]:
         server.wait_ready(timeout_s=300)
         ready_s = time.perf_counter() - begin
         begin = time.perf_counter()
-        outcome = request(server.grpc_url, 0, PROMPT, 1)
+        answer = ask(server.grpc_url, greedy_inputs(PROMPT, 1), REQUEST_TIMEOUT_S)
         first_token_s = time.perf_counter() - begin
-    if outcome.error is not None:
-        raise ServerError(f"the first request: {outcome.error}")
+    if answer.error is not None or not answer.has_ended:
+        raise ServerError(f"the first request: {answer.error or 'no answer'}")
     return round(ready_s, 2), round(first_token_s, 3)
 
 

@@ -1,130 +1,91 @@
-"""Kills workers of a served model under load, at random moments, and judges what came of every request.
+"""Kills and stops replicas of a served model under load, at random moments, and judges what came of every request.
 
-Clients send a few prompts over and over. What each prompt must give, whenever it is sent, is what it gave when it was
-served alone. After a kill its requests must end soon, with an error that names the stage; all others as if nothing had
-happened.
+    python -m tools.proofs.fault_storm --kills 200 --output docs/results/fault-storm.json
+
+Clients send a few requests over and over, greedy and seeded, streamed and not, through `ensemble` and `scheduler`,
+over gRPC and HTTP. What each must give, whatever is lost meanwhile, is what it gave when it was served alone: no
+request may fail, and no stream be silent for long. Roles are struck by turns, now and then by SIGSTOP, and two replicas
+at once. The model is tiny, on the CPU and in float64, where outputs are the same whatever the batch.
 """
 
-import os
 import random
-import select
-import signal
-import threading
+import tempfile
 import time
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
-from tools.benchmarks.results import at_least, at_most
-from tools.proofs.gpu_smoke import greedy_inputs
-from tools.proofs.grpc_request import ask
-from tools.server.server_state import Metrics, workers
+import typer
+from rich.console import Console
+
+from ensemble.config import Deployment
+from tools.benchmarks.results import at_least, at_most, exactly, report
+from tools.proofs.faults import Fault, Shape, list_fleet, silence_rows, strike, verdict_rows
+from tools.proofs.known_requests import (
+    COMPLETE,
+    REQUEST_TIMEOUT_S,
+    Load,
+    Outcome,
+    alone,
+    any_model,
+    judge,
+    make_inputs,
+    send,
+)
+from tools.proofs.soak_swaps import VOCAB_SIZE, write_model
+from tools.server.server_state import Metrics
 from tools.server.triton_server import TritonServer
 
-StageName = Literal["prefill", "decode"]
-REQUEST_TIMEOUT_S = 60.0
-PAUSE_S = 0.1  # of a client that was refused
-ERROR_GOAL_S, SERVICE_GOAL_S = 1.0, 10.0  # after a kill; the second without the time that a worker takes to load
-HUNG = "hung"
+Row = dict[str, Any]
+NUM_KNOWN = 24
+SERVICE_GOAL_S = 10.0  # after a fault, without the time that a replica takes to load
+UP_TIMEOUT_S = 120.0
+# Its next life would be delayed, as in a crash loop, if it were struck sooner (replicas/supervisor.py).
+MIN_LIFE_S = 10.5
+STOP_EVERY, TWO_EVERY = 5, 7  # faults
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one request."""
-
-    prompt: int  # its index
-    sent_at: float  # time.monotonic(), as all times here
-    ended_at: float
-    output_ids: list[int]
-    error: str | None
-    copy_s: float  # of its KV; 0 where none was reported
-
-
-@dataclass(slots=True)
-class Kill:
-    stage: StageName
-    killed_at: float
-    gone_s: float  # until the process had ended
-    served_at: float | None = None  # end of the first request that was sent after the kill and served
-
-
-def request(url: str, prompt: int, prompt_token_ids: list[int], max_tokens: int) -> Outcome:
-    """One request on a stream of its own."""
-    sent_at = time.monotonic()
-    answer = ask(url, greedy_inputs(prompt_token_ids, max_tokens), REQUEST_TIMEOUT_S)
-    copies_ns = [int(each["kv_transfer_time_ns"][0]) for each in answer.responses if "kv_transfer_time_ns" in each]
-    error = answer.error if answer.has_ended else HUNG
-    return Outcome(prompt, sent_at, answer.ended_at, answer.output_ids, error, sum(copies_ns[-1:]) / 1e9)
-
-
-class Load:
-    """Clients, from entry to exit, each of which sends its next request when the last has ended."""
-
-    def __init__(self, url: str, prompts: list[list[int]], max_tokens: int, num_clients: int) -> None:
-        self._url, self._prompts, self._max_tokens = url, prompts, max_tokens
-        self.outcomes: list[Outcome] = []  # appended by the clients' threads
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(num_clients)]
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def first_served_after(self, moment: float) -> Outcome | None:
-        """The first request that was sent after `moment` and has been served."""
-        served = [each for each in self.outcomes.copy() if each.error is None and each.sent_at > moment]
-        return min(served, key=lambda each: each.ended_at, default=None)
-
-    def _run(self, seed: int) -> None:
-        rng = random.Random(seed)
-        while not self._stop.is_set():
-            prompt = rng.randrange(len(self._prompts))
-            outcome = request(self._url, prompt, self._prompts[prompt], self._max_tokens)
-            self.outcomes.append(outcome)
-            if outcome.error is not None:
-                self._stop.wait(PAUSE_S)
-
-
-def kill(server: TritonServer, stage: StageName) -> Kill:
-    """Kills the stage's worker with SIGKILL, and waits until the process has ended."""
-    [pid] = [process.pid for process in workers(server) if stage in process.cmdline()]
-    ended = os.pidfd_open(pid)
-    killed_at = time.monotonic()
-    os.kill(pid, signal.SIGKILL)
-    poller = select.poll()  # of descriptors of any number, as select is not
-    poller.register(ended, select.POLLIN)
-    poller.poll(REQUEST_TIMEOUT_S * 1e3)
-    gone_s = time.monotonic() - killed_at
-    os.close(ended)
-    return Kill(stage, killed_at, gone_s)
-
-
-def storm(server: TritonServer, load: Load, kills_of_each: int, rng: random.Random) -> list[Kill]:
-    """Kills prefill and decode by turns, each time when requests sent since the last kill are served again."""
-    kills: list[Kill] = []
-    for stage in ("prefill", "decode") * kills_of_each:
-        time.sleep(rng.uniform(0.5, 1.5))  # full load again, and a random moment
-        kills.append(kill(server, stage))
-        deadline = time.monotonic() + REQUEST_TIMEOUT_S
-        while (served := load.first_served_after(kills[-1].killed_at)) is None or not is_up(server):
-            if time.monotonic() > deadline:
-                return kills  # its served_at tells
+def storm(
+    server: TritonServer,
+    load: Load,
+    num_faults: int,
+    load_s: float,
+    rng: random.Random,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Fault]:
+    """Strikes one role after the other, each time when requests sent since the last fault are served again."""
+    faults: list[Fault] = []
+    up_since: dict[int, float] = {}
+    roles = sorted({row.role for row in list_fleet(server)})
+    for index in range(num_faults):
+        role = roles[index % len(roles)]
+        deadline = time.monotonic() + UP_TIMEOUT_S
+        while True:
+            now, fleet = time.monotonic(), list_fleet(server)
+            up_since = {row.replica: up_since.get(row.replica, now) for row in fleet if row.state == "up"}
+            ripe = [row for row in fleet if up_since.get(row.replica, now) <= now - MIN_LIFE_S]
+            first = min((row for row in ripe if row.role == role), key=lambda row: up_since[row.replica], default=None)
+            if first is not None and len(up_since) == len(fleet):
+                break
+            if now > deadline:
+                return faults  # their number tells
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.0, 0.5))  # a random moment
+        others = [row for row in ripe if row.replica != first.replica]
+        struck = [first] if index % TWO_EVERY != TWO_EVERY - 1 or not others else [first, rng.choice(others)]
+        fault = strike(server, struck, is_stop=index % STOP_EVERY == STOP_EVERY - 1, load_s=load_s)
+        faults.append(fault)
+        for row in struck:
+            up_since.pop(row.replica)
+        while (served := load.first_served_after(fault.struck_at)) is None:
+            if time.monotonic() > fault.struck_at + REQUEST_TIMEOUT_S:
+                return faults  # its served_at tells
             time.sleep(0.02)
-        kills[-1].served_at = served.ended_at
+        fault.served_at = served.ended_at
+        if index % 10 == 9:
+            progress(f"{index + 1} faults, {dict(load.verdicts())}")
     time.sleep(1.0)
-    return kills
-
-
-def is_up(server: TritonServer) -> bool:
-    return len(workers(server)) == 2
+    return faults
 
 
 def settled(server: TritonServer, timeout_s: float = 15.0) -> float:
@@ -136,47 +97,91 @@ def settled(server: TritonServer, timeout_s: float = 15.0) -> float:
 
 
 def storm_rows(
-    kills: list[Kill], outcomes: list[Outcome], expected: list[list[int]], load_s: float
-) -> list[dict[str, Any]]:
-    """What the storm shows. `expected`: each prompt's output when it was served alone; `load_s`: a worker's start."""
-    served = [each for each in outcomes if each.error is None]
-    wrong = [each for each in served if each.output_ids != expected[each.prompt]]
-    delays, faults = error_delays([each for each in outcomes if each.error not in (None, HUNG)], kills)
-    num_hung = sum(each.error == HUNG for each in outcomes)
-    # A request that ended well though its prefill worker, or one of the same time, was killed: decode had its KV.
+    faults: list[Fault], num_asked: int, outcomes: list[Outcome], num_recoveries: float, load_s: float
+) -> list[Row]:
+    """What the storm shows. `num_asked`: faults; `load_s`: a replica's start."""
+    served = [each for each in outcomes if each.verdict == COMPLETE]
+    # Of a prefill replica that died after it had handed their KV on: nothing of them was computed again.
     survivors = {
-        id(each) for k in kills if k.stage == "prefill" for each in served if each.sent_at < k.killed_at < each.ended_at
+        id(each)
+        for fault in faults
+        if "prefill" in fault.roles
+        for each in served
+        if 0 < each.decode_joined_ns < fault.struck_at_ns and fault.struck_at < each.ended_at
     }
-    back_s = [k.served_at - k.killed_at if k.served_at is not None else float("inf") for k in kills]
-    what_was_wrong = [f"prompt {each.prompt}: {each.output_ids} not {expected[each.prompt]}" for each in wrong[:5]]
-    service_goal_s = round(SERVICE_GOAL_S + load_s, 1)
+    back_s = [f.served_at - f.struck_at if f.served_at is not None else float("inf") for f in faults]
+    goal_s = round(SERVICE_GOAL_S + load_s + max((fault.max_silence_s for fault in faults), default=0.0), 1)
+    num_stops = sum(len(fault.roles) for fault in faults if fault.is_stop)
     return [
-        {"name": "workers killed", "value": len(kills), "unit": "kills"},
-        {"name": "requests served", "value": len(served), "unit": "requests"},
-        {"name": "requests ended by a kill, or refused after it", "value": len(delays), "unit": "requests"},
-        at_most("requests hung", num_hung, "requests", 0),
-        at_most("outputs that differ from the prompt's alone", len(wrong), "requests", 0) | {"seen": what_was_wrong},
-        at_most("errors that are late, or not UNAVAILABLE of the killed stage", len(faults), "kinds", 0)
-        | {"seen": sorted(faults)[:5]},
-        at_most("kill to the last error of its requests", round(max(delays, default=0.0), 3), "s", ERROR_GOAL_S),
-        at_most("kill to service", round(max(back_s, default=0.0), 1), "s", service_goal_s),
-        at_least("requests that outlived a prefill worker", len(survivors), "requests", 1),
-        {"name": "kill to the end of the process", "value": round(max(k.gone_s for k in kills), 3), "unit": "s"},
+        at_least("faults", len(faults), "faults", num_asked),
+        {"name": "replicas killed", "value": sum(len(f.roles) for f in faults) - num_stops, "unit": "replicas"},
+        {"name": "replicas stopped", "value": num_stops, "unit": "replicas"},
+        *verdict_rows(outcomes),
+        at_least("recoveries", num_recoveries, "requests", 1),
+        *silence_rows(faults, outcomes),
+        at_most("fault to service", round(max(back_s, default=0.0), 1), "s", goal_s),
+        {"name": "requests that outlived a prefill replica", "value": len(survivors), "unit": "requests"},
+        {"name": "kill to the end of the process", "value": round(max(_gone_s(faults), default=0.0), 3), "unit": "s"},
     ]
 
 
-def error_delays(failed: list[Outcome], kills: list[Kill]) -> tuple[list[float], set[str]]:
-    """Seconds from the kill (or, where it was sent later, from then) to each error; and the errors that are faults."""
-    delays, faults = [], set()
-    for each in failed:
-        before = [k for k in kills if k.killed_at < each.ended_at]
-        if not before:
-            faults.add(f"before any kill: {each.error}")
-            continue
-        delay = each.ended_at - max(before[-1].killed_at, each.sent_at)
-        delays.append(delay)
-        if f"{before[-1].stage} is unavailable" not in str(each.error):
-            faults.add(f"after a kill of {before[-1].stage}: {each.error}")
-        elif delay > ERROR_GOAL_S:
-            faults.add(f"{delay:.2f} s after a kill of {before[-1].stage}: {each.error}")
-    return delays, faults
+def _gone_s(faults: list[Fault]) -> list[float]:
+    return [fault.gone_s for fault in faults if not fault.is_stop]
+
+
+def cpu_storm(
+    shape: Shape, model: Path, num_faults: int, num_clients: int, seed: int, log: Path, progress: Callable[[str], None]
+) -> list[Row]:
+    fields = shape.fields(["cpu"])
+    for home in ("prefill", "decode"):
+        fields[home] |= {"kv_cache_bytes": 16 << 20, "num_threads": 1}
+    deployment = Deployment.parse({"model": {"path": model, "dtype": "float64"}, "hang_timeout_s": 2.0} | fields)
+    rng = random.Random(seed)
+    start = time.monotonic()
+    with TritonServer(deployment, log_path=log) as server:
+        server.wait_ready(timeout_s=120)
+        load_s = time.monotonic() - start
+        shape.assign_roles(server)
+        known = [alone(server, make_inputs(rng, VOCAB_SIZE)) for _ in range(NUM_KNOWN)]
+
+        def send_one(rng: random.Random) -> Outcome:
+            asked = rng.choice(known)
+            over_http = rng.random() < 0.5
+            return judge(asked, send(server, asked.inputs, any_model(rng, asked), over_http, REQUEST_TIMEOUT_S))
+
+        with Load(send_one, num_clients) as load:
+            faults = storm(server, load, num_faults, load_s, rng, progress)
+        num_recoveries = Metrics(server).total("distserve:recoveries_total")
+        again = [judge(each, send(server, each.inputs, "scheduler", False, REQUEST_TIMEOUT_S)) for each in known]
+        left = settled(server)
+    return [
+        *storm_rows(faults, num_faults, load.outcomes, num_recoveries, load_s),
+        exactly("after the storm: outputs that are not what they were", sum(each.is_fault for each in again), "", 0),
+        exactly("after the storm: blocks in use", left, "blocks", 0),
+    ]
+
+
+def main(
+    kills: Annotated[int, typer.Option(min=1, help="faults, divided over the fleets")] = 200,
+    fleet: Annotated[list[str] | None, typer.Option(help="such as 1P1D, 2P1D1M, 2M; default: several")] = None,
+    clients: int = 8,
+    seed: int = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="keeps the servers' logs here")] = None,
+) -> None:
+    """Exit status 1 if a request failed, an output differs, or a stream was silent for too long."""
+    console, rows = Console(width=150, highlight=False), []
+    shapes = [Shape.parse(name) for name in fleet or ("2P2D", "1P1D1M", "2M")]
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_model(model)
+        for index, shape in enumerate(shapes):
+            count = kills * (index + 1) // len(shapes) - kills * index // len(shapes)
+            log = (log_dir or Path(folder)) / f"fault-storm-{shape}.log"
+            found = cpu_storm(shape, model, count, clients, seed, log, lambda line: console.print(f"{shape}: {line}"))  # noqa: B023
+            rows += [row | {"name": f"{shape}: {row['name']}"} for row in found]
+    report(rows, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -3,8 +3,9 @@
     python -m tools.proofs.gpu_base --output docs/results/gpu-base.json
 
 faults    a model with little to compute and 1.6 GB of KV a prompt, whose prompts are cached, so that copies by CUDA IPC
-          are under way most of the time; workers are killed under load (tools.proofs.fault_storm). In float32, so that
-          outputs are the same whatever the batch. With two GPUs, prefill is on the first and decode on the second.
+          are under way most of the time; replicas of every role are killed and stopped under load
+          (tools.proofs.fault_storm). In float32, so that outputs are the same whatever the batch. With two GPUs, KV
+          goes from each to the other.
 deaths    the exporter, then the importer of a pool is killed in the midst of a copy (tools.proofs.transfer_deaths)
 shares    both stages on one GPU with 0.45 of its memory each; and with shares that are too small
 two-gpus  tools.proofs.gpu_smoke's shapes from cuda:0 to cuda:1, where there are two; tools.benchmarks.transfer has the
@@ -28,11 +29,13 @@ from rich.console import Console
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
 from tools.benchmarks.results import at_most, write_results
 from tools.installation.server_files import ServerError
-from tools.proofs.fault_storm import Load, request, settled, storm, storm_rows
-from tools.proofs.gpu_smoke import SHAPES, make_requests, run_shape, serve, write_model_dir
+from tools.proofs.fault_storm import settled, storm, storm_rows
+from tools.proofs.faults import Shape
+from tools.proofs.gpu_smoke import SHAPES, greedy_inputs, make_requests, run_shape, serve, write_model_dir
+from tools.proofs.known_requests import REQUEST_TIMEOUT_S, Load, Outcome, alone, judge, send
 from tools.proofs.transfer_deaths import death_rows
 from tools.server.processes import session_pids
-from tools.server.server_state import workers
+from tools.server.server_state import Metrics, workers
 from tools.server.triton_server import TritonServer
 
 Row = dict[str, Any]
@@ -52,6 +55,7 @@ FAULTS_MODEL: Row = {  # 786 KB of KV a token in fp32
     "eos_token_id": 2,
 }
 NUM_PROMPTS, PROMPT_LEN, MAX_TOKENS, NUM_CLIENTS = 6, 2000, 8, 16
+FAULTS_SHAPES = [Shape(2, 2, 0), Shape(1, 1, 1)]  # on two GPUs: two replicas on each at most
 PREFILL_KV_BYTES, DECODE_KV_BYTES = 24 << 30, 30 << 30
 MEMORY_TOLERANCE_MIB = 256  # what is left is under a CUDA context (500 MiB) or a mapped pool
 LEFT_TOLERANCE_MIB = 64  # after a stop
@@ -114,25 +118,28 @@ def shm_names() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
-def fault_rows(
-    deployment: Deployment, prompts: list[list[int]], kills_of_each: int, log: Path, num_clients: int = NUM_CLIENTS
-) -> Iterable[Row]:
+def fault_rows(deployment: Deployment, shape: Shape, prompts: list[list[int]], kills: int, log: Path) -> Iterable[Row]:
     machine = Machine()
     start = time.monotonic()
     with TritonServer(deployment, log_path=log) as server:
         server.wait_ready(timeout_s=300)
         load_s = time.monotonic() - start
-        url, session = server.grpc_url, server.pid
-        alone = [request(url, index, prompt, MAX_TOKENS) for index, prompt in enumerate(prompts)]
-        if failed := [each.error for each in alone if each.error is not None]:
-            raise ServerError(f"served alone: {failed[0]}")
-        with Load(url, prompts, MAX_TOKENS, num_clients) as warm:
+        session = server.pid
+        shape.assign_roles(server)
+        known = [alone(server, greedy_inputs(prompt, MAX_TOKENS)) for prompt in prompts]
+
+        def send_one(rng: random.Random) -> Outcome:
+            asked = rng.choice(known)
+            return judge(asked, send(server, asked.inputs, "scheduler", over_http=False, stay_s=REQUEST_TIMEOUT_S))
+
+        with Load(send_one, NUM_CLIENTS) as warm:
             time.sleep(5.0)
         settled(server)
         before = gpu_memory_mib()
-        with Load(url, prompts, MAX_TOKENS, num_clients) as load:
-            kills = storm(server, load, kills_of_each, random.Random(0))
-        again = [request(url, index, prompt, MAX_TOKENS) for index, prompt in enumerate(prompts)]
+        with Load(send_one, NUM_CLIENTS) as load:
+            faults = storm(server, load, kills, load_s, random.Random(0))
+        num_recoveries = Metrics(server).total("distserve:recoveries_total")
+        again = [alone(server, each.inputs) for each in known]
         blocks = settled(server)
         deadline = time.monotonic() + SETTLE_S
         while excess_mib(before) > MEMORY_TOLERANCE_MIB and time.monotonic() < deadline:
@@ -143,12 +150,11 @@ def fault_rows(
         line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "CUDA error" in line
     ]
     copying = sum(each.copy_s for each in warm.outcomes) / 5.0
-    expected = [each.output_ids for each in alone]
     yield {"name": "start to ready", "value": round(load_s, 1), "unit": "s"}
-    yield {"name": "distinct outputs of the prompts", "value": len({*map(tuple, expected)}), "unit": "outputs"}
+    yield {"name": "distinct outputs of the prompts", "value": len({*(each.text for each in known)}), "unit": "outputs"}
     yield {"name": "time with a KV copy under way, before the kills", "value": round(copying, 2), "unit": "of the time"}
-    yield from storm_rows(kills, [*load.outcomes, *warm.outcomes], expected, load_s)
-    differ = sum(each.output_ids != output for each, output in zip(again, expected, strict=True))
+    yield from storm_rows(faults, kills, [*load.outcomes, *warm.outcomes], num_recoveries, load_s)
+    differ = sum(now.output_ids != then.output_ids for now, then in zip(again, known, strict=True))
     yield at_most("after the kills: outputs that differ from before", differ, "requests", 0)
     yield at_most("after the kills: blocks in use", blocks, "blocks", 0)
     yield at_most(
@@ -160,21 +166,19 @@ def fault_rows(
     yield from machine.left_rows(session)
 
 
-def faults(folder: Path, devices: tuple[str, str], kills_of_each: int) -> Iterable[Row]:
+def faults(folder: Path, devices: list[str], kills: int) -> Iterable[Row]:
     write_model_dir(folder / "model", FAULTS_MODEL)
     rng = random.Random(1)
     prompts = [[rng.randrange(3, FAULTS_MODEL["vocab_size"]) for _ in range(PROMPT_LEN)] for _ in range(NUM_PROMPTS)]
-    deployment = Deployment.parse(
-        {
-            "model": {"path": folder / "model", "dtype": "float32", "load_format": "dummy"},
-            "prefill": {"devices": [devices[0]], "kv_cache_bytes": PREFILL_KV_BYTES, "prefix_cache": True},
-            "decode": {"devices": [devices[1]], "kv_cache_bytes": DECODE_KV_BYTES, "max_num_seqs": 32},
-            "block_size": GPU_BLOCK_SIZE,
-        }
-    )
-    name = f"faults, {devices[0]} to {devices[1]}: "
-    for row in fault_rows(deployment, prompts, kills_of_each, folder / "faults.log"):
-        yield row | {"name": name + row["name"]}
+    for index, shape in enumerate(FAULTS_SHAPES):
+        fields = shape.fields(devices)
+        fields["prefill"] |= {"kv_cache_bytes": PREFILL_KV_BYTES, "prefix_cache": True}
+        fields["decode"] |= {"kv_cache_bytes": DECODE_KV_BYTES, "max_num_seqs": 32}
+        model = {"path": folder / "model", "dtype": "float32", "load_format": "dummy"}
+        deployment = Deployment.parse({"model": model, "block_size": GPU_BLOCK_SIZE} | fields)
+        count = kills * (index + 1) // len(FAULTS_SHAPES) - kills * index // len(FAULTS_SHAPES)
+        for row in fault_rows(deployment, shape, prompts, count, folder / f"faults-{shape}.log"):
+            yield row | {"name": f"faults, {shape} on {len(devices)} GPUs: {row['name']}"}
 
 
 def shares(folder: Path) -> Iterable[Row]:
@@ -242,16 +246,17 @@ def two_gpus(folder: Path) -> Iterable[Row]:
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
     only: Annotated[list[str] | None, typer.Option(help="faults, deaths, shares, two-gpus. Default: all.")] = None,
-    kills: Annotated[int, typer.Option(help="of each stage; the pause before a restart doubles each time")] = 4,
-    one_gpu: Annotated[bool, typer.Option(help="both stages on cuda:0 in faults too")] = False,
+    kills: Annotated[int, typer.Option(help="faults, divided over two fleets")] = 40,
+    one_gpu: Annotated[bool, typer.Option(help="all replicas on cuda:0 in faults too")] = False,
     log_dir: Annotated[Path | None, typer.Option(help="keeps the servers' logs here")] = None,
 ) -> None:
     """Exit status 1 if a goal is missed."""
     console = Console(width=150, highlight=False)
     has_two = torch.cuda.device_count() > 1
     devices = ("cuda:0", "cuda:1") if has_two and not one_gpu else ("cuda:0", "cuda:0")
+    gpus = sorted({*devices})
     sections: dict[str, Callable[[Path], Iterable[Row]]] = {
-        "faults": lambda folder: faults(folder, devices, kills),
+        "faults": lambda folder: faults(folder, gpus, kills),
         "deaths": lambda folder: death_rows(*devices),
         "shares": shares,
     }

@@ -24,7 +24,7 @@ def ask_http(url: str, inputs: Inputs, timeout_s: float, model: ModelName = "sch
                 answer.error = str(event["error"])
             else:
                 answer.received_at.append(time.monotonic())
-                answer.responses.append({name: np.atleast_1d(value) for name, value in event.items()})
+                answer.responses.append({name: _as_array(value) for name, value in event.items()})
         answer.has_ended = True
     except TimeoutError:
         pass
@@ -34,6 +34,12 @@ def ask_http(url: str, inputs: Inputs, timeout_s: float, model: ModelName = "sch
         answer.ended_at = time.monotonic()
         connection.close()
     return answer
+
+
+def _as_array(value: Any) -> np.ndarray[Any, Any]:
+    """Strings as objects: numpy's own end at their last character that is not NUL."""
+    array: np.ndarray[Any, Any] = np.array(value, np.object_ if isinstance(value, str) else None)
+    return np.atleast_1d(array)
 
 
 def _events(connection: http.client.HTTPConnection, deadline: float) -> Iterator[dict[str, Any]]:

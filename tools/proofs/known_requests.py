@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,11 @@ def make_inputs(rng: random.Random, vocab_size: int, max_prompt_len: int = 250, 
     return inputs | {"input_ids": np.array([rng.randrange(vocab_size) for _ in range(length)], np.int32)}
 
 
+def any_model(rng: random.Random, known: Known) -> ModelName:
+    """One that takes this request."""
+    return "ensemble" if "text_input" in known.inputs and rng.random() < 0.5 else "scheduler"
+
+
 def send(server: TritonServer, inputs: Inputs, model: ModelName, over_http: bool, stay_s: float) -> Answer:
     """After `stay_s` the client goes away."""
     if model == "scheduler":
@@ -159,7 +165,11 @@ class Load:
     def _run(self, seed: int) -> None:
         rng = random.Random(seed)
         while not self._stop.is_set():
-            outcome = self._send_one(rng)
+            begin = time.monotonic()
+            try:
+                outcome = self._send_one(rng)
+            except Exception as error:  # of the client's library: no answer came
+                outcome = Outcome(FAILED, begin, time.monotonic(), reason=repr(error))
             self.outcomes.append(outcome)
             if outcome.is_fault:
                 self._stop.wait(PAUSE_S)

@@ -1,0 +1,132 @@
+"""Fleets of any shape answer as one prefill and one decode replica do, all of their replicas take part, and roles and
+drains change that while requests run.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ensemble.serving.control import call
+from ensemble.serving.fleet_commands import ChangeRole, Command, DrainReplica, FleetTable, RemoveReplica, UndrainReplica
+from tests.serving.clients import Answer, blocks_in_use, read_metrics, run_streams
+from tests.serving.deployments import deploy
+from tools.proofs.faults import Shape, list_fleet
+from tools.server.triton_server import TritonServer
+
+pytestmark = pytest.mark.server
+
+NUM_REQUESTS, NUM_CLIENTS = 36, 12
+MAX_TOKENS = 60
+
+
+def requests() -> list[dict[str, Any]]:
+    """Greedy and seeded ones, short and long."""
+    rng = random.Random(5)
+    return [
+        {
+            "input_ids": [rng.randrange(3, 90) for _ in range(rng.choice([3, 20, 150]))],
+            "max_tokens": rng.randint(2, MAX_TOKENS),
+            "temperature": rng.choice([0.0, 1.0]),
+            "seed": rng.getrandbits(63),
+            "ignore_eos": True,
+            "stream": True,
+            "return_output_ids": True,
+            "return_perf_metrics": True,
+        }
+        for _ in range(NUM_REQUESTS)
+    ]
+
+
+@contextmanager
+def fleet(model: Path, name: str, log: Path) -> Iterator[TritonServer]:
+    shape = Shape.parse(name)
+    fields = shape.fields(["cpu"])
+    for home in ("prefill", "decode"):
+        fields[home] |= {"num_threads": 1}
+    with TritonServer(deploy(model, **fields), log_path=log) as server:
+        server.wait_ready(timeout_s=180)
+        shape.assign_roles(server)
+        yield server
+
+
+def outputs(answers: list[Answer]) -> list[list[int]]:
+    assert [answer.error for answer in answers if answer.error is not None] == []
+    return [answer.output_ids for answer in answers]
+
+
+def used(answers: list[Answer]) -> set[int]:
+    """The replicas that took part in an answer."""
+    last = [answer.responses[-1] for answer in answers]
+    return {int(each[name][0]) for each in last for name in ("prefill_worker", "decode_worker")} - {-1}
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """Of one prefill and one decode replica."""
+    with fleet(tiny_llama, "1P1D", tmp_path_factory.mktemp("fleet") / "log") as server:
+        return outputs(run_streams(server.grpc_url, requests(), NUM_CLIENTS))
+
+
+@pytest.mark.parametrize("name", ["2P2D", "1P3D", "1P1D1M"])
+def test_every_shape_gives_the_same_answers(
+    tiny_llama: Path, expected: list[list[int]], name: str, tmp_path: Path
+) -> None:
+    with fleet(tiny_llama, name, tmp_path / "log") as server:
+        answers = run_streams(server.grpc_url, requests(), NUM_CLIENTS)
+        wait_until(lambda: blocks_in_use(read_metrics(server.metrics_url)) == 0, 5.0)
+        replicas = {row.replica for row in list_fleet(server)}
+    assert outputs(answers) == expected
+    assert used(answers) == replicas
+
+
+def test_roles_and_drains_change_under_load(tiny_llama: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    """Replicas 0 and 1 are of role prefill, 2 and 3 of role decode."""
+    with fleet(tiny_llama, "2P2D", tmp_path / "log") as server:
+        stop, rounds = threading.Event(), []
+
+        def serve() -> None:
+            while not stop.is_set():
+                rounds.append(run_streams(server.grpc_url, requests(), NUM_CLIENTS))
+
+        load = threading.Thread(target=serve)
+        load.start()
+        try:
+            changes: list[Command[FleetTable]] = [
+                ChangeRole(2, "mixed"),
+                ChangeRole(0, "decode"),
+                DrainReplica(3, within_s=0.0),  # what it has goes on elsewhere at once
+                ChangeRole(1, "mixed"),
+                UndrainReplica(3),
+                ChangeRole(3, "prefill"),
+                ChangeRole(2, "decode"),
+                RemoveReplica(1, within_s=None),  # when what it has has ended there
+            ]
+            for change in changes:
+                before = len(rounds)
+                call(server.run_dir, change, FleetTable, timeout_s=10.0)
+                wait_until(lambda before=before: len(rounds) > before or not load.is_alive(), 120.0)  # type: ignore[misc]
+            wait_until(lambda: all(row.replica != 1 for row in list_fleet(server)), 60.0)
+        finally:
+            stop.set()
+            load.join(timeout=120)
+        last = run_streams(server.grpc_url, requests(), NUM_CLIENTS)
+        wait_until(lambda: blocks_in_use(read_metrics(server.metrics_url)) == 0, 5.0)
+    for answers in [*rounds, last]:
+        assert outputs(answers) == expected
+    # 0 decodes, 2 decodes, 3 prefills, 1 is gone.
+    last_of = [answer.responses[-1] for answer in last]
+    assert {int(each["prefill_worker"][0]) for each in last_of} == {3}
+    assert {int(each["decode_worker"][0]) for each in last_of} == {0, 2}

@@ -1,0 +1,186 @@
+"""One request at a time to an idle server of a tiny model on the CPU: this tree against another one, by turns.
+
+    git worktree add ../before 249fdeb      with a .venv of its own, made by that tree's tools.bootstrap
+    python -m tools.benchmarks.one_request ../before --output docs/results/one-request.json
+
+What is measured is the way around the model: front, router, hand-off, and back. Both servers run all the time, and each
+request to one is followed by the same request to the other, on connections that are kept. Each round starts both anew.
+"""
+
+import http.client
+import json
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tritonclient.grpc as grpc
+import typer
+from rich.console import Console
+
+from tools.benchmarks.results import at_most, report
+from tools.installation.server_files import ServerError
+from tools.proofs.grpc_request import Inputs, ModelName, make_tensors
+
+TREE = Path(__file__).parents[2]
+# Run by each tree's own interpreter; the folders of the tools differ by tree.
+SERVE = """
+import sys
+try:
+    from tools.server.tiny_server import tiny_server
+except ImportError:
+    from tools.tiny_server import tiny_server
+with tiny_server() as server:
+    print(server.grpc_url, server.http_url, flush=True)
+    sys.stdin.read()
+"""
+PROMPT, NUM_TOKENS = "Once upon a time ", 8
+NUM_WARM_UP = 20
+REQUEST_TIMEOUT_S = 30.0
+GOAL = 1.0  # of the other tree's median TTFT
+
+Times = tuple[float, float]  # milliseconds to the first response and to the last
+Send = Callable[[], Times]
+
+
+@contextmanager
+def serving(tree: Path) -> Iterator[tuple[str, str]]:
+    """Its gRPC and HTTP addresses."""
+    command = [str(tree / ".venv/bin/python"), "-c", SERVE]
+    process = subprocess.Popen(command, cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        urls = process.stdout.readline().split()
+        if len(urls) != 2:
+            raise ServerError(f"{tree}: its server did not start")
+        yield urls[0], urls[1]
+    finally:
+        process.stdin.close()
+        process.wait(timeout=60)
+
+
+class GrpcClient:
+    """Sends on one stream."""
+
+    def __init__(self, url: str, model: ModelName) -> None:
+        self._client, self._model = grpc.InferenceServerClient(url), model
+        self._received_at: list[float] = []
+        self._errors: list[Exception] = []
+        self._ended = threading.Event()
+        inputs: Inputs = {
+            "text_input": np.array([PROMPT.encode()], np.object_),
+            "max_tokens": np.array([NUM_TOKENS], np.int32),
+            "temperature": np.zeros(1, np.float32),
+            "ignore_eos": np.ones(1, bool),
+            "stream": np.ones(1, bool),
+        }
+        is_batched = model == "ensemble"
+        self._tensors = make_tensors({name: each[np.newaxis] if is_batched else each for name, each in inputs.items()})
+        self._client.start_stream(self._receive)
+
+    def send(self) -> Times:
+        self._received_at.clear()
+        self._ended.clear()
+        start = time.perf_counter()
+        self._client.async_stream_infer(self._model, self._tensors, enable_empty_final_response=True)
+        if not self._ended.wait(REQUEST_TIMEOUT_S) or self._errors:
+            raise ServerError(f"a request: {self._errors[0] if self._errors else 'no end'}")
+        return (self._received_at[0] - start) * 1e3, (self._received_at[-1] - start) * 1e3
+
+    def close(self) -> None:
+        self._client.stop_stream()
+        self._client.close()
+
+    def _receive(self, result: Any, error: Exception | None) -> None:
+        if error is not None:
+            self._errors.append(error)
+            self._ended.set()
+            return
+        response = result.get_response()
+        if response.outputs:
+            self._received_at.append(time.perf_counter())
+        if response.parameters["triton_final_response"].bool_param:
+            self._ended.set()
+
+
+class HttpClient:
+    """Sends on one connection, to the ensemble."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=REQUEST_TIMEOUT_S)
+        asked = {"text_input": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+        self._body = json.dumps(asked)
+
+    def send(self) -> Times:
+        start = time.perf_counter()
+        self._connection.request("POST", "/v2/models/ensemble/generate_stream", self._body)
+        response = self._connection.getresponse()
+        received_at = [time.perf_counter() for line in iter(response.readline, b"") if line.startswith(b"data:")]
+        if response.status != 200 or not received_at:
+            raise ServerError(f"a request over HTTP: status {response.status}")
+        return (received_at[0] - start) * 1e3, (received_at[-1] - start) * 1e3
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def one_round(trees: list[Path], count: int) -> dict[str, list[list[Times]]]:
+    """Path |-> for each tree, the times of `count` requests."""
+    with ExitStack() as stack:
+        paths: dict[str, list[Send]] = {"scheduler, gRPC": [], "ensemble, gRPC": [], "ensemble, HTTP": []}
+        for grpc_url, http_url in [stack.enter_context(serving(tree)) for tree in trees]:
+            clients: list[GrpcClient | HttpClient]
+            clients = [GrpcClient(grpc_url, "scheduler"), GrpcClient(grpc_url, "ensemble"), HttpClient(http_url)]
+            for sends, client in zip(paths.values(), clients, strict=True):
+                sends.append(client.send)
+                stack.callback(client.close)
+        times: dict[str, list[list[Times]]] = {}
+        for path, sends in paths.items():
+            by_tree: list[list[Times]] = [[] for _ in trees]
+            for _ in range(NUM_WARM_UP + count):
+                for send, found in zip(sends, by_tree, strict=True):
+                    found.append(send())
+            times[path] = [found[NUM_WARM_UP:] for found in by_tree]
+        return times
+
+
+def rows_of(path: str, ours: list[Times], theirs: list[Times]) -> list[dict[str, Any]]:
+    medians = [[statistics.median(each[index] for each in times) for index in (0, 1)] for times in (ours, theirs)]
+    (ttft, e2e), (ttft_before, e2e_before) = medians
+    return [
+        {"name": f"{path}: TTFT P50", "value": round(ttft, 3), "unit": "ms", "before": round(ttft_before, 3)},
+        at_most(f"{path}: TTFT P50, now over before", round(ttft / ttft_before, 2), "times", GOAL),
+        {"name": f"{path}: last of {NUM_TOKENS} tokens, P50", "value": round(e2e, 3), "unit": "ms"}
+        | {"before": round(e2e_before, 3)},
+    ]
+
+
+def main(
+    before: Annotated[Path, typer.Argument(help="the other tree, with its .venv")],
+    requests: Annotated[int, typer.Option(min=1, help="to each server, by each path, in each round")] = 300,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
+) -> None:
+    """Exit status 1 if the first token comes later than the other tree's."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=before, capture_output=True, text=True, check=False)
+    times: dict[str, list[list[Times]]] = {}
+    for index in range(rounds):
+        trees = [TREE, before.absolute()] if index % 2 == 0 else [before.absolute(), TREE]
+        for path, by_tree in one_round(trees, requests).items():
+            all_times = times.setdefault(path, [[], []])
+            for found, tree in zip(by_tree, trees, strict=True):
+                all_times[tree != TREE] += found
+        for path, (ours, theirs) in times.items():
+            Console(highlight=False).print(f"round {index + 1}: {path}: {rows_of(path, ours, theirs)[1]['value']}")
+    rows = [{"name": "the other tree's commit", "value": head.stdout.strip(), "unit": ""}]
+    rows += [row for path, (ours, theirs) in times.items() for row in rows_of(path, ours, theirs)]
+    report(rows, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
