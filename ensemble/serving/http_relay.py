@@ -96,6 +96,7 @@ class HttpRelay:
                 await self._pass_requests(reader, writer, upstream)
             except Refused as refused:
                 if not upstream.is_unanswered:  # else it would be taken for that answer
+                    upstream.drop()
                     writer.write(refusal(refused))
                     writer.write_eof()
                     with contextlib.suppress(TimeoutError):
@@ -131,8 +132,8 @@ class HttpRelay:
             raise NotServing("no request could be served now")
 
     def _is_serving(self) -> bool:
-        """As the scheduler says."""
-        return any(beat.is_serving for beat in read_heartbeats(self._run_dir).values() if beat.model == "scheduler")
+        """As the scheduler says; without one, as the Triton server does."""
+        return all(beat.is_serving for beat in read_heartbeats(self._run_dir).values() if beat.model == "scheduler")
 
     async def _pass_request(
         self,
@@ -204,6 +205,7 @@ class Upstream(asyncio.Protocol):
         self._inspector: AnswerInspector | None = None  # of a `generate` that is not answered
         self.is_unanswered = False  # nothing of the last request's answer has come
         self.has_closed = False
+        self._is_dropped = False  # the client has its answer from us
 
     def answer(self, data: bytes) -> None:
         """Answers the client in the Triton server's place."""
@@ -234,7 +236,8 @@ class Upstream(asyncio.Protocol):
             self._client.write(refusal(NO_ANSWER))
         self.has_closed = True
         self._can_write.set()
-        self._client.close()
+        if not self._is_dropped:
+            self._client.close()
 
     def pause_writing(self) -> None:
         self._can_write.clear()
@@ -269,6 +272,11 @@ class Upstream(asyncio.Protocol):
         await self._can_write.wait()
         if self.has_closed:
             raise ConnectionResetError
+
+    def drop(self) -> None:
+        """What the Triton server may still say is for nobody."""
+        self._is_dropped, self._inspector = True, None
+        self.close()
 
     def close(self) -> None:
         self.is_unanswered = False

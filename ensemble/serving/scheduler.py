@@ -101,7 +101,8 @@ class Scheduler:
             of_ensemble_ns = read_ensemble_mark(mark)
         except Exception as error:
             known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
-            self._refuse(call, known)
+            # The traceback knows this frame, and this frame the error: a huge text would wait for the collector.
+            self._refuse(call, known.with_traceback(None))
             return
         choices = [client_request]
         if client_request.num_choices > 1:

@@ -58,7 +58,7 @@ def stub_watch(tmp_path: Path) -> Iterator[StubWatch]:
 def reason_within(stub_watch: StubWatch, timeout_s: float) -> str | None:
     """Looks every 0.1 s, as tools.serve does."""
     deadline = time.monotonic() + timeout_s
-    while (reason := stub_watch.poll(judges_progress=True)) is None and time.monotonic() < deadline:
+    while (reason := stub_watch.poll()) is None and time.monotonic() < deadline:
         time.sleep(0.1)
     return reason
 
@@ -72,7 +72,7 @@ def test_a_stub_that_lives_counts_and_is_not_judged(stub: Stub, stub_watch: Stub
 
 
 def test_the_signal_that_ended_a_stub_is_named(stub: Stub, stub_watch: StubWatch) -> None:
-    assert stub_watch.poll(judges_progress=True) is None
+    assert stub_watch.poll() is None
     stub.process.send_signal(signal.SIGSEGV)
     expected = f"the scheduler stub (process {stub.process.pid}) ended: killed by signal 11, SIGSEGV"
     assert reason_within(stub_watch, 10) == expected
@@ -100,20 +100,19 @@ def test_a_watcher_that_was_late_does_not_judge(
     """A machine that stops for a minute stops all."""
     clock = time.monotonic()
     monkeypatch.setattr(watch.time, "monotonic", lambda: clock)
-    assert stub_watch.poll(judges_progress=True) is None
+    assert stub_watch.poll() is None
     stub.process.send_signal(signal.SIGSTOP)
-    stub_watch.poll(judges_progress=True)  # it may have counted once more
+    stub_watch.poll()  # it may have counted once more
     for _ in range(3):
         clock += 60.0
-        assert stub_watch.poll(judges_progress=True) is None
+        assert stub_watch.poll() is None
     for _ in range(30):
         clock += 0.1
-        reason = stub_watch.poll(judges_progress=True)
+        reason = stub_watch.poll()
     assert "has stood still" in str(reason)
 
 
 def test_the_stacks_of_a_stub_are_to_be_had(stub: Stub, stub_watch: StubWatch) -> None:
-    stub_watch.poll(judges_progress=False)
     stub_watch.print_stacks()
     assert stub.process.stderr is not None
     lines = iter(stub.process.stderr.readline, "")

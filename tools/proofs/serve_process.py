@@ -26,7 +26,7 @@ class ServeProcess:
         flags += ["--openai-port", self.openai_port, "--model", model, "--log", folder / "log", *arguments]
         self._temporary = folder / "t"
         self._temporary.mkdir()
-        self._output = (folder / "output").open("w")
+        self._output = (folder / "output").open("w", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tools.serve", *map(str, flags)],
             stdout=self._output,
@@ -73,7 +73,7 @@ class ServeProcess:
 
     def said(self) -> str:
         """What an operator has read so far."""
-        return Path(self._output.name).read_text()
+        return Path(self._output.name).read_text(encoding="utf-8", errors="replace")
 
     def close(self) -> None:
         self.process.terminate()

@@ -39,9 +39,10 @@ def how_it_ended(status: int) -> str:
 def status_of_ended(pid: int) -> int | None:
     """The return code of an ended process that its parent has not waited for yet; None if it has."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
+    state, *fields = stat.rpartition(")")[2].split()
     return os.waitstatus_to_exitcode(int(fields[-1])) if state in "ZX" else None
 
 

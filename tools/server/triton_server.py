@@ -266,7 +266,9 @@ class TritonServer:
             if (status := process.poll()) is not None:
                 return self._error_line() or f"the {name} ended: {how_it_ended(status)}"
         assert self._watch is not None
-        return self._watch.poll(judges_progress=self._was_ready)
+        if not self._was_ready:
+            return None  # why a start failed the server itself tells
+        return self._watch.poll()
 
     def restart(self) -> None:
         """After `wait`: starts again what has ended, a process beside it or the Triton server with stubs and workers.
@@ -346,14 +348,14 @@ class TritonServer:
 
     def _error_line(self) -> str | None:
         """What a process of ours gave as the reason of its end."""
-        lines = (line.removeprefix(ERROR_MARK).strip() for line in self._log_lines() if line.startswith(ERROR_MARK))
-        return next(lines, None)
+        lines = [line.removeprefix(ERROR_MARK).strip() for line in self._log_lines() if line.startswith(ERROR_MARK)]
+        return (lines[-1] if self._was_ready else lines[0]) if lines else None  # a start fails by its first
 
     def _log_lines(self) -> list[str]:
         """Of this life of the server."""
         with self.log_path.open("rb") as log:
             log.seek(self._log_start)
-            return log.read().decode(errors="replace").splitlines()
+            return log.read().decode("utf-8", errors="replace").splitlines()
 
     def _print_stacks(self) -> None:
         assert self._watch is not None
@@ -394,7 +396,7 @@ class TritonServer:
         if libpython is not None:
             (self.run_dir / "lib" / libpython.name).symlink_to(libpython)
         (self.run_dir / "models").symlink_to(self.model_repository.resolve())
-        (self.run_dir / "deployment.yaml").write_text(self.deployment.to_yaml())
+        (self.run_dir / "deployment.yaml").write_text(self.deployment.to_yaml(), encoding="utf-8")
 
     def _command(self, installation: Installation) -> list[str]:
         num_replicas = self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas
@@ -412,6 +414,7 @@ class TritonServer:
             "http-port": self._own_http[1],
             "grpc-address": f"[{self.host}]" if ":" in self.host else self.host,
             "grpc-port": self._ports.grpc,
+            "grpc-infer-allocation-pool-size": 0,  # what is kept for reuse stays as large as the largest request
             "metrics-address": http_address(self.host),
             "metrics-port": self._ports.metrics,
             "exit-timeout-secs": 2,

@@ -29,19 +29,19 @@ class StubWatch:
         self._stubs: dict[int, _Stub] = {}  # by process id
         self._looked_at = time.monotonic()
 
-    def poll(self, judges_progress: bool) -> str | None:
-        """Why the server can serve no more. Without `judges_progress` only the end of a stub counts."""
+    def poll(self) -> str | None:
+        """Why the server can serve no more."""
         now = time.monotonic()
-        step_s = min(now - self._looked_at, MAX_STEP_S) if judges_progress else 0.0
+        step_s = min(now - self._looked_at, MAX_STEP_S)
         self._looked_at = now
         reasons = [self._judge(beat, step_s) for beat in read_heartbeats(self._run_dir).values()]
         return next(filter(None, reasons), None)
 
     def print_stacks(self) -> None:
         """Has every stub write the stacks of its threads into the server's log."""
-        for pid in self._stubs:
+        for beat in read_heartbeats(self._run_dir).values():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, STACKS_SIGNAL)
+                os.kill(beat.pid, STACKS_SIGNAL)
 
     def close(self) -> None:
         for stub in self._stubs.values():
