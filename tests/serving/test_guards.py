@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -119,12 +120,12 @@ def test_the_grpc_front_takes_no_shared_memory_and_no_orders(server: TritonServe
 # ---- sizes
 
 
-def proportional_bytes(server: TritonServer) -> int:
-    """Memory of all processes, what they share counted once."""
+def private_bytes(server: TritonServer) -> int:
+    """Memory of all processes that they do not share."""
     total = 0
     for process in processes(server):
         try:
-            total += process.memory_full_info().pss
+            total += process.memory_full_info().uss
         except psutil.Error:
             continue
     return total
@@ -133,7 +134,7 @@ def proportional_bytes(server: TritonServer) -> int:
 @pytest.mark.parametrize("model", ["ensemble", "scheduler"])
 def test_huge_texts_are_refused_at_once_and_cost_others_nothing(server: TritonServer, model: str) -> None:
     """Over gRPC, which takes them; small requests go on beside them, and the memory comes back."""
-    memory, done, slowest = proportional_bytes(server), threading.Event(), [0.0]
+    memory, done, slowest = private_bytes(server), threading.Event(), [0.0]
 
     def small_requests() -> None:
         while not done.wait(0.2):
@@ -148,13 +149,14 @@ def test_huge_texts_are_refused_at_once_and_cost_others_nothing(server: TritonSe
             with pytest.raises(InferenceServerException) as caught:
                 generate(server.grpc_url, model, text_input="x" * num_bytes, max_tokens=4)
             assert f"'{num_bytes} bytes'" in str(caught.value)
-            assert "at most 40960 bytes, 8192 tokens (max_model_len) of at most 5 bytes" in str(caught.value)
+            allowed = r"at most \d+ bytes, 8192 tokens \(max_model_len\) of at most \d+ bytes"
+            assert re.search(allowed, str(caught.value))
     finally:
         done.set()
         thread.join()
     assert slowest[0] < 2.0, "a text of 5 MB took 7 s to be tokenized, and all others waited"
-    # What stays is the stub's shared memory, which the server never makes smaller: the sum of these texts.
-    wait_until(lambda: proportional_bytes(server) < memory + (120 << 20), 20.0)
+    # A stub's shared memory stays as large as its largest requests made it: the 24.10 server never makes it smaller.
+    wait_until(lambda: private_bytes(server) < memory + (100 << 20), 20.0)
 
 
 def test_a_long_text_that_is_tokenized_delays_nobody(server: TritonServer) -> None:
