@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
 
 Inputs = dict[str, np.ndarray[Any, Any]]  # as the `scheduler` takes them
 ModelName = Literal["scheduler", "ensemble"]
@@ -71,7 +72,10 @@ def ask(url: str, inputs: Inputs, timeout_s: float, model: ModelName = "schedule
     try:
         client.start_stream(receive)
         answer.sent_at = time.monotonic()
-        client.async_stream_infer(model, make_tensors(inputs), enable_empty_final_response=True)
+        try:
+            client.async_stream_infer(model, make_tensors(inputs), enable_empty_final_response=True)
+        except InferenceServerException as error:  # nobody listens, and the stream knows it already
+            receive(None, error)
         answer.has_ended = ended.wait(timeout_s)
         answer.ended_at = time.monotonic()
         client.stop_stream(cancel_requests=not answer.has_ended)
