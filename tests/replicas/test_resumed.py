@@ -53,7 +53,7 @@ def make_requests() -> list[Request]:
             prompt_token_ids=[rng.randrange(3, 380) for _ in range(rng.choice([1, 4, 9, 21]))],
             sampling=msgspec.convert({"max_tokens": 16, "ignore_eos": "min_tokens" not in way, **way}, SamplingParams),
         )
-        for index, way in enumerate(ways * 2)
+        for index, way in enumerate(ways)
     ]
 
 
@@ -82,7 +82,7 @@ def resumed(uninterrupted: dict[int, list[int]]) -> list[Request]:
     again = []
     for request in make_requests():
         tokens = uninterrupted[request.request_id]
-        for num_tokens in {1, 3, 8, len(tokens) - 1} & set(range(1, len(tokens))):
+        for num_tokens in {1, 8, len(tokens) - 1} & set(range(1, len(tokens))):
             attempt_id = 100 * (request.request_id + 1) + num_tokens
             again.append(msgspec.structs.replace(request, request_id=attempt_id, resumed_token_ids=tokens[:num_tokens]))
     return again
