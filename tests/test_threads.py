@@ -14,4 +14,4 @@ threading.Event().wait()
 def test_its_failure_ends_the_process_with_a_reason() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1] == "distserve: error: decode-stage: KeyError: 'replica'"
+    assert ended.stderr.splitlines()[-1] == "distserve: error: thread decode-stage: KeyError: 'replica'"

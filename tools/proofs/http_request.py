@@ -39,7 +39,8 @@ def ask_http(url: str, inputs: Inputs, timeout_s: float, model: ModelName = "sch
 def _as_array(value: Any) -> np.ndarray[Any, Any]:
     """Strings as objects: numpy's own end at their last character that is not NUL."""
     array: np.ndarray[Any, Any] = np.array(value, np.object_ if isinstance(value, str) else None)
-    return np.atleast_1d(array)
+    at_least_one: np.ndarray[Any, Any] = np.atleast_1d(array)
+    return at_least_one
 
 
 def _events(connection: http.client.HTTPConnection, deadline: float) -> Iterator[dict[str, Any]]:
