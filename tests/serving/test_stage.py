@@ -432,4 +432,4 @@ threading.Event().wait()
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
         )
     assert ended.returncode == 1
-    assert "distserve: error: decode-stage: KeyError: 'hung'" in ended.stderr
+    assert "distserve: error: thread decode-stage: KeyError: 'hung'" in ended.stderr
