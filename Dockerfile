@@ -1,7 +1,7 @@
 # The same installation as `make serve` makes, on an NVIDIA Triton image, whose own server program is used.
 #
 #   docker build -t distserve .
-#   docker run --init --gpus all --shm-size=1g --ulimit memlock=-1 -p 8000-8002:8000-8002 \
+#   docker run --init --gpus all --shm-size=1g --ulimit memlock=-1 -p 8000-8002:8000-8002 -p 9000:9000 \
 #       -v "$PWD/models:/models" distserve --model /models/opt-1.3b --prefill-devices cuda:0 --decode-devices cuda:1
 #
 # /models is only read, except that without --model, or with the name of a model on the Hub, the model is fetched into
@@ -36,5 +36,5 @@ RUN echo "${TORCH}" > /tmp/constraints.txt \
     && rm /tmp/constraints.txt
 ENV XDG_CACHE_HOME=/models/.cache
 VOLUME /models
-EXPOSE 8000 8001 8002
+EXPOSE 8000 8001 8002 9000
 ENTRYPOINT [".venv/bin/python", "-m", "tools.serve", "--host", "0.0.0.0", "--log", "/tmp/server.log"]

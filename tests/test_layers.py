@@ -77,5 +77,12 @@ def test_pure_parts_know_no_torch_and_the_relay_no_tokenizer() -> None:
     assert "ensemble.tokenizer" not in reached_from("ensemble.serving.http_relay")
 
 
+def test_the_openai_front_starts_without_torch() -> None:
+    modules = reached_from("ensemble.openai_front.__main__")
+    paths = [ROOT / f"{each.replace('.', '/')}.py" for each in modules]
+    assert len(paths) > 10
+    assert not {name for path in paths for name in imports_of(path) if name.split(".")[0] in ("torch", "kernels")}
+
+
 def test_kernels_know_nothing_of_the_library() -> None:
     assert not {name for path in (ROOT / "kernels").glob("*.py") for name in imports_of(path) if "ensemble" in name}
