@@ -247,7 +247,8 @@ class DecodeAdmission:
         """Takes the head of the bridge, and those behind it bound for the same replica; None if the head has to wait.
 
         The replica is the one with the most free blocks among those with room. A head that no live replica could ever
-        hold stands before nobody. Call again until None.
+        hold stands before nobody, nor does one that waits before those that can go on where their KV is: it may wait for
+        the very blocks that they have leased. Call again until None.
         """
         request_ids: list[int] = []
         replica = None
@@ -261,7 +262,7 @@ class DecodeAdmission:
             replica = best
             self._submit(request_id, source, replica)
             request_ids.append(request_id)
-        return None if replica is None else Submission(replica, request_ids)
+        return self._next_in_place() if replica is None else Submission(replica, request_ids)
 
     def released(self, replica: int, request_ids: Iterable[int]) -> None:
         """The replica has freed the blocks of these requests. Requests that it does not hold are ignored."""
@@ -322,6 +323,14 @@ class DecodeAdmission:
             and self._fits(state, request_id, need, state.credits.held(request_id))
         ]
         return max(fitting, key=lambda replica: self._replicas[replica].num_free_blocks, default=None)
+
+    def _next_in_place(self) -> Submission | None:
+        for request_id, source in self._bridge.items():
+            state, need = self._replicas.get(source), self._promised[request_id]
+            if state is not None and self._fits(state, request_id, need, state.credits.held(request_id)):
+                self._submit(request_id, source, source)
+                return Submission(source, [request_id])
+        return None
 
     def _could_ever_go(self, source: int, need: _Need) -> bool:
         return any(

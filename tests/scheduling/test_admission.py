@@ -311,6 +311,20 @@ def test_what_goes_on_where_it_was_prefilled_gives_its_lease_for_its_life(make_r
     assert credits.request_ids == [7]
 
 
+def test_who_waits_for_leased_blocks_does_not_hold_up_those_who_leased_them(make_request):
+    """Both replicas only prefilled until now; the head's blocks are at neither."""
+    admission = make_admission(max_num_bridge_seqs=8, replicas=())
+    pools = [bring_up(admission, replica) for replica in range(2)]
+    wait_in_bridge(admission, make_request(0, 16, max_tokens=9))  # 6 blocks
+    for replica, credits in enumerate(pools):
+        credits.hold(1 + replica, 5)
+        wait_in_bridge(admission, make_request(1 + replica, 20, max_tokens=5), source=replica)
+    assert [admission.next_submission() for _ in range(3)] == [(0, [1]), (1, [2]), None]
+    admission.released(1, [2])
+    assert admission.next_submission() == (1, [0])
+    admission.check_integrity()
+
+
 def test_prompts_at_a_replica_take_the_room_of_its_sequences(make_request):
     admission = make_admission(replicas=())
     credits = bring_up(admission, 0)
