@@ -27,6 +27,7 @@ MAX_BATCHES = 2
 DECODE_SEQS = 3
 ROLES = {0: "prefill", 1: "prefill", 2: "decode", 3: "decode"}
 NUM_BLOCKS = {0: 10, 1: 10, 2: 12, 3: 12}
+MAX_LIFE_TOKENS = NUM_BLOCKS[2] * BLOCK_SIZE  # of what decodes
 UNEVEN_NUM_BLOCKS = {0: 5, 1: 11, 2: 12, 3: 12}  # most prompts fit one of those that only prefill
 MIXED_LIMITS = Limits(8, 3, stays=True)
 
@@ -206,11 +207,13 @@ class LifeOfRequests(RuleBasedStateMachine):
     def add(self, prompt_len, max_tokens, hints):
         sampling = SamplingParams(max_tokens=max_tokens)
         request = Request(request_id=self.num_attempts, prompt_token_ids=[1] * prompt_len, sampling=sampling)
+        if self.changes_roles and max_tokens > 1 and request.max_num_kv_tokens > MAX_LIFE_TOKENS:
+            return  # known to be too long only while some replica takes sequences
         try:
             self.admission.check(request)
             self.prefill.add(request, self.now, hints)
         except InvalidRequest:
-            is_too_long_for_decode = max_tokens > 1 and request.max_num_kv_tokens > 12 * BLOCK_SIZE
+            is_too_long_for_decode = max_tokens > 1 and request.max_num_kv_tokens > MAX_LIFE_TOKENS
             assert self.changes_roles or is_too_long_for_decode or prompt_len > self.prefill.max_prompt_len
         except Overloaded as error:
             assert self.prefill.num_waiting >= 6 or self.prefill.num_waiting_tokens + prompt_len > 150
