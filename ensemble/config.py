@@ -17,6 +17,9 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 # How a replica that computes prompts too fills its steps: with both, or with prompts alone as long as there are any.
 Batching = Literal["mixed", "prefill-first"]
 
+# When a client gets the first token of a sequence that goes on at another replica: when that has its KV, or at once.
+FirstToken = Literal["held", "at_once"]
+
 StageName = Literal["prefill", "decode"]  # the model that is home to a replica's process
 Role = Literal["prefill", "decode", "mixed"]  # what a replica is given: prompts to hand off, sequences, whole requests
 
@@ -104,6 +107,7 @@ class SchedulerConfig(_Frozen):
     ttft_target_s: float = Field(default=1.0, gt=0)  # edf: of requests that name none
     max_queue_requests: int = Field(default=4096, ge=1)
     max_queue_tokens: int = Field(default=4_000_000, ge=1)
+    first_token: FirstToken = "held"
     max_recoveries: int = Field(default=3, ge=0)  # deaths of replicas that had a request alone, until it is given up
 
 

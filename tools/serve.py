@@ -54,6 +54,9 @@ def main(
         float | None, Option(help="GiB of host memory for swapped KV, of each decode replica")
     ] = None,
     max_num_resident_seqs: Annotated[int | None, Option(help="of a decode replica: running, waiting, swapped")] = None,
+    first_token: Annotated[
+        str | None, Option(help="held until the sequence has joined decode: no stall after it; or at_once")
+    ] = None,
     batching: Annotated[str | None, Option(help="of prompts computed in decode: mixed or prefill-first")] = None,
     local_prefill_tokens: Annotated[int | None, Option(help="prompt tokens in a decode replica's step")] = None,
     host: Annotated[str, Option(envvar="HOST", help="address to listen on; 0.0.0.0: all, ::: IPv6 too")] = "127.0.0.1",
@@ -90,6 +93,7 @@ def main(
         "prefill.max_num_batched_tokens": max_num_batched_tokens,
         "prefill.prefix_cache": enable_prefix_caching or None,
         "scheduler.policy": prefill_policy,
+        "scheduler.first_token": first_token,
         "decode.policy": decode_policy,
         "decode.host_kv_bytes": swap_space and int(swap_space * 2**30),
         "decode.max_num_resident_seqs": max_num_resident_seqs,

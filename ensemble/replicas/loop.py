@@ -201,9 +201,15 @@ class EngineLoop:
         return self._cancel(request_ids)
 
     def step(self) -> list[Event]:
-        """Lets arrived sequences join, launches a step, and commits the one before (on a CPU: this one)."""
+        """Lets arrived sequences join, launches a step, and commits the one before (on a CPU: this one).
+
+        So the events that say who has joined leave with the tokens of the step before theirs.
+        """
         start = time.monotonic()
-        events = self._join() + self._end_swaps()
+        events = self._join()
+        if events and not self.engine.runs_ahead:
+            return events  # who has joined is told of before its first step, which may take long
+        events += self._end_swaps()
         num_owed_blocks = self._arrivals.num_wanted_blocks  # to who came before
         prompts = self._prompts.next_step(
             self._prompt_budget(), lambda num_blocks: self._scheduler.has_room_for(num_blocks + num_owed_blocks)

@@ -6,11 +6,14 @@
 
 The record is the only commit point. A token is taken if it is of the present attempt and at the record's length; what
 is computed again starts from the committed tokens, as an attempt with an id of its own.
+
+A token that is held is committed all the same: only its delivery waits, until the sequence has joined decode, or a token
+comes that is not held.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -40,6 +43,14 @@ class Timeline:
     prefill_replica: int = -1
     decode_replica: int = -1  # -1: ended with its first token
     num_recoveries: int = 0  # attempts after the first
+
+
+class Output(NamedTuple):
+    """A token, with what comes with it."""
+
+    token_id: int
+    finish_reason: FinishReason | None
+    log_probs: TokenLogProbs | None
 
 
 class Client(Protocol):
@@ -76,6 +87,7 @@ class Life:
     attempt: Request  # as it is computed now; its id is the attempt's
     phase: Phase = "queued"
     output_token_ids: list[int] = field(default_factory=list)  # committed: the client has them, or will
+    held: list[Output] = field(default_factory=list)  # the last of them, which the client has not been given
     prefill_replica: int | None = None  # of this attempt
     decode_replica: int | None = None  # of this attempt
     handoff: KVHandoff | None = None  # while it is in the bridge
@@ -91,6 +103,17 @@ class Life:
     @property
     def attempt_id(self) -> int:
         return self.attempt.request_id
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether the client has been given no token."""
+        return len(self.output_token_ids) == len(self.held)
+
+    def deliver(self) -> None:
+        """Gives the client what was held."""
+        held, self.held = self.held, []
+        for output in held:
+            self.client.take(*output)
 
     @property
     def has_progressed(self) -> bool:

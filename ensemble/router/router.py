@@ -40,10 +40,10 @@ from ensemble.protocol.router_replica import (
     SwapReport,
     decode_event,
 )
-from ensemble.request import FinishReason, Request, TokenLogProbs
+from ensemble.request import Request
 from ensemble.router.dispatch import Dispatch, Send
 from ensemble.router.fleet import Fleet, Replica
-from ensemble.router.lives import Client, Life, Lives
+from ensemble.router.lives import Client, Life, Lives, Output
 from ensemble.scheduling.deadlines import Deadlines
 
 Labels: TypeAlias = tuple[tuple[str, str], ...]
@@ -59,6 +59,7 @@ class Router:
     def __init__(self, deployment: Deployment, send: Send, new_id: Callable[[], int], now: float) -> None:
         self._deployment = deployment
         self._send = send
+        self._holds_first_tokens = deployment.scheduler.first_token == "held"
         self._new_id = new_id  # of attempts; the first attempt's id is the request's own
         self.lives = Lives()
         self.fleet = Fleet(deployment.replicas())
@@ -196,18 +197,20 @@ class Router:
         replica.num_free_blocks = step.num_free_blocks
         for batch_id in step.batch_ids:
             self.dispatch.prefill.batch_done(replica.id, batch_id)
+        handed_off = {handoff.request_id for handoff in step.handoffs}
         for attempt_id, position, token_id in zip(step.request_ids, step.positions, step.token_ids, strict=True):
             life = self.lives.of_attempt(attempt_id)
-            if life is not None and life.commit(position, token_id):
-                self._token(life, token_id, step.finished.get(attempt_id), step.log_probs.get(attempt_id))
+            if life is not None:
+                output = Output(token_id, step.finished.get(attempt_id), step.log_probs.get(attempt_id))
+                is_held = self._holds_first_tokens and attempt_id in handed_off and life.is_unseen
+                if life.commit(position, token_id):
+                    self._token(life, output, is_held=is_held)
         for handoff in step.handoffs:
             life = self.lives.of_attempt(handoff.request_id)
             if life is not None:  # else it was cancelled meanwhile: the replica was told, and ends the lease
                 self._prefilled(life, replica, handoff)
 
-    def _token(
-        self, life: Life, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None
-    ) -> None:
+    def _token(self, life: Life, output: Output, *, is_held: bool) -> None:
         self.dispatch.prefill.charge(life.client.hints.tenant, 1)
         timeline = life.client.timeline
         if len(life.output_token_ids) == 1:
@@ -216,13 +219,15 @@ class Router:
             life.phase = "decode"
         if life.is_alone and life.has_progressed:
             self.dispatch.no_longer_alone(life)
-        if finish_reason is not None:
+        if output.finish_reason is not None:
             self.dispatch.admission.withdraw(life.attempt_id)
             self.dispatch.ended(life.attempt_id)
             self.lives.end_attempt(life)
             self._deadlines.remove(life.request_id)
             timeline.last_token_ns = time.time_ns()
-        life.client.take(token_id, finish_reason, log_probs)
+        life.held.append(output)
+        if not is_held:
+            life.deliver()
 
     def _prefilled(self, life: Life, replica: Replica, handoff: KVHandoff) -> None:
         life.phase, life.handoff = "bridge", handoff
@@ -240,6 +245,7 @@ class Router:
                 timeline = life.client.timeline
                 timeline.decode_joined_ns = time_ns
                 timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
+                life.deliver()
 
     def _replica_up(self, up: ReplicaUp, now: float) -> None:
         known = self.fleet.get(up.replica)

@@ -246,14 +246,59 @@ def test_a_pool_that_nobody_can_map_is_an_error_and_no_wait():
     fleet.assert_empty()
 
 
+@pytest.mark.parametrize("first_token", ["held", "at_once"])
+def test_the_first_token_waits_for_a_place_in_decode_or_not(first_token):
+    fleet = make_fleet(1, 1, scheduler={"first_token": first_token})
+    _, first = fleet.arrive(3, max_tokens=40)  # leaves room for nothing else
+    for _ in range(8):
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    assert len(first.tokens) > 1
+    request, client = fleet.arrive(5, max_tokens=4)
+    only_token, its_client = fleet.arrive(5, max_tokens=1)
+    for _ in range(6):
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    assert its_client.tokens == answer(only_token)  # nothing to wait for
+    assert client.tokens == ([] if first_token == "held" else answer(request)[:1])
+    while not client.timeline.decode_joined_ns:
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    assert client.timeline.decode_joined_ns and client.tokens == answer(request)[:1]  # before any token of decode's own
+    fleet.run()
+    assert client.tokens == answer(request)
+    fleet.assert_empty()
+
+
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1], [1, 1]])
+def test_a_held_token_outlives_the_replicas_and_comes_once(victims):
+    fleet = make_fleet(1, 1)
+    for request, client in [fleet.arrive(5, max_tokens=6) for _ in range(6)]:
+        for replica_id in victims:
+            life = fleet.router.lives.get(request.request_id)
+            while life is not None and life.phase != "answering" and not life.held and not client.tokens:
+                for replica in list(fleet.replicas.values()):
+                    fleet.deliver(replica.id)
+                    replica.step(fleet)
+            if replica_id in fleet.replicas:
+                fleet.kill(replica_id)
+            assert client.tokens == answer(request)[: len(client.tokens)]
+        fleet.run()
+        assert client.tokens == answer(request)
+    fleet.assert_empty()
+
+
 class AnyFleet(RuleBasedStateMachine):
     """Whatever happens, in whichever order: every request ends once, with the known answer or for a reason."""
 
-    shape, mode = (2, 2), "disaggregated"
+    shape, mode, first_token = (2, 2), "disaggregated", "held"
 
     def __init__(self):
         super().__init__()
-        self.fleet = FakeFleet(deploy(*self.shape, mode=self.mode))
+        self.fleet = FakeFleet(deploy(*self.shape, mode=self.mode, scheduler={"first_token": self.first_token}))
         self.fleet.run()
         self.asked = []
         self.cancelled = set()
@@ -335,6 +380,20 @@ class AnyFleet(RuleBasedStateMachine):
     def books_agree(self):
         self.fleet.check()
 
+    @invariant()
+    def a_first_token_is_held_until_its_sequence_has_joined_decode(self):
+        for request, client in self.asked:
+            life = self.fleet.router.lives.get(request.request_id)
+            if life is None or client.is_over:
+                continue
+            assert client.tokens + [output.token_id for output in life.held] == life.output_token_ids
+            assert not (client.tokens and life.held), "only what comes first is held"
+            if self.first_token == "at_once":
+                assert not life.held
+            elif life.phase in ("bridge", "decode") and not client.timeline.num_recoveries:
+                has_joined = life.prefill_replica is None  # or decodes where it was prefilled
+                assert bool(client.tokens) == (has_joined and bool(life.output_token_ids))
+
     def teardown(self):
         for replica in list(self.fleet.router.fleet):
             self.fleet.router.undrain(replica)
@@ -355,6 +414,10 @@ class AnyColocatedFleet(AnyFleet):
     shape, mode = (0, 3), "colocated"
 
 
-@pytest.mark.parametrize("machine", [AnyFleet, AnyColocatedFleet])
+class AnyFleetAtOnce(AnyFleet):
+    first_token = "at_once"
+
+
+@pytest.mark.parametrize("machine", [AnyFleet, AnyFleetAtOnce, AnyColocatedFleet])
 def test_any_history_ends_in_the_known_answers(machine):
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=60, deadline=None))

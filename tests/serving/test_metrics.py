@@ -36,7 +36,8 @@ COUNTS = {
 
 @pytest.fixture(scope="module")
 def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    deployment = deploy(tiny_llama, prefill={"max_num_seqs": 1}, scheduler={"max_queue_requests": MAX_WAITING})
+    scheduler = {"max_queue_requests": MAX_WAITING, "first_token": "at_once"}
+    deployment = deploy(tiny_llama, prefill={"max_num_seqs": 1}, scheduler=scheduler)
     with TritonServer(deployment, log_path=tmp_path_factory.mktemp("server") / "log") as server:
         server.wait_ready(timeout_s=120)
         yield server
