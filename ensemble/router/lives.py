@@ -7,8 +7,8 @@
 The record is the only commit point. A token is taken if it is of the present attempt and at the record's length; what
 is computed again starts from the committed tokens, as an attempt with an id of its own.
 
-A token that is held is committed all the same: only its delivery waits, until the sequence has joined decode, or a token
-comes that is not held.
+A token that is held is committed all the same: only its delivery waits, until the sequence has joined decode, or a
+token comes that is not held.
 """
 
 from collections.abc import Iterator

@@ -224,3 +224,19 @@ def test_a_client_that_waits_long_gets_its_text_alone(narrow_server: TritonServe
     assert "".join(event["text_output"] for event in events) == expected
     assert all(event["text_output"] for event in events)
     assert stream or len(events) == 1
+
+
+def test_a_first_token_waits_for_its_sequence_to_join_decode(narrow_server: TritonServer) -> None:
+    server = narrow_server
+    asked = {"text_input": "The capital", "max_tokens": 6, "temperature": 0.0, "ignore_eos": True, "stream": True}
+    expected = generate(server.grpc_url, **asked).text
+    client = StreamClient(server.grpc_url)
+    with stopped(server, "decode"):
+        client.send("scheduler", "0", **asked)
+        wait_until(lambda: sample(server, "vllm:num_requests_running") == 1, 5.0)
+        # Its prompt is computed behind that one's, and it ends there: by then the first token of the other is known.
+        generate(server.grpc_url, text_input="The capital", max_tokens=1)
+        assert client.answers["0"].responses == []
+    answer = client.wait()["0"]
+    client.close()
+    assert answer.error is None and answer.text == expected
