@@ -247,8 +247,8 @@ class DecodeAdmission:
         """Takes the head of the bridge, and those behind it bound for the same replica; None if the head has to wait.
 
         The replica is the one with the most free blocks among those with room. A head that no live replica could ever
-        hold stands before nobody, nor does one that waits stand before those that can go on where their KV is: it may wait
-        for the very blocks that they have leased. Call again until None.
+        hold stands before nobody, nor does one that waits stand before those that can go on where their KV is: it may
+        wait for the very blocks that they have leased. Call again until None.
         """
         request_ids: list[int] = []
         replica = None
