@@ -1,5 +1,6 @@
 """The judges of storms see what they are there to see."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,12 @@ def test_bad_input_is_refused(given: Answer, verdict: str) -> None:
 def test_silence_of_a_stream_is_seen(silence: tuple[float, float], fault: Fault, is_met: bool) -> None:
     rows = silence_rows([fault], [Outcome(COMPLETE, 0.0, 40.0, [silence])])
     assert all(row["met"] for row in rows) is is_met
+
+
+def test_a_fault_does_not_excuse_what_the_next_one_did() -> None:
+    lenient = Fault(["mixed"], False, 10.0, 10_000, 20.0, True, 0.1, 12.0)
+    rows = silence_rows([lenient, replace(kill(), struck_at=25.0)], [Outcome(COMPLETE, 0.0, 40.0, [(24.9, 33.0)])])
+    assert [row["value"] for row in rows if not row["met"]] == [8.1]
 
 
 def test_silence_is_a_streams_own() -> None:

@@ -126,18 +126,20 @@ def strike(server: TritonServer, struck: list[ReplicaRow], *, is_stop: bool, loa
 
 
 def silence_rows(faults: list[Fault], outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """The longest silence of a stream after each kind of fault, and apart from all; those that are too long fail."""
-    kinds = sorted({(fault.name, fault.max_silence_s) for fault in faults})
-    longest = {kind: 0.0 for kind in [*kinds, UNDISTURBED]}
+    """The longest silence of a stream after each kind of fault, and apart from all; those that are too long fail.
+
+    A silence is by the faults that struck in it, else by the last one before it, which was over before another struck.
+    """
+    longest = {(fault.name, fault.max_silence_s): 0.0 for fault in faults} | {UNDISTURBED: 0.0}
     for begin, end in (silence for outcome in outcomes for silence in outcome.silences):
-        near = [
-            (f.name, f.max_silence_s) for f in faults if f.struck_at < end and begin < f.struck_at + f.max_silence_s
-        ]
-        kind = max(near, key=lambda kind: kind[1], default=UNDISTURBED)
+        causes = [fault for fault in faults if begin <= fault.struck_at < end]
+        before = [fault for fault in faults if fault.struck_at < begin < fault.struck_at + fault.max_silence_s]
+        kinds = [(fault.name, fault.max_silence_s) for fault in causes or before[-1:]]
+        kind = max(kinds, key=lambda kind: kind[1], default=UNDISTURBED)
         longest[kind] = max(longest[kind], end - begin)
     return [
         at_most(f"longest silence of a stream {name}", round(seconds, 2), "s", goal_s)
-        for (name, goal_s), seconds in longest.items()
+        for (name, goal_s), seconds in sorted(longest.items())
     ]
 
 
