@@ -270,9 +270,13 @@ class ClientStream:
             "kv_transfer_time_ns": timeline.kv_transfer_ns,
             "kv_transfer_bytes": timeline.kv_transfer_bytes,
         }
-        replicas = {"prefill_worker": timeline.prefill_replica, "decode_worker": timeline.decode_replica}
+        numbers = {
+            "prefill_worker": timeline.prefill_replica,
+            "decode_worker": timeline.decode_replica,
+            "num_recoveries": timeline.num_recoveries,
+        }
         return {name: np.array([value], np.int64) for name, value in nanoseconds.items()} | {
-            name: np.array([value], np.int32) for name, value in replicas.items()
+            name: np.array([value], np.int32) for name, value in numbers.items()
         }
 
 

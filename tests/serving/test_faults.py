@@ -90,13 +90,14 @@ def recoveries(server: TritonServer) -> float:
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}])
 def test_answers_outlive_their_decode_worker(server: TritonServer, sampling: dict[str, Any]) -> None:
-    asked = DECODING | {"max_tokens": 1500, "return_output_ids": True, **sampling}
+    asked = DECODING | {"max_tokens": 1500, "return_output_ids": True, "return_perf_metrics": True, **sampling}
     alone = generate(server.grpc_url, **asked).output_ids
     thread, answer, _ = in_background(server, asked)
     wait_until(lambda: len(answer.responses) > 3, 10)
     kill_worker(server, "decode")
     thread.join(timeout=60)
     assert answer.error is None and answer.output_ids == alone
+    assert answer.responses[-1]["num_recoveries"].item() >= 1
     assert recoveries(server) >= 1
     assert_nothing_in_use(server)
 
