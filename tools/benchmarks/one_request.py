@@ -3,8 +3,10 @@
     git worktree add ../before 249fdeb      with a .venv of its own, made by that tree's tools.bootstrap
     python -m tools.benchmarks.one_request ../before --output docs/results/one-request.json
 
-What is measured is the way around the model: front, router, hand-off, and back. Both servers run all the time, and each
-request to one is followed by the same request to the other, on connections that are kept. Each round starts both anew.
+What is measured is the way around the model: front, router, hand-off, and back. All servers run all the time, and each
+request to one is followed by the same request to the others, on connections that are kept. Each round starts them anew.
+This tree serves twice: with first tokens as soon as they are computed, as the other one does, and held until their
+sequences have joined decode, which is what the first token of a server by default waits for.
 """
 
 import http.client
@@ -33,9 +35,11 @@ SERVE = """
 import sys
 try:
     from tools.server.tiny_server import tiny_server
+    starting = tiny_server(first_token=sys.argv[1])
 except ImportError:
     from tools.tiny_server import tiny_server
-with tiny_server() as server:
+    starting = tiny_server()
+with starting as server:
     print(server.grpc_url, server.http_url, flush=True)
     sys.stdin.read()
 """
@@ -49,9 +53,9 @@ Send = Callable[[], Times]
 
 
 @contextmanager
-def serving(tree: Path) -> Iterator[tuple[str, str]]:
+def serving(tree: Path, first_token: str) -> Iterator[tuple[str, str]]:
     """Its gRPC and HTTP addresses."""
-    command = [str(tree / ".venv/bin/python"), "-c", SERVE]
+    command = [str(tree / ".venv/bin/python"), "-c", SERVE, first_token]
     process = subprocess.Popen(command, cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
     try:
@@ -129,35 +133,37 @@ class HttpClient:
         self._connection.close()
 
 
-def one_round(trees: list[Path], count: int) -> dict[str, list[list[Times]]]:
-    """Path |-> for each tree, the times of `count` requests."""
+def one_round(servers: dict[str, tuple[Path, str]], count: int) -> dict[str, dict[str, list[Times]]]:
+    """Path |-> for each server, the times of `count` requests."""
     with ExitStack() as stack:
-        paths: dict[str, list[Send]] = {"scheduler, gRPC": [], "ensemble, gRPC": [], "ensemble, HTTP": []}
-        for grpc_url, http_url in [stack.enter_context(serving(tree)) for tree in trees]:
+        paths: dict[str, dict[str, Send]] = {"scheduler, gRPC": {}, "ensemble, gRPC": {}, "ensemble, HTTP": {}}
+        for name, (tree, first_token) in servers.items():
+            grpc_url, http_url = stack.enter_context(serving(tree, first_token))
             clients: list[GrpcClient | HttpClient]
             clients = [GrpcClient(grpc_url, "scheduler"), GrpcClient(grpc_url, "ensemble"), HttpClient(http_url)]
             for sends, client in zip(paths.values(), clients, strict=True):
-                sends.append(client.send)
+                sends[name] = client.send
                 stack.callback(client.close)
-        times: dict[str, list[list[Times]]] = {}
+        times: dict[str, dict[str, list[Times]]] = {path: {name: [] for name in servers} for path in paths}
         for path, sends in paths.items():
-            by_tree: list[list[Times]] = [[] for _ in trees]
-            for _ in range(NUM_WARM_UP + count):
-                for send, found in zip(sends, by_tree, strict=True):
-                    found.append(send())
-            times[path] = [found[NUM_WARM_UP:] for found in by_tree]
+            for index in range(NUM_WARM_UP + count):
+                for name, send in sends.items():
+                    took = send()
+                    if index >= NUM_WARM_UP:
+                        times[path][name].append(took)
         return times
 
 
-def rows_of(path: str, ours: list[Times], theirs: list[Times]) -> list[dict[str, Any]]:
-    medians = [[statistics.median(each[index] for each in times) for index in (0, 1)] for times in (ours, theirs)]
-    (ttft, e2e), (ttft_before, e2e_before) = medians
-    return [
-        {"name": f"{path}: TTFT P50", "value": round(ttft, 3), "unit": "ms", "before": round(ttft_before, 3)},
-        at_most(f"{path}: TTFT P50, now over before", round(ttft / ttft_before, 2), "times", GOAL),
-        {"name": f"{path}: last of {NUM_TOKENS} tokens, P50", "value": round(e2e, 3), "unit": "ms"}
-        | {"before": round(e2e_before, 3)},
+def rows_of(path: str, times: dict[str, list[Times]]) -> list[dict[str, Any]]:
+    ttft = {name: statistics.median(first for first, _ in found) for name, found in times.items()}
+    e2e = {name: statistics.median(last for _, last in found) for name, found in times.items()}
+    rows = [{"name": f"{path}: TTFT P50, {name}", "value": round(ttft[name], 2), "unit": "ms"} for name in ttft]
+    rows += [
+        {"name": f"{path}: last of {NUM_TOKENS} tokens, P50, {name}", "value": round(e2e[name], 2), "unit": "ms"}
+        for name in e2e
     ]
+    rows.append(at_most(f"{path}: TTFT P50, over before", round(ttft["at once"] / ttft["before"], 2), "times", GOAL))
+    return rows
 
 
 def main(
@@ -168,17 +174,17 @@ def main(
 ) -> None:
     """Exit status 1 if the first token comes later than the other tree's."""
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=before, capture_output=True, text=True, check=False)
-    times: dict[str, list[list[Times]]] = {}
+    servers = {"at once": (TREE, "at_once"), "before": (before.absolute(), ""), "held": (TREE, "held")}
+    times: dict[str, dict[str, list[Times]]] = {}
     for index in range(rounds):
-        trees = [TREE, before.absolute()] if index % 2 == 0 else [before.absolute(), TREE]
-        for path, by_tree in one_round(trees, requests).items():
-            all_times = times.setdefault(path, [[], []])
-            for found, tree in zip(by_tree, trees, strict=True):
-                all_times[tree != TREE] += found
-        for path, (ours, theirs) in times.items():
-            Console(highlight=False).print(f"round {index + 1}: {path}: {rows_of(path, ours, theirs)[1]['value']}")
-    rows = [{"name": "the other tree's commit", "value": head.stdout.strip(), "unit": ""}]
-    rows += [row for path, (ours, theirs) in times.items() for row in rows_of(path, ours, theirs)]
+        order = sorted(servers, reverse=index % 2 == 1)
+        for path, by_server in one_round({name: servers[name] for name in order}, requests).items():
+            for name, found in by_server.items():
+                times.setdefault(path, {}).setdefault(name, []).extend(found)
+        for path, by_server in times.items():
+            Console(highlight=False).print(f"round {index + 1}: {rows_of(path, by_server)[-1]}")
+    rows: list[dict[str, Any]] = [{"name": "before: the commit", "value": head.stdout.strip(), "unit": ""}]
+    rows += [row for path, by_server in times.items() for row in rows_of(path, by_server)]
     report(rows, output)
 
 

@@ -26,14 +26,14 @@ TINY_MODEL: dict[str, Any] = {
 
 
 @contextmanager
-def tiny_server(openai_port: int | None = None) -> Iterator[TritonServer]:
-    """Ready, with dummy weights."""
+def tiny_server(openai_port: int | None = None, **scheduler: str) -> Iterator[TritonServer]:
+    """Ready, with dummy weights. `scheduler`: fields of that part of the deployment."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         write_model_dir(path, TINY_MODEL)
         stage = {"devices": ["cpu"], "kv_cache_bytes": 64 << 20}
         model = {"path": path, "load_format": "dummy", "dtype": "float32"}
-        deployment = Deployment.parse({"model": model, "prefill": stage, "decode": stage})
+        deployment = Deployment.parse({"model": model, "prefill": stage, "decode": stage, "scheduler": scheduler})
         with TritonServer(deployment, log_path=Path(folder) / "log", openai_port=openai_port) as server:
             server.wait_ready(timeout_s=120)
             yield server
