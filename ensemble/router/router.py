@@ -268,6 +268,8 @@ class Router:
             self.dispatch.replica_down(replica)
             for attempt_id in held:
                 self._lost(attempt_id, replica, down.reason, now)
+            for source in self.fleet.up_ones():
+                self._fail_unreachable(source)
         if down.is_final:
             self._removed(down.replica)
 
@@ -420,6 +422,8 @@ class Router:
                     self.dispatch.admission.check(life.attempt)
                 except InvalidRequest as error:
                     self._fail(life, error)
+        for source in self.fleet.up_ones():
+            self._fail_unreachable(source)
 
     def _fail(self, life: Life, error: DistServeError) -> None:
         """Ends a live request with an error, wherever it is, and has its blocks freed."""

@@ -1,5 +1,7 @@
 """What travels with a request through clients' reach, signed: only this run's own are believed (secret.py)."""
 
+from typing import NamedTuple
+
 from ensemble.serving import secret
 
 CLIENT_TAG = "distserve_client_tag"  # the request parameter by which the HTTP relay finds a request again
@@ -17,13 +19,22 @@ def read_ensemble_mark(mark: str) -> int | None:
     return int(arrival_ns) if kind == "ensemble" else None
 
 
-def cancel_handle(request_id: int, number: int) -> str:
-    """Of one response, by its number in the window: by it `postprocess` tells what it sees (cancels.py)."""
-    return secret.sign(f"handle {request_id} {number}")
+class CancelHandle(NamedTuple):
+    """Of one response: by it `postprocess` tells that it has handed it over, and what it sees (handover.py)."""
+
+    request_id: int
+    number: int  # of the response in its stream (pacing.py)
+    must_ask: bool  # whether to look for a cancel
 
 
-def read_cancel_handle(handle: str) -> tuple[int, int] | None:
-    """(request_id, number); None: the handle is none of ours."""
-    kind, _, numbers = (secret.signed(handle) or "").partition(" ")
-    request_id, _, number = numbers.partition(" ")
-    return (int(request_id), int(number)) if kind == "handle" else None
+def cancel_handle(handle: CancelHandle) -> str:
+    return secret.sign(f"handle {handle.request_id} {handle.number} {handle.must_ask:d}")
+
+
+def read_cancel_handle(text: str) -> CancelHandle | None:
+    """None: the handle is none of ours, but a client's own."""
+    kind, *numbers = (secret.signed(text) or "").split(" ")
+    if kind != "handle":
+        return None
+    request_id, number, must_ask = map(int, numbers)
+    return CancelHandle(request_id, number, bool(must_ask))

@@ -20,7 +20,8 @@ from ensemble.router.router import Gauges, Router
 from ensemble.scheduling.policies import Hints
 from ensemble.serving.exchange import CallModel, Exchange
 from ensemble.serving.metrics import Ended
-from ensemble.serving.streams import ClientStream, SenderPool
+from ensemble.serving.senders import SenderPool
+from ensemble.serving.streams import ClientStream
 from ensemble.threads import end_process
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ class StreamClient:
         return self.stream.is_answered
 
     def take(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None) -> None:
+        self.stream.num_output_tokens += 1
         self._senders.push(self.stream, token_id, finish_reason, log_probs)
 
     def fail(self, error: DistServeError) -> None:
@@ -171,6 +173,7 @@ class RouterThread:
         now = time.monotonic()
         for item in items:
             self._do(lambda item=item: self._router.receive(item, now))  # type: ignore[misc]
+        self._senders.flush()
 
     def _arrive(self, request: Request, stream: ClientStream) -> None:
         self._streams[request.request_id] = stream

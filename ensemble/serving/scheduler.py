@@ -29,8 +29,8 @@ from ensemble.serving.marks import CLIENT_TAG, ENSEMBLE_MARK, read_ensemble_mark
 from ensemble.serving.metrics import Ended, MakeFamily, Metrics
 from ensemble.serving.router_thread import RouterThread
 from ensemble.serving.run_dir import run_dir
-from ensemble.serving.streams import ClientCall, ClientStream, SenderPool
-from ensemble.serving.window import Window
+from ensemble.serving.senders import SenderPool
+from ensemble.serving.streams import ClientCall, ClientStream
 from ensemble.tokenizer import Tokenizer
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -53,9 +53,8 @@ class Scheduler:
             deployment, call_model, self._senders, self._request_ids.__next__, self._count, self._tell_serving
         )
         self._metrics = Metrics(make_family, self._router.gauges) if make_family is not None else None
-        self._window = Window()
-        self._cancels = CancelReceiver(self._router.cancel, self._window.passed)
-        self._watch = CancelWatch(self._router.live_streams, self._router.cancel)
+        self._cancels = CancelReceiver(self._router.cancel, self._senders.passed)
+        self._watch = CancelWatch(self._router.live_streams, self._router.cancel, self._senders)
         self._lock = threading.Lock()
         self._streams: weakref.WeakSet[ClientStream] = weakref.WeakSet()
         self._is_draining = False
@@ -85,7 +84,7 @@ class Scheduler:
         if self._metrics is not None:
             self._metrics.close()
         self._router.close()
-        self._senders.close()  # what they have to say passes the window, which the receiver empties
+        self._senders.close()
         self._cancels.close()
 
     def _take(self, call: ClientCall, tensors: Tensors, arrival_ns: int) -> None:
@@ -110,9 +109,19 @@ class Scheduler:
             choices += [client_request.nth_choice(choice, next(self._request_ids)) for choice in more]
             request_ids = [each.request.request_id for each in choices]
             call = Choices(call, request_ids, client_request.options.stream, self._router.cancel)
-        window = None if of_ensemble_ns is None else self._window
-        since = of_ensemble_ns or arrival_ns
-        streams = [ClientStream(call, each, self._tokenizer, since, window) for each in choices]
+        since, is_of_ensemble = of_ensemble_ns or arrival_ns, of_ensemble_ns is not None
+        needs_heartbeats = is_of_ensemble and tag is None  # of a client with a tag the relay tells
+        streams = [
+            ClientStream(
+                call,
+                each,
+                self._tokenizer,
+                since,
+                is_of_ensemble=is_of_ensemble,
+                needs_heartbeats=needs_heartbeats,
+            )
+            for each in choices
+        ]
         with self._lock:
             is_draining = self._is_draining
             if not is_draining:

@@ -1,17 +1,8 @@
-"""The way back to the client: tokens to text, coalesced when the sender is behind, on threads of their own.
-
-Sends never run on the scheduling thread: a send waits for the Triton server. A stream belongs to one sender thread, so
-its responses keep their order; while it waits for its turn its tokens gather, up to MAX_TOKENS_PER_RESPONSE.
-"""
+"""One client's answer: tokens to text, and to responses, as many tokens in each as have gathered (senders.py)."""
 
 import contextlib
-import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from enum import Enum
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,13 +14,11 @@ from ensemble.router.lives import Timeline
 from ensemble.serving.answer_text import AnswerText
 from ensemble.serving.inputs import ClientRequest
 from ensemble.serving.log_probs import LogProbOutputs
-from ensemble.serving.marks import cancel_handle
-from ensemble.serving.window import STAMP_EVERY, Window
-from ensemble.threads import start_vital_thread
+from ensemble.serving.marks import CancelHandle, cancel_handle
+from ensemble.serving.pacing import Pace
 from ensemble.tokenizer import Tokenizer
 
-MAX_TOKENS_PER_RESPONSE = 8
-HANDLE_INTERVAL_S = 0.1  # in which `postprocess` looks for a stream's cancel, as long as there are tokens to send
+ASK_INTERVAL_S = 0.1  # in which `postprocess` looks for a stream's cancel, as long as there are tokens to send
 Outputs = dict[str, npt.NDArray[Any]]
 
 
@@ -53,17 +42,8 @@ class ClientCall(Protocol):
         ...
 
 
-class Progress(Enum):
-    """What `send_next` leaves to do."""
-
-    SENT = "nothing until more tokens come"
-    MORE_PENDING = "send again"
-    PARKED = "nothing until the ensemble has room"
-    ANSWERED = "the last response was sent, perhaps before the last token: whoever makes the tokens has to be told"
-
-
 class ClientStream:
-    """One client's answer in the making."""
+    """One client's answer in the making. What it sends, and what it gets, is its sender thread's alone."""
 
     def __init__(
         self,
@@ -71,13 +51,15 @@ class ClientStream:
         client_request: ClientRequest,
         tokenizer: Tokenizer,
         arrival_ns: int,  # time.time_ns() at the front
-        window: Window | None = None,  # of the ensemble, for its clients
+        *,
+        is_of_ensemble: bool = False,
+        needs_heartbeats: bool = False,  # while there is nothing to answer, its cancel is seen in no other way
     ) -> None:
         self._call = call
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
         self.is_answered = False  # it is being sent, or has been: `answered` follows, or a failure to send
-        self.last_handle = time.monotonic()  # when `postprocess` was last sent one; at first the arrival
+        self.last_asked = time.monotonic()  # when `postprocess` was last told to look for a cancel; first the arrival
         self.timeline = Timeline(arrival_ns=arrival_ns)
         self.request = client_request.request
         self.hints = client_request.hints
@@ -88,18 +70,19 @@ class ClientStream:
         self._choice = client_request.choice if client_request.num_choices > 1 else None
         self._log_probs = LogProbOutputs(client_request.options, tokenizer)
         self._tokenizer = tokenizer
-        self._window = window
+        self.is_of_ensemble = is_of_ensemble
+        self.needs_heartbeats = needs_heartbeats
+        self.pace = Pace()
         self._prompt_text = client_request.prompt_text
         self._answer_text = AnswerText(tokenizer, client_request.request, client_request.stop_strings)
-        self._lock = threading.Lock()
-        self._pending: deque[tuple[int, TokenLogProbs | None]] = deque()
+        self._pending: list[tuple[int, TokenLogProbs | None]] = []
         self._finish_reason: FinishReason | None = None
         self._error: DistServeError | None = None
-        self._is_queued = False  # at the sender
+        self.is_queued = False  # at the sender
         self._is_first = True
         self._texts: list[str] = []  # not yet sent
         self._token_ids: list[int] = []  # not yet sent
-        self.num_output_tokens = 0
+        self.num_output_tokens = 0  # the router's count
         self.num_sent_tokens = 0  # those that the client's answer was made of
 
     @property
@@ -124,28 +107,22 @@ class ClientStream:
         """How an answered stream ended."""
         return "stop" if self._answer_text.is_stopped else self._finish_reason
 
-    def push(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None = None) -> bool:
-        """Adds a token. True if the stream has to be queued at its sender."""
-        with self._lock:
+    def push(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None = None) -> None:
+        if not self._is_closed:  # else it came after a stop string
             self._pending.append((token_id, log_probs))
-            self.num_output_tokens += 1
             self._finish_reason = finish_reason
-            return self._claim()
 
     def fail(self, error: DistServeError) -> None:
-        """Ends the stream with an error. It has to be queued at its sender then, though it may be parked."""
-        with self._lock:
-            self._error = error
-            self._is_queued = True
-
-    def _claim(self) -> bool:
-        claimed, self._is_queued = not self._is_queued, True
-        return claimed
+        """Ends the stream with an error, which waits for nothing."""
+        self._error = error
 
     @property
-    def needs_heartbeats(self) -> bool:
-        """Whether `postprocess` looks for its cancel, whenever a handle comes."""
-        return self._window is not None
+    def has_news(self) -> bool:
+        return bool(self._pending) or self._error is not None
+
+    @property
+    def may_send(self) -> bool:
+        return self.has_news and (self.pace.is_clear or self._error is not None)
 
     def is_cancelled(self) -> bool:
         """Asks the Triton server. Never beside or after the final response: the 24.10 server crashes on that."""
@@ -154,32 +131,24 @@ class ClientStream:
 
     def send_heartbeat(self) -> None:
         """Sends a response of the cancel handle alone, which goes to `postprocess` and not to the client."""
-        assert self._window is not None
-        with self._call_lock:
-            if not self._is_closed:
-                self._call.send(self._handle(self._window.enter()), final=False)
+        self._send(self._handle(time.monotonic(), must_ask=True), is_last=False)
 
-    def _handle(self, number: int) -> Outputs:
-        self.last_handle = time.monotonic()
-        handle = cancel_handle(self.request_id, number)
+    def _handle(self, now: float, must_ask: bool = False) -> Outputs:
+        must_ask = must_ask or now - self.last_asked >= ASK_INTERVAL_S
+        if must_ask:
+            self.last_asked = now
+        handle = cancel_handle(CancelHandle(self.request_id, self.pace.leave(now), must_ask))
         return {"cancel_handle": np.array([handle.encode()], dtype=object)}
 
-    def send_next(self, call_back: Callable[[], None]) -> Progress:
-        """Sends one response of what is pending, if it shows anything. When parked, `call_back` is called later."""
-        may_wait = self._options.stream and self._error is None and not self._is_closed
-        if may_wait and self._window is not None and not self._window.has_room(call_back):
-            return Progress.PARKED
-        with self._lock:
-            limit = MAX_TOKENS_PER_RESPONSE if self._options.stream else len(self._pending)
-            tokens = [self._pending.popleft() for _ in range(min(limit, len(self._pending)))]
-            has_all = self._finish_reason is not None and not self._pending
-            error = self._error
-            more = self._is_queued = bool(self._pending) and error is None and not self._is_closed
+    def send_next(self) -> None:
+        """Sends all that is pending as one response, if it shows anything."""
         if self._is_closed:
-            return Progress.SENT  # what came after the stop string
-        if error is not None:
-            self._send_error(error)
-            return Progress.SENT
+            return
+        if self._error is not None:
+            self._send_error(self._error)
+            return
+        tokens, self._pending = self._pending, []
+        has_all = self._finish_reason is not None
         num_read_before = len(self._token_ids)
         self._read([token_id for token_id, _ in tokens], has_all)
         for token_id, log_probs in tokens[: len(self._token_ids) - num_read_before]:  # up to a stop string
@@ -190,25 +159,23 @@ class ClientStream:
             self.timeline.last_token_ns = time.time_ns()
         if is_last or (self._options.stream and (any(self._texts) or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
-            if self._window is not None:
-                number = self._window.enter()
-                if number % STAMP_EVERY == 0 or time.monotonic() - self.last_handle >= HANDLE_INTERVAL_S:
-                    outputs |= self._handle(number)
-            with self._call_lock:
-                self.is_answered = is_last
-                try:
-                    self._call.send(outputs, final=is_last)
-                except Exception:
-                    self.is_answered = False
-                    raise
-                self._is_closed = is_last
+            if self.is_of_ensemble:
+                outputs |= self._handle(time.monotonic())
+            self._send(outputs, is_last)
             now = time.time_ns()
             self.timeline.first_sent_ns = self.timeline.first_sent_ns or now
             self.timeline.last_sent_ns = now if is_last else 0
             self._texts, self._token_ids, self._is_first = [], [], False
-        if is_last:
-            return Progress.ANSWERED
-        return Progress.MORE_PENDING if more else Progress.SENT
+
+    def _send(self, outputs: Outputs, is_last: bool) -> None:
+        with self._call_lock:
+            self.is_answered = is_last
+            try:
+                self._call.send(outputs, final=is_last)
+            except Exception:
+                self.is_answered = False
+                raise
+            self._is_closed = is_last
 
     def abort(self, error: DistServeError) -> None:
         """Ends the stream after a response that could not be sent; called on its sender thread."""
@@ -278,62 +245,3 @@ class ClientStream:
         return {name: np.array([value], np.int64) for name, value in nanoseconds.items()} | {
             name: np.array([value], np.int32) for name, value in numbers.items()
         }
-
-
-class SenderPool:
-    """The threads that send. The callbacks are called on them."""
-
-    def __init__(
-        self,
-        on_answered: Callable[[ClientStream], None],
-        on_failure: Callable[[ClientStream, Exception], None],
-        num_threads: int = 2,
-    ) -> None:
-        self._queues: list[queue.SimpleQueue[ClientStream | None]] = [queue.SimpleQueue() for _ in range(num_threads)]
-        self._on_answered = on_answered
-        self._on_failure = on_failure
-        self._threads = [
-            start_vital_thread(partial(self._run, each), f"sender-{i}") for i, each in enumerate(self._queues)
-        ]
-
-    def push(
-        self,
-        stream: ClientStream,
-        token_id: int,
-        finish_reason: FinishReason | None,
-        log_probs: TokenLogProbs | None = None,
-    ) -> None:
-        if stream.push(token_id, finish_reason, log_probs):
-            self._queue_of(stream).put(stream)
-
-    def fail(self, stream: ClientStream, error: DistServeError) -> None:
-        stream.fail(error)
-        self._queue_of(stream).put(stream)
-
-    def close(self) -> None:
-        """Sends what is pending, then ends the threads."""
-        for each in self._queues:
-            each.put(None)
-        for thread in self._threads:
-            thread.join(timeout=1.0)
-
-    def _queue_of(self, stream: ClientStream) -> "queue.SimpleQueue[ClientStream | None]":
-        return self._queues[stream.request_id % len(self._queues)]
-
-    def _run(self, streams: "queue.SimpleQueue[ClientStream | None]") -> None:
-        while True:
-            stream = streams.get()
-            if stream is None:
-                if streams.empty():
-                    return
-                streams.put(None)  # behind what is pending
-                continue
-            try:
-                progress = stream.send_next(partial(streams.put, stream))
-            except Exception as error:  # of the Triton server, or a fault of ours: it ends this stream alone
-                self._on_failure(stream, error)
-                continue
-            if progress is Progress.MORE_PENDING:
-                streams.put(stream)
-            elif progress is Progress.ANSWERED:
-                self._on_answered(stream)

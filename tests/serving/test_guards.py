@@ -81,7 +81,11 @@ def test_handles_and_marks_are_not_for_clients_to_make(server: TritonServer) -> 
     before = sample(server, CANCELLED)
     forger = StreamClient(server.grpc_url)
     for request_id in range(20):
-        for handle in (f"{request_id}:1@ipc:///tmp/x", f"handle {request_id} 1/{'0' * 64}", f"handle {request_id} 1"):
+        for handle in (
+            f"{request_id}:1@ipc:///tmp/x",
+            f"handle {request_id} 1 1/{'0' * 64}",
+            f"handle {request_id} 1 1",
+        ):
             tensor = grpc.InferInput("cancel_handle", [1], "BYTES")
             tensor.set_data_from_numpy(text(handle))
             forger.send_inputs("postprocess", f"{request_id}{handle}", [tensor])

@@ -4,7 +4,7 @@ import pytest
 
 from ensemble.errors import Forbidden
 from ensemble.serving import secret
-from ensemble.serving.marks import cancel_handle, ensemble_mark, read_cancel_handle, read_ensemble_mark
+from ensemble.serving.marks import CancelHandle, cancel_handle, ensemble_mark, read_cancel_handle, read_ensemble_mark
 
 
 def test_a_sealed_call_is_opened_and_no_other() -> None:
@@ -16,11 +16,20 @@ def test_a_sealed_call_is_opened_and_no_other() -> None:
 
 
 def test_marks_and_handles_cannot_be_forged_or_taken_for_each_other() -> None:
-    mark, handle = ensemble_mark(12345), cancel_handle(7, 3)
+    mark, handle = ensemble_mark(12345), cancel_handle(CancelHandle(7, 3, True))
     assert read_ensemble_mark(mark) == 12345
-    assert read_cancel_handle(handle) == (7, 3)
+    assert read_cancel_handle(handle) == CancelHandle(7, 3, must_ask=True)
     assert read_ensemble_mark(handle) is None
     assert read_cancel_handle(mark) is None
-    for forged in ("", "/", "handle 7 3", "handle 7 3/", handle.replace("7", "8", 1), handle[:-1], handle + "0", "é/é"):
+    for forged in (
+        "",
+        "/",
+        "handle 7 3 1",
+        "handle 7 3 1/",
+        handle.replace("7", "8", 1),
+        handle[:-1],
+        handle + "0",
+        "é/é",
+    ):
         assert read_cancel_handle(forged) is None
         assert read_ensemble_mark(forged) is None

@@ -9,11 +9,12 @@ import pytest
 
 from ensemble.errors import Cancelled, DistServeError, InternalError
 from ensemble.request import Request, SamplingParams
-from ensemble.serving.cancels import HEARTBEAT_S, MAX_HEARTBEATS, heartbeats_due
+from ensemble.serving.cancels import CHECK_INTERVAL_S, HEARTBEAT_S, MAX_HEARTBEATS, heartbeats_due
 from ensemble.serving.inputs import ClientRequest, OutputOptions
-from ensemble.serving.marks import read_cancel_handle
-from ensemble.serving.streams import MAX_TOKENS_PER_RESPONSE, ClientStream, Outputs, SenderPool
-from ensemble.serving.window import LIMIT, STAMP_EVERY, Window
+from ensemble.serving.marks import CancelHandle, read_cancel_handle
+from ensemble.serving.pacing import PATIENCE_S
+from ensemble.serving.senders import SenderPool
+from ensemble.serving.streams import ASK_INTERVAL_S, ClientStream, Outputs
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import EOS_ID, make_tiny_tokenizer
 
@@ -59,11 +60,19 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_dir(path)
 
 
-def make_stream(call: Recorder, tokenizer: Tokenizer, window: Window | None = None, **options: Any) -> ClientStream:
-    """Of the ensemble, if it has a window."""
-    request = Request(request_id=0, prompt_token_ids=[3], sampling=SamplingParams(max_tokens=100))
+def make_stream(
+    call: Recorder, tokenizer: Tokenizer, is_of_ensemble: bool = False, request_id: int = 0, **options: Any
+) -> ClientStream:
+    request = Request(request_id=request_id, prompt_token_ids=[3], sampling=SamplingParams(max_tokens=100))
     client_request = ClientRequest(request, OutputOptions(**options), None)
-    return ClientStream(call, client_request, tokenizer, time.time_ns(), window)
+    return ClientStream(
+        call,
+        client_request,
+        tokenizer,
+        time.time_ns(),
+        is_of_ensemble=is_of_ensemble,
+        needs_heartbeats=is_of_ensemble,
+    )
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -89,7 +98,7 @@ def test_pending_tokens_are_sent_before_the_pool_closes(tokenizer: Tokenizer) ->
     pool.close()
     assert call.ended.is_set()
     assert [int(i) for each in call.outputs for i in each["output_ids"]] == list(range(100, 200))
-    assert all(1 <= len(each["output_ids"]) <= 8 for each in call.outputs)
+    assert len(call.outputs) == 1, "one hand-over"
 
 
 @pytest.mark.parametrize("num_tokens", [1, 20])
@@ -99,6 +108,7 @@ def test_a_response_that_cannot_be_sent_ends_the_stream_with_an_error(tokenizer:
     stream = make_stream(call, tokenizer, stream=True)
     for index in range(num_tokens):
         pool.push(stream, 100 + index, "length" if index == num_tokens - 1 else None)
+    pool.flush()
     assert call.ended.wait(10)
     pool.fail(stream, Cancelled("as the orchestrator does"))
     pool.close()
@@ -113,6 +123,7 @@ def test_a_stream_is_answered_unless_its_last_response_could_not_be_sent(tokeniz
     stream = make_stream(call, tokenizer)
     assert not stream.is_answered
     pool.push(stream, 100, "length")
+    pool.flush()
     assert call.ended.wait(10)
     pool.close()
     assert stream.is_answered == (failures == 0)
@@ -131,73 +142,104 @@ def test_a_stream_that_failed_sends_one_error(tokenizer: Tokenizer) -> None:
 
 def test_a_heartbeat_is_the_handle_alone_and_never_follows_the_end(tokenizer: Tokenizer) -> None:
     call, pool = Recorder(), make_pool([])
-    stream = make_stream(call, tokenizer, Window(), stream=True)
-    stream.send_heartbeat()
-    assert [list(each) for each in call.outputs] == [["cancel_handle"]]
+    stream = make_stream(call, tokenizer, is_of_ensemble=True, stream=True)
+    pool.heartbeat(stream)
+    pool.heartbeat(stream)
+    wait_until(lambda: bool(call.outputs))
+    assert [list(each) for each in call.outputs] == [["cancel_handle"]], "and no second beside the first"
     pool.push(stream, 100, "length")
+    pool.flush()
+    pool.passed([(0, 1)])
+    assert call.ended.wait(10)
+    pool.heartbeat(stream)
     pool.close()
-    stream.send_heartbeat()
     assert len(call.outputs) == 2
 
 
 def test_heartbeats_have_a_bound_and_reach_every_stream_in_turn(tokenizer: Tokenizer) -> None:
-    streams = [make_stream(Recorder(), tokenizer, Window()) for _ in range(3 * MAX_HEARTBEATS)]
+    streams = [make_stream(Recorder(), tokenizer, is_of_ensemble=True) for _ in range(3 * MAX_HEARTBEATS)]
     direct = make_stream(Recorder(), tokenizer)
-    now = direct.last_handle + 2 * HEARTBEAT_S
+    now = direct.last_asked + 2 * HEARTBEAT_S
     served = []
     for _ in range(3):
         batch = heartbeats_due([direct, *streams], now)
         assert len(batch) == MAX_HEARTBEATS
         served += batch
         for stream in batch:
-            stream.last_handle = now
+            stream.last_asked = now
     assert set(served) == set(streams)
     assert heartbeats_due([direct, *streams], now) == []
 
 
-def test_some_responses_carry_a_handle_and_none_of_a_client_that_came_directly(tokenizer: Tokenizer) -> None:
-    calls = [Recorder(), Recorder()]
-    window, pool = Window(), make_pool([])
-    streams = [
-        make_stream(calls[0], tokenizer, window, stream=True, return_output_ids=True),
-        make_stream(calls[1], tokenizer, stream=True, return_output_ids=True),
-    ]
-    num_responses = 2 * STAMP_EVERY
-    for index in range(num_responses):
-        for call, stream in zip(calls, streams, strict=True):
-            pool.push(stream, 100, "length" if index == num_responses - 1 else None)
-            wait_until(lambda call=call, index=index: len(call.outputs) > index)  # type: ignore[misc]
-    pool.close()
-    carriers = [index for index, outputs in enumerate(calls[0].outputs) if "cancel_handle" in outputs]
-    assert {STAMP_EVERY - 1, 2 * STAMP_EVERY - 1} <= set(carriers) and len(carriers) < num_responses
-    handle = calls[0].outputs[STAMP_EVERY - 1]["cancel_handle"][0].decode()
-    assert read_cancel_handle(handle) == (0, STAMP_EVERY)
-    assert read_cancel_handle(handle.replace(f" {STAMP_EVERY}/", " 9/")) is None, "forged"
-    assert not any("cancel_handle" in outputs for outputs in calls[1].outputs)
-    assert window.num_inside == num_responses
+def handles(call: Recorder) -> list[CancelHandle]:
+    found = [read_cancel_handle(outputs["cancel_handle"][0].decode()) for outputs in call.outputs]
+    return [handle for handle in found if handle is not None]
 
 
-def test_a_full_window_parks_its_streams_and_nobody_else(tokenizer: Tokenizer) -> None:
-    """All on one sender thread: a client that came directly, and an error, pass by the stream that waits for room."""
-    window, pool = Window(), SenderPool(lambda stream: None, lambda stream, error: None, num_threads=1)
+def test_one_response_of_a_stream_is_on_its_way_and_tokens_gather_behind_it(tokenizer: Tokenizer) -> None:
+    """All on one sender thread: other streams, and a client that came directly, pass by the one that waits."""
+    pool = SenderPool(lambda stream: None, lambda stream, error: None, num_threads=1)
     options = {"stream": True, "return_output_ids": True}
-    waiting, failing, direct = Recorder(), Recorder(), Recorder()
-    through, doomed = (make_stream(call, tokenizer, window, **options) for call in (waiting, failing))
-    past = make_stream(direct, tokenizer, **options)
-    for _ in range(LIMIT):
-        window.enter()
-    for stream in (through, doomed, past):
-        for token_id in range(100, 120):
+    calls = [Recorder() for _ in range(4)]
+    waiting, doomed, other = (
+        make_stream(call, tokenizer, is_of_ensemble=True, request_id=index, **options)
+        for index, call in enumerate(calls[:3])
+    )
+    direct = make_stream(calls[3], tokenizer, request_id=3, **options)
+    for token_id in range(100, 120):
+        for stream in (waiting, doomed, other, direct):
             pool.push(stream, token_id, "length" if token_id == 119 else None)
-    pool.fail(doomed, Cancelled("gone"))
-    assert direct.ended.wait(10) and failing.ended.wait(10)
-    assert waiting.outputs == [] and failing.outputs == []
-    window.passed(LIMIT)
-    assert waiting.ended.wait(10)
+        pool.flush()
+        wait_until(lambda count=token_id - 99: len(calls[3].outputs) == count)  # type: ignore[misc]
+        pool.passed([(2, token_id - 99)])
+        wait_until(lambda: len(calls[2].outputs) > 0)
+    assert calls[2].ended.wait(10) and calls[3].ended.wait(10)
+    assert [each["output_ids"].tolist() for each in calls[0].outputs] == [[100]]
+    pool.fail(doomed, Cancelled("an error waits for nothing"))
+    assert calls[1].ended.wait(10)
+    pool.passed([(0, 2), (17, 1)])  # never given: of no stream, or of no response
+    pool.passed([(0, 1)])
+    assert calls[0].ended.wait(10)
     pool.close()
-    sent = [each["output_ids"].tolist() for each in waiting.outputs]
-    assert [token_id for each in sent for token_id in each] == list(range(100, 120))
-    assert max(map(len, sent)) == MAX_TOKENS_PER_RESPONSE, "they have gathered"
+    assert [each["output_ids"].tolist() for each in calls[0].outputs] == [[100], list(range(101, 120))]
+    assert [(handle.request_id, handle.number) for handle in handles(calls[0])] == [(0, 1), (0, 2)]
+    assert not any("cancel_handle" in outputs for outputs in calls[3].outputs)
+    text = calls[0].outputs[0]["cancel_handle"][0].decode()
+    assert read_cancel_handle(text.replace("handle 0 1", "handle 0 2")) is None, "forged"
+
+
+def test_a_lost_number_costs_a_stream_less_than_a_second(tokenizer: Tokenizer) -> None:
+    call, pool = Recorder(), make_pool([])
+    stream = make_stream(call, tokenizer, is_of_ensemble=True, stream=True, return_output_ids=True)
+    pool.push(stream, 100, None)
+    pool.flush()
+    wait_until(lambda: len(call.outputs) == 1)
+    pool.push(stream, 101, "length")
+    pool.flush()
+    pool.give_up_lost()
+    assert PATIENCE_S + CHECK_INTERVAL_S < 1
+    assert not call.ended.wait(0.05)
+    started = time.monotonic()
+    while not call.ended.wait(CHECK_INTERVAL_S):
+        pool.give_up_lost()
+        assert time.monotonic() < started + 10
+    pool.close()
+    assert [each["output_ids"].tolist() for each in call.outputs] == [[100], [101]]
+
+
+def test_a_cancel_is_looked_for_now_and_then(tokenizer: Tokenizer) -> None:
+    call, pool = Recorder(), make_pool([])
+    stream = make_stream(call, tokenizer, is_of_ensemble=True, stream=True, return_output_ids=True)
+    asked = []
+    for number in range(1, 5):
+        stream.last_asked = time.monotonic() - (ASK_INTERVAL_S if number % 2 else -60)
+        pool.push(stream, 100, None)
+        pool.flush()
+        wait_until(lambda number=number: len(call.outputs) == number)  # type: ignore[misc]
+        asked.append(handles(call)[-1].must_ask)
+        pool.passed([(0, number)])
+    pool.close()
+    assert asked == [True, False, True, False]
 
 
 @pytest.mark.parametrize("stream", [True, False])

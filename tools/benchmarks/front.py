@@ -16,7 +16,7 @@ import typer
 
 from ensemble.tokenizer import Tokenizer
 from tools.benchmarks.results import report
-from tools.benchmarks.serving_load import Lengths, drive, make_inputs
+from tools.benchmarks.serving_load import Lengths, at, drive, make_inputs
 from tools.server.server_state import processes
 from tools.server.tiny_server import tiny_server
 from tools.server.triton_server import TritonServer
@@ -50,6 +50,7 @@ def load_rows(server: TritonServer, tokenizer: Tokenizer, count: int) -> Iterato
         "output tokens": (round(sum(each.num_tokens for each in served) / seconds), "tokens/s"),
         "responses": (round(num_responses / seconds), "responses/s"),
         "TTFT, median": (round(median(each.milliseconds("ttft")[0] for each in served), 1), "ms"),
+        "ITL, P99": (round(at(sorted(ms for each in served for ms in each.milliseconds("itl")), 99), 1), "ms"),
         "TPOT, median": (round(median(each.milliseconds("tpot")[0] for each in served), 2), "ms"),
         **{
             f"CPU time of {name}, for a response": (round(1e6 * each / num_responses), "us")

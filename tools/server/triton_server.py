@@ -401,7 +401,7 @@ class TritonServer:
     def _command(self, installation: Installation) -> list[str]:
         num_replicas = self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas
         python_backend = {
-            "shm-default-byte-size": 4 << 20,  # five stubs, and room to grow, in the 64 MiB that containers get
+            "shm-default-byte-size": 4 << 20,  # six stubs, and room to grow, in the 64 MiB that containers get
             "shm-growth-byte-size": 4 << 20,
             "shm-region-prefix-name": shm_prefix(self.run_dir),
             "thread-pool-size": 64 + 8 * num_replicas,  # each parked call of the scheduler holds one

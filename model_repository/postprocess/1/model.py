@@ -3,7 +3,8 @@
 import triton_python_backend_utils as pb_utils
 
 from ensemble.serving import heartbeat
-from ensemble.serving.cancels import CancelSender
+from ensemble.serving.handover import HandOver
+from ensemble.serving.marks import read_cancel_handle
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -11,7 +12,7 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class TritonPythonModel:
     def initialize(self, args):
         heartbeat.start(args["model_name"])
-        self.cancels = CancelSender()
+        self.hand_over = HandOver()
         heartbeat.set_serving(True)
 
     def execute(self, requests):
@@ -19,17 +20,20 @@ class TritonPythonModel:
             self.pass_on(request)
 
     def pass_on(self, request):
-        outputs = []
+        outputs, handle = [], None
         for tensor in request.inputs():
             if tensor.name() == "cancel_handle":
-                self.cancels.passed(tensor.as_numpy()[0].decode(), request.is_cancelled())
+                handle = read_cancel_handle(tensor.as_numpy()[0].decode())
             else:
                 outputs.append(tensor)
+        is_cancelled = handle is not None and handle.must_ask and request.is_cancelled()
         sender = request.get_response_sender()
         if outputs:
             sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL)
         else:  # a heartbeat
             sender.send(flags=FINAL)
+        if handle is not None:  # after the send: the stream's next response, at another instance, comes behind this one
+            self.hand_over.done(handle, is_cancelled)
 
     def finalize(self):
-        self.cancels.close()
+        self.hand_over.close()
