@@ -417,6 +417,7 @@ class LifeOfRequests(RuleBasedStateMachine):
                 elif replica_id in (life.prefill_replica, life.decode_replica):
                     life.num_deaths += 1
                     self.recover(request_id)
+            self.fail_unreachable_everywhere()
         if comes_back:
             self.come_back(replica_id)
 
@@ -456,6 +457,7 @@ class LifeOfRequests(RuleBasedStateMachine):
         if self.replicas[replica_id].is_up:
             self.admission.set_open(replica_id, role != "prefill")
             self.refuse(self.prefill.set_limits(replica_id, self.limits(replica_id)))
+        self.fail_unreachable_everywhere()
 
     @precondition(lambda self: self.changes_roles)
     @rule(source_id=st.sampled_from([0, 1]), reader_id=st.sampled_from([2, 3]))
@@ -473,6 +475,11 @@ class LifeOfRequests(RuleBasedStateMachine):
                 if message.request.request_id in self.alive:
                     self.recover(message.request.request_id)
         self.fail_unreachable(source)
+
+    def fail_unreachable_everywhere(self):
+        """The last reader that could map a pool takes no sequences any more."""
+        for replica in self.up_ones():
+            self.fail_unreachable(replica)
 
     def fail_unreachable(self, source):
         if not self.admission.is_reachable_from(source.id):
