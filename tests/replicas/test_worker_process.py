@@ -19,6 +19,7 @@ from ensemble.protocol.router_replica import (
     decode_from_stage,
     encode,
 )
+from ensemble.replicas.progress import Progress
 from ensemble.request import Request, SamplingParams
 from tests.checkpoints import make_tiny_llama
 
@@ -44,7 +45,7 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
-    progress = pytest.importorskip("ensemble.replicas.progress").Progress()
+    progress = Progress()
     stage = {"devices": ["cpu"], "kv_cache_bytes": 1 << 20}
     model = {"path": make_tiny_llama(tmp_path / "model")}
     deployment = tmp_path / "deployment.yaml"
