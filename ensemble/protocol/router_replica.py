@@ -190,7 +190,7 @@ class ReplicaUp(_Message, frozen=True, kw_only=True):
     device: str
     num_blocks: int
     num_host_blocks: int  # 0: it does not swap
-    max_num_seqs: int  # sequences that it takes to decode: running, waiting and swapped
+    num_places: int  # sequences that it takes to decode: running, waiting and swapped
     pid: int
     peer_address: str  # where others attach its pool
 

@@ -63,7 +63,7 @@ def main() -> None:
         device=device_name,
         num_blocks=engine.pool.num_blocks,
         num_host_blocks=loop.num_host_blocks,
-        max_num_seqs=deployment.num_places(stage_name),
+        num_places=deployment.num_places(stage_name),
         pid=os.getpid(),
         peer_address=peer_address,
     )

@@ -68,7 +68,7 @@ class Dispatch:
 
     def replica_up(self, replica: Replica, up: ReplicaUp) -> list[int]:
         """Enters a replica's new life. Returns the attempts in the queue that no known pool could ever hold."""
-        limits = DecodeLimits(up.max_num_seqs, up.num_host_blocks)
+        limits = DecodeLimits(up.num_places, up.num_host_blocks)
         self.admission.replica_up(replica.id, replica.credits, limits, is_open=replica.takes_sequences)
         refused = self.prefill.replica_up(replica.id, replica.credits, self._prompt_limits(replica))
         self._attach(replica)

@@ -131,7 +131,7 @@ class FakeReplica:
             device="cpu",
             num_blocks=self.num_blocks,
             num_host_blocks=0,
-            max_num_seqs=self.max_num_seqs,
+            num_places=self.max_num_seqs,
             pid=0,
             peer_address=self.address,
         )

@@ -35,7 +35,7 @@ def main() -> None:
             device=device,
             num_blocks=10,
             num_host_blocks=0,
-            max_num_seqs=4,
+            num_places=4,
             pid=os.getpid(),
             peer_address=peer_address,
         )

@@ -194,7 +194,7 @@ class FullFleet:
                 device=device,
                 num_blocks=100_000,
                 num_host_blocks=0,
-                max_num_seqs=deployment.num_places(home),
+                num_places=deployment.num_places(home),
                 pid=0,
                 peer_address=f"ipc://{index}",
             )

@@ -1,3 +1,3 @@
-from ensemble.serving.stage_model import TritonPythonModel
+from ensemble.serving.home_model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,4 +1,4 @@
-"""The shell of the `scheduler` model: Triton requests to `ensemble.serving.scheduler.Scheduler`, and answers back."""
+"""The shell of the `scheduler` model: Triton requests to `ensemble.serving.front_door.FrontDoor`, and answers back."""
 
 import threading
 
@@ -8,8 +8,8 @@ import triton_python_backend_utils as pb_utils
 from ensemble.config import Deployment
 from ensemble.errors import InternalError
 from ensemble.serving import heartbeat, secret
+from ensemble.serving.front_door import FrontDoor
 from ensemble.serving.marks import ENSEMBLE_MARK
-from ensemble.serving.scheduler import Scheduler
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -70,7 +70,7 @@ def make_family(name, description, kind):
 class TritonPythonModel:
     def initialize(self, args):
         heartbeat.start(args["model_name"])
-        self.scheduler = Scheduler(Deployment.from_environment(), call_stage, make_family)
+        self.front_door = FrontDoor(Deployment.from_environment(), call_stage, make_family)
 
     def execute(self, requests):
         may_call.set()
@@ -79,7 +79,7 @@ class TritonPythonModel:
             if is_warm_up(tensors):
                 request.get_response_sender().send(flags=FINAL)
                 continue
-            self.scheduler.handle(ClientCall(request), tensors)
+            self.front_door.handle(ClientCall(request), tensors)
 
     def finalize(self):
-        self.scheduler.close()
+        self.front_door.close()

@@ -33,14 +33,14 @@ from ensemble.protocol.router_replica import (
     encode,
 )
 from ensemble.serving import stage as stage_module
-from ensemble.serving.stage import Stage
+from ensemble.serving.home import Home
 
 DEADLINE_S = 60.0
-StartStage = Callable[..., AbstractContextManager[Stage]]
+StartHome = Callable[..., AbstractContextManager[Home]]
 
 
 @pytest.fixture
-def start_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartStage:
+def start_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartHome:
     program = tmp_path / "python3"
     worker = Path(__file__).parent / "fake_worker.py"
     program.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {worker} "$@"\n')
@@ -50,7 +50,7 @@ def start_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartStage:
     @contextmanager
     def start(
         name: StageName = "decode", devices: tuple[str, ...] = ("cpu",), hang_timeout_s: float = 30
-    ) -> Iterator[Stage]:
+    ) -> Iterator[Home]:
         deployment = Deployment.parse(
             {
                 "model": {"path": "/nowhere"},
@@ -59,7 +59,7 @@ def start_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartStage:
                 "hang_timeout_s": hang_timeout_s,
             }
         )
-        stage = Stage(name, deployment)
+        stage = Home(name, deployment)
         try:
             yield stage
         finally:
@@ -71,7 +71,7 @@ def start_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartStage:
 class Router:
     """One run of the router, by hand: its calls, and what has come by their answers."""
 
-    def __init__(self, stage: Stage, run: str = "run") -> None:
+    def __init__(self, stage: Home, run: str = "run") -> None:
         self._stage = stage
         self.channel = Channel(run)
         self.items: list[FromStage] = []
@@ -121,7 +121,7 @@ def has_exited(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def test_replicas_have_ids_of_their_own_and_pass_commands_and_events(start_stage: StartStage) -> None:
+def test_replicas_have_ids_of_their_own_and_pass_commands_and_events(start_stage: StartHome) -> None:
     with start_stage("decode", ("cpu", "cpu")) as stage:
         stage.wait_until_up()
         router = Router(stage)
@@ -137,12 +137,12 @@ def test_replicas_have_ids_of_their_own_and_pass_commands_and_events(start_stage
         assert stage.is_up
 
 
-def test_prefills_replicas_are_the_first(start_stage: StartStage) -> None:
+def test_prefills_replicas_are_the_first(start_stage: StartHome) -> None:
     with start_stage("prefill") as stage:
         assert sorted(up.replica for up in Router(stage).up(2)) == [0, 1]
 
 
-def test_the_newest_call_is_parked_and_an_older_one_answered_empty(start_stage: StartStage) -> None:
+def test_the_newest_call_is_parked_and_an_older_one_answered_empty(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [up] = router.up()
@@ -154,14 +154,14 @@ def test_the_newest_call_is_parked_and_an_older_one_answered_empty(start_stage: 
         assert event == FromReplica(replica=up.replica, life=0, event=msgspec.Raw(encode("hello")))
 
 
-def test_a_parked_call_is_answered_in_time_if_nothing_happens(start_stage: StartStage) -> None:
+def test_a_parked_call_is_answered_in_time_if_nothing_happens(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         router.up()
         assert router.receive(router.call()) == []
 
 
-def test_calls_that_come_twice_or_overtake_each_other_do_no_harm(start_stage: StartStage) -> None:
+def test_calls_that_come_twice_or_overtake_each_other_do_no_harm(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [up] = router.up()
@@ -176,7 +176,7 @@ def test_calls_that_come_twice_or_overtake_each_other_do_no_harm(start_stage: St
         assert router.events == ["0", "1", "2", "3", "last"]
 
 
-def test_what_a_lost_answer_told_is_told_again(start_stage: StartStage) -> None:
+def test_what_a_lost_answer_told_is_told_again(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         lost = router.call()
@@ -204,7 +204,7 @@ def test_what_a_lost_answer_told_is_told_again(start_stage: StartStage) -> None:
         encode_segment(Segment(run="another", first=0, items=[], more=False, acknowledged=1)),
     ],
 )
-def test_a_call_that_cannot_be_is_refused_and_changes_nothing(start_stage: StartStage, payload: bytes) -> None:
+def test_a_call_that_cannot_be_is_refused_and_changes_nothing(start_stage: StartHome, payload: bytes) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [up] = router.up()
@@ -218,7 +218,7 @@ def test_a_call_that_cannot_be_is_refused_and_changes_nothing(start_stage: Start
         assert router.items[0] == up and len(router.items) == 2
 
 
-def test_an_item_that_cannot_be_read_harms_no_other(start_stage: StartStage) -> None:
+def test_an_item_that_cannot_be_read_harms_no_other(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [up] = router.up()
@@ -232,7 +232,7 @@ def test_an_item_that_cannot_be_read_harms_no_other(start_stage: StartStage) -> 
         assert router.events == ["before", "after"]
 
 
-def test_an_event_that_cannot_be_read_comes_in_an_item_of_its_own(start_stage: StartStage) -> None:
+def test_an_event_that_cannot_be_read_comes_in_an_item_of_its_own(start_stage: StartHome) -> None:
     """The exchange drops it; the segment and the other items are whole."""
     with start_stage() as stage:
         router = Router(stage)
@@ -249,7 +249,7 @@ def test_an_event_that_cannot_be_read_comes_in_an_item_of_its_own(start_stage: S
         assert all(isinstance(decode_from_stage(item), FromReplica) for item in items[1:])
 
 
-def test_what_a_worker_says_of_an_older_life_or_again_is_dropped(start_stage: StartStage) -> None:
+def test_what_a_worker_says_of_an_older_life_or_again_is_dropped(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [up] = router.up()
@@ -260,7 +260,7 @@ def test_what_a_worker_says_of_an_older_life_or_again_is_dropped(start_stage: St
         assert router.items.count(up) == 1
 
 
-def test_a_router_that_starts_anew_finds_replicas_in_new_lives(start_stage: StartStage) -> None:
+def test_a_router_that_starts_anew_finds_replicas_in_new_lives(start_stage: StartHome) -> None:
     with start_stage("decode", ("cpu", "cpu")) as stage:
         old = Router(stage)
         old_ups = old.up(2)
@@ -279,7 +279,7 @@ def test_a_router_that_starts_anew_finds_replicas_in_new_lives(start_stage: Star
 
 
 def test_a_killed_worker_is_told_of_and_started_again(
-    start_stage: StartStage, capfd: pytest.CaptureFixture[str]
+    start_stage: StartHome, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with start_stage() as stage:
         router = Router(stage)
@@ -296,7 +296,7 @@ def test_a_killed_worker_is_told_of_and_started_again(
     assert f"distserve: decode replica 2: {reason}; next start in 0.5 s\n" in capfd.readouterr().err
 
 
-def test_what_a_dying_worker_said_comes_before_its_end(start_stage: StartStage) -> None:
+def test_what_a_dying_worker_said_comes_before_its_end(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [up] = router.up()
@@ -309,7 +309,7 @@ def test_what_a_dying_worker_said_comes_before_its_end(start_stage: StartStage) 
 
 
 def test_a_stopped_worker_is_killed_and_told_of_when_it_has_exited(
-    start_stage: StartStage, capfd: pytest.CaptureFixture[str]
+    start_stage: StartHome, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with start_stage("decode", ("cpu", "cpu"), hang_timeout_s=4) as stage:
         router = Router(stage)
@@ -325,7 +325,7 @@ def test_a_stopped_worker_is_killed_and_told_of_when_it_has_exited(
     assert f"replica {stopped.replica}: {down.reason}; next start in" in capfd.readouterr().err
 
 
-def test_a_worker_that_hangs_in_a_reset_is_found_too(start_stage: StartStage) -> None:
+def test_a_worker_that_hangs_in_a_reset_is_found_too(start_stage: StartHome) -> None:
     with start_stage(hang_timeout_s=2) as stage:
         [up] = Router(stage).up()
         os.kill(up.pid, signal.SIGSTOP)
@@ -337,7 +337,7 @@ def test_a_worker_that_hangs_in_a_reset_is_found_too(start_stage: StartStage) ->
 
 
 def test_a_worker_that_takes_no_commands_counts_as_hung(
-    start_stage: StartStage, monkeypatch: pytest.MonkeyPatch
+    start_stage: StartHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A send must not wait for it: all other replicas of the stage would."""
     monkeypatch.setattr(stage_module, "MAX_QUEUED_COMMANDS", 10)
@@ -351,7 +351,7 @@ def test_a_worker_that_takes_no_commands_counts_as_hung(
         assert down == ReplicaDown(replica=2, life=0, reason=f"worker process {up.pid} took no commands")
 
 
-def test_a_replica_is_added_and_removed(start_stage: StartStage) -> None:
+def test_a_replica_is_added_and_removed(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [first] = router.up()
@@ -370,7 +370,7 @@ def test_a_replica_is_added_and_removed(start_stage: StartStage) -> None:
         router.wait_for_event(first, "hello")
 
 
-def test_a_replica_that_waits_for_its_next_start_is_removed(start_stage: StartStage) -> None:
+def test_a_replica_that_waits_for_its_next_start_is_removed(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [up] = router.up()
@@ -384,7 +384,7 @@ def test_a_replica_that_waits_for_its_next_start_is_removed(start_stage: StartSt
 @pytest.mark.parametrize(
     ("device", "reason"), [("cuda:7", "cuda:7: this machine has none"), ("cuda:8", "ended (exit status 3)")]
 )
-def test_an_added_replica_that_cannot_load_is_given_up(start_stage: StartStage, device: str, reason: str) -> None:
+def test_an_added_replica_that_cannot_load_is_given_up(start_stage: StartHome, device: str, reason: str) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [up] = router.up()
@@ -399,14 +399,14 @@ def test_an_added_replica_that_cannot_load_is_given_up(start_stage: StartStage, 
     [("cuda:7", "cuda:7: this machine has none"), ("cuda:8", r"decode replica 3: .*exit status 3.* while loading")],
 )
 def test_a_stage_that_cannot_start_says_why(
-    start_stage: StartStage, capfd: pytest.CaptureFixture[str], device: str, reason: str
+    start_stage: StartHome, capfd: pytest.CaptureFixture[str], device: str, reason: str
 ) -> None:
     with start_stage("decode", ("cpu", device)) as stage, pytest.raises(ConfigError, match=reason):
         stage.wait_until_up()
     assert "distserve: error: " in capfd.readouterr().err
 
 
-def test_a_closing_stage_answers_the_parked_call(start_stage: StartStage) -> None:
+def test_a_closing_stage_answers_the_parked_call(start_stage: StartHome) -> None:
     with start_stage() as stage:
         router = Router(stage)
         [up] = router.up()
@@ -416,14 +416,14 @@ def test_a_closing_stage_answers_the_parked_call(start_stage: StartStage) -> Non
     assert has_exited(up.pid)
 
 
-def test_a_fault_of_the_stages_thread_ends_the_process(start_stage: StartStage) -> None:
+def test_a_fault_of_the_stages_thread_ends_the_process(start_stage: StartHome) -> None:
     program = """
 import threading
 from ensemble.config import Deployment
-from ensemble.serving.stage import Stage
-Stage._kill_the_hung = lambda self: {}["hung"]
+from ensemble.serving.home import Home
+Home._kill_the_hung = lambda self: {}["hung"]
 deployment = {"model": {"path": "/nowhere"}, "mode": "colocated", "decode": {"devices": ["cpu"]}}
-Stage("decode", Deployment.parse(deployment))
+Home("decode", Deployment.parse(deployment))
 threading.Event().wait()
 """
     with tempfile.TemporaryDirectory() as left_behind:

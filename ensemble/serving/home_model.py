@@ -1,4 +1,4 @@
-"""The shell of the `prefill` and `decode` models: calls to `Stage`, each answered later, from its thread."""
+"""The shell of the `prefill` and `decode` models: calls to `Home`, each answered later, from its thread."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, Forbidden
 from ensemble.serving import heartbeat, secret
-from ensemble.serving.stage import Stage
+from ensemble.serving.home import Home
 
 
 class TritonPythonModel:
@@ -18,8 +18,8 @@ class TritonPythonModel:
 
         self.pb_utils = pb_utils
         heartbeat.start(args["model_name"])
-        self.stage = Stage(args["model_name"], Deployment.from_environment())
-        self.stage.wait_until_up()
+        self.home = Home(args["model_name"], Deployment.from_environment())
+        self.home.wait_until_up()
         heartbeat.set_serving(True)
 
     def execute(self, requests: list[Any]) -> None:
@@ -43,10 +43,10 @@ class TritonPythonModel:
         except Forbidden as error:
             reply(error)
         else:
-            self.stage.handle(call, reply)
+            self.home.handle(call, reply)
 
     def is_ready(self) -> bool:  # asked by servers from release 26.03 on
-        return self.stage.is_up
+        return self.home.is_up
 
     def finalize(self) -> None:
-        self.stage.close()
+        self.home.close()

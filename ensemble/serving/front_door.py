@@ -36,7 +36,7 @@ from ensemble.tokenizer import Tokenizer
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 
-class Scheduler:
+class FrontDoor:
     """`handle` may be called from any thread; it returns at once, answers come later."""
 
     def __init__(self, deployment: Deployment, call_model: CallModel, make_family: MakeFamily | None = None) -> None:

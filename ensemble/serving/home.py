@@ -1,6 +1,6 @@
 """What the `prefill` and `decode` models do: pass the router's commands on to the replicas, and their events back.
 
-    router --Exchange, calls with segments--> Stage --ZeroMQ--> worker process of each replica
+    router --Exchange, calls with segments--> Home --ZeroMQ--> worker process of each replica
     to a worker    [command, payload]  [reset, life]
     of a worker    [up, life, ReplicaUp]  [failed, life, reason]  [event, life, payload]
 
@@ -40,7 +40,7 @@ WATCH_INTERVAL_S = 0.5
 MAX_QUEUED_COMMANDS = 10_000  # that a worker has not taken; one more, and it counts as hung
 
 
-class Stage:
+class Home:
     """One stage's side of the Triton server. `handle` may be called from any thread."""
 
     def __init__(self, name: StageName, deployment: Deployment) -> None:
