@@ -16,7 +16,7 @@ from ensemble.request import FinishReason, TokenLogProbs
 from ensemble.serving.streams import ClientStream
 from ensemble.threads import start_vital_thread
 
-NUM_SENDERS = 1  # measured on two cores: two send more responses of fewer tokens, and fewer tokens in all
+NUM_SENDERS = 1  # docs/results/README.md: on two cores, more responses of fewer tokens are fewer tokens in all
 NewToken: TypeAlias = tuple[ClientStream, int, FinishReason | None, TokenLogProbs | None]
 
 
