@@ -2,7 +2,7 @@
 
 python -m tools.benchmarks.openai_front --output docs/results/openai-front.json
 
-Time to first token: as clients see it, and what of it is not the scheduler's own, from a request's arrival (of `ensemble`
+Time to first token: as clients see it, and what of it is not the scheduler's own, from a request's arrival (of ensemble
 at `preprocess`, which tokenizes; the front does that itself) to the hand-over of its first response. The gRPC client is
 perf_analyzer, the front's one only reads sockets; all share the machine's cores. No GPU needed.
 """
