@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from ensemble.errors import InvalidRequest
 from ensemble.openai_front.answers import ChatAnswer, CompletionAnswer
-from ensemble.openai_front.errors import RETRY_AFTER_S, ApiError, answer_api_error, answer_invalid
+from ensemble.openai_front.errors import ApiError, answer_api_error, answer_invalid, unavailable
 from ensemble.openai_front.prompts import Prompts
 from ensemble.openai_front.protocol import Asked, AskedModel, ChatRequest, CompletionRequest, parse
 from ensemble.openai_front.streaming import Delivery, merged
@@ -45,8 +45,7 @@ class Front:
     async def health(self) -> Response:
         is_ready = await self._upstream.is_ready()
         if not is_ready:
-            message = "No request can be served now."
-            raise ApiError(503, message, kind="server_error", code="unavailable", retry_after_s=RETRY_AFTER_S)
+            raise unavailable("no request can be served now")
         return JSONResponse({"status": "ok"})
 
     async def models(self) -> Response:

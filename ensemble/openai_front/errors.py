@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from ensemble.errors import InvalidRequest
+from ensemble.serving.http_contract import RETRY_AFTER, STATUSES
 
 RETRY_AFTER_S = 1.0  # of a stage that is down: its workers and the Triton server start again within seconds
 _FIELD = re.compile(r"(?:length of )?([a-z_]+)([\w.\[\]]*) = ")  # with which the text of an InvalidRequest begins
@@ -77,23 +78,35 @@ def invalid_body(error: ValidationError) -> ApiError:
     return ApiError(400, str(InvalidRequest(param, first["input"], allowed)), param=param, code=code)
 
 
-def of_the_server(code: grpc.StatusCode, text: str) -> ApiError:
-    """What the Triton server, or the scheduler through it, says."""
+def of_the_scheduler(text: str) -> ApiError:
+    """Of an error's text: a stream has no code for it."""
     text = _REQUEST_ID.sub("", text)
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
+    status = next((status for pattern, status in STATUSES if pattern.match(text)), 400)
+    if text.startswith("overloaded: "):
+        retry = RETRY_AFTER.search(text)
+        retry_after_s = float(retry[1]) if retry else RETRY_AFTER_S
+        return ApiError(429, text, kind="rate_limit_error", code="overloaded", retry_after_s=retry_after_s)
+    if status == 503:
+        return unavailable(text)
+    if status == 504:
+        return ApiError(504, text, kind="timeout_error", code="deadline_exceeded")
+    if status == 400:
         found = _FIELD.match(text)
         param = _SENT_AS.get(found.group(1), found.group(1)) + found.group(2) if found else None
         return ApiError(400, text, param=param, code="invalid_value")
-    if text.startswith("overloaded: "):
-        retry = re.search(r"retry after ([\d.]+) s", text)
-        retry_after_s = float(retry.group(1)) if retry else RETRY_AFTER_S
-        return ApiError(429, text, kind="rate_limit_error", code="overloaded", retry_after_s=retry_after_s)
-    if text.startswith("deadline exceeded"):
-        return ApiError(504, text, kind="timeout_error", code="deadline_exceeded")
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # CANCELLED: the server stops
-        text = text if " is unavailable: " in text else "the Triton server does not answer"
-        return ApiError(503, text, kind="server_error", code="unavailable", retry_after_s=RETRY_AFTER_S)
     return ApiError(500, text, kind="server_error", code="internal_error")
+
+
+def of_the_connection(code: grpc.StatusCode) -> ApiError:
+    """Of a stream that broke off."""
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # CANCELLED: the server stops
+        return unavailable("the Triton server does not answer")
+    message = f"the Triton server ended the stream: {code.name}"
+    return ApiError(500, message, kind="server_error", code="internal_error")
+
+
+def unavailable(message: str) -> ApiError:
+    return ApiError(503, message, kind="server_error", code="unavailable", retry_after_s=RETRY_AFTER_S)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -49,9 +49,13 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_PROMPTS:
         raise ValueError(f"a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of one of these")
     are_texts = all(isinstance(each, str) for each in value)
-    if not are_texts and not all(isinstance(each, list) and all(type(i) is int for i in each) for each in value):
+    if not are_texts and not all(isinstance(each, list) and all(map(_may_be_token, each)) for each in value):
         raise ValueError("strings, or lists of token ids")
     return value
+
+
+def _may_be_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _stop(value: Any) -> list[str]:
@@ -94,7 +98,7 @@ class Asked(BaseModel):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
-    priority: int | None = None
+    priority: int | None = Field(None, ge=-100, le=100)
     timeout_ms: float | None = None
     ttft_target_ms: float | None = None
     tpot_target_ms: float | None = None

@@ -14,12 +14,10 @@ import grpc.aio
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from ensemble.openai_front.errors import of_the_server
+from ensemble.openai_front.errors import ApiError, of_the_connection, of_the_scheduler
 
 MODEL = "scheduler"
 READY_TIMEOUT_S = 5.0
-# A stream that fails is closed with the error's own code; without this its text alone would be a message of the stream.
-METADATA = (("triton_grpc_error", "true"),)
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -67,19 +65,26 @@ class Upstream:
         self, request_id: str, token_ids: list[int], sampling: dict[str, Any], options: dict[str, Any]
     ) -> AsyncIterator[Piece]:
         """Raises ApiError. Closing it, or cancelling what waits for it, cancels the request."""
-        call = self._stub.ModelStreamInfer(metadata=METADATA)
+        # Without the header `triton_grpc_error`, by which errors would have their codes: it crashes the 24.10 server.
+        call = self._stub.ModelStreamInfer()
+        refusal: ApiError | None = None
         try:
             await call.write(_as_message(request_id, token_ids, sampling, options))
             await call.done_writing()
-            async for response in call:
+            async for response in call:  # to its end also after an error: what is cancelled there may crash the server
+                if response.error_message:
+                    refusal = of_the_scheduler(response.error_message)
+                    continue
                 for piece in _pieces(response.infer_response):
                     yield piece
         except grpc.aio.AioRpcError as error:
-            raise of_the_server(error.code(), error.details() or "") from None
+            raise of_the_connection(error.code()) from None
         except asyncio.InvalidStateError:  # `write` to a call that has failed already
-            raise of_the_server(await call.code(), await call.details() or "") from None
+            raise of_the_connection(await call.code()) from None
         finally:
             call.cancel()  # of no effect on one that has ended
+        if refusal is not None:
+            raise refusal
 
 
 def _as_message(

@@ -6,8 +6,8 @@ from typing import Any
 import grpc
 import pytest
 
-from ensemble.errors import DeadlineExceeded, InvalidRequest, Overloaded, StageUnavailable
-from ensemble.openai_front.errors import ApiError, of_the_server
+from ensemble.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, StageUnavailable
+from ensemble.openai_front.errors import ApiError, of_the_connection, of_the_scheduler
 from ensemble.openai_front.protocol import ChatRequest, CompletionRequest, parse
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -101,6 +101,9 @@ def test_what_is_refused_is_named(members: dict[str, Any], param: str, code: str
         ({"prompt": [["x"]]}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": {}}, "prompt"),
+        ({"prompt": [1 << 31]}, "prompt"),
+        ({"prompt": [[-1]]}, "prompt"),
+        ({"priority": 101}, "priority"),
         ({"echo": True, "logprobs": 0}, "echo"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
@@ -120,42 +123,24 @@ def test_a_body_that_is_no_object(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "status", "headers"),
+    ("error", "status", "headers"),
     [
-        (InvalidRequest("stop_words[0]", "x", "less"), grpc.StatusCode.INVALID_ARGUMENT, 400, {}),
-        (
-            Overloaded("the queue is full", 2.5),
-            grpc.StatusCode.UNAVAILABLE,
-            429,
-            {"retry-after": "3", "retry-after-ms": "2500"},
-        ),
-        (
-            StageUnavailable("decode", "no replica"),
-            grpc.StatusCode.UNAVAILABLE,
-            503,
-            {"retry-after": "1", "retry-after-ms": "1000"},
-        ),
-        (
-            DeadlineExceeded("deadline exceeded: the request's timeout_ms has passed"),
-            grpc.StatusCode.CANCELLED,
-            504,
-            {},
-        ),
-        (
-            Exception("failed to connect"),
-            grpc.StatusCode.UNAVAILABLE,
-            503,
-            {"retry-after": "1", "retry-after-ms": "1000"},
-        ),
-        (Exception("broken"), grpc.StatusCode.INTERNAL, 500, {}),
+        (InvalidRequest("stop_words[0]", "x", "less"), 400, {}),
+        (Overloaded("the queue is full", 2.5), 429, {"retry-after": "3", "retry-after-ms": "2500"}),
+        (StageUnavailable("decode", "no replica"), 503, {"retry-after": "1", "retry-after-ms": "1000"}),
+        (DeadlineExceeded("deadline exceeded: the request's timeout_ms has passed"), 504, {}),
+        (InternalError("prefill"), 500, {}),
     ],
-)  # fmt: skip
-def test_the_status_of_the_schedulers_errors(
-    error: Exception, code: grpc.StatusCode, status: int, headers: dict[str, str]
-) -> None:
-    found = of_the_server(code, f"[request id: cmpl-1] {error}")
+)
+def test_the_status_of_the_schedulers_errors(error: Exception, status: int, headers: dict[str, str]) -> None:
+    found = of_the_scheduler(f"[request id: cmpl-1] {error}")
     assert (found.status, found.headers) == (status, headers)
-    told = "the Triton server does not answer" if "connect" in str(error) else str(error)
-    assert found.body["error"]["message"] == told
+    assert found.body["error"]["message"] == str(error)
     if status == 400:
         assert found.body["error"]["param"] == "stop[0]"
+
+
+def test_the_status_of_a_stream_that_breaks_off() -> None:
+    assert of_the_connection(grpc.StatusCode.UNAVAILABLE).status == 503
+    assert of_the_connection(grpc.StatusCode.UNAVAILABLE).headers["retry-after"] == "1"
+    assert of_the_connection(grpc.StatusCode.INTERNAL).status == 500
