@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -24,7 +25,8 @@ CallModel = Callable[[StageName, bytes], bytes]  # one unary BLS call; raises Di
 Reply = Callable[[bytes | DistServeError], None]
 Item = TypeVar("Item")
 
-NUM_THREADS = 3  # one's call is parked, one's carries news, and one's is being answered
+MAX_PARKED = 2  # calls
+NUM_THREADS = MAX_PARKED + 1  # one's call carries news
 RETRY_PAUSE_S = 0.2
 MAX_PARK_S = 1.0
 REPEAT_S = 0.1  # after that an answer that is not acknowledged is taken for lost
@@ -114,7 +116,7 @@ class ParkedEnd:
         self._stage = stage
         self._channel: Channel | None = None  # to the present run
         self._ended_runs: set[str] = set()
-        self._parked: tuple[float, Reply] | None = None  # time.monotonic() when it is to be answered
+        self._parked: deque[tuple[float, Reply]] = deque()  # time.monotonic() when each is to be answered
 
     @property
     def run(self) -> str | None:
@@ -124,7 +126,7 @@ class ParkedEnd:
     @property
     def deadline(self) -> float:
         """When (time.monotonic()) `answer` has something to do, if there is no news before."""
-        return self._parked[0] if self._parked is not None else float("inf")
+        return min((deadline for deadline, _ in self._parked), default=float("inf"))
 
     def receive(self, payload: bytes, reply: Reply) -> list[ToStage]:
         """Takes a call, of a new run perhaps; returns what is new in it. `reply` is called once, sooner or later."""
@@ -143,9 +145,9 @@ class ParkedEnd:
         if channel is not self._channel:
             self.end_run("the router has started anew")
             self._channel = channel
-        elif self._parked is not None:
-            self._parked[1](encode_segment(channel.acknowledgement()))
-        self._parked = time.monotonic() + (REPEAT_S if channel.num_unacknowledged else MAX_PARK_S), reply
+        elif len(self._parked) == MAX_PARKED:
+            self._parked.popleft()[1](encode_segment(channel.acknowledgement()))
+        self._parked.append((time.monotonic() + (REPEAT_S if channel.num_unacknowledged else MAX_PARK_S), reply))
         return list(_readable(items, decode_to_stage, "the router"))
 
     def send(self, item: FromStage) -> None:
@@ -154,21 +156,22 @@ class ParkedEnd:
             self._channel.send(encode(item))
 
     def answer(self) -> None:
-        """Answers the parked call if there is news, or if it has waited long enough."""
-        if self._parked is None or self._channel is None:
-            return
-        deadline, reply = self._parked
-        if self._channel.has_news or deadline <= time.monotonic():
-            self._parked = None
+        """Answers a parked call if there is news, and those that have waited long enough."""
+        now = time.monotonic()
+        while self._parked and self._channel is not None and (self._channel.has_news or self.deadline <= now):
+            _, reply = self._parked.popleft()
             reply(encode_segment(self._channel.segment()))
+            if self._channel.num_unacknowledged:  # that may have been lost
+                self._parked = deque((min(deadline, now + REPEAT_S), each) for deadline, each in self._parked)
 
     def end_run(self, reason: str) -> None:
         """Nothing is heard of the present run, or said to it, any more."""
-        if self._parked is not None:
-            self._parked[1](StageUnavailable(self._stage, reason))
+        for _, reply in self._parked:
+            reply(StageUnavailable(self._stage, reason))
         if self._channel is not None:
             self._ended_runs.add(self._channel.run)
-        self._channel, self._parked = None, None
+        self._channel = None
+        self._parked.clear()
 
 
 def _readable(items: list[bytes], decode: Callable[[bytes], Item], sender: str) -> Iterator[Item]:

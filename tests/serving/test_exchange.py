@@ -159,11 +159,12 @@ def test_while_calls_fail_few_are_made_and_one_line_tells(capsys: pytest.Capture
     far_end = FarEnd()
     with exchange(far_end) as near_end:
         far_end.send(encode(down(1)))
-        far_end.wait_until("len(arrived) == 1")
+        far_end.wait_until("len(arrived) == 1 and num_parked == 1")
         capsys.readouterr()
-        far_end.faults = itertools.repeat("call is lost")
+        far_end.faults = itertools.repeat(
+            "call is lost"
+        )  # but not the parked one: a call that comes back ends the failing
         calls_before, started = far_end.num_calls, time.monotonic()
-        far_end.end()
         for number in range(10):
             near_end.send(StartReplica(replica=number))
         far_end.wait_until(f"num_calls >= {calls_before + 9}")

@@ -32,7 +32,7 @@ from ensemble.protocol.router_replica import (
     decode_from_stage,
     encode,
 )
-from ensemble.serving import stage as stage_module
+from ensemble.serving import home as home_module
 from ensemble.serving.home import Home
 
 DEADLINE_S = 60.0
@@ -40,7 +40,7 @@ StartHome = Callable[..., AbstractContextManager[Home]]
 
 
 @pytest.fixture
-def start_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartHome:
+def start_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartHome:
     program = tmp_path / "python3"
     worker = Path(__file__).parent / "fake_worker.py"
     program.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {worker} "$@"\n')
@@ -59,11 +59,11 @@ def start_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartHome:
                 "hang_timeout_s": hang_timeout_s,
             }
         )
-        stage = Home(name, deployment)
+        home = Home(name, deployment)
         try:
-            yield stage
+            yield home
         finally:
-            stage.close()
+            home.close()
 
     return start
 
@@ -71,15 +71,15 @@ def start_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartHome:
 class Router:
     """One run of the router, by hand: its calls, and what has come by their answers."""
 
-    def __init__(self, stage: Home, run: str = "run") -> None:
-        self._stage = stage
+    def __init__(self, home: Home, run: str = "run") -> None:
+        self._home = home
         self.channel = Channel(run)
         self.items: list[FromStage] = []
 
     def call(self, segment: Segment | None = None) -> "queue.SimpleQueue[bytes | DistServeError]":
         """Makes a call; its answer will be in the queue."""
         answer: queue.SimpleQueue[bytes | DistServeError] = queue.SimpleQueue()
-        self._stage.handle(encode_segment(segment or self.channel.segment()), answer.put)
+        self._home.handle(encode_segment(segment or self.channel.segment()), answer.put)
         return answer
 
     def receive(self, answer: "queue.SimpleQueue[bytes | DistServeError]") -> list[FromStage]:
@@ -121,10 +121,10 @@ def has_exited(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def test_replicas_have_ids_of_their_own_and_pass_commands_and_events(start_stage: StartHome) -> None:
-    with start_stage("decode", ("cpu", "cpu")) as stage:
-        stage.wait_until_up()
-        router = Router(stage)
+def test_replicas_have_ids_of_their_own_and_pass_commands_and_events(start_home: StartHome) -> None:
+    with start_home("decode", ("cpu", "cpu")) as home:
+        home.wait_until_up()
+        router = Router(home)
         ups = router.up(2)
         assert sorted((up.replica, up.life) for up in ups) == [(2, 0), (3, 0)], "after the two of prefill"
         for up in ups:
@@ -134,36 +134,46 @@ def test_replicas_have_ids_of_their_own_and_pass_commands_and_events(start_stage
             (2, "for 2"),
             (3, "for 3"),
         }
-        assert stage.is_up
+        assert home.is_up
 
 
-def test_prefills_replicas_are_the_first(start_stage: StartHome) -> None:
-    with start_stage("prefill") as stage:
-        assert sorted(up.replica for up in Router(stage).up(2)) == [0, 1]
+def test_prefills_replicas_are_the_first(start_home: StartHome) -> None:
+    with start_home("prefill") as home:
+        assert sorted(up.replica for up in Router(home).up(2)) == [0, 1]
 
 
-def test_the_newest_call_is_parked_and_an_older_one_answered_empty(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_two_calls_are_parked_and_an_older_one_answered_empty(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
+        router.up()
+        oldest, *_ = [router.call() for _ in range(3)]
+        assert router.receive(oldest) == []
+
+
+def test_what_comes_of_a_command_comes_back_on_the_call_before_it(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         parked = router.call()
         router.command(up, "hello")
-        newer = router.call()
-        assert router.receive(parked) == []
-        [event] = router.receive(newer) or router.wait_for(FromReplica)
+        commands = router.call()
+        [event] = router.receive(parked)
         assert event == FromReplica(replica=up.replica, life=0, event=msgspec.Raw(encode("hello")))
+        assert router.receive(commands) == [], (
+            "it is still there for what comes next, and tells again only what is lost"
+        )
 
 
-def test_a_parked_call_is_answered_in_time_if_nothing_happens(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_a_parked_call_is_answered_in_time_if_nothing_happens(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         router.up()
         assert router.receive(router.call()) == []
 
 
-def test_calls_that_come_twice_or_overtake_each_other_do_no_harm(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_calls_that_come_twice_or_overtake_each_other_do_no_harm(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         segments = []
         for number in range(4):
@@ -176,9 +186,9 @@ def test_calls_that_come_twice_or_overtake_each_other_do_no_harm(start_stage: St
         assert router.events == ["0", "1", "2", "3", "last"]
 
 
-def test_what_a_lost_answer_told_is_told_again(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_what_a_lost_answer_told_is_told_again(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         lost = router.call()
         assert decode_segment(lost.get(timeout=DEADLINE_S)).acknowledged == 0
         while True:  # loses every answer but the last, which tells of both
@@ -204,13 +214,13 @@ def test_what_a_lost_answer_told_is_told_again(start_stage: StartHome) -> None:
         encode_segment(Segment(run="another", first=0, items=[], more=False, acknowledged=1)),
     ],
 )
-def test_a_call_that_cannot_be_is_refused_and_changes_nothing(start_stage: StartHome, payload: bytes) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_a_call_that_cannot_be_is_refused_and_changes_nothing(start_home: StartHome, payload: bytes) -> None:
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         parked = router.call()
         refused: queue.SimpleQueue[bytes | DistServeError] = queue.SimpleQueue()
-        stage.handle(payload, refused.put)
+        home.handle(payload, refused.put)
         error = refused.get(timeout=DEADLINE_S)
         assert isinstance(error, DistServeError) and error.code == "INTERNAL" and "decode: " in str(error)
         assert router.receive(parked) == []
@@ -218,9 +228,9 @@ def test_a_call_that_cannot_be_is_refused_and_changes_nothing(start_stage: Start
         assert router.items[0] == up and len(router.items) == 2
 
 
-def test_an_item_that_cannot_be_read_harms_no_other(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_an_item_that_cannot_be_read_harms_no_other(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         router.command(up, "before")
         for item in (b"", b"\xc1", encode({"type": "Nonsense"}), encode({"type": "ToReplica", "replica": "x"})):
@@ -232,10 +242,10 @@ def test_an_item_that_cannot_be_read_harms_no_other(start_stage: StartHome) -> N
         assert router.events == ["before", "after"]
 
 
-def test_an_event_that_cannot_be_read_comes_in_an_item_of_its_own(start_stage: StartHome) -> None:
+def test_an_event_that_cannot_be_read_comes_in_an_item_of_its_own(start_home: StartHome) -> None:
     """The exchange drops it; the segment and the other items are whole."""
-    with start_stage() as stage:
-        router = Router(stage)
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         router.command(up, "tell nonsense")
         router.command(up, "hello")
@@ -249,9 +259,9 @@ def test_an_event_that_cannot_be_read_comes_in_an_item_of_its_own(start_stage: S
         assert all(isinstance(decode_from_stage(item), FromReplica) for item in items[1:])
 
 
-def test_what_a_worker_says_of_an_older_life_or_again_is_dropped(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_what_a_worker_says_of_an_older_life_or_again_is_dropped(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         router.command(up, "come up again")
         router.command(up, "speak for the last life")
@@ -260,12 +270,12 @@ def test_what_a_worker_says_of_an_older_life_or_again_is_dropped(start_stage: St
         assert router.items.count(up) == 1
 
 
-def test_a_router_that_starts_anew_finds_replicas_in_new_lives(start_stage: StartHome) -> None:
-    with start_stage("decode", ("cpu", "cpu")) as stage:
-        old = Router(stage)
+def test_a_router_that_starts_anew_finds_replicas_in_new_lives(start_home: StartHome) -> None:
+    with start_home("decode", ("cpu", "cpu")) as home:
+        old = Router(home)
         old_ups = old.up(2)
         parked = old.call()
-        new = Router(stage, "new run")
+        new = Router(home, "new run")
         new_ups = new.up(2)
         error = parked.get(timeout=DEADLINE_S)
         assert isinstance(error, DistServeError) and error.code == "UNAVAILABLE"
@@ -279,16 +289,16 @@ def test_a_router_that_starts_anew_finds_replicas_in_new_lives(start_stage: Star
 
 
 def test_a_killed_worker_is_told_of_and_started_again(
-    start_stage: StartHome, capfd: pytest.CaptureFixture[str]
+    start_home: StartHome, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         os.kill(up.pid, signal.SIGKILL)
         [down] = router.wait_for(ReplicaDown)
         reason = f"worker process {up.pid} ended (killed by signal 9)"
         assert down == ReplicaDown(replica=2, life=0, reason=reason)
-        assert has_exited(up.pid) and not stage.is_up
+        assert has_exited(up.pid) and not home.is_up
         router.send(StartReplica(replica=2))
         [again] = router.up()
         assert (again.replica, again.life) == (2, 1) and again.pid != up.pid
@@ -296,9 +306,9 @@ def test_a_killed_worker_is_told_of_and_started_again(
     assert f"distserve: decode replica 2: {reason}; next start in 0.5 s\n" in capfd.readouterr().err
 
 
-def test_what_a_dying_worker_said_comes_before_its_end(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_what_a_dying_worker_said_comes_before_its_end(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         for number in range(20):
             router.command(up, f"{number}")
@@ -309,10 +319,10 @@ def test_what_a_dying_worker_said_comes_before_its_end(start_stage: StartHome) -
 
 
 def test_a_stopped_worker_is_killed_and_told_of_when_it_has_exited(
-    start_stage: StartHome, capfd: pytest.CaptureFixture[str]
+    start_home: StartHome, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with start_stage("decode", ("cpu", "cpu"), hang_timeout_s=4) as stage:
-        router = Router(stage)
+    with start_home("decode", ("cpu", "cpu"), hang_timeout_s=4) as home:
+        router = Router(home)
         stopped, other = router.up(2)
         os.kill(stopped.pid, signal.SIGSTOP)
         [down] = router.wait_for(ReplicaDown)
@@ -325,11 +335,11 @@ def test_a_stopped_worker_is_killed_and_told_of_when_it_has_exited(
     assert f"replica {stopped.replica}: {down.reason}; next start in" in capfd.readouterr().err
 
 
-def test_a_worker_that_hangs_in_a_reset_is_found_too(start_stage: StartHome) -> None:
-    with start_stage(hang_timeout_s=2) as stage:
-        [up] = Router(stage).up()
+def test_a_worker_that_hangs_in_a_reset_is_found_too(start_home: StartHome) -> None:
+    with start_home(hang_timeout_s=2) as home:
+        [up] = Router(home).up()
         os.kill(up.pid, signal.SIGSTOP)
-        new = Router(stage, "new run")
+        new = Router(home, "new run")
         new.receive(new.call())
         [again] = new.up()
         assert again.life == 2 and has_exited(up.pid), "life 1 was never up"
@@ -337,12 +347,12 @@ def test_a_worker_that_hangs_in_a_reset_is_found_too(start_stage: StartHome) -> 
 
 
 def test_a_worker_that_takes_no_commands_counts_as_hung(
-    start_stage: StartHome, monkeypatch: pytest.MonkeyPatch
+    start_home: StartHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A send must not wait for it: all other replicas of the stage would."""
-    monkeypatch.setattr(stage_module, "MAX_QUEUED_COMMANDS", 10)
-    with start_stage() as stage:
-        router = Router(stage)
+    monkeypatch.setattr(home_module, "MAX_QUEUED_COMMANDS", 10)
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         router.command(up, "take no more commands")
         for _ in range(100):
@@ -351,9 +361,9 @@ def test_a_worker_that_takes_no_commands_counts_as_hung(
         assert down == ReplicaDown(replica=2, life=0, reason=f"worker process {up.pid} took no commands")
 
 
-def test_a_replica_is_added_and_removed(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_a_replica_is_added_and_removed(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         [first] = router.up()
         router.send(AddReplica(replica=9, device="cpu"))
         [added] = router.up()
@@ -370,9 +380,9 @@ def test_a_replica_is_added_and_removed(start_stage: StartHome) -> None:
         router.wait_for_event(first, "hello")
 
 
-def test_a_replica_that_waits_for_its_next_start_is_removed(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_a_replica_that_waits_for_its_next_start_is_removed(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         os.kill(up.pid, signal.SIGKILL)
         router.wait_for(ReplicaDown)
@@ -384,9 +394,9 @@ def test_a_replica_that_waits_for_its_next_start_is_removed(start_stage: StartHo
 @pytest.mark.parametrize(
     ("device", "reason"), [("cuda:7", "cuda:7: this machine has none"), ("cuda:8", "ended (exit status 3)")]
 )
-def test_an_added_replica_that_cannot_load_is_given_up(start_stage: StartHome, device: str, reason: str) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_an_added_replica_that_cannot_load_is_given_up(start_home: StartHome, device: str, reason: str) -> None:
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         router.send(AddReplica(replica=9, device=device))
         [down] = router.wait_for(ReplicaDown)
@@ -399,16 +409,16 @@ def test_an_added_replica_that_cannot_load_is_given_up(start_stage: StartHome, d
     [("cuda:7", "cuda:7: this machine has none"), ("cuda:8", r"decode replica 3: .*exit status 3.* while loading")],
 )
 def test_a_stage_that_cannot_start_says_why(
-    start_stage: StartHome, capfd: pytest.CaptureFixture[str], device: str, reason: str
+    start_home: StartHome, capfd: pytest.CaptureFixture[str], device: str, reason: str
 ) -> None:
-    with start_stage("decode", ("cpu", device)) as stage, pytest.raises(ConfigError, match=reason):
-        stage.wait_until_up()
+    with start_home("decode", ("cpu", device)) as home, pytest.raises(ConfigError, match=reason):
+        home.wait_until_up()
     assert "distserve: error: " in capfd.readouterr().err
 
 
-def test_a_closing_stage_answers_the_parked_call(start_stage: StartHome) -> None:
-    with start_stage() as stage:
-        router = Router(stage)
+def test_a_closing_stage_answers_the_parked_call(start_home: StartHome) -> None:
+    with start_home() as home:
+        router = Router(home)
         [up] = router.up()
         parked = router.call()
     error = parked.get(timeout=DEADLINE_S)
@@ -416,7 +426,7 @@ def test_a_closing_stage_answers_the_parked_call(start_stage: StartHome) -> None
     assert has_exited(up.pid)
 
 
-def test_a_fault_of_the_stages_thread_ends_the_process(start_stage: StartHome) -> None:
+def test_a_fault_of_the_stages_thread_ends_the_process(start_home: StartHome) -> None:
     program = """
 import threading
 from ensemble.config import Deployment

@@ -45,7 +45,7 @@ def test_colocated_takes_every_gpu(
     deployment = make_deployment({"model.path": model, "mode": "colocated"})
     assert (deployment.prefill.devices, deployment.decode.devices) == ([], devices)
     assert deployment.decode.gpu_memory_utilization == pytest.approx(0.9)
-    assert (deployment.local_prefill_tokens, deployment.max_local_prompt_len) == (2048, None)
+    assert deployment.num_prompt_tokens_beside == 2048
 
 
 def test_workers_divide_the_gpus_they_share(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
