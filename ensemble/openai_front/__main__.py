@@ -15,6 +15,7 @@ import uvicorn
 
 from ensemble.chat import ChatTemplate
 from ensemble.errors import ERROR_MARK, ModelError
+from ensemble.listener import listen
 from ensemble.openai_front.app import Front, Limits, make_app
 from ensemble.openai_front.prompts import Prompts
 from ensemble.openai_front.upstream import Upstream
@@ -30,9 +31,8 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # one for each connection
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     host, port = str(arguments.host), int(arguments.port)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = listen(host, port, BACKLOG)
     except OSError as error:
         sys.exit(f"{ERROR_MARK} the OpenAI front cannot listen on {host}:{port}: {error.strerror}")
     try:

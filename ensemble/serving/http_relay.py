@@ -17,7 +17,6 @@ import itertools
 import json
 import resource
 import secrets
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 import zmq
 
 from ensemble.errors import ERROR_MARK
+from ensemble.listener import listen
 from ensemble.serving import fronts
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.http_contract import (
@@ -85,7 +85,7 @@ class HttpRelay:
         self._tags = (f"{TAG_SECRET}-{number}" for number in itertools.count())
 
     async def serve(self, host: str, port: int) -> None:
-        server = await asyncio.start_server(self._connected, sock=listen(host, port), limit=MAX_HEAD_BYTES)
+        server = await asyncio.start_server(self._connected, sock=listen(host, port, BACKLOG), limit=MAX_HEAD_BYTES)
         async with server:
             await server.serve_forever()
 
@@ -297,13 +297,6 @@ def closing(writer: asyncio.StreamWriter, upstream: Upstream) -> Iterator[None]:
     finally:
         upstream.close()
         writer.close()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """`::` listens for IPv4, too, as servers elsewhere do. Raises OSError."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-    is_dual = host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
 
 
 def main(host: str, port: str, upstream_port: str, of_run: str, max_body_bytes: str, *flags: str) -> None:
