@@ -7,6 +7,7 @@ One call is always on its way to be parked, so that the stage can speak, and one
 something to say. Which of them arrives, and when, is of no matter to the channel; a call that fails is made again.
 """
 
+import math
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ MAX_PARKED = 2  # calls
 NUM_THREADS = MAX_PARKED + 1  # one's call carries news
 RETRY_PAUSE_S = 0.2
 MAX_PARK_S = 1.0
+STARTING_S = 10.0  # calls that fail so long after the start are told of
 REPEAT_S = 0.1  # after that an answer that is not acknowledged is taken for lost
 
 
@@ -48,6 +50,7 @@ class Exchange:
         self._channel = Channel(run)
         self._num_in_flight = 0
         self._is_failing = True  # as calls do while the server starts
+        self._tell_at = time.monotonic() + STARTING_S  # of failing; infinite: the operator has been told
         self._changed = threading.Condition()  # guards all of the above
         self._closing = threading.Event()
         self._threads = [start_vital_thread(self._run, f"{stage}-exchange-{index}") for index in range(NUM_THREADS)]
@@ -104,8 +107,12 @@ class Exchange:
     def _failed(self, error: Exception) -> None:
         """Tells the operator once, until a call comes back."""
         with self._changed:
-            is_known, self._is_failing = self._is_failing, True
-        if not is_known and not self._closing.is_set():
+            if not self._is_failing:
+                self._is_failing, self._tell_at = True, 0.0
+            is_to_be_told = time.monotonic() >= self._tell_at
+            if is_to_be_told:
+                self._tell_at = math.inf
+        if is_to_be_told and not self._closing.is_set():
             print(f"distserve: calls to {self._stage} fail: {error}", file=sys.stderr, flush=True)
 
 

@@ -62,6 +62,7 @@ class Home:
         self._loading: set[int] = set()  # replicas that have never served
         self._removed: set[int] = set()  # that are still to end
         self._watch = HangWatch(deployment.hang_timeout_s)
+        self._watch_at = 0.0  # time.monotonic()
         self._started = threading.Event()  # every replica serves, or one cannot
         self._load_failure: str | None = None
         self._closing = False
@@ -121,15 +122,16 @@ class Home:
             while not self._calls.empty():
                 self._receive_call(*self._calls.get())
             self._supervisor.start_due()
-            self._kill_the_hung()
             self._router.answer()
+            if time.monotonic() >= self._watch_at:
+                self._kill_the_hung()
         while not self._calls.empty():
             self._router.receive(*self._calls.get())
         self._router.end_run("the server is stopping")
 
     def _milliseconds_to_next_deadline(self) -> int:
         now = time.monotonic()
-        deadline = min(now + WATCH_INTERVAL_S, self._router.deadline, *self._supervisor.restart_times)
+        deadline = min(self._watch_at, self._router.deadline, *self._supervisor.restart_times)
         return math.ceil(max(0.0, deadline - now) * 1e3)
 
     def _receive_call(self, payload: bytes, reply: Reply) -> None:
@@ -233,12 +235,14 @@ class Home:
 
     def _kill_the_hung(self) -> None:
         """Those that have served, and beat no more. Their ends are told when they have exited."""
+        now = time.monotonic()
+        self._watch_at = now + WATCH_INTERVAL_S
         progresses = {
             (replica, worker.process.pid): worker.progress
             for replica, worker in self._supervisor.workers.items()
             if worker.up_at is not None and worker.end_reason is None
         }
-        for (replica, pid), seconds in self._watch.hung(progresses, time.monotonic()).items():
+        for (replica, pid), seconds in self._watch.hung(progresses, now).items():
             self._supervisor.kill(replica, f"worker process {pid} made no progress for {seconds:.1f} s")
 
     def _ended(self, replica: int, life: int, reason: str) -> None:

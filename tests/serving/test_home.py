@@ -288,9 +288,7 @@ def test_a_router_that_starts_anew_finds_replicas_in_new_lives(start_home: Start
         assert new.events == ["hello"], "neither the last words of the old lives, nor what was for them"
 
 
-def test_a_killed_worker_is_told_of_and_started_again(
-    start_home: StartHome, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_worker_is_told_of_and_started_again(start_home: StartHome, capfd: pytest.CaptureFixture[str]) -> None:
     with start_home() as home:
         router = Router(home)
         [up] = router.up()
@@ -346,9 +344,7 @@ def test_a_worker_that_hangs_in_a_reset_is_found_too(start_home: StartHome) -> N
         assert new.items == [again]
 
 
-def test_a_worker_that_takes_no_commands_counts_as_hung(
-    start_home: StartHome, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_takes_no_commands_counts_as_hung(start_home: StartHome, monkeypatch: pytest.MonkeyPatch) -> None:
     """A send must not wait for it: all other replicas of the stage would."""
     monkeypatch.setattr(home_module, "MAX_QUEUED_COMMANDS", 10)
     with start_home() as home:

@@ -46,6 +46,7 @@ with starting as server:
 PROMPT, NUM_TOKENS = "Once upon a time ", 8
 NUM_WARM_UP = 20
 REQUEST_TIMEOUT_S = 30.0
+PAUSE_S = 0.02  # before each request: all servers are idle, also behind what their clients see
 GOAL = 1.0  # of the other tree's median TTFT
 
 Times = tuple[float, float]  # milliseconds to the first response and to the last
@@ -148,6 +149,7 @@ def one_round(servers: dict[str, tuple[Path, str]], count: int) -> dict[str, dic
         for path, sends in paths.items():
             for index in range(NUM_WARM_UP + count):
                 for name, send in sends.items():
+                    time.sleep(PAUSE_S)
                     took = send()
                     if index >= NUM_WARM_UP:
                         times[path][name].append(took)

@@ -33,14 +33,15 @@ class ClientCall:
         return self._sender.is_cancelled()
 
 
-may_call = threading.Event()  # the server has begun to give us requests
+may_call = threading.Event()  # the server has begun to give us requests, or has had the time to
+MAX_S_TO_FIRST_REQUEST = 3.0  # after `initialize`: a warm-up that is lost must not keep all calls back for ever
 
 
 def call_stage(stage, payload):
     """One unary BLS call: an encoded StageCall to its encoded StageAnswer.
 
-    None leaves before the first request, that of the model's warm-up: the 24.10 server crashes, or never becomes ready,
-    when a call reaches it in the midst of `initialize`.
+    None leaves before the first request, that of the model's warm-up, or a while after `initialize`: the 24.10 server
+    crashes, or never becomes ready, when a call reaches it in the midst of that.
     """
     if not may_call.is_set():
         raise InternalError("the server is still starting")
@@ -71,6 +72,9 @@ class TritonPythonModel:
     def initialize(self, args):
         heartbeat.start(args["model_name"])
         self.front_door = FrontDoor(Deployment.from_environment(), call_stage, make_family)
+        opening = threading.Timer(MAX_S_TO_FIRST_REQUEST, may_call.set)
+        opening.daemon = True
+        opening.start()
 
     def execute(self, requests):
         may_call.set()
