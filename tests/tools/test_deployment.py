@@ -77,7 +77,6 @@ def test_flags_go_over_the_file(model: Path, tmp_path: Path, monkeypatch: pytest
         ({"prefill.devices": ["gpu"]}, "prefill.devices.0 = 'gpu'"),
         ({"decode.devices": ["cuda:1"]}, "device cuda:1: this machine has 1"),
         ({"mode": "colocated", "prefill.devices": ["cpu"]}, "prefill.devices = ['cpu']: mode = colocated"),
-        ({"mode": "colocated", "prefill.prefix_cache": True}, "prefill.prefix_cache = True"),
         ({"mode": "mixed"}, "mode = 'mixed'"),
         ({"prefill.devices": []}, "prefill.devices = []"),
         ({"decode.devices": []}, "decode.devices = []"),
