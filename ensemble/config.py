@@ -17,6 +17,10 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 # How a replica that computes prompts too fills its steps: with both, or with prompts alone as long as there are any.
 Batching = Literal["mixed", "prefill-first"]
 
+# How much a sequence is taken to need when it is admitted to decode: what it is expected to, by how long outputs were
+# lately, or what it may at most. If expectations were too low, sequences are preempted.
+Admission = Literal["optimistic", "reserved"]
+
 # When a client gets the first token of a sequence that goes on at another replica: when that has its KV, or at once.
 FirstToken = Literal["held", "at_once"]
 
@@ -76,15 +80,16 @@ class PrefillConfig(StageConfig):
 
 
 class DecodeConfig(StageConfig):
-    """With a host pool, more sequences are taken than the device's pool may hold to their ends: some are swapped."""
+    """With a host pool, more sequences are taken than the device's pool holds, unless under fcfs: some are swapped."""
 
+    admission: Admission = "optimistic"
     policy: DecodePolicyName = "fcfs"
     quantum_s: float = Field(default=0.05, gt=0)  # of the first level of mlfq; of a turn after starvation elsewhere
     starvation_s: float = Field(default=3.0, gt=0)  # who has not run for so long runs next
     max_num_resident_seqs: int | None = Field(default=None, ge=1)  # running, waiting and swapped; None: max_num_seqs
     host_kv_bytes: int = Field(default=0, ge=0)  # of the host pool, for each replica; 0: nothing is swapped
     headroom_blocks: int = Field(default=0, ge=0)  # kept free for the next iterations; at least one for each of a batch
-    watermark: float = Field(default=0.01, ge=0, lt=1)  # share of the pool that admission by expected length leaves
+    watermark: float = Field(default=0.01, ge=0, lt=1)  # share of the pool that optimistic admission leaves
     # Prompts computed beside the running sequences: tokens of them in a step. For mixed replicas 0 stands for
     # prefill.max_num_batched_tokens. For those of role decode 0 is none; else they compute prompts of at most
     # max_local_prompt_len tokens while all prefill replicas are busy.

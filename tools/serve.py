@@ -54,6 +54,9 @@ def main(
         float | None, Option(help="GiB of host memory for swapped KV, of each decode replica")
     ] = None,
     max_num_resident_seqs: Annotated[int | None, Option(help="of a decode replica: running, waiting, swapped")] = None,
+    decode_admission: Annotated[
+        str | None, Option(help="by the length that outputs had lately, or may have: optimistic or reserved")
+    ] = None,
     first_token: Annotated[
         str | None, Option(help="held until the sequence has joined decode: no stall after it; or at_once")
     ] = None,
@@ -95,6 +98,7 @@ def main(
         "scheduler.policy": prefill_policy,
         "scheduler.first_token": first_token,
         "decode.policy": decode_policy,
+        "decode.admission": decode_admission,
         "decode.host_kv_bytes": swap_space and int(swap_space * 2**30),
         "decode.max_num_resident_seqs": max_num_resident_seqs,
         "decode.batching": batching,

@@ -114,6 +114,13 @@ class Released(_Message, frozen=True, kw_only=True):
     num_free_blocks: int  # by the replica's own count
 
 
+class Preempted(_Message, frozen=True, kw_only=True):
+    """Sequences given up for others, all their tokens told; their blocks are free. They have to be computed again."""
+
+    request_ids: list[int]
+    num_free_blocks: int  # by the replica's own count
+
+
 class SwapReport(_Message, frozen=True, kw_only=True):
     """What a replica has swapped since its last report."""
 
@@ -146,7 +153,7 @@ class Detached(_Message, frozen=True, kw_only=True):
     address: str
 
 
-Event: TypeAlias = StepDone | Joined | Released | SwapReport | PrefixReport | AttachFailed | Detached
+Event: TypeAlias = StepDone | Joined | Released | Preempted | SwapReport | PrefixReport | AttachFailed | Detached
 
 
 # ---- items of the channel: commands and events with their replica, and what concerns the stage itself

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.cache.swapper import Swapper, make_host_pool
-from ensemble.config import Batching, Deployment, StageName
+from ensemble.config import Admission, Batching, Deployment, StageName
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
 from ensemble.errors import ConfigError
@@ -34,6 +34,7 @@ from ensemble.protocol.router_replica import (
     Join,
     Joined,
     KVHandoff,
+    Preempted,
     PrefixReport,
     Released,
     RunPrompts,
@@ -58,6 +59,7 @@ class LoopSettings:
     max_num_seqs: int  # running, in a step
     policy: DecodePolicySettings = field(default_factory=DecodePolicySettings)
     batching: Batching = "mixed"
+    admission: Admission = "reserved"
     headroom_blocks: int = 0
     host_kv_bytes: int = 0
     prefix_cache: bool = False
@@ -71,6 +73,7 @@ def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
         max_num_seqs=deployment.stage(home).max_num_seqs,
         policy=DecodePolicySettings(decode.policy, decode.quantum_s, decode.starvation_s),
         batching=decode.batching,
+        admission=decode.admission,
         headroom_blocks=decode.headroom_blocks,
         host_kv_bytes=decode.host_kv_bytes if home == "decode" else 0,
         prefix_cache=deployment.prefill.prefix_cache,
@@ -118,10 +121,12 @@ class EngineLoop:
             make_decode_policy(settings.policy),
             max_num_seqs=settings.max_num_seqs,
             headroom_blocks=settings.headroom_blocks,
+            may_give_up=settings.admission == "optimistic",
         )
         # Under fcfs an arrival comes after all that are here: none of them makes room for it.
-        self._makes_room = settings.policy.name != "fcfs"
+        self._makes_room = settings.policy.fills_host_pool
         self._running: dict[int, Sequence] = {}  # request_id |-> decodes here and is not removed
+        self._given_up: set[int] = set()  # request ids, to be told of when their launched step has run
         self._launched: _Step | None = None
         self._launched_ids: set[int] = set()  # its request ids
         self._reported = SwapReport(num_swapped_seqs=0, num_preemptions=0, bytes_out=0, bytes_in=0)  # all in all
@@ -216,6 +221,7 @@ class EngineLoop:
         )
         plan = self._plan(start, prompts)
         self._start_swaps(plan)
+        events += self._give_up(plan.give_up)
         step = None
         if prompts.rows or plan.run:
             step = _Step(self.engine.launch(Batch(prompts.rows, plan.run)), prompts)
@@ -309,6 +315,17 @@ class EngineLoop:
             self._swapper.start(swap, "in")
         self._num_preemptions += len(plan.swap_out)
 
+    def _give_up(self, sequences: list[Sequence]) -> list[Event]:
+        """Their blocks are for others; the router has them computed again, from the tokens that were told."""
+        self._given_up.update(each.request_id for each in sequences)
+        return self._preempted([each.request_id for each in sequences if self._leave(each.request_id)])
+
+    def _preempted(self, request_ids: list[int]) -> list[Event]:
+        if not request_ids:
+            return []
+        self._given_up.difference_update(request_ids)
+        return [Preempted(request_ids=request_ids, num_free_blocks=self.num_free_blocks)]
+
     def _end_swaps(self) -> list[Event]:
         released = []
         for swapped in self._swapper.completed():
@@ -331,8 +348,11 @@ class EngineLoop:
                     self.cache.commit(owner, row.end)
         ended = [sequence.request_id for sequence in step.sequences if sequence.is_finished]
         released = self._released([request_id for request_id in ended if self._leave(request_id)])
+        self._given_up.difference_update(ended)  # with that step's tokens, or by a cancel
+        given_up = [each.request_id for each in step.sequences if each.request_id in self._given_up]
+        preempted = self._preempted([request_id for request_id in given_up if self._leave(request_id)])
         handoffs = [self._lease(each) for each in step.finished_prompts if self._goes_on_elsewhere(each)]
-        return [self._step_done(sampled, handoffs, step.prompts.batch_ids), *released]
+        return [self._step_done(sampled, handoffs, step.prompts.batch_ids), *released, *preempted]
 
     def _goes_on_elsewhere(self, sequence: Sequence) -> bool:
         request_id = sequence.request_id

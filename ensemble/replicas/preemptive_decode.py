@@ -16,27 +16,35 @@ class DecodePlan:
     run: list[Sequence] = field(default_factory=list)
     swap_out: list[Swap] = field(default_factory=list)
     swap_in: list[Swap] = field(default_factory=list)
+    give_up: list[Sequence] = field(default_factory=list)  # these are to be removed, and computed again
 
 
 class PreemptiveDecodeScheduler:
     """Which sequences run and where their KV is.
 
     It owns the blocks of its sequences, `Owner("sequence", request_id)` in both pools, and keeps `Sequence.block_ids`
-    true. `now` is in seconds and does not go back. Without a host pool, nothing is ever swapped: what was added has to
-    fit the device's pool to its end.
+    true. `now` is in seconds and does not go back. Without a host pool nothing is ever swapped. Unless it `may_give_up`
+    sequences for others, all that was added has to fit the pools to its end.
     """
 
     def __init__(
-        self, blocks: SwappableBlocks, policy: DecodePolicy, *, max_num_seqs: int, headroom_blocks: int = 0
+        self,
+        blocks: SwappableBlocks,
+        policy: DecodePolicy,
+        *,
+        max_num_seqs: int,
+        headroom_blocks: int = 0,
+        may_give_up: bool = False,
     ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
-        # Each of the batch may need a block in an iteration; where nothing can be swapped, those are there anyway.
+        self.may_give_up = may_give_up
+        # Each of the batch may need a block in an iteration, and a copy takes time; giving up takes none.
         self.headroom_blocks = max(headroom_blocks, max_num_seqs) if blocks.host.num_blocks else 0
         self._policy = policy
         self._sequences: dict[int, Sequence] = {}
         self._footprints: dict[int, Footprint] = {}
-        self._retired: set[int] = set()  # out of the order, their blocks read by a launched iteration
+        self._retired: dict[int, int] = {}  # request_id |-> blocks; out of the order, read by a launched iteration
         self._removed: set[int] = set()  # gone, but still being copied
         self._running: list[int] = []
 
@@ -53,7 +61,10 @@ class PreemptiveDecodeScheduler:
 
     def has_room_for(self, num_blocks: int) -> bool:
         """Whether a sequence of `num_blocks` may be brought onto the device: beside others it leaves the headroom."""
-        headroom = limit_headroom(self.headroom_blocks, self.blocks.device.num_blocks) if self._sequences else 0
+        headroom = self.headroom_blocks if self._sequences else 0
+        if self.may_give_up:  # who comes in where the next blocks lack would be given up at once, or others for it
+            headroom = max(headroom, len(self._sequences))
+        headroom = limit_headroom(headroom, self.blocks.device.num_blocks)
         return num_blocks + headroom <= self.blocks.device.num_free_blocks
 
     def add(
@@ -83,11 +94,11 @@ class PreemptiveDecodeScheduler:
         memory = Memory(
             self.blocks.device.num_blocks,
             self.blocks.device.num_free_blocks,
-            self.blocks.num_returning_blocks,
+            self.blocks.num_returning_blocks + sum(self._retired.values()),
             self.blocks.host.num_free_blocks,
             num_wanted_blocks,
         )
-        plan = plan_iteration(order, memory, self.max_num_seqs, self.headroom_blocks)
+        plan = plan_iteration(order, memory, self.max_num_seqs, self.headroom_blocks, may_give_up=self.may_give_up)
         for request_id in plan.run:
             self._grow(request_id)
         self._running = plan.run
@@ -95,6 +106,7 @@ class PreemptiveDecodeScheduler:
             [self._sequences[request_id] for request_id in plan.run],
             [self._swap_out(request_id) for request_id in plan.swap_out],
             [self._swap_in(request_id) for request_id in plan.swap_in],
+            [self._sequences[request_id] for request_id in plan.give_up],
         )
 
     def ran(self, seconds: float, now: float, num_unread_tokens: int = 0) -> None:
@@ -113,9 +125,9 @@ class PreemptiveDecodeScheduler:
         """Ends a sequence on the device that a launched iteration still uses: `remove` it when that has run."""
         if self._footprints[request_id].place != "device":
             raise InternalError(f"request {request_id} cannot be retired: it is not on the device")
-        del self._sequences[request_id], self._footprints[request_id]
+        del self._sequences[request_id]
         self._policy.remove(request_id)
-        self._retired.add(request_id)
+        self._retired[request_id] = self._footprints.pop(request_id).num_blocks
 
     def swap_ended(self, request_id: int) -> bool:
         """The copy's event has completed. True if the sequence was removed meanwhile: now all its blocks are free."""
@@ -132,7 +144,7 @@ class PreemptiveDecodeScheduler:
     def remove(self, request_id: int) -> bool:
         """Ends a sequence. True if its blocks are free now; False if that waits for the end of a copy."""
         if request_id in self._retired:
-            self._retired.remove(request_id)
+            del self._retired[request_id]
             self.blocks.free(Owner("sequence", request_id))
             return True
         del self._sequences[request_id]

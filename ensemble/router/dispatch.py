@@ -23,6 +23,7 @@ from ensemble.request import Request
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.lives import Life, Lives
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.decode_policies import DecodePolicySettings
 from ensemble.scheduling.estimates import OutputEstimate
 from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import Limits, PrefillScheduler
@@ -45,6 +46,8 @@ class Dispatch:
         self._alone: set[int] = set()  # attempt ids
         self.prefixes = PrefixIndex(deployment.block_size) if deployment.prefill.prefix_cache else None
         self.output_estimate = OutputEstimate()
+        self._policy = DecodePolicySettings(deployment.decode.policy)
+        is_optimistic = deployment.decode.admission == "optimistic"
         queue = deployment.scheduler
         self.prefill = PrefillScheduler(
             block_size=deployment.block_size,
@@ -60,7 +63,7 @@ class Dispatch:
         self.admission = DecodeAdmission(
             block_size=deployment.block_size,
             max_num_bridge_seqs=deployment.prefill.max_num_bridge_seqs,
-            expected_kv_tokens=self.output_estimate.num_kv_tokens,
+            expected_kv_tokens=self.output_estimate.num_kv_tokens if is_optimistic else None,
             watermark=deployment.decode.watermark,
         )
 
@@ -68,7 +71,8 @@ class Dispatch:
 
     def replica_up(self, replica: Replica, up: ReplicaUp) -> list[int]:
         """Enters a replica's new life. Returns the attempts in the queue that no known pool could ever hold."""
-        limits = DecodeLimits(up.num_places, up.num_host_blocks)
+        num_host_blocks = up.num_host_blocks if self._policy.fills_host_pool else 0
+        limits = DecodeLimits(up.num_places, num_host_blocks)
         self.admission.replica_up(replica.id, replica.credits, limits, is_open=replica.takes_sequences)
         refused = self.prefill.replica_up(replica.id, replica.credits, self._prompt_limits(replica))
         self._attach(replica)

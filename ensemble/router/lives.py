@@ -2,7 +2,8 @@
 
     queued --> prefill --> bridge --> decode --> answering --> ended        (an only token: prefill --> answering)
        ^          |          |          |
-       +----------+----------+----------+   its replica was lost, or drained: prefilled again, from prompt and outputs
+       +----------+----------+----------+   its replica was lost, or drained, or gave it up: prefilled again,
+                                                from prompt and outputs
 
 The record is the only commit point. A token is taken if it is of the present attempt and at the record's length; what
 is computed again starts from the committed tokens, as an attempt with an id of its own.
@@ -42,7 +43,8 @@ class Timeline:
     kv_transfer_bytes: int = 0
     prefill_replica: int = -1
     decode_replica: int = -1  # -1: ended with its first token
-    num_recoveries: int = 0  # attempts after the first
+    num_recoveries: int = 0  # attempts because of what befell its replicas
+    num_preemptions: int = 0  # attempts because it was given up for others
 
 
 class Output(NamedTuple):
@@ -138,7 +140,6 @@ class Life:
         )
         self.phase = "queued"
         self.prefill_replica = self.decode_replica = self.handoff = None
-        self.client.timeline.num_recoveries += 1
 
 
 class Lives:

@@ -30,6 +30,7 @@ from ensemble.protocol.router_replica import (
     FromStage,
     Joined,
     KVHandoff,
+    Preempted,
     PrefixReport,
     Released,
     RemoveReplica,
@@ -178,9 +179,11 @@ class Router:
                 self.dispatch.admission.released(replica.id, request_ids)
             case Joined():
                 self._joined(event)
+            case Preempted():
+                self._preempted(replica, event, now)
             case SwapReport():
                 replica.num_swapped_seqs = event.num_swapped_seqs
-                self._totals["vllm:num_preemptions_total", ()] += event.num_preemptions
+                self._count_preemptions("swap", event.num_preemptions)
                 self._totals["distserve:swap_bytes_total", (("direction", "out"),)] += event.bytes_out
                 self._totals["distserve:swap_bytes_total", (("direction", "in"),)] += event.bytes_in
             case PrefixReport():
@@ -294,9 +297,29 @@ class Router:
 
     def _recover(self, life: Life, cause: str, now: float) -> None:
         """What was computed is lost, or given up: the request is prefilled again, with what its client has."""
+        self._totals["distserve:recoveries_total", (("cause", cause),)] += 1
+        life.client.timeline.num_recoveries += 1
+        self._begin_again(life, now)
+
+    def _preempted(self, replica: Replica, event: Preempted, now: float) -> None:
+        """The replica has given sequences up for others, and their blocks are free: they are prefilled again."""
+        replica.num_free_blocks = event.num_free_blocks
+        self.dispatch.prefill.released(replica.id, event.request_ids)
+        self.dispatch.admission.released(replica.id, event.request_ids)
+        for attempt_id in event.request_ids:
+            life = self.lives.of_attempt(attempt_id)
+            if life is not None:
+                self._count_preemptions("recompute", 1)
+                life.client.timeline.num_preemptions += 1
+                self._begin_again(life, now)
+
+    def _count_preemptions(self, by: str, number: int) -> None:
+        self._totals["vllm:num_preemptions_total", ()] += number
+        self._totals["distserve:preemptions_total", (("by", by),)] += number
+
+    def _begin_again(self, life: Life, now: float) -> None:
         self._give_up_attempt(life)
         self.lives.begin_again(life, self._new_id())
-        self._totals["distserve:recoveries_total", (("cause", cause),)] += 1
         try:
             self.dispatch.enqueue(life, now, is_again=True)
             limit = self.dispatch.prefill.max_prompt_len

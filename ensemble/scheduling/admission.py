@@ -20,7 +20,7 @@ Cancelled: TypeAlias = Literal["promised", "bridge"] | int
 class _Need(NamedTuple):
     """Blocks of a request in decode."""
 
-    expected: int  # at the length its output is expected to have
+    expected: int  # at the length its output is expected to have, or by reservation may have
     life: int  # at the length where it has to end
 
 
@@ -36,18 +36,17 @@ class DecodeLimits:
     """What a replica takes to decode."""
 
     max_num_seqs: int  # running, waiting and swapped
-    num_host_blocks: int = 0  # 0: nothing is swapped
+    num_host_blocks: int = 0  # of a host pool that is to be filled too
 
 
 @dataclass(slots=True)
 class _Replica:
-    """With a host pool a replica takes what is expected to fit, else only what fits in any case."""
-
     credits: Credits  # shared with PrefillScheduler
     limits: DecodeLimits
     num_reserved_blocks: int
     is_open: bool  # for new sequences
-    lives: dict[int, int] = field(default_factory=dict)  # request_id |-> blocks for its whole life
+    prices: dict[int, int] = field(default_factory=dict)  # request_id |-> blocks that it is taken to need in the end
+    beyond_credit: dict[int, int] = field(default_factory=dict)  # request_id |-> of these, booked in the host pool
 
     @property
     def num_blocks(self) -> int:
@@ -55,15 +54,14 @@ class _Replica:
 
     @property
     def num_free_blocks(self) -> int:
-        return max(0, self.credits.free_blocks - self.num_reserved_blocks)
+        num_free_host_blocks = self.limits.num_host_blocks - sum(self.beyond_credit.values())
+        return max(0, self.credits.free_blocks + num_free_host_blocks - self.num_reserved_blocks)
 
     @property
     def num_free_seqs(self) -> int:
-        return self.limits.max_num_seqs - len(self.lives)
+        return self.limits.max_num_seqs - len(self.prices)
 
     def price(self, need: _Need) -> int:
-        if not self.limits.num_host_blocks:
-            return need.life
         return min(need.expected, self.num_blocks - self.num_reserved_blocks)
 
     def could_ever_hold(self, need: _Need) -> bool:
@@ -75,23 +73,34 @@ class _Replica:
             return False
         if self.price(need) > self.num_free_blocks + num_held_blocks:
             return False
-        if not self.limits.num_host_blocks or not self.lives:
+        if not self.limits.num_host_blocks or not self.prices:
             return True
         # Room for the longest twice over: then whichever sequence lacks a block, another one can be swapped out.
-        longest = max(need.life, *self.lives.values())
-        return sum(self.lives.values()) + need.life + longest <= self.num_blocks + self.limits.num_host_blocks
+        price = self.price(need)
+        longest = max(price, *self.prices.values())
+        return sum(self.prices.values()) + price + longest <= self.num_blocks + self.limits.num_host_blocks
 
     def hold(self, request_id: int, need: _Need) -> None:
-        self.credits.hold(request_id, self.price(need))
-        self.lives[request_id] = need.life
+        price = self.price(need)
+        num_credited_blocks = min(price, self.credits.free_blocks)
+        self.credits.hold(request_id, num_credited_blocks)
+        self.prices[request_id] = price
+        if price > num_credited_blocks:
+            self.beyond_credit[request_id] = price - num_credited_blocks
+
+    def release(self, request_id: int) -> None:
+        self.credits.release(request_id)
+        self.prices.pop(request_id)
+        self.beyond_credit.pop(request_id, None)
 
 
 class DecodeAdmission:
     """Bounds what prefill runs ahead of decode, and binds finished prompts to replicas, in order of arrival.
 
-    Replicas with a host pool are filled by `expected_kv_tokens` (what a request will hold in the end) up to `watermark`
-    below their pool, as far as every sequence can be brought to its end by swapping; others by what requests may hold.
-    A request that is `alone` shares its replica with no other sequence.
+    Replicas are filled by `expected_kv_tokens` (what a request will hold in the end) up to `watermark` below their
+    pools: optimistically, so that sequences may have to be preempted. None: by what requests may hold at most, so that
+    every sequence can be brought to its end, by swapping where the host pool is filled too. A request that is `alone`
+    shares its replica with no other sequence.
     """
 
     def __init__(
@@ -146,7 +155,7 @@ class DecodeAdmission:
         """Takes a replica with empty pools into service."""
         if replica in self._replicas:
             raise InternalError(f"replica {replica} is already up")
-        num_reserved_blocks = int(self.watermark * credits.num_blocks) if limits.num_host_blocks else 0
+        num_reserved_blocks = int(self.watermark * credits.num_blocks) if self._expected_kv_tokens else 0
         self._replicas[replica] = _Replica(credits, limits, num_reserved_blocks, is_open)
         self.set_open(replica, is_open)
 
@@ -161,7 +170,7 @@ class DecodeAdmission:
     def replica_down(self, replica: int) -> None:
         """Forgets a replica, and which sequences are there."""
         gone = self._replicas.pop(replica, None)
-        for request_id in gone.lives if gone is not None else ():
+        for request_id in gone.prices if gone is not None else ():
             del self._replica_of[request_id]
             self._alone.discard(request_id)
         self.unreachable = {pair for pair in self.unreachable if replica not in pair}
@@ -270,8 +279,8 @@ class DecodeAdmission:
         if state is None:
             return
         for request_id in request_ids:
-            if state.lives.pop(request_id, None) is not None:
-                state.credits.release(request_id)
+            if request_id in state.prices:
+                state.release(request_id)
                 del self._replica_of[request_id]
                 self._alone.discard(request_id)
 
@@ -294,9 +303,12 @@ class DecodeAdmission:
         holders: dict[int, int] = {}
         for replica, state in self._replicas.items():
             state.credits.check_integrity()
-            holders.update((request_id, replica) for request_id in state.lives)
-            if not state.lives.keys() <= set(state.credits.request_ids):
+            holders.update((request_id, replica) for request_id in state.prices)
+            if not state.prices.keys() <= set(state.credits.request_ids):
                 raise InternalError(f"replica {replica} decodes what holds no blocks there")
+            for request_id, price in state.prices.items():
+                if state.credits.held(request_id) + state.beyond_credit.get(request_id, 0) != price:
+                    raise InternalError(f"request {request_id} is not booked at replica {replica} as it was priced")
         if holders != self._replica_of:
             raise InternalError("requests in decode and holders of credit differ")
         if not self._bridge.keys() <= self._promised.keys() or self._promised.keys() & holders.keys():
@@ -306,12 +318,12 @@ class DecodeAdmission:
 
     def _need(self, request: Request) -> _Need:
         life = self.blocks_for(request)
-        if self._expected_kv_tokens is None or not any(each.limits.num_host_blocks for each in self._replicas.values()):
+        if self._expected_kv_tokens is None:
             return _Need(life, life)
         return _Need(min(life, -(-self._expected_kv_tokens(request) // self.block_size)), life)
 
     def _fits(self, state: _Replica, request_id: int, need: _Need, num_held_blocks: int = 0) -> bool:
-        if state.lives and (request_id in self._alone or not self._alone.isdisjoint(state.lives)):
+        if state.prices and (request_id in self._alone or not self._alone.isdisjoint(state.prices)):
             return False
         return state.fits(need, num_held_blocks)
 

@@ -26,6 +26,11 @@ class DecodePolicySettings:
     quantum_s: float = 0.01  # of level 0; each level has twice the quantum of the one above
     starvation_s: float = 3.0
 
+    @property
+    def fills_host_pool(self) -> bool:
+        """Whether who comes later may run first: then there is a choice among all that the host pool holds."""
+        return self.name != "fcfs"
+
 
 class DecodePolicy(Protocol):
     def add(self, sequence: Sequence, now: float, priority: int, join_cost_s: float) -> None:

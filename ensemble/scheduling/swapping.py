@@ -7,7 +7,9 @@ decision is data, and keeps these rules:
 - swapping out is proactive: it keeps `headroom` blocks free for the next iterations, and makes room for due sequences
   on the host, at the cost of those that are not due (whole sequences, from the order's end);
 - sequences come back in order, leaving the headroom; those that are not due leave it twice, so that the growth of the
-  batch does not push them out again.
+  batch does not push them out again;
+- where that is allowed, and no swap makes room for a due sequence to grow, or for the first to come back, sequences
+  from the order's end are given up: they have to be computed again.
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ class Memory:
 
     num_blocks: int  # of the device
     num_free_blocks: int
-    num_returning_blocks: int  # free when the swaps under way have ended
+    num_returning_blocks: int  # free when the swaps under way, and the launched iteration, have ended
     num_free_host_blocks: int
     num_wanted_blocks: int = 0  # for sequences that wait to be admitted
 
@@ -47,6 +49,7 @@ class IterationPlan:
     run: list[int]
     swap_out: list[int] = field(default_factory=list)
     swap_in: list[int] = field(default_factory=list)
+    give_up: list[int] = field(default_factory=list)
 
 
 def limit_headroom(headroom: int, num_blocks: int) -> int:
@@ -54,7 +57,9 @@ def limit_headroom(headroom: int, num_blocks: int) -> int:
     return min(headroom, num_blocks // _MAX_HEADROOM)
 
 
-def plan_iteration(order: Sequence[Footprint], memory: Memory, max_num_seqs: int, headroom: int) -> IterationPlan:
+def plan_iteration(
+    order: Sequence[Footprint], memory: Memory, max_num_seqs: int, headroom: int, *, may_give_up: bool = False
+) -> IterationPlan:
     """Decides the next iteration of the sequences in `order`, the one to run first at the front."""
     headroom = limit_headroom(headroom, memory.num_blocks)
     num_due = _num_due(order, memory.num_blocks - headroom, max_num_seqs)
@@ -76,7 +81,16 @@ def plan_iteration(order: Sequence[Footprint], memory: Memory, max_num_seqs: int
         run = [each.request_id for each in batch if each.request_id not in leaving]
         return IterationPlan(run, swap_out=leaving)
     returning = _returning(due, others[:max_num_seqs], num_free_blocks, headroom, is_idle=not batch)
-    return IterationPlan([each.request_id for each in batch], swap_in=[each.request_id for each in returning])
+    swap_in = [each.request_id for each in returning]
+    give_up: list[int] = []
+    if may_give_up:
+        num_needed_blocks = num_lacking_blocks + sum(each.num_blocks for each in returning)
+        if order and order[0].place == "host" and order[0] not in returning:
+            num_needed_blocks += order[0].num_blocks
+        num_missing_blocks = num_needed_blocks - num_free_blocks - memory.num_returning_blocks
+        give_up = [each.request_id for each in _last_on_device(others, num_missing_blocks)]
+    run = [each.request_id for each in batch if each.request_id not in give_up]
+    return IterationPlan(run, swap_in=swap_in, give_up=give_up)
 
 
 def _num_due(order: Sequence[Footprint], num_blocks: int, max_num_seqs: int) -> int:
@@ -114,6 +128,18 @@ def _victims(candidates: Sequence[Footprint], num_missing_blocks: int, num_free_
             num_missing_blocks -= each.num_blocks
             num_free_host_blocks -= each.num_blocks
     return victims
+
+
+def _last_on_device(candidates: Sequence[Footprint], num_missing_blocks: int) -> list[Footprint]:
+    """Sequences from the end up that together free `num_missing_blocks`."""
+    given_up: list[Footprint] = []
+    for each in reversed(candidates):
+        if num_missing_blocks <= 0:
+            break
+        if each.place == "device":
+            given_up.append(each)
+            num_missing_blocks -= each.num_blocks
+    return given_up
 
 
 def _returning(

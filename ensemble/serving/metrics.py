@@ -51,7 +51,11 @@ METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
         "counter",
         "Requests computed again from what their clients had, by cause: death of a replica, drain, unreachable",
     ),
-    "vllm:num_preemptions_total": ("counter", "Sequences swapped out in the midst of decode"),
+    "vllm:num_preemptions_total": ("counter", "Sequences that made room for others in the midst of decode"),
+    "distserve:preemptions_total": (
+        "counter",
+        "The same, by what became of them: swap to the host pool, or recompute from their tokens",
+    ),
     "distserve:swap_bytes_total": ("counter", "KV moved between device and host pools, by direction"),
     "vllm:prefix_cache_queries_total": ("counter", "Prompt tokens looked up in the prefill replicas' prefix caches"),
     "vllm:prefix_cache_hits_total": ("counter", "Prompt tokens found there, and not computed again"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from ensemble.cache import block_copier, swapper
 from ensemble.config import DecodePolicyName, Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError
-from ensemble.protocol.router_replica import CancelRequests, Event
+from ensemble.protocol.router_replica import CancelRequests, Event, Preempted
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
 from ensemble.scheduling.credits import Credits
@@ -39,22 +40,23 @@ def deploy(model: Path, num_blocks: int = NUM_BLOCKS, **decode: Any) -> Deployme
         {
             "model": {"path": model, "dtype": "float64"},
             "prefill": {"devices": ["cpu"], "kv_cache_bytes": 256 * BLOCK_BYTES},
-            "decode": {"devices": ["cpu"], "kv_cache_bytes": num_blocks * BLOCK_BYTES, **decode},
+            "decode": {"devices": ["cpu"], "kv_cache_bytes": num_blocks * BLOCK_BYTES, "admission": "reserved"}
+            | decode,
             "block_size": BLOCK_SIZE,
         }
     )
 
 
-def swapping(model: Path, policy: str = "mlfq") -> Deployment:
-    return deploy(
-        model,
-        policy=policy,
-        quantum_s=0.001,
-        starvation_s=0.05,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_resident_seqs=NUM_REQUESTS,
-        host_kv_bytes=NUM_HOST_BLOCKS * BLOCK_BYTES,
-    )
+def swapping(model: Path, policy: str = "mlfq", **changes: Any) -> Deployment:
+    decode: dict[str, Any] = {
+        "policy": policy,
+        "quantum_s": 0.001,
+        "starvation_s": 0.05,
+        "max_num_seqs": MAX_NUM_SEQS,
+        "max_num_resident_seqs": NUM_REQUESTS,
+        "host_kv_bytes": NUM_HOST_BLOCKS * BLOCK_BYTES,
+    }
+    return deploy(model, **(decode | changes))
 
 
 @pytest.fixture
@@ -112,7 +114,6 @@ def run(
     admission = DecodeAdmission(
         block_size=block_size,
         max_num_bridge_seqs=NUM_REQUESTS,
-        expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 3,
     )
     credits, by_id = Credits(NUM_BLOCKS), {request.request_id: request for request in requests}
     admission.replica_up(0, credits, DecodeLimits(NUM_REQUESTS, pair.decode.loop.num_host_blocks))
@@ -139,6 +140,48 @@ def run(
         pair.prefill.acknowledged()
     assert not pair.decode.loop.has_work
     return events
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
+@pytest.mark.parametrize("num_host_blocks", [0, 8])
+def test_a_storm_of_optimists_says_what_is_said_with_room_for_all(
+    model: Path, make_pair: Callable[[Deployment], Pair], policy: str, num_host_blocks: int, runs_ahead: bool
+) -> None:
+    """As many as fit by their prompts are admitted: they outgrow the pool, and are swapped or computed again."""
+    deployment = swapping(model, policy, admission="optimistic", host_kv_bytes=num_host_blocks * BLOCK_BYTES)
+    pair, requests = make_pair(deployment), make_requests(1.0)
+    origin = {request.request_id: request for request in requests}  # attempt id |-> request
+    said: dict[int, list[int]] = {request.request_id: [] for request in requests}
+    events = pair.prefill.handle(whole_prompts(requests)) + pair.prefill.run()
+    attempts, num_given_up, num_swaps = requests, 0, 0
+    deadline = time.monotonic() + 60
+    while attempts:
+        new = pair.decode.handle(join(events, attempts))
+        attempts = []
+        while pair.decode.loop.has_work or pair.decode.peers.attaching or pair.decode.loop._arrivals.request_ids:
+            new += pair.decode.serve_once()
+            pair.decode.check_integrity()
+            pair.prefill.loop.end_leases(pair.prefill.server.acknowledged())
+            assert time.monotonic() < deadline, "nothing moves any more"
+        for attempt_id, token_ids in tokens_of(events).items():
+            said[origin[attempt_id].request_id] += token_ids
+        for attempt_id, token_ids in tokens_of(new).items():
+            said[origin[attempt_id].request_id] += token_ids
+        given_up = [i for event in new if isinstance(event, Preempted) for i in event.request_ids]
+        for attempt_id in given_up:
+            request = origin[attempt_id]
+            again = msgspec.structs.replace(
+                request, request_id=len(origin), resumed_token_ids=list(said[request.request_id])
+            )
+            origin[again.request_id] = request
+            attempts.append(again)
+        num_given_up += len(given_up)
+        num_swaps += sum(report.num_preemptions for report in swaps_in(new))
+        events = pair.prefill.handle(whole_prompts(attempts)) + pair.prefill.run() if attempts else []
+    assert said == unconstrained(model, make_requests(1.0))
+    assert num_given_up > 0 and (num_swaps > 0) == (num_host_blocks > 0)
+    pair.prefill.loop.end_leases(pair.prefill.server.acknowledged())
+    pair.assert_empty()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -58,6 +58,7 @@ def deploy(model: Path, *, prefix_cache: bool, num_blocks: int = NUM_BLOCKS) -> 
                 "devices": ["cpu", "cpu"],
                 "kv_cache_bytes": num_blocks * BLOCK_BYTES,
                 "host_kv_bytes": NUM_HOST_BLOCKS * BLOCK_BYTES,
+                "admission": "reserved",
                 "policy": "mlfq",
                 "quantum_s": 0.001,
                 "starvation_s": 0.05,
@@ -100,7 +101,6 @@ class Fleet:
         self.admission = DecodeAdmission(
             block_size=BLOCK_SIZE,
             max_num_bridge_seqs=3,
-            expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 6,
         )
         self.credits = [Credits(NUM_BLOCKS) for _ in self.replicas]
         for index, credits in enumerate(self.credits):

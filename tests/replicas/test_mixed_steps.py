@@ -47,7 +47,8 @@ def deploy(model: Path, num_blocks: int, *, prefix_cache: bool = False, **decode
             "mode": "colocated",
             "model": {"path": model, "dtype": "float64"},
             "prefill": {"max_num_batched_tokens": BUDGET, "prefix_cache": prefix_cache},
-            "decode": {"devices": ["cpu"], "kv_cache_bytes": num_blocks * BLOCK_BYTES, **decode},
+            "decode": {"devices": ["cpu"], "kv_cache_bytes": num_blocks * BLOCK_BYTES, "admission": "reserved"}
+            | decode,
             "block_size": BLOCK_SIZE,
         }
     )
@@ -77,7 +78,6 @@ class Colocated:
         self.admission = DecodeAdmission(
             block_size=deployment.block_size,
             max_num_bridge_seqs=1,
-            expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 3,
         )
         self.credits = Credits(self.replica.engine.pool.num_blocks)
         self.prefill.replica_up(0, self.credits, Limits(deployment.num_prompt_tokens_beside, 3, stays=True))

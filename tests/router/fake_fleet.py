@@ -2,7 +2,8 @@
 
 They do what an engine loop does, one step at a time and without a model: token `position` of a request is a function of
 its prompt alone, so that whatever was lost and computed again, every client's answer is known. They fail the test when
-they are sent more than fits, or what they cannot know.
+they are sent what they cannot know, or, where admission reserves, more than fits. Where it is optimistic, what comes
+waits for blocks, sequences grow, and the last one is given up when blocks run out.
 """
 
 from collections import deque
@@ -27,6 +28,7 @@ from ensemble.protocol.router_replica import (
     Join,
     Joined,
     KVHandoff,
+    Preempted,
     Released,
     RemoveReplica,
     ReplicaDown,
@@ -108,6 +110,7 @@ class FakeReplica:
     num_blocks: int
     max_num_seqs: int
     home: str
+    is_optimistic: bool
     blocks: BlockManager = field(init=False)
     inbox: deque[Command] = field(default_factory=deque)
     out: deque[Event] = field(default_factory=deque)
@@ -116,6 +119,7 @@ class FakeReplica:
     leases: dict[int, list[int]] = field(default_factory=dict)
     arrivals: dict[int, Arrival] = field(default_factory=dict)
     running: dict[int, _Running] = field(default_factory=dict)
+    num_given_up: int = 0
 
     def __post_init__(self) -> None:
         self.blocks = BlockManager(self.num_blocks, BLOCK_SIZE)
@@ -160,9 +164,39 @@ class FakeReplica:
 
     def _begin(self, request: Request, stays: bool) -> None:
         assert request.resumed_token_ids == answer(request)[: len(request.resumed_token_ids)]
-        num_tokens = request.max_num_kv_tokens if stays else request.prefill_len
-        self.blocks.allocate(Owner("sequence", request.request_id), self.blocks.blocks_for(max(1, num_tokens)))
         self.prompts[request.request_id] = _Prompt(request, stays)
+        if not self.is_optimistic:
+            assert self._take_blocks(request, request.max_num_kv_tokens if stays else request.prefill_len)
+
+    def _take_blocks(self, request: Request, num_tokens: int) -> bool:
+        """Whether the request has blocks for so many tokens, now or before."""
+        owner = Owner("sequence", request.request_id)
+        num_held_blocks = len(self.blocks.blocks_of(owner)) if owner in self.blocks else 0
+        num_blocks = self.blocks.blocks_for(max(1, num_tokens)) - num_held_blocks
+        if num_blocks > self.blocks.num_free_blocks:
+            return False
+        if not num_held_blocks:
+            self.blocks.allocate(owner, num_blocks)
+        elif num_blocks > 0:
+            self.blocks.extend(owner, num_blocks)
+        return True
+
+    def give_up(self, request_id: int) -> None:
+        """A running sequence makes room: all its tokens are told."""
+        del self.running[request_id]
+        self.blocks.free(Owner("sequence", request_id))
+        self.num_given_up += 1
+        self.out.append(Preempted(request_ids=[request_id], num_free_blocks=self.blocks.num_free_blocks))
+
+    def _grow(self) -> None:
+        """Blocks for the next token of all that run, in order of joining, at the cost of the last."""
+        for request_id, each in list(self.running.items()):
+            num_tokens = each.request.prompt_len + len(each.outputs)
+            while request_id in self.running and not self._take_blocks(each.request, num_tokens):
+                last = next(reversed(self.running))
+                if next(iter(self.running)) == last:
+                    break  # it is the first: what holds the blocks is on its way to an end
+                self.give_up(last)
 
     def _join(self, arrival: Arrival, fleet: "FakeFleet") -> None:
         request = arrival.request
@@ -173,15 +207,19 @@ class FakeReplica:
                 return
             del self.leases[request.request_id]
             self.blocks.free(Owner("transfer", request.request_id))
-            self._run(request, outputs)
+            assert self._run(request, outputs)
         else:
             self.arrivals[request.request_id] = arrival
 
-    def _run(self, request: Request, outputs: list[int]) -> None:
-        owner = Owner("sequence", request.request_id)
-        self.blocks.allocate(owner, self.blocks.blocks_for(request.max_num_kv_tokens))
+    def _run(self, request: Request, outputs: list[int]) -> bool:
+        """False: it has to wait for blocks."""
+        num_tokens = request.prefill_len if self.is_optimistic else request.max_num_kv_tokens
+        if not self._take_blocks(request, num_tokens):
+            assert self.is_optimistic, "more was sent than fits"
+            return False
         self.running[request.request_id] = _Running(request, list(outputs))
         self.out.append(Joined(request_ids=[request.request_id], transfer_s=[0.0], transfer_bytes=[0]))
+        return True
 
     def _cancel(self, request_id: int, fleet: "FakeFleet") -> None:
         if request_id in self.leases:
@@ -192,7 +230,8 @@ class FakeReplica:
         elif request_id in self.prompts or request_id in self.running:
             self.prompts.pop(request_id, None)
             self.running.pop(request_id, None)
-            self.blocks.free(Owner("sequence", request_id))
+            if Owner("sequence", request_id) in self.blocks:
+                self.blocks.free(Owner("sequence", request_id))
             self._released(request_id)
 
     def end_lease(self, request_id: int) -> None:
@@ -206,13 +245,19 @@ class FakeReplica:
     def step(self, fleet: "FakeFleet") -> None:
         """Pulls what has arrived, computes a chunk, and a token for all that run."""
         for request_id, arrival in list(self.arrivals.items()):
+            if not self._run(arrival.request, arrival.output_token_ids):
+                break
             del self.arrivals[request_id]
-            self._run(arrival.request, arrival.output_token_ids)
             fleet.acknowledge(arrival.handoff)
-        tokens: list[_Running] = list(self.running.values())
+        self._grow()
+        tokens = [
+            each
+            for each in self.running.values()
+            if self._take_blocks(each.request, each.request.prompt_len + len(each.outputs))
+        ]
         handoffs: list[KVHandoff] = []
         batch_ids: list[int] = []
-        if self.chunks:
+        if self.chunks and self._has_blocks_for(self.chunks[0][0]):
             request_id, end, batch_id = self.chunks.popleft()
             batch_ids += [] if batch_id is None else [batch_id]
             prompt = self.prompts.get(request_id)
@@ -248,6 +293,10 @@ class FakeReplica:
             self.blocks.free(Owner("sequence", each.request.request_id))
             self._released(each.request.request_id)
 
+    def _has_blocks_for(self, request_id: int) -> bool:
+        prompt = self.prompts.get(request_id)  # None: it was cancelled
+        return prompt is None or not self.is_optimistic or self._take_blocks(prompt.request, prompt.request.prefill_len)
+
     def _lease(self, request: Request) -> KVHandoff:
         request_id = request.request_id
         self.blocks.reassign(Owner("sequence", request_id), Owner("transfer", request_id))
@@ -267,6 +316,7 @@ class FakeFleet:
 
     def __init__(self, deployment: Deployment, num_blocks: int = 12, max_num_seqs: int = 4) -> None:
         self.now = 0.0
+        self._is_optimistic = deployment.decode.admission == "optimistic"
         self._num_blocks, self._max_num_seqs = num_blocks, max_num_seqs
         self._num_ids = 0
         self.replicas: dict[int, FakeReplica] = {}  # that live
@@ -286,7 +336,10 @@ class FakeFleet:
         assert home is not None
         self.waiting.discard(replica_id)
         self.lives[replica_id] = self.lives.get(replica_id, -1) + 1
-        replica = FakeReplica(replica_id, self.lives[replica_id], self._num_blocks, self._max_num_seqs, home.home)
+        life, home_name = self.lives[replica_id], home.home
+        replica = FakeReplica(
+            replica_id, life, self._num_blocks, self._max_num_seqs, home_name, is_optimistic=self._is_optimistic
+        )
         self.replicas[replica_id] = replica
         self.news.append(replica.up())
 

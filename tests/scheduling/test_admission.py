@@ -135,33 +135,24 @@ def test_a_request_no_pool_could_hold_is_refused(make_request):
     admission.check(make_request(0, 100, max_tokens=1))
 
 
-def test_with_a_host_pool_expected_growth_is_admitted(make_request):
-    """4 blocks at full length, 2 expected: twice as many come in, less the watermark, as without a host pool."""
+@pytest.mark.parametrize(
+    ("is_optimistic", "num_host_blocks", "num_admitted"), [(False, 0, 5), (False, 10, 6), (True, 0, 9), (True, 10, 14)]
+)
+def test_expected_growth_is_admitted_and_the_host_pool_filled_too(
+    make_request, is_optimistic, num_host_blocks, num_admitted
+):
+    """4 blocks at full length, 2 expected; a watermark for optimists; with a host pool the longest fits twice."""
     requests = [make_request(request_id, 4, max_tokens=13) for request_id in range(20)]
-    num_admitted = {}
-    for num_host_blocks in (0, 100):
-        admission = DecodeAdmission(
-            block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=lambda request: 8, watermark=0.1
-        )
-        credits = bring_up(admission, 0, 20, 100, num_host_blocks)
-        wait_in_bridge(admission, *requests)
-        submission = admission.next_submission()
-        num_admitted[num_host_blocks] = len(submission.request_ids)
-        admission.check_integrity()
-        admission.released(0, submission.request_ids)
-        assert credits.num_requests == 0
-        assert admission.num_free_blocks == (18 if num_host_blocks else 20)
-    assert num_admitted == {0: 5, 100: 9}
-
-
-def test_a_small_host_pool_slows_admission(make_request):
-    """All that are admitted can be brought to their end: at full length, the longest twice, they fit both pools."""
-    admission = DecodeAdmission(block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=lambda request: 4)
-    bring_up(admission, 0, 20, 100, num_host_blocks=8)
-    for request_id in range(20):
-        request = make_request(request_id, 4, max_tokens=13)
-        wait_in_bridge(admission, request)
-    assert len(admission.next_submission().request_ids) == 6
+    expected = (lambda request: 8) if is_optimistic else None
+    admission = DecodeAdmission(block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=expected, watermark=0.1)
+    credits = bring_up(admission, 0, 20, 100, num_host_blocks)
+    wait_in_bridge(admission, *requests)
+    submission = admission.next_submission()
+    assert len(submission.request_ids) == num_admitted
+    admission.check_integrity()
+    admission.released(0, submission.request_ids)
+    assert credits.num_requests == 0
+    assert admission.num_free_blocks == (18 if is_optimistic else 20) + num_host_blocks
 
 
 def test_a_request_as_large_as_the_pool_runs_alone(make_request):

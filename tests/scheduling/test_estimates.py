@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 from ensemble.scheduling.estimates import OutputEstimate
@@ -15,3 +16,18 @@ def test_what_requests_used_lately_is_expected_of_the_next(make_request):
     for _ in range(500):
         estimate.observe(make_request(0, 10, max_tokens=100), num_output_tokens=100)
     assert estimate.used_share == pytest.approx(1.0, abs=0.01)
+
+
+def test_the_first_requests_count_most(make_request):
+    estimate = OutputEstimate()
+    for _ in range(9):
+        estimate.observe(make_request(0, 10, max_tokens=100), num_output_tokens=10)
+    assert estimate.used_share == pytest.approx(0.19)
+
+
+def test_what_is_computed_again_is_expected_to_go_on(make_request):
+    estimate = OutputEstimate()
+    for _ in range(1000):
+        estimate.observe(make_request(0, 10, max_tokens=100), num_output_tokens=25)
+    request = msgspec.structs.replace(make_request(1, 10, max_tokens=100), resumed_token_ids=[1] * 60)
+    assert estimate.num_kv_tokens(request) == pytest.approx(10 + 60 + 10, abs=1)

@@ -1,11 +1,12 @@
 """Admission, preemption and swapping against a fake engine that really keeps KV: every slot holds (request, position).
 
-A copy moves its data only when it ends, so a block that is reused or read too early shows as wrong KV. Outputs run
-three times as long as admission expects, and still everything that was admitted ends.
+A copy moves its data only when it ends, so a block that is reused or read too early shows as wrong KV. Where admission
+is optimistic it expects no outputs at all, and still everything that was admitted ends.
 """
 
 from collections import deque
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from ensemble.request import Request, SamplingParams, Sequence
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
 from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
-from ensemble.scheduling.swapping import Footprint, Memory, plan_iteration
+from ensemble.scheduling.swapping import Footprint, IterationPlan, Memory, plan_iteration
 
 BLOCK_SIZE = 2
 NUM_BLOCKS = 10
@@ -27,6 +28,7 @@ MAX_NUM_SEQS = 3
 class SwapStorm(RuleBasedStateMachine):
     policy = "mlfq"
     num_host_blocks = 30
+    is_optimistic = False
 
     def __init__(self):
         super().__init__()
@@ -34,7 +36,9 @@ class SwapStorm(RuleBasedStateMachine):
             BlockManager(NUM_BLOCKS, BLOCK_SIZE), BlockManager(self.num_host_blocks, BLOCK_SIZE)
         )
         policy = make_decode_policy(DecodePolicySettings(self.policy, quantum_s=0.01, starvation_s=0.5))
-        self.scheduler = PreemptiveDecodeScheduler(self.blocks, policy, max_num_seqs=MAX_NUM_SEQS, headroom_blocks=2)
+        self.scheduler = PreemptiveDecodeScheduler(
+            self.blocks, policy, max_num_seqs=MAX_NUM_SEQS, headroom_blocks=2, may_give_up=self.is_optimistic
+        )
         self.device = [[None] * BLOCK_SIZE for _ in range(NUM_BLOCKS)]
         self.host = [[None] * BLOCK_SIZE for _ in range(self.num_host_blocks)]
         self.sequences = {}
@@ -45,8 +49,9 @@ class SwapStorm(RuleBasedStateMachine):
         self.admission = DecodeAdmission(
             block_size=BLOCK_SIZE,
             max_num_bridge_seqs=50,
-            expected_kv_tokens=lambda request: request.prompt_len + request.sampling.max_tokens // 3,
+            expected_kv_tokens=(lambda request: request.prefill_len) if self.is_optimistic else None,
         )
+        self.num_given_up = 0
         self.admission.replica_up(0, Credits(NUM_BLOCKS), DecodeLimits(50, self.num_host_blocks))
         self.requests = {}  # request_id |-> waits in the bridge
         self.submitted = deque()  # admitted, waiting for blocks to be pulled into
@@ -83,13 +88,13 @@ class SwapStorm(RuleBasedStateMachine):
             self.submitted.extend(self.requests.pop(request_id) for request_id in submission.request_ids)
         while self.submitted:
             request = self.submitted[0]
-            num_blocks = self.blocks.device.blocks_for(request.prompt_len)
-            if num_blocks > self.blocks.device.num_free_blocks:
+            num_blocks = self.blocks.device.blocks_for(request.prefill_len)
+            if not self.scheduler.has_room_for(num_blocks):
                 return num_blocks
             self.submitted.popleft()
-            sequence = Sequence(request, [1], request.prompt_len)
+            sequence = Sequence(request, [1] * (len(request.resumed_token_ids) + 1), request.prefill_len)
             sequence.block_ids = self.blocks.device.allocate(Owner("sequence", request.request_id), num_blocks)
-            for position in range(request.prompt_len):
+            for position in range(request.prefill_len):
                 self.write(sequence, position)
             self.sequences[request.request_id] = sequence
             self.scheduler.add(sequence, self.now, **self.hints[request.request_id])
@@ -124,11 +129,29 @@ class SwapStorm(RuleBasedStateMachine):
             sequence.num_computed_tokens += 1
             sequence.append(1, frozenset())
         self.scheduler.ran(seconds, self.now)
+        assert self.is_optimistic or not plan.give_up
+        for sequence in plan.give_up:
+            self.compute_again(sequence)
         for sequence in plan.run:
             if sequence.is_finished:
                 assert self.scheduler.remove(sequence.request_id)
                 self.leave(sequence.request_id)
         return plan
+
+    def compute_again(self, sequence):
+        """It goes on from its tokens, one of which is computed with its prompt, as a request of another id."""
+        assert self.scheduler.remove(sequence.request_id)
+        self.leave(sequence.request_id)
+        self.num_given_up += 1
+        if sequence.num_left_tokens > 1:
+            request_id, self.num_requests = self.num_requests, self.num_requests + 1
+            again = msgspec.structs.replace(
+                sequence.request, request_id=request_id, resumed_token_ids=list(sequence.output_token_ids)
+            )
+            self.hints[request_id] = self.hints[sequence.request_id]
+            self.requests[request_id] = again
+            self.admission.promise(again)
+            self.admission.arrive(request_id, source=1)
 
     def leave(self, request_id):
         del self.sequences[request_id]
@@ -168,19 +191,20 @@ class SwapStorm(RuleBasedStateMachine):
             for request_id in sorted(self.copies):
                 self.end(request_id)
             plan = self.run_iteration(0.02, makes_room=False)
-            num_idle = 0 if plan.run or plan.swap_in or plan.swap_out else num_idle + 1
+            num_idle = 0 if plan.run or plan.swap_in or plan.swap_out or plan.give_up else num_idle + 1
             assert num_idle < 2, "nothing can move any more"
             self.books_agree()
         assert self.blocks.device.num_free_blocks == NUM_BLOCKS
         assert self.blocks.host.num_free_blocks == self.num_host_blocks
 
 
-@pytest.mark.parametrize("num_host_blocks", [8, 30])
+@pytest.mark.parametrize(("num_host_blocks", "is_optimistic"), [(8, False), (30, False), (0, True), (8, True)], ids=str)
 @pytest.mark.parametrize("name", ["fcfs", "srpt", "priority", "mlfq", "sj-mlfq"])
-def test_swap_storm(name, num_host_blocks):
-    machine = type("Machine", (SwapStorm,), {"policy": name, "num_host_blocks": num_host_blocks})
+def test_swap_storm(name, num_host_blocks, is_optimistic):
+    changes = {"policy": name, "num_host_blocks": num_host_blocks, "is_optimistic": is_optimistic}
+    machine = type("Machine", (SwapStorm,), changes)
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=30, stateful_step_count=50, deadline=None, derandomize=True)
+        machine, settings=settings(max_examples=20, stateful_step_count=50, deadline=None, derandomize=True)
     )
 
 
@@ -244,3 +268,21 @@ def test_the_headroom_is_used_rather_than_that_nothing_runs():
     assert plan.run == [2]  # the host pool is full: it runs on, until it ends and makes room
     memory = Memory(num_blocks=16, num_free_blocks=16, num_returning_blocks=0, num_free_host_blocks=0)
     assert plan_iteration([on_host(1, 16)], memory, max_num_seqs=2, headroom=2).swap_in == [1]
+
+
+def test_the_last_is_given_up_for_the_first_where_nothing_can_be_swapped():
+    order = [on_device(0, 4, growth=1), on_device(1, 3), on_device(2, 3)]
+    full = Memory(num_blocks=10, num_free_blocks=0, num_returning_blocks=0, num_free_host_blocks=0)
+    assert plan_iteration(order, full, 3, 0, may_give_up=True) == IterationPlan(run=[1], give_up=[2])
+    assert plan_iteration(order, full, 3, 0).give_up == []
+    returning = Memory(num_blocks=10, num_free_blocks=0, num_returning_blocks=1, num_free_host_blocks=0)
+    assert plan_iteration(order, returning, 3, 0, may_give_up=True).give_up == []
+    room_in_host = Memory(num_blocks=10, num_free_blocks=0, num_returning_blocks=0, num_free_host_blocks=3)
+    assert plan_iteration(order, room_in_host, 3, 0, may_give_up=True) == IterationPlan(run=[1], swap_out=[2])
+
+
+def test_the_last_is_given_up_so_that_the_first_comes_back_from_a_full_host_pool():
+    order = [Footprint(0, "host", 4, 0), on_device(1, 5, growth=1), on_device(2, 5)]
+    full = Memory(num_blocks=10, num_free_blocks=0, num_returning_blocks=0, num_free_host_blocks=0)
+    plan = plan_iteration(order, full, 3, 0, may_give_up=True)
+    assert plan.give_up == [2] and plan.run == [] and plan.swap_in == []

@@ -1,4 +1,4 @@
-"""200 requests through the whole server with a decode pool so small that sequences are swapped all the time."""
+"""200 requests through a server whose decode pool is so small that sequences are swapped, or given up, all the time."""
 
 import random
 import string
@@ -91,16 +91,23 @@ def quiet_metrics(server: TritonServer, is_quiet: Callable[[dict[str, float]], b
     return metrics
 
 
-@pytest.mark.parametrize("policy", get_args(DecodePolicyName))
+@pytest.mark.parametrize(
+    ("policy", "num_host_blocks"), [("fcfs", 0), *((policy, 400) for policy in get_args(DecodePolicyName))]
+)
 def test_outputs_are_those_of_an_unconstrained_run_and_both_pools_are_empty_at_the_end(
-    policy: str, requests: list[Request], expected: list[list[int]], tiny_llama: Path, tmp_path: Path
+    policy: str,
+    num_host_blocks: int,
+    requests: list[Request],
+    expected: list[list[int]],
+    tiny_llama: Path,
+    tmp_path: Path,
 ) -> None:
     decode = {
         "policy": policy,
         "quantum_s": 0.02,
         "starvation_s": 0.5,
         "kv_cache_bytes": 24 * BLOCK_BYTES,
-        "host_kv_bytes": 400 * BLOCK_BYTES,
+        "host_kv_bytes": num_host_blocks * BLOCK_BYTES,
         "max_num_seqs": 8,
         "max_num_resident_seqs": NUM_CLIENTS,
     }
@@ -115,4 +122,8 @@ def test_outputs_are_those_of_an_unconstrained_run_and_both_pools_are_empty_at_t
     assert total(metrics, "vllm:num_requests_swapped") == 0
     assert total(metrics, "vllm:num_preemptions_total") > 10
     assert lost_bytes(metrics) == lost
-    assert swapped_bytes(metrics, "in") > 0
+    assert (swapped_bytes(metrics, "in") > 0) == (num_host_blocks > 0)
+    by_what = {by: total(metrics, "distserve:preemptions_total", f'by="{by}"') for by in ("swap", "recompute")}
+    assert sum(by_what.values()) == total(metrics, "vllm:num_preemptions_total")
+    assert by_what["swap" if num_host_blocks else "recompute"] > 10
+    assert total(metrics, "distserve:recoveries_total") == 0
