@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from ensemble.config import Deployment, Role
 from ensemble.engine.engine import Engine, load_engine
@@ -17,6 +18,7 @@ from ensemble.protocol.router_replica import (
     Join,
     Joined,
     KVHandoff,
+    Preempted,
     PrefixReport,
     PromptChunk,
     Released,
@@ -31,12 +33,14 @@ from tests.checkpoints import make_tiny_llama
 from tests.replicas.pair import CPU, Replica, swaps_in, tokens_of
 from tools.offline import generate
 
-BLOCK_SIZE, NUM_BLOCKS, NUM_HOST_BLOCKS, NUM_REQUESTS = 4, 24, 120, 48
+BLOCK_SIZE, NUM_BLOCKS, NUM_HOST_BLOCKS, NUM_REQUESTS = 4, 24, 30, 48
 BLOCK_BYTES = 2 * 2 * 2 * BLOCK_SIZE * 16 * 8  # layers, key and value, KV heads, tokens, head_dim, float64
 ROLES: list[tuple[Role, Role]] = [  # by turns
     ("mixed", "mixed"),
     ("prefill", "decode"),
+    ("decode", "prefill"),
     ("mixed", "prefill"),
+    ("prefill", "decode"),
     ("decode", "mixed"),
     ("decode", "prefill"),
     ("prefill", "mixed"),
@@ -58,7 +62,6 @@ def deploy(model: Path, *, prefix_cache: bool, num_blocks: int = NUM_BLOCKS) -> 
                 "devices": ["cpu", "cpu"],
                 "kv_cache_bytes": num_blocks * BLOCK_BYTES,
                 "host_kv_bytes": NUM_HOST_BLOCKS * BLOCK_BYTES,
-                "admission": "reserved",
                 "policy": "mlfq",
                 "quantum_s": 0.001,
                 "starvation_s": 0.05,
@@ -101,6 +104,7 @@ class Fleet:
         self.admission = DecodeAdmission(
             block_size=BLOCK_SIZE,
             max_num_bridge_seqs=3,
+            expected_kv_tokens=lambda request: request.prefill_len + request.sampling.max_tokens // 6,
         )
         self.credits = [Credits(NUM_BLOCKS) for _ in self.replicas]
         for index, credits in enumerate(self.credits):
@@ -131,10 +135,14 @@ class Fleet:
 
     def dispatch(self) -> None:
         while submission := self.admission.next_submission():
-            tokens = tokens_of(self.events)
+            requests = [self.requests[request_id] for request_id in submission.request_ids]
             arrivals = [
-                Arrival(request=self.requests[i], output_token_ids=tokens[i], handoff=self.handoffs.pop(i))
-                for i in submission.request_ids
+                Arrival(
+                    request=each,
+                    output_token_ids=self.output_of(each),
+                    handoff=self.handoffs.pop(each.request_id),
+                )
+                for each in requests
             ]
             self.take(submission.replica, self.replicas[submission.replica].handle(Join(arrivals=arrivals)))
         while batch := self.prefill.next_batch(0.0, self.may_start):
@@ -170,9 +178,26 @@ class Fleet:
                     if handoff.request_id in self.requests:
                         self.handoffs[handoff.request_id] = handoff
                         self.admission.arrive(handoff.request_id, index)
-            if isinstance(event, Released):
+            if isinstance(event, Released | Preempted):
                 self.prefill.released(index, event.request_ids)
                 self.admission.released(index, event.request_ids)
+            if isinstance(event, Preempted):
+                self.states.add("is given up")
+                for request_id in event.request_ids:
+                    if request_id in self.requests:
+                        self.again(request_id)
+
+    def again(self, request_id: int) -> None:
+        """As the router does: under another id, from the tokens that were told."""
+        request = self.requests.pop(request_id)
+        resumed_token_ids = self.output_of(request)
+        again = replace(request, request_id=request_id + NUM_REQUESTS, resumed_token_ids=resumed_token_ids)
+        self.requests[again.request_id] = again
+        self.prefill.add(again, 0.0)
+
+    def output_of(self, request: Request) -> list[int]:
+        """All that was told, by earlier attempts too."""
+        return request.resumed_token_ids + tokens_of(self.events).get(request.request_id, [])
 
     def states_now(self) -> set[str]:
         return set[str]().union(*map(states_of, self.replicas))
@@ -208,7 +233,8 @@ def test_everything_at_once(
             for index, role in enumerate(ROLES[step // 7 % len(ROLES)]):
                 fleet.set_role(index, role)
         if step % 11 == 10 and fleet.requests:
-            cancelled.add(request_id := rng.choice(sorted(fleet.requests)))
+            request_id = rng.choice(sorted(fleet.requests))
+            cancelled.add(request_id % NUM_REQUESTS)
             fleet.cancel(request_id)
         fleet.step()
         step += 1
@@ -217,7 +243,9 @@ def test_everything_at_once(
     roomy = deploy(model, prefix_cache=False, num_blocks=512)
     done = generate(load_engine(roomy, roomy.decode, CPU), requests)
     expected = {request_id: sequence.output_token_ids for request_id, sequence in done.items()}
-    tokens = tokens_of(fleet.events)
+    tokens: dict[int, list[int]] = {}
+    for attempt_id, some in sorted(tokens_of(fleet.events).items()):
+        tokens.setdefault(attempt_id % NUM_REQUESTS, []).extend(some)
     for request_id, whole in expected.items():
         said = tokens.get(request_id, [])
         assert said == (whole[: len(said)] if request_id in cancelled else whole)
@@ -225,7 +253,7 @@ def test_everything_at_once(
         replica.run()
         replica.assert_empty()
         replica.close()
-    assert fleet.states == {"stays", "hands off", "leases", "arrives", "decodes", "is swapped"}
+    assert fleet.states == {"stays", "hands off", "leases", "arrives", "decodes", "is swapped", "is given up"}
     joined = [event for event in fleet.events if isinstance(event, Joined)]
     assert sum(sum(event.transfer_bytes) for event in joined) > 0
     assert sum(report.num_preemptions for report in swaps_in(fleet.events)) > 0
