@@ -58,21 +58,21 @@ def storm(
     up_since: dict[int, float] = {}
     roles = sorted({row.role for row in list_fleet(server)})
     for index in range(num_faults):
-        role = roles[index % len(roles)]
+        role, num_struck = roles[index % len(roles)], 2 if index % TWO_EVERY == TWO_EVERY - 1 else 1
         deadline = time.monotonic() + UP_TIMEOUT_S
         while True:
             now, fleet = time.monotonic(), list_fleet(server)
             up_since = {row.replica: up_since.get(row.replica, now) for row in fleet if row.state == "up"}
             ripe = [row for row in fleet if up_since.get(row.replica, now) <= now - MIN_LIFE_S]
             first = min((row for row in ripe if row.role == role), key=lambda row: up_since[row.replica], default=None)
-            if first is not None and len(up_since) == len(fleet):
+            if first is not None and len(up_since) == len(fleet) and len(ripe) >= min(num_struck, len(fleet)):
                 break
             if now > deadline:
                 return faults  # their number tells
             time.sleep(0.05)
         time.sleep(rng.uniform(0.0, 0.5))  # a random moment
         others = [row for row in ripe if row.replica != first.replica]
-        struck = [first] if index % TWO_EVERY != TWO_EVERY - 1 or not others else [first, rng.choice(others)]
+        struck = [first, *rng.sample(others, min(num_struck - 1, len(others)))]
         fault = strike(server, struck, is_stop=index % STOP_EVERY == STOP_EVERY - 1, load_s=load_s)
         faults.append(fault)
         for row in struck:
@@ -116,6 +116,7 @@ def storm_rows(
         at_least("faults", len(faults), "faults", num_asked),
         {"name": "replicas killed", "value": sum(len(f.roles) for f in faults) - num_stops, "unit": "replicas"},
         {"name": "replicas stopped", "value": num_stops, "unit": "replicas"},
+        {"name": "faults of two at once", "value": sum(len(f.roles) > 1 for f in faults), "unit": "faults"},
         *verdict_rows(outcomes),
         at_least("recoveries", num_recoveries, "requests", 1),
         *silence_rows(faults, outcomes),
