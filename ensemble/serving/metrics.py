@@ -127,12 +127,21 @@ class Metrics:
                 self._metric(name, ()).observe(seconds)
         for (name, labels), value in totals.items():
             self._metric(name, labels).increment(value)
-        for (name, labels), level in self._read_gauges().items():
+        levels = self._read_gauges()
+        for (name, labels), level in levels.items():
             if METRIC_DESCRIPTIONS[name][0] == "gauge":
                 self._metric(name, labels).set(level)
             else:
                 self._metric(name, labels).increment(level - self._counted.get((name, labels), 0))
                 self._counted[name, labels] = level
+        if levels:  # else the router was too busy to tell
+            self._zero_others(levels)
+
+    def _zero_others(self, levels: Gauges) -> None:
+        """A replica that is no more has nothing. (Deleted gauges stay in the scrape.)"""
+        for (name, labels), metric in self._metrics.items():
+            if METRIC_DESCRIPTIONS[name][0] == "gauge" and (name, labels) not in levels:
+                metric.set(0)
 
     def _metric(self, name: str, labels: Labels) -> Any:
         if (name, labels) not in self._metrics:

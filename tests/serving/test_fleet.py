@@ -66,6 +66,10 @@ def used(answers: list[Answer]) -> set[int]:
     return {int(each[name][0]) for each in last for name in ("prefill_worker", "decode_worker")} - {-1}
 
 
+def of_replica(replica: int, metrics: dict[str, float]) -> list[float]:
+    return [value for name, value in metrics.items() if f'replica="{replica}"' in name]
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -127,6 +131,7 @@ def test_roles_and_drains_change_under_load(tiny_llama: Path, expected: list[lis
             load.join(timeout=120)
         last = run_streams(server.grpc_url, requests(), NUM_CLIENTS)
         wait_until(lambda: blocks_in_use(read_metrics(server.metrics_url)) == 0, 5.0)
+        wait_until(lambda: sum(of_replica(1, read_metrics(server.metrics_url))) == 0, 5.0)
     for answers in [*rounds, last]:
         assert outputs(answers) == expected
     # 0 decodes, 2 decodes, 3 prefills, 1 is gone.

@@ -3,7 +3,6 @@
 import random
 import string
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +19,7 @@ from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 
-NUM_REQUESTS, NUM_CLIENTS = 200, 40
+NUM_REQUESTS, NUM_ENDED_EARLY, NUM_CLIENTS = 200, 80, 40
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 8  # layers, key and value, KV heads, tokens, head_dim, float64
 
 
@@ -69,7 +68,7 @@ def total(metrics: dict[str, float], name: str, label: str = "") -> float:
 def end_early(server: TritonServer) -> None:
     """Outputs that end far before their limit: of those that come next, more are admitted than there is room for."""
     request = {"text_input": "x", "max_tokens": 90, "stop_words": list(string.ascii_letters + " .,")}
-    run_streams(server.grpc_url, [request | {"seed": seed} for seed in range(80)], NUM_CLIENTS)
+    run_streams(server.grpc_url, [request | {"seed": seed} for seed in range(NUM_ENDED_EARLY)], NUM_CLIENTS)
 
 
 def swapped_bytes(metrics: dict[str, float], way: str) -> float:
@@ -81,14 +80,16 @@ def lost_bytes(metrics: dict[str, float]) -> float:
     return swapped_bytes(metrics, "out") - swapped_bytes(metrics, "in")
 
 
-def quiet_metrics(server: TritonServer, is_quiet: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-    """The metrics when they have caught up with the end of all requests, or after five seconds."""
-    deadline = time.monotonic() + 5
-    metrics = read_metrics(server.metrics_url)
-    while not (blocks_in_use(metrics) == 0 and is_quiet(metrics)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+def quiet_metrics(server: TritonServer, num_ended: int) -> dict[str, float]:
+    """The metrics when they have caught up with the end of so many requests, or after ten seconds."""
+    deadline = time.monotonic() + 10
+    while True:
         metrics = read_metrics(server.metrics_url)
-    return metrics
+        has_caught_up = total(metrics, "vllm:request_success_total") == num_ended
+        is_empty = blocks_in_use(metrics) == 0 and total(metrics, "vllm:num_requests_swapped") == 0
+        if (has_caught_up and is_empty) or time.monotonic() > deadline:
+            return metrics
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +115,10 @@ def test_outputs_are_those_of_an_unconstrained_run_and_both_pools_are_empty_at_t
     with TritonServer(deploy(tiny_llama, decode=decode), log_path=tmp_path / "log") as server:
         server.wait_ready(timeout_s=120)
         end_early(server)
-        lost = lost_bytes(quiet_metrics(server, lambda metrics: total(metrics, "vllm:num_requests_swapped") == 0))
+        lost = lost_bytes(quiet_metrics(server, NUM_ENDED_EARLY))
         answers = run_streams(server.grpc_url, [as_inputs(request) for request in requests], NUM_CLIENTS)
         assert [answer.output_ids for answer in answers] == expected
-        metrics = quiet_metrics(server, lambda metrics: lost_bytes(metrics) == lost)
+        metrics = quiet_metrics(server, NUM_ENDED_EARLY + NUM_REQUESTS)
     assert blocks_in_use(metrics) == 0
     assert total(metrics, "vllm:num_requests_swapped") == 0
     assert total(metrics, "vllm:num_preemptions_total") > 10
