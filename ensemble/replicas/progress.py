@@ -6,7 +6,7 @@ Beats can be read while the process that counts them stands still, and cost a st
 import mmap
 import os
 from collections.abc import Hashable, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 SIZE = 64  # bytes: beats, u64; step_s, f64; the rest is free
 SLOW_STEPS = 10  # a step may take that many times what steps took lately
@@ -14,6 +14,18 @@ STEP_DECAY = 0.9  # by step, of a long one's weight
 MAX_LATE_S = 1.0  # a watcher that looks less often has stood still itself
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+class Beats(Protocol):
+    """What is judged."""
+
+    @property
+    def beats(self) -> int:
+        """Counted on as long as the process goes on."""
+
+    @property
+    def step_s(self) -> float:
+        """What a step may well take: the longest of late."""
 
 
 class Progress:
@@ -56,7 +68,7 @@ class HangWatch:
         self._looked_at = float("-inf")
         self._since: dict[Hashable, tuple[int, float]] = {}  # key |-> beats, since when
 
-    def hung(self, progresses: Mapping[Key, Progress], now: float) -> dict[Key, float]:
+    def hung(self, progresses: Mapping[Key, Beats], now: float) -> dict[Key, float]:
         """Key |-> seconds without a beat, of those that have had none for too long. To be asked twice a second.
 
         Who was late itself does not judge: what stopped it may have stopped the others as well.
@@ -72,7 +84,7 @@ class HangWatch:
             if seconds >= max(self._hang_timeout_s, SLOW_STEPS * progresses[key].step_s)
         }
 
-    def _beats_since(self, key: Hashable, progress: Progress, now: float) -> tuple[int, float]:
+    def _beats_since(self, key: Hashable, progress: Beats, now: float) -> tuple[int, float]:
         beats = progress.beats
         seen = self._since.get(key)
         return seen if seen is not None and seen[0] == beats else (beats, now)

@@ -1,9 +1,11 @@
 """The process of a replica: loads its engine, then serves its stage over ZeroMQ until the stage goes away.
 
-    python -m ensemble.replicas.worker HOME REPLICA LIFE DEVICE STAGE_ADDRESS PEER_ADDRESS ALIVE_FD PROGRESS_FD
+    python -m ensemble.replicas.worker HOME REPLICA LIFE RANK DEVICES STAGE_ADDRESS PEER_ADDRESS GROUP_ADDRESS \
+        ALIVE_FD PROGRESS_FD
 
-The deployment file is named by the environment. ALIVE_FD is a pipe that the stage holds open: its end means that the
-stage is gone, whichever way it went, and the worker must not outlive it.
+DEVICES are those of all ranks, by commas. GROUP_ADDRESS is where the ranks meet. The deployment file is named by the
+environment. ALIVE_FD is a pipe that whoever started the worker holds open: its end means that the stage is gone,
+whichever way it went, and the worker must not outlive it.
 
     stage -> worker   [b"command", Command]   [b"reset", life]
     worker -> stage   [b"up", life, ReplicaUp]   [b"failed", life, reason]   [b"event", life, Event]
@@ -34,7 +36,8 @@ MAX_UNSENT = 100_000  # events that the stage has not taken: it hangs
 
 
 def main() -> None:
-    home, replica, life, device_name, stage_address, peer_address, alive_fd, progress_fd = sys.argv[1:]
+    home, replica, life, rank, devices, stage_address, peer_address, _, alive_fd, progress_fd = sys.argv[1:]
+    device_name = devices.split(",")[int(rank)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     threading.Thread(target=_exit_with_the_stage, args=(int(alive_fd),), daemon=True).start()
 

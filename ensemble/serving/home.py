@@ -31,8 +31,9 @@ from ensemble.protocol.router_replica import (
     ToReplica,
     ToStage,
 )
+from ensemble.replicas.launchers.local import LocalLauncher
 from ensemble.replicas.progress import HangWatch
-from ensemble.replicas.supervisor import Supervisor, WorkerProcess
+from ensemble.replicas.supervisor import Supervisor, Worker
 from ensemble.serving.exchange import ParkedEnd, Reply
 from ensemble.threads import start_vital_thread
 
@@ -49,12 +50,11 @@ class Home:
         if name == "decode":  # ids are unique over the fleet
             devices, first = deployment.decode.devices, len(devices)
         self._run_dir = tempfile.TemporaryDirectory(prefix=f"distserve-{name}-")  # mode 0700
-        address = f"ipc://{self._run_dir.name}/stage"
+        launcher = LocalLauncher(Path(self._run_dir.name))
         self._context = zmq.Context()
         self._workers = self._context.socket(zmq.ROUTER)
         self._workers.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._workers.setsockopt(zmq.SNDHWM, MAX_QUEUED_COMMANDS)
-        self._workers.bind(address)
         self._calls: queue.SimpleQueue[tuple[bytes, Reply]] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0)
         self._router = ParkedEnd(name)
@@ -66,7 +66,7 @@ class Home:
         self._started = threading.Event()  # every replica serves, or one cannot
         self._load_failure: str | None = None
         self._closing = False
-        self._supervisor = Supervisor(name, address, Path(self._run_dir.name))
+        self._supervisor = Supervisor(name, launcher.bind(self._workers), launcher)
         for replica, device in enumerate(devices, first):
             self._add(replica, device)
         if not self._loading:  # prefill's, in colocated mode
@@ -110,12 +110,12 @@ class Home:
             workers = self._supervisor.workers
             poller = zmq.Poller()
             poller.register(self._workers, zmq.POLLIN)
-            for fd in [self._wake_fd, *(worker.exit_fd for worker in workers.values())]:
+            for fd in [self._wake_fd, *(worker.processes.exit_fd for worker in workers.values())]:
                 poller.register(fd, zmq.POLLIN)
             ready = dict(poller.poll(self._milliseconds_to_next_deadline()))
             self._receive_from_workers()
             for replica, worker in workers.items():
-                if worker.exit_fd in ready:
+                if worker.processes.exit_fd in ready:
                     self._ended(replica, *self._supervisor.reap(replica))
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
@@ -170,7 +170,7 @@ class Home:
 
     def _add(self, replica: int, device: str) -> None:
         self._loading.add(replica)
-        self._supervisor.add(replica, device)
+        self._supervisor.add(replica, (device,))
 
     def _remove(self, replica: int) -> None:
         if replica in self._supervisor.workers:
@@ -193,7 +193,7 @@ class Home:
         try:
             self._workers.send_multipart([worker.identity, *frames], zmq.NOBLOCK)
         except zmq.Again:
-            self._supervisor.kill(replica, f"worker process {worker.process.pid} took no commands")
+            self._supervisor.kill(replica, f"{worker.name} took no commands")
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:  # its connection has ended; so will the process
                 raise
@@ -217,13 +217,13 @@ class Home:
                 self._supervisor.kill(replica, payload.decode(errors="replace"))
                 self._fail_start(payload.decode(errors="replace"))
 
-    def _came_up(self, replica: int, worker: WorkerProcess, payload: bytes) -> None:
+    def _came_up(self, replica: int, worker: Worker, payload: bytes) -> None:
         try:
             up = _decode_up(payload)
             if (up.replica, up.life) != (replica, worker.life):
                 raise ValueError(f"replica {up.replica}, life {up.life} instead of {replica}, {worker.life}")
         except ValueError as error:
-            self._supervisor.kill(replica, f"worker process {worker.process.pid} came up unreadably: {error}")
+            self._supervisor.kill(replica, f"{worker.name} came up unreadably: {error}")
             return
         self._up[replica] = up
         worker.up_at = worker.up_at or time.monotonic()
@@ -238,12 +238,13 @@ class Home:
         now = time.monotonic()
         self._watch_at = now + WATCH_INTERVAL_S
         progresses = {
-            (replica, worker.process.pid): worker.progress
+            (replica, worker.name, rank): progress
             for replica, worker in self._supervisor.workers.items()
             if worker.up_at is not None and worker.end_reason is None
+            for rank, progress in enumerate(worker.processes.progress)
         }
-        for (replica, pid), seconds in self._watch.hung(progresses, now).items():
-            self._supervisor.kill(replica, f"worker process {pid} made no progress for {seconds:.1f} s")
+        for (replica, name, _), seconds in self._watch.hung(progresses, now).items():
+            self._supervisor.kill(replica, f"{name} made no progress for {seconds:.1f} s")
 
     def _ended(self, replica: int, life: int, reason: str) -> None:
         was_up = self._up.pop(replica, None) is not None

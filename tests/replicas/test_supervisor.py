@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.replicas.progress import Progress
+from ensemble.replicas.launchers.local import LocalLauncher, LocalRanks
 from ensemble.replicas.supervisor import MAX_BACKOFF_S, MAX_DETACH_S, MIN_BACKOFF_S, STABLE_AFTER_S, Supervisor
 
 REPLICA = 3
@@ -22,14 +22,20 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supe
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec sleep 60\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    supervisor = Supervisor("decode", "ipc://stage", tmp_path)
-    supervisor.add(REPLICA, "cpu")
+    supervisor = Supervisor("decode", "ipc://stage", LocalLauncher(tmp_path))
+    supervisor.add(REPLICA, ("cpu",))
     yield supervisor
     supervisor.stop(timeout_s=0)
 
 
+def pid_of(supervisor: Supervisor) -> int:
+    processes = supervisor.workers[REPLICA].processes
+    assert isinstance(processes, LocalRanks)
+    return processes.ranks[0].process.pid
+
+
 def wait_for_end(supervisor: Supervisor) -> tuple[int, str]:
-    assert select.select([supervisor.workers[REPLICA].exit_fd], [], [], 5)[0]
+    assert select.select([supervisor.workers[REPLICA].processes.exit_fd], [], [], 5)[0]
     return supervisor.reap(REPLICA)
 
 
@@ -44,8 +50,9 @@ def die(supervisor: Supervisor, served_s: float | None, monkeypatch: pytest.Monk
     """Kills the worker, which has served so long if it was ever up; returns the delay of the next, and starts it."""
     worker = supervisor.workers[REPLICA]
     worker.up_at = None if served_s is None else time.monotonic() - served_s
-    os.kill(worker.process.pid, signal.SIGKILL)
-    assert wait_for_end(supervisor) == (worker.life, f"worker process {worker.process.pid} ended (killed by signal 9)")
+    pid = pid_of(supervisor)
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for_end(supervisor) == (worker.life, f"worker process {pid} ended (killed by signal 9)")
     delay = supervisor.restart_later(REPLICA)
     start_next(supervisor, monkeypatch)
     return delay
@@ -98,34 +105,11 @@ def test_lives_are_numbered_across_resets_processes_and_removal(
     wait_for_end(supervisor)
     assert supervisor.remove(REPLICA) == 2
     assert REPLICA not in supervisor
-    supervisor.add(REPLICA, "cuda:1")
+    supervisor.add(REPLICA, ("cuda:1",))
     assert supervisor.workers[REPLICA].life == 3
 
 
-def test_how_a_worker_is_called(supervisor: Supervisor, tmp_path: Path) -> None:
-    process = supervisor.workers[REPLICA].process
-    while "sleep" not in Path(f"/proc/{process.pid}/cmdline").read_text():
-        assert process.poll() is None
-    *arguments, alive_fd, progress_fd = (tmp_path / "calls").read_text().split()
-    assert arguments == [
-        *("-m", "ensemble.replicas.worker", "decode", "3", "0", "cpu", "ipc://stage", f"ipc://{tmp_path}/3-0.peer")
-    ]
-    fds = Path(f"/proc/{process.pid}/fd")
-    assert os.readlink(fds / alive_fd).startswith("pipe:")
-    Progress(os.open(fds / progress_fd, os.O_RDWR)).beat()
-    assert supervisor.workers[REPLICA].progress.beats == 1
-
-
-def test_a_stopped_process_can_be_killed_and_the_first_reason_is_told(supervisor: Supervisor) -> None:
-    supervisor.workers[REPLICA].process.send_signal(signal.SIGSTOP)
+def test_the_first_reason_for_a_kill_is_told(supervisor: Supervisor) -> None:
     supervisor.kill(REPLICA, "made no progress")
     supervisor.kill(REPLICA, "was removed")
     assert wait_for_end(supervisor) == (0, "made no progress")
-
-
-def test_what_a_dead_worker_left_in_shared_memory_goes(supervisor: Supervisor) -> None:
-    left = Path(f"/dev/shm/torch_{supervisor.workers[REPLICA].process.pid}_1")
-    left.touch()
-    supervisor.kill(REPLICA, "no progress")
-    wait_for_end(supervisor)
-    assert not left.exists()

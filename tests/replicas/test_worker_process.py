@@ -55,7 +55,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
     socket.bind(f"ipc://{tmp_path}/stage")
     alive, stage_lives = os.pipe()
     addresses = [f"ipc://{tmp_path}/stage", f"ipc://{tmp_path}/peer"]
-    arguments = ["prefill", "0", str(LIFE), "cpu", *addresses, str(alive), str(progress.fd)]
+    arguments = ["prefill", "0", str(LIFE), "0", "cpu", *addresses, "none", str(alive), str(progress.fd)]
     process = subprocess.Popen(
         [sys.executable, "-m", "ensemble.replicas.worker", *arguments],
         pass_fds=[alive, progress.fd],

@@ -16,7 +16,7 @@ from ensemble.replicas.progress import Progress
 
 
 def main() -> None:
-    _, replica, life, device, stage_address, peer_address, alive_fd, progress_fd = sys.argv[1:]
+    _, replica, life, _, device, stage_address, peer_address, _, alive_fd, progress_fd = sys.argv[1:]
     threading.Thread(target=lambda: (os.read(int(alive_fd), 1), os._exit(0)), daemon=True).start()
     stage = zmq.Context().socket(zmq.DEALER)
     stage.identity = f"{replica}:{life}".encode()

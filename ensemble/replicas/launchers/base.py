@@ -1,0 +1,74 @@
+"""How the processes of a replica come to be: a launcher starts its ranks, and tells how they get on.
+
+A replica is a group of ranks, a process each; rank 0 leads and speaks with the stage. They start together, and the end
+of any of them is the end of all.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import zmq
+
+from ensemble.config import StageName
+from ensemble.replicas.progress import Beats
+
+WORKER = ["-m", "ensemble.replicas.worker"]  # what an interpreter runs as a rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStart:
+    """What the ranks of a replica are started with."""
+
+    home: StageName
+    replica: int
+    life: int  # the first of these processes
+    devices: tuple[str, ...]  # of each rank, in the order of ranks
+    stage_address: str
+
+    @property
+    def name(self) -> str:
+        """Which no other processes of the stage have."""
+        return f"{self.replica}-{self.life}"
+
+
+def rank_arguments(start: ReplicaStart, rank: int, peer_address: str, group_address: str) -> list[str]:
+    """Of ensemble.replicas.worker, but for the descriptors at their end.
+
+    peer_address: where other replicas find rank 0. group_address: where the ranks meet, as an `init_method` of torch.
+    """
+    arguments = [start.home, str(start.replica), str(start.life), str(rank), ",".join(start.devices)]
+    return [*arguments, start.stage_address, peer_address, group_address]
+
+
+class RankProcesses(Protocol):
+    """The processes of a replica, from their start to the end of the first of them."""
+
+    @property
+    def exit_fd(self) -> int:
+        """Readable when one has ended, or could not be started."""
+
+    @property
+    def name(self) -> str:
+        """As the operator is told of them: "worker process 4711"."""
+
+    @property
+    def progress(self) -> list[Beats]:
+        """Of each rank."""
+
+    def kill(self) -> None:
+        """Ends all, also those that stand still; `exit_fd` will tell. May be repeated."""
+
+    def collect(self) -> str:
+        """To be called once, when `exit_fd` is readable: ends those that still run. Returns how the first ended."""
+
+
+class Launcher(Protocol):
+    """Not thread-safe."""
+
+    def bind(self, socket: "zmq.Socket[bytes]") -> str:
+        """Binds the stage's socket where workers can reach it; returns the address."""
+
+    def start(self, start: ReplicaStart) -> RankProcesses: ...
+
+    def close(self, timeout_s: float) -> None:
+        """Ends all processes that run; kills those that take longer. May be repeated."""
