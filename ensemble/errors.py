@@ -87,6 +87,20 @@ class StageUnavailable(DistServeError):
         self.stage = stage
 
 
+class TransferError(DistServeError):
+    """A sequence's KV does not come over: from its source to a replica that is to go on with it."""
+
+    code: ErrorCode = "UNAVAILABLE"
+
+
+class PullRefused(TransferError):
+    """A reference to blocks that are not, or not any more, what it takes them for. Others are not concerned."""
+
+
+class LinkBroken(TransferError):
+    """Nothing comes from that replica as things stand: it does not answer in time, or not understandably."""
+
+
 class Cancelled(DistServeError):
     """The client cancelled the request."""
 

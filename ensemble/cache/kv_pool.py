@@ -11,6 +11,7 @@ bounded by /dev/shm, and pages are taken only when first written.
 
 import mmap
 import os
+import secrets
 from dataclasses import dataclass
 from math import prod
 
@@ -61,7 +62,8 @@ class KVPool:
             self.tensor = torch.zeros(shape, dtype=layout.dtype, device=device)
         else:
             num_bytes = num_blocks * layout.block_bytes
-            self._fd = os.memfd_create("distserve-kv-pool")
+            self._name = f"distserve-kv-pool-{secrets.token_hex(8)}"
+            self._fd = os.memfd_create(self._name)
             os.ftruncate(self._fd, num_bytes)
             self.tensor = _map_file(self._fd, num_bytes, layout.dtype).view(shape)
 
@@ -71,7 +73,7 @@ class KVPool:
         if self._fd is None:
             shared: tuple[object, ...] = self.tensor.untyped_storage()._share_cuda_()
             return PoolHandle(kind="cuda_ipc", handle=encode(shared), shape=shape, dtype=dtype)
-        path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        path = f"/proc/{os.getpid()}/fd/{self._fd} {self._name}"
         return PoolHandle(kind="memfd", handle=path.encode(), shape=shape, dtype=dtype)
 
 
@@ -79,7 +81,8 @@ def map_peer_pool(handle: PoolHandle, device: torch.device) -> torch.Tensor:
     """Maps another process's pool; dropping the tensor closes the mapping.
 
     A CUDA IPC handle is opened with `device`, the importer's own, current: a Triton kernel may then read the memory;
-    opened under the exporter's index the kernel refuses the pointer.
+    opened under the exporter's index the kernel refuses the pointer. Raises OSError or RuntimeError if it cannot be
+    mapped here: another host, another IPC namespace, no peer access, or the process has just died.
     """
     dtype = getattr(torch, handle.dtype)
     if handle.kind == "cuda_ipc":
@@ -87,10 +90,15 @@ def map_peer_pool(handle: PoolHandle, device: torch.device) -> torch.Tensor:
         with torch.cuda.device(device):
             storage = torch.UntypedStorage._new_shared_cuda(device.index, *exporter[1:])
             flat = torch.empty(0, dtype=dtype, device=device).set_(storage)
+            flat[:1].clone()  # memory that cannot be reached is found out here
+            torch.cuda.synchronize(device)
         return flat.view(handle.shape)
     num_bytes = prod(handle.shape) * dtype.itemsize
-    fd = os.open(handle.handle, os.O_RDWR)
+    path, _, name = handle.handle.decode().partition(" ")
+    fd = os.open(path, os.O_RDWR)
     try:
+        if name not in os.readlink(f"/proc/self/fd/{fd}") or os.fstat(fd).st_size != num_bytes:
+            raise FileNotFoundError(f"{path} is not {name} of {num_bytes} bytes: it is on another host")
         return _map_file(fd, num_bytes, dtype).view(handle.shape)
     finally:
         os.close(fd)

@@ -1,12 +1,35 @@
-"""Between replicas: the source of KV offers its pool and hears when its blocks are read no more."""
+"""Between replicas, rank to rank: the source of KV offers its pool and hears when its blocks are read no more.
+
+Every message is one frame behind a frame with the token of the deployment, which is empty within one host's private
+directory. A call that cannot be read, or has the wrong token, is answered by Refused, and harms nobody.
+"""
 
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 
+class PoolLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of which model's KV a pool holds, and in what shape.
+
+    A block is [layers, 2, kv_heads, block_size, head_dim].
+    """
+
+    model: str  # fingerprint
+    dtype: str
+    block_size: int  # tokens
+    head_dim: int
+    layers: tuple[int, int]  # the first, and the one after the last
+    kv_heads: tuple[int, ...]  # the model's KV head behind each of the pool's; one may be there more than once
+    num_blocks: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.layers[1] - self.layers[0]
+
+
 class AttachPool(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Asks for the handle of the replica's KV pool; answered by PoolHandle."""
+    """Asks for the rank's offer; answered by PoolOffer."""
 
 
 class PoolHandle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -18,6 +41,21 @@ class PoolHandle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dtype: str
 
 
+class PoolOffer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a rank has for those that read its pool."""
+
+    life: int  # of the replica: what is said of another is not of this pool's blocks
+    rank_addresses: list[str]  # of all ranks of the replica, the leader's first
+    layout: PoolLayout
+    handle: PoolHandle
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The call was not obeyed, and why."""
+
+    reason: str
+
+
 class TransferDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Ends leases: the copies have completed, or were given up before they began."""
 
@@ -25,8 +63,10 @@ class TransferDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 PeerCall: TypeAlias = AttachPool | TransferDone
+PeerAnswer: TypeAlias = PoolOffer | Refused
 
 encode = msgspec.msgpack.Encoder().encode
 decode_peer_call = msgspec.msgpack.Decoder(PeerCall).decode
+decode_peer_answer = msgspec.msgpack.Decoder(PeerAnswer).decode
 decode_pool_handle = msgspec.msgpack.Decoder(PoolHandle).decode
 decode_cuda_ipc = msgspec.msgpack.Decoder(tuple[Any, ...]).decode

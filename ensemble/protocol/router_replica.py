@@ -26,7 +26,8 @@ class KVHandoff(msgspec.Struct, frozen=True, kw_only=True):
     """A prefilled sequence's KV: in the source's blocks until the reader acknowledges, or the router cancels."""
 
     request_id: int
-    source: str  # address of the source replica's peer socket, which is that of one life
+    source: str  # address of the source replica's peer socket
+    life: int = 0  # of the source
     num_kv_tokens: int
     block_ids: list[int]  # in the source's pool
 
@@ -103,8 +104,10 @@ class Joined(_Message, frozen=True, kw_only=True):
     """Sequences whose KV has arrived and that take part from the next step on."""
 
     request_ids: list[int]
-    transfer_s: list[float]
+    transfer_s: list[float]  # of the copies themselves
     transfer_bytes: list[int]
+    waited_s: list[float] = []  # from the arrival to its last byte, less transfer_s
+    transports: list[str] = []  # by which its KV came; empty: it was here
 
 
 class Released(_Message, frozen=True, kw_only=True):
@@ -140,11 +143,17 @@ class PrefixReport(_Message, frozen=True, kw_only=True):
 
 
 class AttachFailed(_Message, frozen=True, kw_only=True):
-    """The pool of the replica at this address cannot be mapped here, and why. What was to come from it is given up."""
+    """The pool of the replica at this address cannot be read here, and why. What was to come from it is given up."""
 
     address: str
     reason: str
     request_ids: list[int]
+
+
+class PullsFailed(_Message, frozen=True, kw_only=True):
+    """Sequences whose KV could not be had, and why: request_id |-> reason. Their blocks here are free."""
+
+    reasons: dict[int, str]
 
 
 class Detached(_Message, frozen=True, kw_only=True):
@@ -153,7 +162,9 @@ class Detached(_Message, frozen=True, kw_only=True):
     address: str
 
 
-Event: TypeAlias = StepDone | Joined | Released | Preempted | SwapReport | PrefixReport | AttachFailed | Detached
+Event: TypeAlias = (
+    StepDone | Joined | Released | Preempted | SwapReport | PrefixReport | AttachFailed | PullsFailed | Detached
+)
 
 
 # ---- items of the channel: commands and events with their replica, and what concerns the stage itself

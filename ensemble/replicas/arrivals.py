@@ -3,15 +3,16 @@
 Whatever comes of one, its source is told exactly once that its blocks are not read any more.
 """
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.protocol.router_replica import Arrival, KVHandoff
 from ensemble.replicas.peers import Peers
 from ensemble.request import Sequence
-from ensemble.transfer.puller import Pull, Puller
+from ensemble.transfer.puller import Pull, Puller, Source
 
 
 @dataclass(slots=True, eq=False)
@@ -20,8 +21,18 @@ class _Arriving:
 
     sequence: Sequence
     handoff: KVHandoff
+    arrived_at: float = field(default_factory=time.monotonic)
     is_copying: bool = False
     is_cancelled: bool = False
+
+
+@dataclass(slots=True)
+class Ended:
+    """What has come of copies since the last look."""
+
+    arrived: list[tuple[Sequence, Pull]] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)  # request ids
+    failed: dict[int, str] = field(default_factory=dict)  # request_id |-> reason
 
 
 class Arrivals:
@@ -32,6 +43,7 @@ class Arrivals:
         self._peers = peers
         self._puller = puller
         self._arriving: dict[int, _Arriving] = {}  # request_id |-> waiting for blocks, or being pulled
+        self._refused: dict[int, str] = {}  # request_id |-> why it is given up without a copy
         self.num_wanted_blocks = 0  # by the arrival that waits for blocks
 
     def __contains__(self, request_id: int) -> bool:
@@ -39,8 +51,8 @@ class Arrivals:
 
     @property
     def num_in_flight(self) -> int:
-        """Copies under way."""
-        return self._puller.num_in_flight
+        """Copies under way, and what has come of others and was not looked at."""
+        return self._puller.num_in_flight + len(self._refused)
 
     @property
     def request_ids(self) -> list[int]:
@@ -55,31 +67,41 @@ class Arrivals:
     def start_pulls(self, has_room_for: Callable[[int], bool]) -> None:
         """Starts the copies whose source pools have been mapped and for which there are blocks, in order of arrival."""
         self.num_wanted_blocks = 0
-        for request_id, arriving in self._arriving.items():
-            pool, handoff = self._peers.pool(arriving.handoff.source), arriving.handoff
-            if arriving.is_copying or pool is None:
+        for request_id, arriving in list(self._arriving.items()):
+            source, handoff = self._peers.source(arriving.handoff.source), arriving.handoff
+            if arriving.is_copying or source is None:
                 continue
             num_blocks = self._blocks.blocks_for(handoff.num_kv_tokens)
+            if reason := _why_not(source, handoff, num_blocks):
+                self._refused[request_id] = reason
+                self.cancel(request_id)
+                continue
             if not has_room_for(num_blocks):
                 self.num_wanted_blocks = num_blocks
                 return
             arriving.is_copying = True
             arriving.sequence.block_ids = self._blocks.allocate(Owner("sequence", request_id), num_blocks)
             target_block_ids = list(arriving.sequence.block_ids)
-            self._puller.start(Pull(request_id, pool, handoff.block_ids[:num_blocks], target_block_ids))
+            self._puller.start(
+                Pull(request_id, source, handoff.block_ids[:num_blocks], target_block_ids, arriving.arrived_at)
+            )
 
-    def completed(self) -> tuple[list[tuple[Sequence, Pull]], list[int]]:
-        """Those that have arrived since the last call, and the request ids whose copies ended after their cancel."""
-        arrived, released = [], []
+    def ended(self) -> Ended:
+        """What has come of copies since the last call. The blocks of those that did not arrive are free."""
+        ended = Ended(failed=self._refused)
+        self._refused = {}
         for pull in self._puller.completed():
             arriving = self._arriving.pop(pull.request_id)
             self._peers.acknowledge(arriving.handoff)
+            if pull.error is None and not arriving.is_cancelled:
+                ended.arrived.append((arriving.sequence, pull))
+                continue
+            self._blocks.free(Owner("sequence", pull.request_id))
             if arriving.is_cancelled:
-                self._blocks.free(Owner("sequence", pull.request_id))
-                released.append(pull.request_id)
+                ended.cancelled.append(pull.request_id)
             else:
-                arrived.append((arriving.sequence, pull))
-        return arrived, released
+                ended.failed[pull.request_id] = str(pull.error)
+        return ended
 
     def cancel(self, request_id: int) -> bool:
         """Ends one. True if that is all; False if its copy reads the source's blocks, and has to end first."""
@@ -97,3 +119,15 @@ class Arrivals:
     def wait(self, timeout_s: float) -> None:
         """Waits until the oldest copy has completed, at most `timeout_s`."""
         self._puller.wait(timeout_s)
+
+
+def _why_not(source: Source, handoff: KVHandoff, num_blocks: int) -> str | None:
+    """Why the hand-off's blocks are not read: it does not speak of what is there."""
+    if handoff.life != source.life:
+        return f"life = {handoff.life}: {source.address} is in life {source.life}"
+    if len(handoff.block_ids) < num_blocks:
+        return f"block_ids: {num_blocks} for {handoff.num_kv_tokens} tokens are wanted, not {len(handoff.block_ids)}"
+    strangers = [block_id for block_id in handoff.block_ids if not 0 <= block_id < source.num_blocks]
+    if strangers:
+        return f"block_ids = {strangers[:8]}: below {source.num_blocks} are wanted"
+    return None

@@ -36,6 +36,7 @@ from ensemble.protocol.router_replica import (
     KVHandoff,
     Preempted,
     PrefixReport,
+    PullsFailed,
     Released,
     RunPrompts,
     StepDone,
@@ -47,6 +48,7 @@ from ensemble.replicas.preemptive_decode import DecodePlan, PreemptiveDecodeSche
 from ensemble.replicas.prompts import Prompts, PromptStep
 from ensemble.request import Sequence
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.transfer.leases import Leases
 from ensemble.transfer.puller import Puller
 
 
@@ -98,12 +100,13 @@ class _Step:
 
 
 class EngineLoop:
-    """`address` names this life of the replica to those that read its pool. Raises ConfigError without a host pool."""
+    """`address` is where others read its pool, `life` which one this is. Raises ConfigError without a host pool."""
 
     def __init__(self, engine: Engine, peers: Peers, settings: LoopSettings, address: str) -> None:
         self.engine = engine
         self.peers = peers
         self.address = address
+        self.life = 0
         layout, pool = engine.pool.layout, engine.pool.tensor
         self.num_host_blocks = settings.host_kv_bytes // layout.block_bytes
         if settings.host_kv_bytes and not self.num_host_blocks:
@@ -114,7 +117,7 @@ class EngineLoop:
         self._prompts = Prompts(self._device_blocks, pool)
         self._settings = settings
         self._arrivals = Arrivals(self._device_blocks, peers, Puller(pool))
-        self._leases: set[int] = set()  # request ids
+        self.leases = Leases()
         self._swapper = Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
         self._scheduler = PreemptiveDecodeScheduler(
             self.blocks,
@@ -153,7 +156,7 @@ class EngineLoop:
     @property
     def is_empty(self) -> bool:
         """Whether no request has anything here."""
-        return not (self.has_work or self._leases or self._running or self._arrivals.request_ids)
+        return not (self.has_work or self.leases or self._running or self._arrivals.request_ids)
 
     def handle(self, command: Command) -> list[Event]:
         match command:
@@ -193,7 +196,7 @@ class EngineLoop:
 
     def end_leases(self, request_ids: list[int]) -> list[Event]:
         """Their readers have their copies; an unknown lease was ended by a cancel before."""
-        ended = [request_id for request_id in request_ids if request_id in self._leases]
+        ended = [request_id for request_id in request_ids if request_id in self.leases]
         for request_id in ended:
             self._end_lease(request_id)
         if ended:
@@ -202,7 +205,7 @@ class EngineLoop:
 
     def cancel_all(self) -> list[Event]:
         """Ends every request. Call `step` until `is_empty`."""
-        request_ids = [*self._prompts.request_ids, *self._running, *self._arrivals.request_ids, *self._leases]
+        request_ids = [*self._prompts.request_ids, *self._running, *self._arrivals.request_ids, *self.leases]
         return self._cancel(request_ids)
 
     def step(self) -> list[Event]:
@@ -281,9 +284,9 @@ class EngineLoop:
     def _adopt(self, arrival: Arrival) -> list[Event]:
         """What was leased goes on here, in the blocks where it is."""
         request_id = arrival.request.request_id
-        if request_id not in self._leases:
+        if request_id not in self.leases:
             return []  # cancelled
-        self._leases.remove(request_id)
+        self.leases.end(request_id)
         owner = Owner("sequence", request_id)
         self._device_blocks.reassign(Owner("transfer", request_id), owner)
         block_ids = list(self._device_blocks.blocks_of(owner))
@@ -292,20 +295,25 @@ class EngineLoop:
         return [Joined(request_ids=[request_id], transfer_s=[0.0], transfer_bytes=[0])]
 
     def _join(self) -> list[Event]:
-        arrived, released = self._arrivals.completed()
-        for sequence, pull in arrived:
+        ended = self._arrivals.ended()
+        for sequence, pull in ended.arrived:
             self._add(sequence, 0, pull.seconds + self._swapper.swap_in_s(len(pull.target_block_ids)))
         events: list[Event] = []
-        if arrived:
-            pulls = [pull for _, pull in arrived]
+        if ended.arrived:
+            pulls = [pull for _, pull in ended.arrived]
             events.append(
                 Joined(
                     request_ids=[pull.request_id for pull in pulls],
                     transfer_s=[pull.seconds for pull in pulls],
                     transfer_bytes=[pull.num_bytes for pull in pulls],
+                    waited_s=[pull.waited_s for pull in pulls],
+                    transports=[pull.source.transport for pull in pulls],
                 )
             )
-        return events + self._released(released)
+        events += self._released([*ended.cancelled, *ended.failed])
+        if ended.failed:
+            events.append(PullsFailed(reasons=ended.failed))
+        return events
 
     def _start_swaps(self, plan: DecodePlan) -> None:
         """Before the planned batch is launched, so that a copy out waits for the steps that wrote its blocks alone."""
@@ -363,16 +371,17 @@ class EngineLoop:
         request_id = sequence.request_id
         self._device_blocks.reassign(Owner("sequence", request_id), Owner("transfer", request_id))
         self._prompts.take(request_id)
-        self._leases.add(request_id)
+        self.leases.grant(request_id, sequence.block_ids)
         return KVHandoff(
             request_id=request_id,
             source=self.address,
+            life=self.life,
             num_kv_tokens=sequence.num_computed_tokens,
             block_ids=sequence.block_ids,
         )
 
     def _end_lease(self, request_id: int) -> None:
-        self._leases.remove(request_id)
+        self.leases.end(request_id)
         self._device_blocks.free(Owner("transfer", request_id))
 
     def _step_done(self, sampled: list[Sequence], handoffs: list[KVHandoff], batch_ids: list[int]) -> StepDone:
@@ -406,7 +415,7 @@ class EngineLoop:
                 self._running[request_id].finish_reason = "cancelled"
                 if self._leave(request_id):
                     released.append(request_id)
-            elif request_id in self._leases:
+            elif request_id in self.leases:
                 self._end_lease(request_id)
                 released.append(request_id)
             elif request_id in self._arrivals and self._arrivals.cancel(request_id):

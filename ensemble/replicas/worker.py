@@ -25,9 +25,10 @@ import zmq
 from ensemble.config import Deployment, StageName
 from ensemble.engine.engine import load_engine
 from ensemble.errors import ConfigError
+from ensemble.models.fingerprint import fingerprint
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
 from ensemble.replicas.loop import EngineLoop, loop_settings
-from ensemble.replicas.peers import Peers, PeerServer
+from ensemble.replicas.peers import Peers, PeerServer, pool_layout
 from ensemble.replicas.progress import Progress
 
 GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
@@ -54,7 +55,9 @@ def main() -> None:
     progress = Progress(int(progress_fd))
     try:
         engine = load_engine(deployment, deployment.stage(stage_name), device, on_layer=progress.beat)
-        loop = EngineLoop(engine, Peers(context, device), loop_settings(deployment, stage_name), peer_address)
+        layout = pool_layout(engine, fingerprint(engine.spec, deployment.model))
+        peers = Peers(context, device, layout)
+        loop = EngineLoop(engine, peers, loop_settings(deployment, stage_name), peer_address)
     except ConfigError as error:
         socket.send_multipart([b"failed", life.encode(), str(error).encode()])
         socket.close()
@@ -70,7 +73,8 @@ def main() -> None:
         pid=os.getpid(),
         peer_address=peer_address,
     )
-    server = PeerServer(context, peer_address, engine.pool)
+    loop.life = int(life)
+    server = PeerServer(context, peer_address, engine.pool, layout, life=int(life))
     Worker(loop, socket, server, progress, up).serve()
 
 
@@ -120,6 +124,8 @@ class Worker:
         while not self.loop.is_empty:
             self.progress.beat()
             self.loop.step()
+        self.loop.peers.close()  # they begin new lives, too
+        self.loop.life = self.server.life = life
         self.up = ReplicaUp(
             **{name: getattr(self.up, name) for name in ReplicaUp.__struct_fields__ if name != "life"}, life=life
         )

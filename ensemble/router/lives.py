@@ -96,6 +96,7 @@ class Life:
     hashes: list[bytes] = field(default_factory=list)  # of the blocks to prefill, where there is a prefix cache
     num_deaths: int = 0  # of replicas that had it, in a row
     num_alone_deaths: int = 0
+    num_failed_pulls: int = 0
     is_alone: bool = False  # suspected of those deaths: it runs with no other beside it
 
     @property

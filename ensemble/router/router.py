@@ -32,6 +32,7 @@ from ensemble.protocol.router_replica import (
     KVHandoff,
     Preempted,
     PrefixReport,
+    PullsFailed,
     Released,
     RemoveReplica,
     ReplicaDown,
@@ -191,6 +192,8 @@ class Router:
                     self.dispatch.prefixes.update(replica.id, event.stored, event.evicted)
                 self._totals["vllm:prefix_cache_queries_total", ()] += event.num_queried_tokens
                 self._totals["vllm:prefix_cache_hits_total", ()] += event.num_hit_tokens
+            case PullsFailed(reasons=reasons):
+                self._pulls_failed(replica, reasons, now)
             case AttachFailed():
                 self._attach_failed(replica, event, now)
             case Detached(address=address):
@@ -361,6 +364,19 @@ class Router:
             elif life is not None:
                 self._recover(life, "unreachable", now)
         self._fail_unreachable(source)
+
+    def _pulls_failed(self, reader: Replica, reasons: dict[int, str], now: float) -> None:
+        """The prompt is computed again, `max_recoveries` times at most."""
+        for attempt_id, reason in reasons.items():
+            print(f"distserve: replica {reader.id} did not get a sequence's KV: {reason}", file=sys.stderr, flush=True)
+            life = self.lives.of_attempt(attempt_id)
+            if life is None:
+                continue
+            life.num_failed_pulls += 1
+            if life.num_failed_pulls > self._deployment.scheduler.max_recoveries:
+                self._fail(life, StageUnavailable("decode", f"the KV does not come: {reason}"))
+            else:
+                self._recover(life, "transfer", now)
 
     def _fail_unreachable(self, source: Replica) -> None:
         """What waits in the bridge with its KV at a replica whose pool no reader can map cannot go on."""

@@ -1,15 +1,17 @@
 """Pulls KV blocks out of peers' pools, beside the engine.
 
-Only when a copy has completed, never when it was merely enqueued, does `completed()` return it: the acknowledgement
-that follows lets the source reuse its blocks.
+Only when all copies of a pull have completed, never when they were merely enqueued, does `completed()` return it: the
+acknowledgement that follows lets the source reuse its blocks.
 """
 
-from collections import deque
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import torch
 
-from ensemble.cache.block_copier import Copy, make_copier, wait_for_any
+from ensemble.cache.block_copier import Copy, Pieces, make_copier, wait_for_any
+from ensemble.errors import TransferError
+from ensemble.transfer.plan import Part, Piece
 
 # Over NVLink the copy engine takes 3.6 us for a call beside its bytes, the time of 1.4 MB: pieces of 16 MiB and more
 # reach the kernel's 0.93 of the rate of one contiguous copy, and larger ones pass it (tools.benchmarks.transfer).
@@ -17,45 +19,78 @@ COPY_ENGINE_RUN_BYTES = 16 << 20
 
 
 @dataclass(slots=True, eq=False)
+class Source:
+    """A replica whose KV this rank reads: how its blocks go into ours, and a way to each rank that has some."""
+
+    pieces: list[Piece]
+    pools: dict[int, torch.Tensor]  # source rank |-> its pool, mapped here
+    address: str = ""
+    life: int = 0
+    num_blocks: int = 0
+
+    @property
+    def transport(self) -> str:
+        return "cuda_ipc"
+
+
+def mapped_source(pool: torch.Tensor) -> Source:
+    """Of one rank with the reader's own layout."""
+    whole = Part(0, pool.shape[1], 0, pool.shape[3])
+    return Source([Piece(0, whole, whole)], {0: pool}, num_blocks=len(pool))
+
+
+@dataclass(slots=True, eq=False)
 class Pull:
     """One hand-off's copy: peer block source_block_ids[i] |-> local block target_block_ids[i]."""
 
     request_id: int
-    source_pool: torch.Tensor  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], a peer's mapping
+    source: Source
     source_block_ids: list[int]
     target_block_ids: list[int]
-    seconds: float = 0.0  # time of the copy itself, set on completion
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.source_block_ids) * self.source_pool[0].nbytes
+    began: float = field(default_factory=time.monotonic)  # when it was asked for
+    # set on completion
+    seconds: float = 0.0  # of the copy itself
+    waited_s: float = 0.0  # from `began` to the end, less `seconds`
+    num_bytes: int = 0
+    error: TransferError | None = None
 
 
 class Puller:
-    """Copies into `pool`, a decode worker's, one pull after the other."""
+    """Copies into `pool`, a reading rank's `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`."""
 
     def __init__(self, pool: torch.Tensor, copy_engine_run_bytes: int = COPY_ENGINE_RUN_BYTES) -> None:
         self._pool = pool
         self._copier = make_copier(pool.device, copy_engine_run_bytes)
-        self._in_flight: deque[tuple[Pull, Copy]] = deque()
+        self._in_flight: list[tuple[Pull, Copy]] = []
 
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
     def start(self, pull: Pull) -> None:
-        copy = self._copier.start(pull.source_pool, self._pool, pull.source_block_ids, pull.target_block_ids)
-        self._in_flight.append((pull, copy))
+        self._in_flight.append((pull, self._start_copy(pull)))
+
+    def _start_copy(self, pull: Pull) -> Copy:
+        source = pull.source
+        mapped: Pieces = [
+            (piece.source.of(source.pools[piece.source_rank]), piece.target.of(self._pool)) for piece in source.pieces
+        ]
+        return self._copier.start_pieces(mapped, pull.source_block_ids, pull.target_block_ids)
 
     def completed(self) -> list[Pull]:
-        """Pulls whose copies have completed since the last call, in the order of their start."""
-        done = []
-        while self._in_flight and self._in_flight[0][1].is_done():
-            pull, copy = self._in_flight.popleft()
-            pull.seconds = copy.seconds()
-            done.append(pull)
-        return done
+        """Pulls whose copies have ended since the last call."""
+        ended = [(pull, copy) for pull, copy in self._in_flight if copy.is_done()]
+        if ended:
+            self._in_flight = [each for each in self._in_flight if each not in ended]
+        for pull, copy in ended:
+            try:
+                pull.seconds = copy.seconds()
+                pull.num_bytes = len(pull.target_block_ids) * self._pool[0].nbytes
+            except TransferError as error:
+                pull.error = error
+            pull.waited_s = max(0.0, time.monotonic() - pull.began - pull.seconds)
+        return [pull for pull, _ in ended]
 
     def wait(self, timeout_s: float) -> None:
-        """Waits until the oldest pull has completed, at most `timeout_s`."""
-        wait_for_any([copy for _, copy in list(self._in_flight)[:1]], timeout_s)
+        """Waits until a pull has completed, at most `timeout_s`."""
+        wait_for_any([copy for _, copy in self._in_flight], timeout_s)

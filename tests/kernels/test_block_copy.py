@@ -26,6 +26,31 @@ def test_a_range_of_layers(device):
     assert torch.equal(target[ids], source[ids, 2:5])
 
 
+@pytest.mark.parametrize("heads", [slice(0, 2), slice(1, 2), slice(2, 5)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_some_heads_of_some_layers_between_pools_of_other_shapes(heads, dtype, device):
+    source = torch.randn(5, 6, 2, 5, 4, 8, device=device).to(dtype)
+    target = torch.zeros(7, 4, 2, 4, 4, 8, dtype=dtype, device=device)
+    expected = target.clone()
+    source_ids, target_ids = torch.tensor([4, 0, 2], device=device), torch.tensor([1, 6, 0], device=device)
+    to_heads = slice(4 - (heads.stop - heads.start), 4)
+    expected[target_ids, 1:4, :, to_heads] = source[source_ids, 2:5, :, heads]
+    copy_blocks(source[:, 2:5, :, heads], target[:, 1:4, :, to_heads], source_ids, target_ids, num_programs=3)
+    assert torch.equal(target, expected)
+
+
+def test_heads_into_whole_blocks_and_out_of_them(device):
+    """A packed buffer on one side."""
+    pool = torch.randn(4, 3, 2, 4, 2, 3, device=device)
+    packed = torch.zeros(2, 3, 2, 2, 2, 3, device=device)
+    ids, places = torch.tensor([3, 1], device=device), torch.tensor([0, 1], device=device)
+    copy_blocks(pool[:, :, :, 1:3], packed, ids, places)
+    assert torch.equal(packed, pool[ids, :, :, 1:3])
+    other = torch.zeros_like(pool)
+    copy_blocks(packed, other[:, :, :, 1:3], places, ids)
+    assert torch.equal(other[ids, :, :, 1:3], packed) and int((other != 0).sum()) == packed.numel()
+
+
 @pytest.mark.gpu
 def test_to_pinned_host_memory_and_back():
     pool = torch.randn(8, 2, 2, 4, 16, 64, device="cuda")

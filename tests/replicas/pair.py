@@ -1,5 +1,6 @@
 """Two replicas in one process, with real engines, sockets between them, and what their events say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import zmq
 
 from ensemble.config import Deployment, StageName
 from ensemble.engine.engine import load_engine
+from ensemble.models.fingerprint import fingerprint
 from ensemble.protocol.router_replica import (
     Arrival,
     Command,
@@ -20,8 +22,9 @@ from ensemble.protocol.router_replica import (
     SwapReport,
 )
 from ensemble.replicas.loop import EngineLoop, loop_settings
-from ensemble.replicas.peers import Peers, PeerServer
+from ensemble.replicas.peers import Peers, PeerServer, _Peer, pool_layout
 from ensemble.request import Request
+from ensemble.transfer.puller import mapped_source
 
 CPU = torch.device("cpu")
 
@@ -33,8 +36,9 @@ class Replica:
         self.engine = load_engine(deployment, deployment.stage(home), device)
         self.address = address
         self.context = zmq.Context()
-        self.server = PeerServer(self.context, address, self.engine.pool)
-        self.peers = Peers(self.context, device)
+        layout = pool_layout(self.engine, fingerprint(self.engine.spec, deployment.model))
+        self.server = PeerServer(self.context, address, self.engine.pool, layout)
+        self.peers = Peers(self.context, device, layout)
         self.loop = EngineLoop(self.engine, self.peers, loop_settings(deployment, home), address)
 
     def handle(self, command: Command) -> list[Event]:
@@ -83,7 +87,8 @@ class Pair:
         self.decode = Replica(deployment, "decode", f"ipc://{run_dir}/decode", device)
         if device.type == "cuda":  # CUDA opens no handle of the process that made it
             for reader, source in ((self.prefill, self.decode), (self.decode, self.prefill)):
-                reader.peers._pools[source.address] = source.engine.pool.tensor
+                mapped = replace(mapped_source(source.engine.pool.tensor), address=source.address)
+                reader.peers._peers[source.address] = _Peer([reader.peers._ask(source.address)], source=mapped)
 
     def close(self) -> None:
         self.prefill.close()

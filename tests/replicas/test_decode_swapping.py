@@ -136,7 +136,7 @@ def run(
         events += new
         step += is_step
         assert time.monotonic() < deadline, "nothing moves any more"
-    while pair.prefill.loop._leases:
+    while pair.prefill.loop.leases:
         pair.prefill.acknowledged()
     assert not pair.decode.loop.has_work
     return events

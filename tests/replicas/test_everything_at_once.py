@@ -268,7 +268,7 @@ def states_of(replica: Replica) -> set[str]:
     states = {
         "stays": True in stays,
         "hands off": False in stays,
-        "leases": bool(loop._leases),
+        "leases": bool(loop.leases),
         "arrives": bool(loop._arrivals.request_ids),
         "decodes": bool(loop._running),
         "is swapped": loop._scheduler.num_swapped_seqs > 0,

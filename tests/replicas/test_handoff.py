@@ -1,14 +1,24 @@
 """Two replicas in one process, with real engines: what a sequence goes through between them."""
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from ensemble.config import Deployment
 from ensemble.engine.engine import Engine, load_engine
-from ensemble.protocol.router_replica import CancelRequests, Joined, PromptChunk, RunPrompts, StepDone
+from ensemble.protocol.router_replica import (
+    CancelRequests,
+    Join,
+    Joined,
+    PromptChunk,
+    PullsFailed,
+    RunPrompts,
+    StepDone,
+)
 from ensemble.request import Request, SamplingParams
 from tests.checkpoints import make_tiny_llama
 from tests.replicas.pair import CPU, Pair, handoffs_of, join, released_in, tokens_of, whole_prompts
@@ -67,7 +77,7 @@ def test_tokens_equal_those_of_one_engine_and_every_block_comes_back(
     decode_events = pair.decode.run()
 
     assert tokens_of(prefill_events + decode_events) == expected
-    while pair.prefill.loop._leases:
+    while pair.prefill.loop.leases:
         prefill_events += pair.prefill.acknowledged()
     assert sorted(released_in(prefill_events)) == [each.request_id for each in requests]
     assert sorted(released_in(decode_events)) == sorted(handoffs)
@@ -218,3 +228,28 @@ def test_an_arrival_that_waits_for_blocks_starts_when_a_lease_ends(deployment: D
         assert len(tokens_of(events)[1]) == 3
     finally:
         pair.close()
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"life": 3}, "life = 3: .* is in life 0"),
+        ({"block_ids": [0, 1, 1 << 40]}, "block_ids = .1099511627776.: below 64 are wanted"),
+        ({"block_ids": [0, -1, 2]}, "block_ids = .-1.: below 64 are wanted"),
+        ({"block_ids": [0]}, "block_ids: 3 for 9 tokens are wanted, not 1"),
+    ],
+)
+def test_a_stale_or_made_up_reference_is_refused_by_name_and_costs_no_block(pair: Pair, lie: dict, reason: str) -> None:
+    true, false = make_long_requests(2)
+    pair.prefill.handle(whole_prompts([true, false]))
+    events = pair.prefill.run()
+    [first, second] = join(events, [true, false]).arrivals
+    pair.decode.handle(Join(arrivals=[first, replace(second, handoff=replace(second.handoff, **lie))]))
+    events += pair.decode.run()
+    assert len(tokens_of(events)[0]) == 40
+    [failed] = [event for event in events if isinstance(event, PullsFailed)]
+    assert failed.reasons.keys() == {1} and re.search(reason, failed.reasons[1])
+    assert sorted(released_in(events)) == [0, 1]
+    while pair.prefill.loop.leases:
+        pair.prefill.acknowledged()
+    pair.assert_empty()

@@ -112,7 +112,7 @@ def test_shared_prefixes_in_chunks_with_cancels(
         going_on = [request for request in requests[first : first + 4] if request.request_id not in cancelled]
         pair.decode.handle(join(events, going_on))
         events += pair.decode.run()
-        while pair.prefill.loop._leases:
+        while pair.prefill.loop.leases:
             events += pair.prefill.acknowledged()
 
     deployment = deploy(model, 512)

@@ -119,7 +119,7 @@ def test_where_it_is_handed_off(pair: Pair, uninterrupted: dict[int, list[int]],
     pair.decode.handle(join(events, requests))
     events += pair.decode.run()
     check_tokens(events, requests, uninterrupted)
-    while pair.prefill.loop._leases:
+    while pair.prefill.loop.leases:
         pair.prefill.acknowledged()
     pair.assert_empty()
 

@@ -29,6 +29,7 @@ from ensemble.protocol.router_replica import (
     Joined,
     KVHandoff,
     Preempted,
+    PullsFailed,
     Released,
     RemoveReplica,
     ReplicaDown,
@@ -120,6 +121,7 @@ class FakeReplica:
     arrivals: dict[int, Arrival] = field(default_factory=dict)
     running: dict[int, _Running] = field(default_factory=dict)
     num_given_up: int = 0
+    num_failing_pulls: int = 0  # of the next ones
 
     def __post_init__(self) -> None:
         self.blocks = BlockManager(self.num_blocks, BLOCK_SIZE)
@@ -245,6 +247,11 @@ class FakeReplica:
     def step(self, fleet: "FakeFleet") -> None:
         """Pulls what has arrived, computes a chunk, and a token for all that run."""
         for request_id, arrival in list(self.arrivals.items()):
+            if self.num_failing_pulls:
+                self.num_failing_pulls -= 1
+                self._cancel(request_id, fleet)
+                self.out.append(PullsFailed(reasons={request_id: "the link is broken"}))
+                continue
             if not self._run(arrival.request, arrival.output_token_ids):
                 break
             del self.arrivals[request_id]

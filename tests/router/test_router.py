@@ -246,6 +246,26 @@ def test_a_pool_that_nobody_can_map_is_an_error_and_no_wait():
     fleet.assert_empty()
 
 
+@pytest.mark.parametrize("num_failing", [1, 3])
+def test_kv_that_does_not_come_is_computed_again(num_failing):
+    fleet = make_fleet(1, 1)
+    fleet.replicas[1].num_failing_pulls = num_failing
+    asked = [fleet.arrive(4, max_tokens=4) for _ in range(2)]
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+    assert sum(client.timeline.num_recoveries for _, client in asked) == num_failing
+    fleet.assert_empty()
+
+
+def test_kv_that_never_comes_is_an_error_that_says_why():
+    fleet = make_fleet(1, 1)
+    fleet.replicas[1].num_failing_pulls = 1000
+    _, client = fleet.arrive(4, max_tokens=8)
+    fleet.run()
+    assert isinstance(client.error, StageUnavailable) and "the link is broken" in str(client.error)
+    fleet.assert_empty()
+
+
 @pytest.mark.parametrize("first_token", ["held", "at_once"])
 def test_the_first_token_waits_for_a_place_in_decode_or_not(first_token):
     fleet = make_fleet(1, 1, scheduler={"first_token": first_token})

@@ -24,7 +24,7 @@ import typer
 
 from ensemble.cache.kv_pool import KVLayout, map_peer_pool
 from ensemble.protocol.replica_replica import decode_pool_handle
-from ensemble.transfer.puller import Pull, Puller
+from ensemble.transfer.puller import Pull, Puller, mapped_source
 from tools.benchmarks.results import report
 from tools.benchmarks.steps_beside import PROMPT_LEN, make_bench, step_rows
 
@@ -87,7 +87,7 @@ def rate_rows(name: str, layout: KVLayout, remote: torch.Tensor) -> Iterator[dic
             for lie, (source_ids, target_ids) in ids.items():
                 local.zero_()
                 torch.cuda.synchronize(device)
-                times[lie] += seconds_of_pulls(puller, Pull(0, remote, source_ids, target_ids))
+                times[lie] += seconds_of_pulls(puller, Pull(0, mapped_source(remote), source_ids, target_ids))
                 if not torch.equal(local[target_ids], remote[source_ids].clone()):
                     raise RuntimeError(f"{name}: pulled blocks differ from their source")
         moved = count * layout.block_bytes
@@ -143,7 +143,7 @@ class PullChurn:
         while self._puller.num_in_flight < 3:
             source_ids = random.sample(range(len(self._remote)), self._pull_blocks)
             target_ids = random.sample(self._block_ids, self._pull_blocks)
-            self._puller.start(Pull(0, self._remote, source_ids, target_ids))
+            self._puller.start(Pull(0, mapped_source(self._remote), source_ids, target_ids))
 
     def end(self) -> None:
         while self._puller.num_in_flight:

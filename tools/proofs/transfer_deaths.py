@@ -24,7 +24,7 @@ import typer
 
 from ensemble.cache.kv_pool import KVLayout, KVPool, map_peer_pool
 from ensemble.protocol.replica_replica import decode_pool_handle, encode
-from ensemble.transfer.puller import Pull, Puller
+from ensemble.transfer.puller import Pull, Puller, mapped_source
 from tools.benchmarks.results import at_most, exactly, report
 
 LAYOUT = KVLayout(num_layers=8, num_kv_heads=8, block_size=64, head_dim=128, dtype=torch.float16)
@@ -169,7 +169,7 @@ def import_(device: torch.device, source: torch.device, handle: str) -> None:
         num_gaps += num_completed > 0 and puller.num_in_flight == 0
         while puller.num_in_flight < NUM_AHEAD:
             block_ids = next(orders)
-            puller.start(Pull(0, peer, block_ids, block_ids))
+            puller.start(Pull(0, mapped_source(peer), block_ids, block_ids))
         puller.wait(ANSWER_S)
         num_completed += len(puller.completed())
         if select.select([sys.stdin], [], [], 0)[0]:
