@@ -16,6 +16,7 @@ from typing import TypeAlias
 import msgspec
 
 from ensemble.request import FinishReason, Request, TokenLogProbs
+from ensemble.scheduling.estimator import TimedStep
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -98,6 +99,7 @@ class StepDone(_Message, frozen=True, kw_only=True):
     handoffs: list[KVHandoff]  # of finished prompts that go on elsewhere
     batch_ids: list[int]  # of RunPrompts that have run to their ends
     num_free_blocks: int  # by the replica's own count
+    timed: TimedStep | None = None  # None: there was no step
 
 
 class Joined(_Message, frozen=True, kw_only=True):
@@ -211,6 +213,7 @@ class ReplicaUp(_Message, frozen=True, kw_only=True):
     num_places: int  # sequences that it takes to decode: running, waiting and swapped
     pid: int
     peer_address: str  # where others attach its pool
+    timed: list[TimedStep] = []  # steps that it ran before it was up
 
 
 class ReplicaDown(_Message, frozen=True, kw_only=True):

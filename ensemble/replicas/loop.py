@@ -48,6 +48,7 @@ from ensemble.replicas.preemptive_decode import DecodePlan, PreemptiveDecodeSche
 from ensemble.replicas.prompts import Prompts, PromptStep
 from ensemble.request import Sequence
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.scheduling.estimator import StepEstimator, StepShape, TimedStep
 from ensemble.transfer.leases import Leases
 from ensemble.transfer.puller import Puller
 
@@ -88,6 +89,8 @@ class _Step:
 
     launched: Launched
     prompts: PromptStep
+    shape: StepShape
+    began: float
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -136,6 +139,8 @@ class EngineLoop:
         self._num_preemptions = 0
         self._swap_bytes = {"out": 0, "in": 0}
         self._reported_prefix_tokens = (0, 0)  # asked of the cache, and found
+        self.estimator = StepEstimator()
+        self._committed_at = 0.0  # the last step
 
     @property
     def num_free_blocks(self) -> int:
@@ -227,7 +232,11 @@ class EngineLoop:
         events += self._give_up(plan.give_up)
         step = None
         if prompts.rows or plan.run:
-            step = _Step(self.engine.launch(Batch(prompts.rows, plan.run)), prompts)
+            shape = StepShape.of(
+                [(row.start, row.length) for row in prompts.rows], [sequence.num_tokens for sequence in plan.run]
+            )
+            began = time.monotonic()
+            step = _Step(self.engine.launch(Batch(prompts.rows, plan.run)), prompts, shape, began)
         elif prompts.batch_ids:  # all their prompts were cancelled
             events.append(self._step_done([], [], prompts.batch_ids))
         if self.engine.runs_ahead:
@@ -350,6 +359,11 @@ class EngineLoop:
 
     def _commit(self, step: _Step) -> list[Event]:
         sampled = self.engine.commit(step.launched)
+        now = time.monotonic()
+        # Steps that follow one another take what lies between their ends: the host's part of the next is hidden.
+        timed = TimedStep(step.shape, now - max(step.began, self._committed_at))
+        self._committed_at = now
+        self.estimator.observe(timed.shape, timed.seconds)
         if self.cache is not None:
             for row in step.launched.batch.prefills:
                 if (owner := Owner("sequence", row.sequence.request_id)) in self.cache:
@@ -360,7 +374,7 @@ class EngineLoop:
         given_up = [each.request_id for each in step.sequences if each.request_id in self._given_up]
         preempted = self._preempted([request_id for request_id in given_up if self._leave(request_id)])
         handoffs = [self._lease(each) for each in step.finished_prompts if self._goes_on_elsewhere(each)]
-        return [self._step_done(sampled, handoffs, step.prompts.batch_ids), *released, *preempted]
+        return [self._step_done(sampled, handoffs, step.prompts.batch_ids, timed), *released, *preempted]
 
     def _goes_on_elsewhere(self, sequence: Sequence) -> bool:
         request_id = sequence.request_id
@@ -384,7 +398,13 @@ class EngineLoop:
         self.leases.end(request_id)
         self._device_blocks.free(Owner("transfer", request_id))
 
-    def _step_done(self, sampled: list[Sequence], handoffs: list[KVHandoff], batch_ids: list[int]) -> StepDone:
+    def _step_done(
+        self,
+        sampled: list[Sequence],
+        handoffs: list[KVHandoff],
+        batch_ids: list[int],
+        timed: TimedStep | None = None,
+    ) -> StepDone:
         return StepDone(
             request_ids=[sequence.request_id for sequence in sampled],
             positions=[len(sequence.output_token_ids) - 1 for sequence in sampled],
@@ -394,6 +414,7 @@ class EngineLoop:
             handoffs=handoffs,
             batch_ids=batch_ids,
             num_free_blocks=self.num_free_blocks,
+            timed=timed,
         )
 
     def _retire_those_at_their_end(self) -> None:

@@ -24,6 +24,7 @@ import zmq
 
 from ensemble.config import Deployment, StageName
 from ensemble.engine.engine import load_engine
+from ensemble.engine.timing import time_steps
 from ensemble.errors import ConfigError
 from ensemble.models.fingerprint import fingerprint
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
@@ -63,6 +64,11 @@ def main() -> None:
         socket.close()
         context.term()  # returns when the message is out
         sys.exit(1)
+    max_model_len = deployment.model.limit_model_len(engine.spec.max_model_len)
+    max_num_seqs = deployment.stage(stage_name).max_num_seqs
+    timed = time_steps(engine, deployment.prefill.max_num_batched_tokens, max_num_seqs, max_model_len)
+    for step in timed:
+        loop.estimator.observe(step.shape, step.seconds)
     up = ReplicaUp(
         replica=int(replica),
         life=int(life),
@@ -72,6 +78,7 @@ def main() -> None:
         num_places=deployment.num_places(stage_name),
         pid=os.getpid(),
         peer_address=peer_address,
+        timed=timed,
     )
     loop.life = int(life)
     server = PeerServer(context, peer_address, engine.pool, layout, life=int(life))

@@ -12,6 +12,7 @@ from typing import Literal
 from ensemble.config import Role, StageName
 from ensemble.protocol.router_replica import ReplicaUp
 from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.estimator import HandoffEstimator, StepEstimator
 
 State = Literal["loading", "up", "draining", "leaving", "down"]
 
@@ -33,6 +34,8 @@ class Replica:
     drain_until: float | None = None  # then what is there goes on elsewhere; by time.monotonic()
     is_leaving: bool = False  # it is removed when it is drained
     down_reason: str = ""
+    estimator: StepEstimator = field(default_factory=StepEstimator)  # of all its lives: they have one device
+    handoffs: HandoffEstimator = field(default_factory=HandoffEstimator)  # to it
 
     @property
     def is_up(self) -> bool:
@@ -94,6 +97,8 @@ class Fleet:
         replica.state, replica.life, replica.peer_address = "up", event.life, event.peer_address
         replica.credits, replica.num_free_blocks = Credits(event.num_blocks), event.num_blocks
         replica.num_swapped_seqs, replica.down_reason = 0, ""
+        for step in event.timed:
+            replica.estimator.observe(step.shape, step.seconds)
         return replica
 
     def down(self, replica_id: int, life: int, reason: str) -> Replica | None:

@@ -201,6 +201,8 @@ class Router:
 
     def _step_done(self, replica: Replica, step: StepDone) -> None:
         replica.num_free_blocks = step.num_free_blocks
+        if step.timed is not None:
+            replica.estimator.observe(step.timed.shape, step.timed.seconds)
         for batch_id in step.batch_ids:
             self.dispatch.prefill.batch_done(replica.id, batch_id)
         handed_off = {handoff.request_id for handoff in step.handoffs}
@@ -251,6 +253,8 @@ class Router:
                 timeline = life.client.timeline
                 timeline.decode_joined_ns = time_ns
                 timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
+                if num_bytes and (reader := self.fleet.get(timeline.decode_replica)) is not None:
+                    reader.handoffs.observe(num_bytes, (time_ns - timeline.decode_submitted_ns) / 1e9)
                 life.deliver()
 
     def _replica_up(self, up: ReplicaUp, now: float) -> None:

@@ -168,6 +168,16 @@ def test_prompts_join_running_sequences(model: Path, address: str, batching: str
     has_prompts = [batch for batch in colocated.batches if batch.prefills]
     assert all(sum(row.length for row in batch.prefills) <= BUDGET for batch in has_prompts)
     assert any(batch.decodes for batch in has_prompts) == (batching == "mixed")
+    timed = [event.timed for event in events if isinstance(event, StepDone) and event.timed is not None]
+    assert [each.shape.num_rows for each in timed] == [len(batch.decodes) for batch in colocated.batches]
+    assert [(each.shape.num_prompt_tokens, each.shape.num_prompt_keys) for each in timed] == [
+        (
+            sum(row.length for row in batch.prefills),
+            sum(p + 1 for row in batch.prefills for p in range(row.start, row.end)),
+        )
+        for batch in colocated.batches
+    ]
+    assert all(each.seconds > 0 for each in timed)
 
 
 def test_prompts_of_several_small_batches_share_a_step(model: Path, address: str, runs_ahead: bool) -> None:

@@ -1,0 +1,221 @@
+"""How long a step, and a hand-off, will take: by what they took before.
+
+    step      base + per_token * max(0, tokens - knee) + per_prompt_key * prompt_keys
+              + per_row * rows + per_row_key * row_keys
+              (reading the weights takes as long as the products of `knee` tokens, which it hides)
+    hand-off  base + per_byte * bytes
+
+No coefficient is negative, so what is predicted never falls when there is more to do. Samples are kept by what kind of
+step they are of, a few of the newest each: steps that are rare are not forgotten for those that come a hundred times a
+second, and of each kind the median counts, so that a step which something else held up moves nothing.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import product
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+KNEES = (0, 16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens
+_MAX_KINDS = 256
+_SAMPLES_OF_A_KIND = 7
+_MAX_FIT_INTERVAL = 64  # samples; from 1 on it doubles
+_NEW_KIND_INTERVAL = 8
+_FADE = 0.7  # of what a kind's samples have counted, at each fit
+_LEAST_S = 1e-6
+_KNEE_GAIN = 0.9  # of the squared error: a knee has to be worth its parameter
+_Array = npt.NDArray[np.float64]
+
+
+class StepShape(msgspec.Struct, frozen=True, array_like=True):
+    """What a step computes, as far as its time depends on it."""
+
+    num_prompt_tokens: int = 0
+    num_prompt_keys: int = 0  # that those tokens attend to, each token's counted
+    num_rows: int = 0  # sequences that decode
+    num_row_keys: int = 0  # tokens of their KV
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_rows
+
+    def with_chunk(self, start: int, length: int) -> "StepShape":
+        """The same step with positions [start, start + length) of another prompt."""
+        num_keys = self.num_prompt_keys + prompt_keys(start, length)
+        return StepShape(self.num_prompt_tokens + length, num_keys, self.num_rows, self.num_row_keys)
+
+    @classmethod
+    def of(cls, chunks: Iterable[tuple[int, int]], context_lens: Iterable[int]) -> "StepShape":
+        """`chunks`: (start, length) of prompts' parts; `context_lens`: tokens of each sequence that decodes."""
+        chunks, lens = list(chunks), list(context_lens)
+        num_keys = sum(prompt_keys(start, length) for start, length in chunks)
+        return cls(sum(length for _, length in chunks), num_keys, len(lens), sum(lens))
+
+
+class TimedStep(msgspec.Struct, frozen=True, array_like=True):
+    """A step that has run."""
+
+    shape: StepShape
+    seconds: float
+
+
+NO_STEP = StepShape()
+
+
+def prompt_keys(start: int, length: int) -> int:
+    """Keys that the tokens at [start, start + length) attend to: position p to p + 1 of them."""
+    return length * start + length * (length + 1) // 2
+
+
+class StepEstimator:
+    """Seconds of a replica's steps. Before any sample it predicts 0."""
+
+    def __init__(self) -> None:
+        self._samples = _Samples()
+        self._knee = 0
+        self._coefficients = [0.0] * 5
+
+    @property
+    def has_samples(self) -> bool:
+        return self._samples.num_samples > 0
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Seconds by each term, and the knee in tokens."""
+        names = ("base", "per_token", "per_prompt_key", "per_row", "per_row_key")
+        return {**dict(zip(names, self._coefficients, strict=True)), "knee": float(self._knee)}
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """A step has run. What took no time is no sample."""
+        if seconds > 0 and shape.num_tokens:
+            kind = (shape.num_prompt_tokens, shape.num_prompt_keys, shape.num_rows, shape.num_row_keys)
+            if self._samples.add(kind, seconds):
+                self._fit()
+
+    def seconds(self, shape: StepShape) -> float:
+        if not self.has_samples:
+            return 0.0
+        base, per_token, per_prompt_key, per_row, per_row_key = self._coefficients
+        seconds = base + per_token * max(0, shape.num_tokens - self._knee) + per_prompt_key * shape.num_prompt_keys
+        return max(_LEAST_S, seconds + per_row * shape.num_rows + per_row_key * shape.num_row_keys)
+
+    def seconds_of_prompt(self, start: int, end: int, chunk_len: int, beside: StepShape = NO_STEP) -> float:
+        """Of all steps that compute positions [start, end), in chunks of at most `chunk_len`, beside the same rest."""
+        seconds = 0.0
+        while start < end:
+            length = min(chunk_len, end - start)
+            num_whole = (end - start) // length
+            # What a step takes grows evenly with where its chunk starts: the mean of the first and the last is of all.
+            first = self.seconds(beside.with_chunk(start, length))
+            last = self.seconds(beside.with_chunk(start + (num_whole - 1) * length, length))
+            seconds += num_whole * (first + last) / 2
+            start += num_whole * length
+        return seconds
+
+    def max_chunk_len(self, limit_s: float, beside: StepShape, start: int, max_len: int) -> int:
+        """The most tokens of a prompt, from `start` on, with which the step takes no longer than `limit_s`; 0: none."""
+        fits, too_long = 0, max_len + 1
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self.seconds(beside.with_chunk(start, middle)) <= limit_s:
+                fits = middle
+            else:
+                too_long = middle
+        return fits
+
+    def _fit(self) -> None:
+        kinds, seconds, weights = self._samples.medians()
+        tokens = kinds[:, 0] + kinds[:, 2]
+        least_error = np.inf
+        for knee in KNEES:
+            terms = [np.ones(len(kinds)), np.maximum(0, tokens - knee), kinds[:, 1], kinds[:, 2], kinds[:, 3]]
+            coefficients, error = fit_non_negative(np.stack(terms, axis=1), seconds, weights)
+            error *= 1 if knee else _KNEE_GAIN
+            if error < least_error:
+                least_error, self._knee, self._coefficients = error, knee, coefficients
+
+
+class HandoffEstimator:
+    """Seconds from the submission of a hand-off to the sequence's joining. Before any sample it predicts 0."""
+
+    def __init__(self) -> None:
+        self._samples = _Samples()
+        self._coefficients = [0.0, 0.0]
+
+    def observe(self, num_bytes: int, seconds: float) -> None:
+        if seconds > 0 and self._samples.add((num_bytes,), seconds):
+            kinds, medians, weights = self._samples.medians()
+            terms = np.stack([np.ones(len(kinds)), kinds[:, 0]], axis=1)
+            self._coefficients, _ = fit_non_negative(terms, medians, weights)
+
+    def seconds(self, num_bytes: int) -> float:
+        base, per_byte = self._coefficients
+        return base + per_byte * num_bytes
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Samples that are alike: each number of theirs has the same power of two."""
+
+    newest: deque[tuple[float, tuple[int, ...]]] = field(default_factory=lambda: deque(maxlen=_SAMPLES_OF_A_KIND))
+    weight: float = 1.0
+
+
+class _Samples:
+    """The newest samples of each kind. The kind that has not been seen for longest goes first."""
+
+    def __init__(self) -> None:
+        self._kinds: OrderedDict[tuple[int, ...], _Kind] = OrderedDict()
+        self.num_samples = 0
+        self._interval = 1
+        self._num_since_fit = 0
+
+    def add(self, numbers: tuple[int, ...], seconds: float) -> bool:
+        """Returns whether it is time to fit again: after more and more samples, and soon after one of a new kind."""
+        key = tuple(number.bit_length() for number in numbers)
+        is_new = key not in self._kinds
+        kind = self._kinds.setdefault(key, _Kind())
+        self._kinds.move_to_end(key)
+        kind.newest.append((seconds, numbers))
+        kind.weight += 1
+        if len(self._kinds) > _MAX_KINDS:
+            self._kinds.popitem(last=False)
+        self.num_samples += 1
+        self._num_since_fit += 1
+        if self._num_since_fit < (min(self._interval, _NEW_KIND_INTERVAL) if is_new else self._interval):
+            return False
+        self._interval = min(2 * self._interval, _MAX_FIT_INTERVAL)
+        self._num_since_fit = 0
+        return True
+
+    def medians(self) -> tuple[_Array, _Array, _Array]:
+        """Of each kind the sample of median seconds: its numbers [kinds, numbers], its seconds, and its weight."""
+        middle = [sorted(kind.newest)[(len(kind.newest) - 1) // 2] for kind in self._kinds.values()]
+        weights = [kind.weight for kind in self._kinds.values()]
+        for kind in self._kinds.values():
+            kind.weight = max(1.0, _FADE * kind.weight)
+        return np.array([numbers for _, numbers in middle], float), np.array([s for s, _ in middle]), np.array(weights)
+
+
+def fit_non_negative(terms: _Array, seconds: _Array, weights: _Array) -> tuple[list[float], float]:
+    """Coefficients >= 0 of the terms [samples, terms] for the least squared relative error, and that error.
+
+    By trying every set of terms that may be above zero: with five terms 32 systems of five equations, solved at once.
+    """
+    scale = np.maximum(terms.max(axis=0), 1e-300)
+    relative = terms / scale / seconds[:, None]
+    gram = (relative * weights[:, None]).T @ relative
+    target = (relative * weights[:, None]).sum(axis=0)
+    num_terms = len(target)
+    chosen = np.array(list(product((0.0, 1.0), repeat=num_terms)))
+    identity = np.eye(num_terms)
+    systems = gram * chosen[:, :, None] * chosen[:, None, :] + identity * (1 - chosen)[:, None, :]
+    systems += identity * 1e-9 * gram.diagonal().max()  # where samples do not tell terms apart
+    solutions = np.linalg.solve(systems, (target * chosen)[:, :, None])[:, :, 0]
+    errors = weights.sum() + np.einsum("si,ij,sj->s", solutions, gram, solutions) - 2 * solutions @ target
+    errors[(solutions < 0).any(axis=1)] = np.inf
+    best = int(np.argmin(errors))
+    return (solutions[best] / scale).tolist(), max(0.0, float(errors[best]))
