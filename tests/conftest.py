@@ -11,6 +11,8 @@ if not HAS_GPU:
     # Read by triton when it is first imported. The launchers still take the torch references on a CPU: only
     # tests/kernels switches them over, test by test.
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the cores are shared with the other workers
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -44,6 +44,10 @@ class ServeProcess:
         return f"http://127.0.0.1:{self.ports.http}"
 
     @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.metrics}/metrics"
+
+    @property
     def run_dir(self) -> Path:
         [found] = self._temporary.glob("distserve-????????")
         return found

@@ -2,6 +2,7 @@
 
 import urllib.request
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -39,10 +40,15 @@ def shared_memory(server: TritonServer) -> list[str]:
     return sorted(path.name for path in Path("/dev/shm").glob(f"*{server.run_dir.name}*"))
 
 
+class HasMetrics(Protocol):
+    @property
+    def metrics_url(self) -> str: ...
+
+
 class Metrics:
     """The metrics page as it is now."""
 
-    def __init__(self, server: TritonServer) -> None:
+    def __init__(self, server: HasMetrics) -> None:
         with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
             lines = [line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line and line[0] != "#"]
         self._samples = {name: float(value) for name, value in lines}
