@@ -21,6 +21,8 @@ HOP_BY_HOP = re.compile(rb"(?im)^(?:upgrade|http2-settings):[^\n]*\n")
 CONNECTION = re.compile(rb"(?im)^connection:([^\r\n]*)\r\n")
 PREFACE = b"PRI * HTTP/2"
 LONG_NUMBER = re.compile(rb"[0-9]{10}|[0-9][eE]")  # what may not fit into 32 bits
+PACKED_NAMES = ("messages", *(name for name, kind in KINDS.items() if kind is Kind.OBJECT))  # inputs: strings of JSON
+UNPACKED = re.compile(rb'"(?:%b)"[ \t\r\n]*:[ \t\r\n]*[\[{]' % b"|".join(name.encode() for name in PACKED_NAMES))
 UINT64_NAMES = {"seed", "random_seed"}
 IN_ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
 RETRY_AFTER = re.compile(r"retry after ([0-9.]+) s")
@@ -73,6 +75,27 @@ def decode(body: bytes, encoding: bytes) -> bytes:
     if not decoder.eof:
         raise Refused(400, f"the body is not {name}: it ends in its midst")
     return decoded
+
+
+def with_packed_objects(body: bytes) -> bytes:
+    """The JSON body of a `generate` with `messages` and objects as the strings that the Triton server takes."""
+    if not UNPACKED.search(body):
+        return body
+    try:
+        members = json.loads(body)
+    except (ValueError, RecursionError):
+        return body  # the Triton server refuses it
+    parameters = members.get("parameters") if isinstance(members, dict) else None
+    for of_names in (members, parameters):
+        if isinstance(of_names, dict):
+            packed = {name: json.dumps(of_names[name]) for name in PACKED_NAMES if _is_unpacked(of_names.get(name))}
+            of_names.update(packed)
+    return json.dumps(members).encode()
+
+
+def _is_unpacked(value: Any) -> bool:
+    """An object, or a list of other things than the strings that an input may be."""
+    return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(each, str) for each in value))
 
 
 def fault_of(body: bytes) -> str | None:

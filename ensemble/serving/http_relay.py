@@ -36,6 +36,7 @@ from ensemble.serving.http_contract import (
     as_plain_request,
     decode,
     fault_of,
+    with_packed_objects,
 )
 from ensemble.serving.http_messages import (
     CHUNK_BYTES,
@@ -163,6 +164,7 @@ class HttpRelay:
                 first, has_ended = await read_first(body, MAX_KEPT_BYTES)
                 whole, body = (first, body) if has_ended else (None, joined(first, body))
             if whole is not None:
+                whole = with_packed_objects(whole)
                 fault = fault_of(whole) if len(whole) <= MAX_KEPT_BYTES and LONG_NUMBER.search(whole) else None
                 if fault is not None:
                     raise BadRequest(fault)

@@ -347,6 +347,26 @@ def test_bodies_of_any_size_and_in_chunks(relay: Relay) -> None:
     connection.close()
 
 
+def test_messages_and_objects_reach_the_triton_server_as_strings(relay: Relay) -> None:
+    """Its generate endpoint takes no JSON objects; what a text says of them is left alone."""
+    connection = relay.connect()
+    messages = [{"role": "user", "content": 'Größe, "messages": [{'}]
+    connection.request("POST", GENERATE, json.dumps({"messages": messages, "parameters": {"logit_bias": {"5": 1}}}))
+    got = json.load(connection.getresponse())
+    assert json.loads(got["messages"]) == messages
+    assert json.loads(got["parameters"]["logit_bias"]) == {"5": 1}
+    for untouched in (
+        {"messages": json.dumps(messages)},
+        {"sampling_parameters": ["{}"]},
+        {"text_input": '"messages": [1]'},
+    ):
+        connection.request("POST", GENERATE, json.dumps(untouched))
+        got = json.load(connection.getresponse())
+        del got[CLIENT_TAG]
+        assert got == untouched
+    connection.close()
+
+
 def test_a_client_that_waits_to_be_told_to_continue(relay: Relay) -> None:
     head = f"POST {GENERATE} HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\nExpect: 100-continue\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", relay.port), timeout=10) as connection:

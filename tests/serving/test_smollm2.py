@@ -1,5 +1,7 @@
 """The default model, in fp32, through the whole server: equal to transformers and to the offline engine."""
 
+import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,3 +94,13 @@ def test_capital_of_france(server: TritonServer, model: str) -> None:
         server.grpc_url, model, text_input="The capital of France is", max_tokens=8, temperature=0.0, stream=True
     )
     assert "Paris" in answer.text
+
+
+def test_messages_are_the_same_as_json_and_as_a_string(server: TritonServer) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France? 🙂"}]
+    asked = {"max_tokens": 8, "temperature": 0.0}
+    expected = generate(server.grpc_url, "ensemble", messages=json.dumps(messages), **asked).text
+    body = json.dumps({"messages": messages, **asked}).encode()
+    with urllib.request.urlopen(f"{server.http_url}/v2/models/ensemble/generate", body, timeout=60) as response:
+        assert json.load(response)["text_output"] == expected
+    assert expected
