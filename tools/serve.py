@@ -1,7 +1,7 @@
 """Serves a model on the Triton server, in the foreground, until Ctrl-C.
 
     python -m tools.serve --model DIR --prefill-devices cuda:0 --decode-devices cuda:1
-    python -m tools.serve --model DIR --mode colocated --devices cuda:0,cuda:1
+    python -m tools.serve DIR --mode colocated --devices cuda:0,cuda:1
 
 `make serve` passes its variables (MODEL, HTTP_PORT, ...) through the environment.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 from rich.console import Console
-from typer import Option
+from typer import Argument, Option
 
 from ensemble.errors import ConfigError
 from tools.command_line import allow_interrupt, run
@@ -33,6 +33,7 @@ DEVICES = "a replica on each of these, such as cuda:0,cuda:1 or cpu"
 
 
 def main(
+    served: Annotated[Path | None, Argument(metavar="MODEL", help="as --model, which it overrides")] = None,
     model: Annotated[Path | None, Option(envvar="MODEL", help="directory or Hub name; none: SmolLM2-135M")] = None,
     deployment: Annotated[Path | None, Option(help="deployment file (YAML), which the other flags override")] = None,
     load_format: Annotated[str | None, Option(help="auto, or dummy for random weights")] = None,
@@ -85,6 +86,7 @@ def main(
     if devices and mode != "colocated":
         raise ConfigError(f"devices = {devices}: for mode = colocated; else --prefill-devices and --decode-devices")
     decode_devices = devices or decode_devices
+    model = served or model
     fields: dict[str, object] = {
         "mode": mode,
         "model.path": model,
