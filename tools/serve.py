@@ -69,6 +69,7 @@ def main(
     metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,
     openai_port: Annotated[int, Option(envvar="OPENAI_PORT", min=1, max=65535)] = 9000,
     openai: Annotated[bool, Option(help="serve OpenAI's API")] = True,
+    page: Annotated[bool, Option(help="serve a page for browsers beside it: chat, and the server as it is now")] = True,
     http_relay: Annotated[bool, Option(help="cancel requests whose HTTP client goes away")] = True,
     max_body_bytes: Annotated[int, Option(min=1, help="of an HTTP request")] = MAX_BODY_BYTES,
     allow_client_shm: Annotated[
@@ -117,6 +118,7 @@ def main(
         host=host,
         log_path=log or cache_dir() / f"server-{http_port}.log",
         openai_port=openai_port if openai else None,
+        page=page,
         http_relay=http_relay,
         max_body_bytes=max_body_bytes,
         allow_client_shm=allow_client_shm,
@@ -130,6 +132,8 @@ def main(
         print(f"log      {server.log_path}")
         if openai:
             print(f"OpenAI   {server.openai_url}")
+            if page:
+                print(f"page     {server.page_url}")
         print(f"\n{CURL.format(url=server.http_url)}")
         if openai:
             print(OPENAI_CURL.format(url=server.openai_url, name=model_name(server.deployment.model.path)))
