@@ -17,6 +17,8 @@ from typer import Argument, Option
 from ensemble.errors import DistServeError
 from tools.command_line import run
 
+HTTP_URL = "http://127.0.0.1:8000"
+
 
 class RequestError(DistServeError):
     """The server cannot be reached, or answered with an error."""
@@ -98,13 +100,22 @@ def chat(url: str, **sampling: Any) -> None:
         messages = [*turn, {"role": "assistant", "content": answer}]
 
 
+Url = Annotated[str, Option(help="of the HTTP service")]
+Temperature = Annotated[float, Option(help="0 is greedy")]
+
+
+def talk(url: Url = HTTP_URL, max_tokens: int = 256, temperature: Temperature = 0.0) -> None:
+    """A conversation with the model of a running server, until end of input."""
+    chat(url, max_tokens=max_tokens, temperature=temperature)
+
+
 def main(
     prompt: Annotated[
         str | None, Argument(help="continued as it is; without one: a chat, by the model's template")
     ] = None,
-    url: Annotated[str, Option(help="of the HTTP service")] = "http://127.0.0.1:8000",
-    max_tokens: Annotated[int, Option()] = 64,
-    temperature: Annotated[float, Option(help="0 is greedy")] = 0.0,
+    url: Url = HTTP_URL,
+    max_tokens: int = 64,
+    temperature: Temperature = 0.0,
     health: Annotated[
         bool, Option("--health", help="say which replicas serve; exit status 1 if a stage has none")
     ] = False,

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ensemble.config import Role
 from ensemble.serving.control import Command, ControlError, call
-from ensemble.serving.fleet_commands import (
+from ensemble.serving.fleet_table import (
     AddReplica,
     ChangeRole,
     DrainReplica,

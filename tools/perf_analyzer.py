@@ -10,11 +10,11 @@ libb64 and the CUDA runtime, are those of the server's wheel.
 import os
 import shutil
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 from tools.installation.cache import DownloadError, cache_dir, download_wheel, make_once
+from tools.installation.server_files import ensure_wheel
 
 PACKAGE = "tritonclient==2.48.0"
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}  # as in the server's wheel
@@ -38,7 +38,7 @@ def _make(work: Path, directory: Path) -> None:
         program.write_bytes(wheel.read(member))
         program.chmod(0o755)
     for name, pattern in LIBRARIES.items():
-        for library in Path(sysconfig.get_path("purelib"), "nvidia_pytriton.libs").glob(pattern):
+        for library in (ensure_wheel() / "nvidia_pytriton.libs").glob(pattern):
             shutil.copy(library, directory / name)
 
 

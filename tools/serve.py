@@ -1,7 +1,7 @@
 """Serves a model on the Triton server, in the foreground, until Ctrl-C.
 
     python -m tools.serve --model DIR --prefill-devices cuda:0 --decode-devices cuda:1
-    python -m tools.serve --model DIR --mode colocated --devices cuda:0,cuda:1
+    python -m tools.serve DIR --mode colocated --devices cuda:0,cuda:1
 
 `make serve` passes its variables (MODEL, HTTP_PORT, ...) through the environment.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 from rich.console import Console
-from typer import Option
+from typer import Argument, Option
 
 from ensemble.errors import ConfigError
 from tools.command_line import allow_interrupt, run
@@ -33,6 +33,7 @@ DEVICES = "a replica on each of these, such as cuda:0,cuda:1 or cpu"
 
 
 def main(
+    served: Annotated[Path | None, Argument(metavar="MODEL", help="as --model, which it overrides")] = None,
     model: Annotated[Path | None, Option(envvar="MODEL", help="directory or Hub name; none: SmolLM2-135M")] = None,
     deployment: Annotated[Path | None, Option(help="deployment file (YAML), which the other flags override")] = None,
     load_format: Annotated[str | None, Option(help="auto, or dummy for random weights")] = None,
@@ -68,6 +69,7 @@ def main(
     metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,
     openai_port: Annotated[int, Option(envvar="OPENAI_PORT", min=1, max=65535)] = 9000,
     openai: Annotated[bool, Option(help="serve OpenAI's API")] = True,
+    page: Annotated[bool, Option(help="serve a page for browsers beside it: chat, and the server as it is now")] = True,
     http_relay: Annotated[bool, Option(help="cancel requests whose HTTP client goes away")] = True,
     max_body_bytes: Annotated[int, Option(min=1, help="of an HTTP request")] = MAX_BODY_BYTES,
     allow_client_shm: Annotated[
@@ -85,6 +87,7 @@ def main(
     if devices and mode != "colocated":
         raise ConfigError(f"devices = {devices}: for mode = colocated; else --prefill-devices and --decode-devices")
     decode_devices = devices or decode_devices
+    model = served or model
     fields: dict[str, object] = {
         "mode": mode,
         "model.path": model,
@@ -115,6 +118,7 @@ def main(
         host=host,
         log_path=log or cache_dir() / f"server-{http_port}.log",
         openai_port=openai_port if openai else None,
+        page=page,
         http_relay=http_relay,
         max_body_bytes=max_body_bytes,
         allow_client_shm=allow_client_shm,
@@ -128,6 +132,8 @@ def main(
         print(f"log      {server.log_path}")
         if openai:
             print(f"OpenAI   {server.openai_url}")
+            if page:
+                print(f"page     {server.page_url}")
         print(f"\n{CURL.format(url=server.http_url)}")
         if openai:
             print(OPENAI_CURL.format(url=server.openai_url, name=model_name(server.deployment.model.path)))

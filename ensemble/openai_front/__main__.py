@@ -17,6 +17,7 @@ from ensemble.chat import ChatTemplate
 from ensemble.errors import ERROR_MARK, ModelError
 from ensemble.listener import listen
 from ensemble.openai_front.app import Front, Limits, make_app
+from ensemble.openai_front.live_page import LivePage
 from ensemble.openai_front.prompts import Prompts
 from ensemble.openai_front.upstream import Upstream
 from ensemble.tokenizer import Tokenizer
@@ -47,6 +48,9 @@ async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
     prompts = Prompts(tokenizer, ChatTemplate.from_dir(arguments.model), limits.max_model_len)
     upstream = Upstream(arguments.grpc_url, arguments.ready_url)
     app = make_app(Front(upstream, prompts, tokenizer, arguments.name, limits), upstream)
+    if arguments.metrics_url:
+        about = (arguments.name, limits.max_model_len)
+        LivePage(*about, upstream.is_ready, arguments.metrics_url, arguments.run_dir).add_to(app)
     config = uvicorn.Config(
         app,
         access_log=False,
@@ -67,6 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--grpc-url", required=True, help="host:port of the Triton server")
     parser.add_argument("--ready-url", required=True, help="URL that answers 200 while requests can be served")
     parser.add_argument("--max-body-bytes", type=int, default=4 << 20, help="of a request")
+    parser.add_argument("--metrics-url", help="of the server's metrics; with it there is a page for browsers")
+    parser.add_argument("--run-dir", type=Path, default=Path(), help="of the server, for that page")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9000)
     return parser.parse_args()

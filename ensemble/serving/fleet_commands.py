@@ -1,4 +1,4 @@
-"""An operator's commands about the fleet, as they come over the control socket (control.py)."""
+"""What an operator's commands about the fleet (fleet_table.py) do."""
 
 import queue
 import time
@@ -7,69 +7,23 @@ from typing import Any
 
 import msgspec
 
-from ensemble.config import Role, StageName
 from ensemble.errors import InvalidRequest
 from ensemble.router.fleet import Replica
 from ensemble.router.router import Router
 from ensemble.serving.control import Command, ControlError
+from ensemble.serving.fleet_table import (
+    AddReplica,
+    ChangeRole,
+    DrainReplica,
+    FleetTable,
+    ListFleet,
+    RemoveReplica,
+    ReplicaRow,
+    UndrainReplica,
+)
 from ensemble.serving.router_thread import RouterThread
 
 ANSWER_WITHIN_S = 5.0
-
-
-class ReplicaRow(msgspec.Struct, frozen=True):
-    """One replica, as the router sees it."""
-
-    replica: int
-    home: StageName
-    device: str
-    role: Role
-    state: str
-    num_requests: int
-    num_blocks: int
-    num_free_blocks: int
-
-
-class FleetTable(msgspec.Struct, frozen=True):
-    replicas: list[ReplicaRow]
-
-
-class ListFleet(Command[FleetTable], frozen=True, tag=True):
-    """Changes nothing."""
-
-
-class AddReplica(Command[FleetTable], frozen=True, tag=True):
-    """Starts one more replica; it serves as soon as it has loaded."""
-
-    device: str
-    role: Role
-
-
-class DrainReplica(Command[FleetTable], frozen=True, tag=True):
-    """It gets no more requests. Those that it has end there, or after `within_s` elsewhere."""
-
-    replica: int
-    within_s: float | None = None
-
-
-class UndrainReplica(Command[FleetTable], frozen=True, tag=True):
-    """It gets requests again."""
-
-    replica: int
-
-
-class RemoveReplica(Command[FleetTable], frozen=True, tag=True):
-    """Drains it, then ends it."""
-
-    replica: int
-    within_s: float | None = None
-
-
-class ChangeRole(Command[FleetTable], frozen=True, tag=True):
-    """What it gets from now on is another part of the work; what it has goes on there."""
-
-    replica: int
-    role: Role
 
 
 def fleet_handlers(router: RouterThread) -> Mapping[type[Command[Any]], Callable[[Any], msgspec.Struct]]:

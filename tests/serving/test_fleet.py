@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ensemble.serving.control import call
-from ensemble.serving.fleet_commands import ChangeRole, Command, DrainReplica, FleetTable, RemoveReplica, UndrainReplica
+from ensemble.serving.control import Command, call
+from ensemble.serving.fleet_table import ChangeRole, DrainReplica, FleetTable, RemoveReplica, UndrainReplica
 from tests.serving.clients import Answer, blocks_in_use, read_metrics, run_streams
 from tests.serving.deployments import deploy
 from tools.proofs.faults import Shape, list_fleet

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ensemble.serving.control import Command, ControlError, call
-from ensemble.serving.fleet_commands import (
+from ensemble.serving.fleet_table import (
     AddReplica,
     ChangeRole,
     DrainReplica,

@@ -14,7 +14,7 @@ import psutil
 
 from ensemble.config import Role
 from ensemble.serving.control import call
-from ensemble.serving.fleet_commands import ChangeRole, FleetTable, ListFleet, ReplicaRow
+from ensemble.serving.fleet_table import ChangeRole, FleetTable, ListFleet, ReplicaRow
 from tools.benchmarks.results import at_most, exactly
 from tools.proofs.known_requests import COMPLETE, FAILED, HUNG, REFUSED, TAKEN, WENT_AWAY, WRONG, Outcome
 from tools.server.server_state import workers

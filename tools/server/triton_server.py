@@ -75,6 +75,7 @@ class TritonServer:
         model_repository: Path = MODEL_REPOSITORY,
         http_relay: bool = True,  # which cancels requests whose HTTP client goes away; False: the Triton server's port
         openai_port: int | None = None,  # of a front for OpenAI's clients; None: there is none
+        page: bool = True,  # for browsers, at that port
         max_body_bytes: int = MAX_BODY_BYTES,
         allow_client_shm: bool = False,  # clients may register shared memory
     ) -> None:
@@ -85,6 +86,7 @@ class TritonServer:
         self._log_path = log_path
         self._has_relay = http_relay
         self._openai_port = openai_port
+        self._has_page = page
         self._max_body_bytes = max_body_bytes
         self._allow_client_shm = allow_client_shm
         self._own_http = (host, 0)  # where the Triton server itself listens
@@ -131,6 +133,10 @@ class TritonServer:
     def openai_url(self) -> str:
         """As OpenAI's clients take it for their base URL."""
         return f"http://{self._client_host}:{self._openai_port}/v1"
+
+    @property
+    def page_url(self) -> str:
+        return self.openai_url.removesuffix("v1")
 
     @property
     def grpc_url(self) -> str:
@@ -444,6 +450,8 @@ class TritonServer:
             "host": self.host,
             "port": self._openai_port,
         }
+        if self._has_page:
+            arguments |= {"metrics-url": self.metrics_url, "run-dir": self.run_dir}
         options = [f"--{name}={value}" for name, value in arguments.items()]
         return [sys.executable, "-m", "ensemble.openai_front", *options]
 
