@@ -4,6 +4,7 @@
 #   make serve   MODEL=/path HOST=0.0.0.0 HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002
 #                OPENAI_PORT=9000
 #                PREFILL_DEVICES=cuda:0 DECODE_DEVICES=cuda:1, or MODE=colocated DEVICES=cuda:0,cuda:1
+#   make bench   MODEL=/path RATE=1 NUM_PROMPTS=30 INPUT_LEN=64 OUTPUT_LEN=32
 #
 # Variables reach the programs through the environment.
 
@@ -15,7 +16,7 @@ NO_PYTHON = echo "error: no Python 3 here. Run: sudo apt-get install -y python3 
 BOOTSTRAP := @$(if $(ANY_PYTHON),$(ANY_PYTHON) tools/bootstrap.py,$(NO_PYTHON))
 export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT PREFILL_DEVICES DECODE_DEVICES MODE DEVICES PROMPT MAX_TOKENS TEMPERATURE
 
-.PHONY: help demo serve test soak check clean
+.PHONY: help demo serve bench test soak check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -32,6 +33,11 @@ demo:
 serve:
 	$(BOOTSTRAP) run
 	@$(PYTHON) -m tools.serve
+
+bench:
+	$(BOOTSTRAP) run
+	@$(PYTHON) -m tools.bench_serving --serve --request-rate $(or $(RATE),1) --num-prompts $(or $(NUM_PROMPTS),30) \
+	  --input-len $(or $(INPUT_LEN),64) --output-len $(or $(OUTPUT_LEN),32) --max-lag-ms 100
 
 test:
 	$(BOOTSTRAP) test
