@@ -40,6 +40,7 @@ from tools.load.summary import why_invalid
 from tools.load.workloads import DATASETS, Workload
 from tools.server.deployment import make_deployment
 from tools.server.triton_server import TritonServer
+from tools.simulation.against_runs import DEPLOYMENT_FILE
 
 START_S = 15.0  # of a server, for the time that is left
 READY_TIMEOUT_S = 600.0
@@ -158,6 +159,7 @@ def measure(
             if not left:
                 continue
             progress.update(task, description=f"{mode}: starting")
+            keep_deployment(out / folder_of(mode) / DEPLOYMENT_FILE, deployments[mode])
             with server_of(deployments[mode], out / f"{folder_of(mode)}.log") as server:
                 tokenizer = Tokenizer.from_dir(deployments[mode].model.path)
                 max_model_len = load_model_spec(deployments[mode].model.path).max_model_len
@@ -207,6 +209,14 @@ def folder_of(mode: str) -> str:
 
 def file_of(out: Path, mode: str, load: Load) -> Path:
     return out / folder_of(mode) / f"{load.rate:g}-{load.seed}.json"
+
+
+def keep_deployment(path: Path, deployment: Deployment) -> None:
+    """For tools.simulate. Raises ConfigError if the runs there are of another one."""
+    if path.exists() and Deployment.from_yaml(path) != deployment:
+        raise ConfigError(f"{path}: is another deployment than the one to be measured; name another folder by --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(deployment.to_yaml(), encoding="utf-8")
 
 
 def keep(path: Path, run: Run) -> None:
