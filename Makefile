@@ -4,7 +4,7 @@
 #   make serve   MODEL=/path HOST=0.0.0.0 HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002
 #                OPENAI_PORT=9000
 #                PREFILL_DEVICES=cuda:0 DECODE_DEVICES=cuda:1, or MODE=colocated DEVICES=cuda:0,cuda:1
-#   make bench   MODEL=/path RATE=1 NUM_PROMPTS=30 INPUT_LEN=64 OUTPUT_LEN=32
+#   make bench   MODEL=/path RATE=1 NUM_PROMPTS=20 INPUT_LEN=64 OUTPUT_LEN=32
 #   make bench-goodput   MODEL=/path DEVICES=cuda:0,cuda:1 MODES=disaggregated,colocated:256 RATES=2,4,8 SECONDS_EACH=60
 #                DATASET=chat GOODPUT="ttft:250 itl:40" OUT=goodput
 #
@@ -39,7 +39,7 @@ serve:
 
 bench:
 	$(BOOTSTRAP) run
-	@$(PYTHON) -m tools.bench_serving --serve --request-rate $(or $(RATE),1) --num-prompts $(or $(NUM_PROMPTS),30) \
+	@$(PYTHON) -m tools.bench_serving --serve --request-rate $(or $(RATE),1) --num-prompts $(or $(NUM_PROMPTS),20) \
 	  --input-len $(or $(INPUT_LEN),64) --output-len $(or $(OUTPUT_LEN),32) --max-lag-ms 100
 
 # Without variables: what two CPU cores do with the default model in three minutes.

@@ -27,7 +27,7 @@ class Costs(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def samples(self) -> list[TimedStep]:
-        """The steps again and again: an estimator fits at most every 64 samples, so that its last fit knows them all."""
+        """The steps again and again: an estimator fits every 64 samples, so that its last fit knows them all."""
         return self.steps * (2 + 256 // len(self.steps))
 
     def estimator(self) -> StepEstimator:
