@@ -4,6 +4,9 @@
 #   make serve   MODEL=/path HOST=0.0.0.0 HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002
 #                OPENAI_PORT=9000
 #                PREFILL_DEVICES=cuda:0 DECODE_DEVICES=cuda:1, or MODE=colocated DEVICES=cuda:0,cuda:1
+#   make bench   MODEL=/path RATE=1 NUM_PROMPTS=20 INPUT_LEN=64 OUTPUT_LEN=32
+#   make bench-goodput   MODEL=/path DEVICES=cuda:0,cuda:1 MODES=disaggregated,colocated:256 RATES=2,4,8 SECONDS_EACH=60
+#                DATASET=chat GOODPUT="ttft:250 itl:40" OUT=goodput
 #
 # Variables reach the programs through the environment.
 
@@ -13,9 +16,10 @@ ANY_PYTHON := $(shell for python in python3 python3.12 python3.11 python3.10 /us
                 "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
 NO_PYTHON = echo "error: no Python 3 here. Run: sudo apt-get install -y python3 python3-venv" >&2; exit 1;
 BOOTSTRAP := @$(if $(ANY_PYTHON),$(ANY_PYTHON) tools/bootstrap.py,$(NO_PYTHON))
-export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT PREFILL_DEVICES DECODE_DEVICES MODE DEVICES PROMPT MAX_TOKENS TEMPERATURE
+export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT PREFILL_DEVICES DECODE_DEVICES MODE DEVICES PROMPT MAX_TOKENS TEMPERATURE \
+       MODES DATASET DATASET_PATH
 
-.PHONY: help demo serve test soak check clean
+.PHONY: help demo serve bench bench-goodput test soak check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -32,6 +36,20 @@ demo:
 serve:
 	$(BOOTSTRAP) run
 	@$(PYTHON) -m tools.serve
+
+bench:
+	$(BOOTSTRAP) run
+	@$(PYTHON) -m tools.bench_serving --serve --request-rate $(or $(RATE),1) --num-prompts $(or $(NUM_PROMPTS),20) \
+	  --input-len $(or $(INPUT_LEN),64) --output-len $(or $(OUTPUT_LEN),32) --max-lag-ms 100
+
+# Without variables: what two CPU cores do with the default model in three minutes.
+bench-goodput: export RATES := $(or $(RATES),0.5,1,2)
+bench-goodput: export SECONDS_EACH := $(or $(SECONDS_EACH),20)
+bench-goodput: export INPUT_LEN := $(or $(INPUT_LEN),64)
+bench-goodput: export OUTPUT_LEN := $(or $(OUTPUT_LEN),$(if $(DATASET),,24))
+bench-goodput:
+	$(BOOTSTRAP) bench
+	@$(PYTHON) -m tools.bench_goodput --out $(or $(OUT),goodput) --goodput $(or $(GOODPUT),ttft:1000 itl:200)
 
 test:
 	$(BOOTSTRAP) test

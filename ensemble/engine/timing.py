@@ -13,9 +13,11 @@ CPU_BUDGET_S, GPU_BUDGET_S = 0.2, 3.0
 _TWICE = 2  # the first of a kind may load or allocate something
 
 
-def time_steps(engine: Engine, max_num_prompt_tokens: int, max_num_seqs: int, max_model_len: int) -> list[TimedStep]:
+def time_steps(
+    engine: Engine, max_num_prompt_tokens: int, max_num_seqs: int, max_model_len: int, budget_s: float | None = None
+) -> list[TimedStep]:
     """Runs steps of all kinds, the small ones first, as long as the budget lasts. Overwrites what is in the pool."""
-    deadline = time.monotonic() + (GPU_BUDGET_S if engine.runs_ahead else CPU_BUDGET_S)
+    deadline = time.monotonic() + (budget_s or (GPU_BUDGET_S if engine.runs_ahead else CPU_BUDGET_S))
     longest = max(1, min(max_model_len, engine.pool.num_blocks * engine.pool.layout.block_size) - 2)
     steps: list[TimedStep] = []
     for chunk, rows in _kinds(max_num_prompt_tokens, max_num_seqs, longest):

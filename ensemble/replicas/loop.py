@@ -13,6 +13,7 @@ a step too many: its last token is dropped, and its blocks are freed only when t
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
@@ -103,10 +104,24 @@ class _Step:
 
 
 class EngineLoop:
-    """`address` is where others read its pool, `life` which one this is. Raises ConfigError without a host pool."""
+    """`address` is where others read its pool, `life` which one this is. Raises ConfigError without a host pool.
 
-    def __init__(self, engine: Engine, peers: Peers, settings: LoopSettings, address: str) -> None:
+    `puller`, `swapper` and `clock` are others where time is simulated.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        peers: Peers,
+        settings: LoopSettings,
+        address: str,
+        *,
+        puller: Puller | None = None,
+        swapper: Swapper | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.engine = engine
+        self._clock = clock
         self.peers = peers
         self.address = address
         self.life = 0
@@ -119,9 +134,9 @@ class EngineLoop:
         self.blocks = SwappableBlocks(self._device_blocks, BlockManager(self.num_host_blocks, layout.block_size))
         self._prompts = Prompts(self._device_blocks, pool)
         self._settings = settings
-        self._arrivals = Arrivals(self._device_blocks, peers, Puller(pool))
+        self._arrivals = Arrivals(self._device_blocks, peers, puller or Puller(pool))
         self.leases = Leases()
-        self._swapper = Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
+        self._swapper = swapper or Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
         self._scheduler = PreemptiveDecodeScheduler(
             self.blocks,
             make_decode_policy(settings.policy),
@@ -218,7 +233,7 @@ class EngineLoop:
 
         So the events that say who has joined leave with the tokens of the step before theirs.
         """
-        start = time.monotonic()
+        start = self._clock()
         events = self._join()
         if events and not self.engine.runs_ahead:
             return events  # who has joined is told of before its first step, which may take long
@@ -235,7 +250,7 @@ class EngineLoop:
             shape = StepShape.of(
                 [(row.start, row.length) for row in prompts.rows], [sequence.num_tokens for sequence in plan.run]
             )
-            began = time.monotonic()
+            began = self._clock()
             step = _Step(self.engine.launch(Batch(prompts.rows, plan.run)), prompts, shape, began)
         elif prompts.batch_ids:  # all their prompts were cancelled
             events.append(self._step_done([], [], prompts.batch_ids))
@@ -249,7 +264,7 @@ class EngineLoop:
             self._wait_for_copy()
         if not self.engine.runs_ahead:
             self._decode_prompts(step, num_unread_tokens=0)
-        now = time.monotonic()
+        now = self._clock()
         self._scheduler.ran(now - start, now, num_unread_tokens=int(self.engine.runs_ahead))
         self._prompts.ran(prompts, now - start)
         self._retire_those_at_their_end()
@@ -284,7 +299,7 @@ class EngineLoop:
         self._running[sequence.request_id] = sequence
         self._scheduler.add(
             sequence,
-            time.monotonic(),
+            self._clock(),
             priority=sequence.request.priority,
             join_cost_s=join_cost_s,
             num_unread_tokens=num_unread_tokens,
@@ -359,7 +374,7 @@ class EngineLoop:
 
     def _commit(self, step: _Step) -> list[Event]:
         sampled = self.engine.commit(step.launched)
-        now = time.monotonic()
+        now = self._clock()
         # Steps that follow one another take what lies between their ends: the host's part of the next is hidden.
         timed = TimedStep(step.shape, now - max(step.began, self._committed_at))
         self._committed_at = now

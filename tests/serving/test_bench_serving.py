@@ -1,7 +1,7 @@
 """The load generator against a real server: what was asked for is what is sent, and what it prints adds up."""
 
 import json
-import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.errors import ConfigError
 from ensemble.tokenizer import Tokenizer
-from tests.checkpoints import make_tiny_llama
 from tests.serving.clients import read_metrics
 from tests.serving.deployments import deploy
-from tools.bench_serving import parse_targets, read_trace
-from tools.benchmarks.serving_load import Lengths, Served, at, make_inputs, rows
-from tools.perf_analyzer import ensure_perf_analyzer
+from tools.load.client import LoadError, drive, prepare
+from tools.load.load import Load, put
+from tools.load.workloads import Workload
 from tools.server.triton_server import TritonServer
 
 
@@ -28,78 +26,75 @@ def server(tiny_llama: Path) -> Iterator[TritonServer]:
         yield server
 
 
-def test_prompts_have_the_lengths_that_were_asked_for(tmp_path: Path) -> None:
-    make_tiny_llama(tmp_path / "model")
-    tokenizer = Tokenizer.from_dir(tmp_path / "model")
-    lengths = [Lengths(prompt, 4) for prompt in (2, 3, 10, 100, 500)]
-    inputs = make_inputs(tokenizer, lengths, random.Random(0))
-    assert [len(tokenizer.encode(each["text_input"][0])) for each in inputs] == [2, 3, 10, 100, 500]
-    assert len({each["text_input"][0] for each in inputs}) == 5
-
-
-def test_figures_of_two_requests() -> None:
-    served = [
-        Served(0.0, [0.1, 0.2, 0.3], num_tokens=3, num_first_tokens=1),
-        Served(1.0, [1.4, 2.0], num_tokens=4, num_first_tokens=1),
-    ]
-    found = {row["name"]: row["value"] for row in rows(served, 20, {"ttft": 200.0, "tpot": 150.0})}
-    assert found["duration"] == 2.0
-    assert found["output tokens"] == 3.5 and found["input tokens"] == 10.0
-    assert found["TTFT, mean"] == pytest.approx(250) and found["TTFT, P99"] == pytest.approx(400)
-    assert found["TPOT, mean"] == pytest.approx(150)  # 100 and 200
-    assert found["ITL, P99"] == pytest.approx(600)
-    assert found["E2E, median"] == pytest.approx(650)
-    assert found["SLO attainment, TTFT <= 200 ms and TPOT <= 150 ms"] == 0.5
-    assert found["goodput, TTFT <= 200 ms and TPOT <= 150 ms"] == 0.5
-
-
-def test_a_percentile_is_one_of_the_values() -> None:
-    assert [at([1.0, 2.0, 3.0, 4.0], percent) for percent in (1, 25, 26, 50, 99, 100)] == [1, 1, 2, 2, 4, 4]
-
-
-@pytest.mark.parametrize("wrong", ["ttft", "itl:5", "ttft:fast", "ttft:-1"])
-def test_targets_that_make_no_sense_are_refused(wrong: str) -> None:
-    with pytest.raises(ConfigError, match=f"--goodput {wrong}: must be"):
-        parse_targets([wrong])
-
-
-def test_a_trace_without_lengths_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "trace.csv").write_text("ContextTokens\n5\n")
-    with pytest.raises(ConfigError, match="needs the columns ContextTokens and GeneratedTokens"):
-        read_trace(tmp_path / "trace.csv")
+def bench(server: TritonServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.bench_serving", "--url", server.grpc_url]
+    command += ["--model", str(server.deployment.model.path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("when", [["--max-concurrency", "4"], ["--request-rate", "40", "--goodput", "e2e:60000"]])
-def test_a_trace_is_served_once(server: TritonServer, tmp_path: Path, when: list[str]) -> None:
+def test_a_trace_is_served_once_and_the_figures_are_those_of_the_records(server: TritonServer, tmp_path: Path) -> None:
+    """Exact ids to `scheduler`: as many tokens are counted there as the trace has, in and out."""
     lengths = [(3 + index, 1 + index % 5) for index in range(12)]
-    trace, output = tmp_path / "trace.csv", tmp_path / "result.json"
+    trace = tmp_path / "trace.csv"
     trace.write_text("ContextTokens,GeneratedTokens\n" + "".join(f"{a},{b}\n" for a, b in lengths))
     before = read_metrics(server.metrics_url)
-    command = [sys.executable, "-m", "tools.bench_serving", "--url", server.grpc_url, *when]
-    command += ["--model", str(server.deployment.model.path), "--trace", str(trace), "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    arguments = ["--dataset-name", "trace", "--dataset-path", str(trace), "--num-prompts", "12", "--num-warmups", "0"]
+    arguments += ["--request-rate", "40", "--endpoint", "scheduler", "--goodput", "ttft:60000", "e2el:60000"]
+    result = bench(
+        server, *arguments, "--max-lag-ms", "10000", "--result-dir", str(tmp_path), "--result-filename", "found.json"
+    )
     assert result.returncode == 0, result.stderr
     after = read_metrics(server.metrics_url)
 
     def counted(name: str) -> float:
         return sum(value - before.get(key, 0.0) for key, value in after.items() if key.startswith(name))
 
-    found = {row["name"]: row["value"] for row in json.loads(output.read_text())["rows"]}
-    assert found["requests served"] == 12
-    if "--request-rate" in when:  # perf_analyzer sends some again before it ends, which do not count
-        assert found["SLO attainment, E2E <= 60000 ms"] == 1.0
-        assert 0.1 < found["duration"] < 5  # 12 arrivals at 40 a second
-    else:
-        assert counted("vllm:generation_tokens_total") == sum(b for _, b in lengths)
-        assert counted("vllm:prompt_tokens_total") == sum(a for a, _ in lengths)
+    assert counted("vllm:generation_tokens_total") == sum(b for _, b in lengths)
+    assert counted("vllm:prompt_tokens_total") == sum(a for a, _ in lengths)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["completed"] == 12 and found["failed"] == 0 and found["slo_attainment"] == 1.0
+    assert sorted(zip(found["input_lens"], found["output_lens"], strict=True)) == sorted(lengths)
+    assert found["total_output_tokens"] == sum(b for _, b in lengths)
+    assert all({"queue", "prefill", "decode"} <= record["phases"].keys() for record in found["records"])
+    assert [len(record["times"]) - 1 for record in found["records"] if record["times"]] == list(map(len, found["itls"]))
+    shown = dict(re.findall(r"^(.*\S):\s+([\d.]+)$", result.stdout, re.MULTILINE))
+    assert int(shown["Successful requests"]) == 12
+    assert float(shown["Mean TTFT (ms)"]) == pytest.approx(1e3 * sum(found["ttfts"]) / 12, abs=0.01)
 
 
 @pytest.mark.server
-def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    make_tiny_llama(tmp_path / "model")
-    ensure_perf_analyzer()
-    command = [sys.executable, "-m", "tools.bench_serving", "--url", "localhost:1", "--model", str(tmp_path / "model")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: perf_analyzer against localhost:1: ") and result.stderr.count("\n") == 1
+def test_requests_leave_by_the_schedule_also_when_the_server_is_behind(server: TritonServer) -> None:
+    """30 requests in a tenth of a second, each with more work than that: none is sent later for another's sake."""
+    load = Load(Workload(input_len=8, output_len=200), 30, rate=300.0, seed=1)
+    requests = load.requests(Tokenizer.from_dir(server.deployment.model.path))
+    run = put(server.grpc_url, load, requests, num_processes=2)
+    assert [record.is_complete for record in run.records] == [True] * 30
+    assert all(record.prompt_len == 8 and record.num_tokens == 200 for record in run.records)
+    first_end = min(record.times[-1] for record in run.records)
+    assert max(record.due for record in run.records) < first_end
+    assert sum(record.sent < first_end for record in run.records) == 30
+    assert all(record.sent >= record.due for record in run.records)
+
+
+@pytest.mark.server
+def test_a_late_client_and_failed_requests_are_told(server: TritonServer) -> None:
+    few = ["--num-prompts", "4", "--input-len", "8", "--output-len", "2"]
+    result = bench(server, *few, "--max-lag-ms", "0")
+    assert result.returncode == 1 and "INVALID: the client itself was late" in result.stdout
+    too_long = bench(server, "--num-prompts", "1", "--input-len", "510")
+    assert too_long.returncode == 1 and re.search(r"^error: request 0: 510 tokens .* length is 512", too_long.stderr)
+
+
+@pytest.mark.server
+def test_perf_analyzer_is_another_client(server: TritonServer) -> None:
+    few = ["--num-prompts", "6", "--input-len", "8", "--output-len", "4", "--max-concurrency", "2"]
+    result = bench(server, *few, "--client", "perf_analyzer")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"Total generated tokens: +24\n", result.stdout)
+
+
+def test_a_server_that_is_not_there_is_an_error() -> None:
+    request = prepare("ensemble", "Hello", 4, 0.0, 1)
+    with pytest.raises(LoadError, match="localhost:1: no server answers"):
+        drive("localhost:1", [request], num_processes=1, connect_timeout_s=0.2)

@@ -21,14 +21,16 @@ import typer
 
 from ensemble.tokenizer import Tokenizer
 from tools.benchmarks.results import at_least, at_most, report
-from tools.benchmarks.serving_load import Lengths, Served, drive, make_inputs
 from tools.installation.model_source import model_name
+from tools.load.perf_analyzer import drive, text_inputs
+from tools.load.prompts import one_token_pieces, random_text
+from tools.load.records import Record
 from tools.server.ports import free_ports
 from tools.server.server_state import Metrics
 from tools.server.tiny_server import tiny_server
 from tools.server.triton_server import TritonServer
 
-LENGTHS = Lengths(prompt=20, output=60)
+PROMPT_LEN, OUTPUT_LEN = 20, 60
 NUM_ROUNDS = 5  # of each way, by turns
 REQUESTS_EACH = 12  # of a client, one after the other
 NUM_STREAMS = 32
@@ -52,19 +54,21 @@ def measure(server: TritonServer, count: int) -> Figures:
     """Of so many clients at once."""
     rng = random.Random(count)
     tokenizer = Tokenizer.from_dir(server.deployment.model.path)
+    pieces = one_token_pieces(tokenizer, rng)
     found: Figures = {"ensemble": [], "front": []}
     for number in range(NUM_ROUNDS + 1):
         for way, load in {"ensemble": by_grpc, "front": by_front}.items():
-            inputs = make_inputs(tokenizer, [LENGTHS] * REQUESTS_EACH * count, rng)
+            texts = [random_text(tokenizer, pieces, PROMPT_LEN, rng) for _ in range(REQUESTS_EACH * count)]
+            inputs = [text_inputs(text, OUTPUT_LEN) for text in texts]
             before, before_s = Metrics(server), cpu_seconds(server)
             served = load(server, inputs, count)
-            seconds = max(each.responses[-1] for each in served)
-            ttft_ms = [each.milliseconds("ttft")[0] for each in served]
+            seconds = max(each.times[-1] for each in served)
+            ttft_ms = [1e3 * each.ttft for each in served]
             figures = {
                 "tokens_per_s": sum(each.num_tokens for each in served) / seconds,
                 "ttft_ms": median(ttft_ms),
                 "outside_ms": mean(ttft_ms) - mean_ttft_ms(server, before, len(served)),
-                "cpu_us": 1e6 * (cpu_seconds(server) - before_s) / sum(len(each.responses) for each in served),
+                "cpu_us": 1e6 * (cpu_seconds(server) - before_s) / sum(len(each.times) for each in served),
             }
             if number > 0:  # the first warms up
                 found[way].append(figures)
@@ -112,17 +116,17 @@ def middle(found: Figures, way: str, name: str) -> float:
     return median(each[name] for each in found[way])
 
 
-def by_grpc(server: TritonServer, inputs: Inputs, count: int) -> list[Served]:
+def by_grpc(server: TritonServer, inputs: Inputs, count: int) -> list[Record]:
     return drive(server.grpc_url, inputs, None, count)
 
 
-def by_front(server: TritonServer, inputs: Inputs, count: int) -> list[Served]:
+def by_front(server: TritonServer, inputs: Inputs, count: int) -> list[Record]:
     start = time.perf_counter()
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(lambda each: stream(server, each, start), inputs))
 
 
-def stream(server: TritonServer, asked: dict[str, Any], start: float) -> Served:
+def stream(server: TritonServer, asked: dict[str, Any], start: float) -> Record:
     """A response is an event, at the time at which its last byte came."""
     body = json.dumps(
         {
@@ -145,7 +149,11 @@ def stream(server: TritonServer, asked: dict[str, Any], start: float) -> Served:
             received += data
     if b"data: [DONE]" not in received:
         raise RuntimeError(f"no whole answer: {received[-200:]!r}")
-    return Served(sent, times, asked["max_tokens"][0], 1)
+    tokens = [1] * len(times)
+    tokens[-1] += asked["max_tokens"][0] - len(times)  # an event may hold several: which one does not matter here
+    return Record(
+        prompt_len=PROMPT_LEN, output_len=asked["max_tokens"][0], due=sent, sent=sent, times=times, tokens=tokens
+    )
 
 
 def cpu_seconds(server: TritonServer) -> float:

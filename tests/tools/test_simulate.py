@@ -1,0 +1,136 @@
+"""Virtual time: what follows from the predicted steps alone is compared with what queueing theory and sums say."""
+
+import random
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import msgspec
+import pytest
+
+from ensemble.config import Deployment
+from ensemble.scheduling.estimator import StepShape, TimedStep
+from tools.load.records import Record, Run
+from tools.load.workloads import arrivals
+from tools.simulation.against_runs import compare
+from tools.simulation.costs import GPUS, Costs, ModelSize, kv_tokens, predicted_steps, step_s
+from tools.simulation.simulator import Ask, Simulation
+
+LLAMA_2_13B = ModelSize(40, 5120, 40, 40, 128, 12_850_000_000, 2)
+
+
+def costs(**changes: Any) -> Costs:
+    """A step takes 1 ms, a prompt's token 1, a sequence 1.2: simple enough to be summed by hand."""
+    shapes = [StepShape.of([], [length] * size) for size in (1, 2, 4, 8, 16, 32) for length in (16, 400)]
+    shapes += [StepShape.of([(0, length)], []) for length in (16, 32, 64, 128, 256)]
+    steps = [TimedStep(shape, 1e-3 * (1 + shape.num_prompt_tokens + 1.2 * shape.num_rows)) for shape in shapes]
+    plain = Costs(steps=steps, kv_token_bytes=1000, num_kv_tokens=64_000, runs_ahead=False)
+    plain = msgspec.structs.replace(plain, control_s=0.0, front_s=0.0, back_s=0.0, pull_base_s=0.0)
+    return msgspec.structs.replace(plain, pull_bytes_per_s=1e12, **changes)
+
+
+def deployment(mode: str = "disaggregated", **changes: Any) -> Deployment:
+    raw: dict[str, Any] = {
+        "mode": mode,
+        "model": {"path": "/nowhere"},
+        "prefill": {"devices": [] if mode == "colocated" else ["cpu"]},
+        "decode": {"devices": ["cpu"]},
+    }
+    for section, fields in changes.items():
+        raw[section] = {**raw.get(section, {}), **fields}
+    return Deployment.parse(raw)
+
+
+def gaps_of(record: Record) -> list[float]:
+    return [1e3 * gap for gap in record.gaps]
+
+
+@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+def test_a_request_alone_takes_its_steps(mode: str) -> None:
+    (record,) = Simulation(deployment(mode), costs()).run([Ask(0.5, 100, 6)])
+    assert record.num_tokens == 6 and record.is_complete
+    if mode == "colocated":
+        assert 1e3 * record.ttft == pytest.approx(101, rel=0.02)
+    assert record.times[-1] - record.due == pytest.approx(0.101 + 5 * 0.0022, rel=0.02)
+    assert gaps_of(record)[-3:] == pytest.approx([2.2] * 3, rel=0.05)
+
+
+def test_what_time_a_copy_takes_delays_the_first_token() -> None:
+    """It is held until the sequence has joined: 100 tokens in 7 blocks of 16,000 bytes at 1 MB/s, 0.112 s."""
+    fast, slow = (
+        Simulation(deployment(), costs_).run([Ask(0.0, 100, 6)])[0].ttft
+        for costs_ in (costs(), msgspec.structs.replace(costs(), pull_bytes_per_s=1e6))
+    )
+    assert slow - fast == pytest.approx(0.112, rel=0.02)
+
+
+def test_prompts_wait_as_in_an_m_d_1_queue() -> None:
+    """One prompt a step, Poisson arrivals, half of the time busy: a wait of S / 2 on average."""
+    alone = deployment("colocated", prefill={"max_num_batched_tokens": 64}, scheduler={"max_wait_s": 1000})
+    step = 0.065
+    rng = random.Random(0)
+    asks = [Ask(due, 64, 1) for due in arrivals(4000, 0.5 / step, 1.0, rng)]
+    records = Simulation(alone, costs()).run(asks)
+    assert mean(record.ttft for record in records) == pytest.approx(1.5 * step, rel=0.05)
+
+
+def test_all_requests_end_also_where_sequences_are_swapped() -> None:
+    """A pool of 40 blocks, and all swapping in virtual time."""
+    tight = msgspec.structs.replace(costs(), num_kv_tokens=640, swap_bytes_per_s=1e9)
+    swapping = deployment(decode={"policy": "mlfq", "host_kv_bytes": 4_000_000, "quantum_s": 0.05})
+    simulation = Simulation(swapping, tight)
+    records = simulation.run([Ask(0.01 * index, 48, 120) for index in range(24)])
+    assert all(record.is_complete and record.num_tokens == 120 for record in records)
+    assert sum(replica.loop._num_preemptions for replica in simulation.replicas.values()) > 0
+    while simulation.step():
+        pass
+    for replica in simulation.replicas.values():
+        assert replica.loop.is_empty and replica.loop.num_free_blocks == replica.num_blocks
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    cached = deployment("colocated", prefill={"prefix_cache": True})
+    first, second = Simulation(cached, costs()).run([Ask(0.0, 200, 2, 160, 7), Ask(1.0, 200, 2, 160, 7)])
+    assert first.ttft == pytest.approx(0.201, rel=0.02)
+    assert second.ttft == pytest.approx(0.041, rel=0.05)
+
+
+def test_a_simulation_is_the_same_each_time() -> None:
+    asks = [Ask(due, 50, 20) for due in arrivals(50, 20.0, 1.0, random.Random(3))]
+    assert Simulation(deployment(), costs()).run(asks) == Simulation(deployment(), costs()).run(asks)
+
+
+def test_a_run_of_a_slower_machine_is_met_by_calibration() -> None:
+    """ "Real" runs whose steps take 1.4 times as long, and whose front takes 30 ms more."""
+    real = msgspec.structs.replace(costs().scaled(1.4), front_s=0.030)
+
+    def run(rate: float) -> Run:
+        asks = [Ask(due, 50, 20) for due in arrivals(60, rate, 1.0, random.Random(1))]
+        records = Simulation(deployment(), real).run(asks)
+        return Run(load={"request_rate": rate}, lag_p99_ms=0, max_lag_ms=1, client_cpu_share=0, records=records)
+
+    compared, found = compare([("disaggregated", deployment(), [run(2.0), run(8.0)])], costs(), calibrate=True)
+    assert found.front_s == pytest.approx(0.030, abs=0.002)
+    assert found.estimator().seconds(StepShape.of([(0, 50)], [])) == pytest.approx(0.0714, rel=0.03)
+    for each in compared:
+        for metric, percent in (("ttft", 50), ("ttft", 90), ("tpot", 90)):
+            real_ms, simulated_ms = each.percentile_ms(metric, percent)
+            assert simulated_ms == pytest.approx(real_ms, rel=0.03)
+
+
+def test_predicted_steps_are_near_those_measured_on_an_h100() -> None:
+    """docs/results: LLaMA-2-13B's mixed steps of 512 and 256 tokens beside two rows of 2,000, at a prefix of 1,024."""
+    for chunk, measured in ((512, 26.5e-3), (256, 15.6e-3)):
+        shape = StepShape.of([(1024, chunk - 2)], [2000, 2000])
+        assert step_s(LLAMA_2_13B, GPUS["h100"], shape, 1) == pytest.approx(measured, rel=0.25)
+    steps = predicted_steps(LLAMA_2_13B, GPUS["h100"], 1, 2048, 4096)
+    fitted = Costs(steps=steps, kv_token_bytes=1, num_kv_tokens=1).estimator()
+    for shape in (StepShape.of([(0, 2000)], []), StepShape.of([], [700] * 40), StepShape.of([(500, 256)], [900] * 20)):
+        assert fitted.seconds(shape) == pytest.approx(step_s(LLAMA_2_13B, GPUS["h100"], shape, 1), rel=0.25)
+    assert 40_000 < kv_tokens(LLAMA_2_13B, GPUS["h100"], 1, 0.9) < 70_000
+
+
+def test_a_deployment_file_of_other_devices_is_simulated(tmp_path: Path) -> None:
+    both = deployment("colocated", decode={"devices": [f"cuda:{index}" for index in range(4)]})
+    records = Simulation(both, costs()).run([Ask(0.001 * index, 64, 4) for index in range(8)])
+    assert max(record.ttft for record in records) < 3 * 0.065 + 0.05  # two each, not eight in a row

@@ -1,0 +1,166 @@
+"""What the steps and copies of a deployment take, as a simulation is told: fitted to measured steps, or by rates."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ensemble.config import Deployment
+from ensemble.errors import ConfigError
+from ensemble.models.spec import ModelSpec
+from ensemble.scheduling.estimator import StepEstimator, StepShape, TimedStep
+
+
+class Costs(msgspec.Struct, kw_only=True, frozen=True):
+    """Of one replica of one model on one kind of device. Seconds and bytes."""
+
+    steps: list[TimedStep]  # what the estimator is fitted to
+    kv_token_bytes: int  # of the whole model
+    num_kv_tokens: int  # that a replica's pool holds
+    runs_ahead: bool = True  # a step is launched before the one before is read: on GPUs
+    pull_base_s: float = 0.2e-3  # of a hand-off's copy
+    pull_bytes_per_s: float = 280e9
+    swap_bytes_per_s: float = 50e9
+    control_s: float = 1e-3  # from the router to a replica, or back
+    front_s: float = 2e-3  # from the client to the router
+    back_s: float = 1e-3  # from the router to the client
+
+    @property
+    def samples(self) -> list[TimedStep]:
+        """The steps again and again: an estimator fits every 64 samples, so that its last fit knows them all."""
+        return self.steps * (2 + 256 // len(self.steps))
+
+    def estimator(self) -> StepEstimator:
+        estimator = StepEstimator()
+        for step in self.samples:
+            estimator.observe(step.shape, step.seconds)
+        return estimator
+
+    def scaled(self, factor: float) -> "Costs":
+        """Steps that take so many times as long."""
+        steps = [TimedStep(step.shape, step.seconds * factor) for step in self.steps]
+        return msgspec.structs.replace(self, steps=steps)
+
+
+def read_costs(path: Path) -> Costs:
+    """Raises ConfigError."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Costs)
+    except OSError as error:
+        raise ConfigError(f"--costs {path}: {error.strerror}") from None
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"--costs {path}: {error}") from None
+
+
+def write_costs(path: Path, costs: Costs) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(costs), indent=0) + b"\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Rates that were measured, not those of data sheets; bytes and FLOPs a second."""
+
+    memory_bytes: int
+    copy_rate: float
+    matmul_rate: float  # fp16, large products
+    launch_s: float = 40e-6  # of a layer, that nothing hides
+    link_rate: float = 350e9  # to another GPU of the node
+    host_rate: float = 50e9
+
+
+GPUS = {
+    "h100": Gpu(80 << 30, 3.0e12, 690e12),
+    "h200": Gpu(141 << 30, 4.3e12, 690e12),
+    "a100-80g": Gpu(80 << 30, 1.75e12, 260e12, link_rate=220e9, host_rate=22e9),
+    "a100-40g": Gpu(40 << 30, 1.35e12, 260e12, link_rate=220e9, host_rate=22e9),
+}
+# Of the floor (weights and KV once, or FLOPs, at the rates above), as measured on H100: docs/results/engine-h100.json.
+OVER_THE_FLOOR = 1.12
+ALL_REDUCE_BASE_S = 12e-6
+RESERVE_BYTES = 4 << 30  # of each GPU: CUDA, graphs, activations
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What of a model its cost depends on."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_weights: int  # that a token passes: without the input embedding
+    num_bytes: int  # of a number
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.num_weights * self.num_bytes
+
+    @property
+    def kv_token_bytes(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.num_bytes
+
+
+def step_s(model: ModelSize, gpu: Gpu, shape: StepShape, tp: int, node_link_rate: float | None = None) -> float:
+    """Seconds of a step on `tp` GPUs: its floor, times what is measured over the floor, and the all-reduces.
+
+    Floor: the larger of weights over the copy rate and products over the matmul rate, the KV of every row over the
+    copy rate, and attention's FLOPs.
+    """
+    weights_s = model.weight_bytes / tp / gpu.copy_rate
+    products_s = 2 * model.num_weights * shape.num_tokens / tp / gpu.matmul_rate
+    rows_s = shape.num_row_keys * model.kv_token_bytes / tp / gpu.copy_rate
+    heads = 4 * model.num_layers * model.num_heads * model.head_dim
+    attention_s = heads * shape.num_prompt_keys / tp / (0.45 * gpu.matmul_rate)
+    floor_s = max(weights_s, products_s) + rows_s + attention_s
+    reduce_s = 0.0
+    if tp > 1:
+        num_bytes = shape.num_tokens * model.hidden_size * model.num_bytes * 2 * (tp - 1) / tp
+        reduce_s = 2 * model.num_layers * (ALL_REDUCE_BASE_S + num_bytes / (node_link_rate or gpu.link_rate))
+    return OVER_THE_FLOOR * floor_s + reduce_s + gpu.launch_s
+
+
+def predicted_steps(model: ModelSize, gpu: Gpu, tp: int, max_num_tokens: int, max_len: int) -> list[TimedStep]:
+    """A grid of steps for the estimator to be fitted to, where none were measured."""
+    sizes = [1 << power for power in range(9)]
+    lens = [length for length in (64, 512, 2048, 8192, 32768) if length <= max_len] or [max_len]
+    shapes = [StepShape.of([], [length] * size) for size in sizes for length in lens]
+    chunks = [size for size in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192) if size <= max(16, max_num_tokens)]
+    for chunk in chunks:
+        for start in (0, *(length for length in lens if length + chunk <= max_len)):
+            for rows in (0, 8, 64):
+                shapes.append(StepShape.of([(start, chunk)], [lens[len(lens) // 2]] * rows))
+    return [TimedStep(shape, step_s(model, gpu, shape, tp)) for shape in shapes]
+
+
+def model_size(spec: ModelSpec, num_bytes: int = 2) -> ModelSize:
+    """Of a model served in numbers of so many bytes."""
+    attention = spec.hidden_size * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
+    inner = (3 if spec.architecture == "llama" else 2) * spec.hidden_size * spec.intermediate_size
+    num_weights = spec.num_layers * (attention + inner) + spec.vocab_size * spec.hidden_size
+    return ModelSize(
+        spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, num_weights, num_bytes
+    )
+
+
+def kv_tokens(model: ModelSize, gpu: Gpu, num_gpus: int, utilization: float) -> int:
+    """Tokens whose KV fits beside the weights on so many GPUs that share a model; 0: the weights do not fit."""
+    num_embedding_bytes = model.num_bytes * model.hidden_size * 32_000  # the input's, of about that size
+    left = gpu.memory_bytes * utilization * num_gpus - model.weight_bytes - num_embedding_bytes
+    return max(0, int((left - RESERVE_BYTES * num_gpus) // model.kv_token_bytes))
+
+
+def predicted_costs(spec: ModelSpec, gpu: Gpu, deployment: Deployment, tp: int = 1) -> Costs:
+    """Of a replica on `tp` GPUs of a kind that is not here. Raises ConfigError where the model does not fit."""
+    model = model_size(spec)
+    num_kv_tokens = kv_tokens(model, gpu, tp, deployment.decode.gpu_memory_utilization)
+    if num_kv_tokens < deployment.block_size:
+        raise ConfigError(f"model {spec.path}: {model.weight_bytes >> 30} GiB of weights do not fit {tp} such GPUs")
+    max_len = deployment.model.limit_model_len(spec.max_model_len)
+    return Costs(
+        steps=predicted_steps(model, gpu, tp, deployment.prefill.max_num_batched_tokens, max_len),
+        kv_token_bytes=model.kv_token_bytes,
+        num_kv_tokens=num_kv_tokens,
+        pull_bytes_per_s=0.8 * gpu.link_rate * tp,
+        swap_bytes_per_s=gpu.host_rate * tp,
+    )
