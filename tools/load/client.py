@@ -259,13 +259,12 @@ async def _watch(pipe: Connection, records: list[Record], lags: list[float]) -> 
 async def _stream(call: Any, body: bytes, record: Record, start: float, keep_text: bool) -> None:
     await call.write(body)
     await call.done_writing()
-    async for raw in call:
+    async for raw in call:  # to its end also after an error: what is cancelled there may crash the 24.10 server
         now = time.monotonic() - start
         message = service_pb2.ModelStreamInferResponse.FromString(raw)
         if message.error_message:
             record.error = message.error_message
-            call.cancel()
-            return
+            continue
         response = message.infer_response
         if response.outputs:
             outputs = {
