@@ -62,11 +62,14 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured: COMMIT where the checkout has no history, as on a machine it was copied to."""
+    """The commit that is measured, marked where files differ from it; COMMIT where the checkout has no history."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    head, changes = (
+        subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    return (head or "unknown") + (" with changes" if changes else "")
 
 
 def _as_documented(argument: str, output: Path) -> str:
