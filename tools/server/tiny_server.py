@@ -1,5 +1,6 @@
 """A server of a model too small to matter, on the CPU: for what tests and measures the way around the model."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ TINY_MODEL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "chat_template": "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>",
+}
+
 
 @contextmanager
 def tiny_server(openai_port: int | None = None, **scheduler: str) -> Iterator[TritonServer]:
@@ -31,6 +37,7 @@ def tiny_server(openai_port: int | None = None, **scheduler: str) -> Iterator[Tr
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         write_model_dir(path, TINY_MODEL)
+        (path / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG), encoding="utf-8")
         stage = {"devices": ["cpu"], "kv_cache_bytes": 64 << 20}
         model = {"path": path, "load_format": "dummy", "dtype": "float32"}
         deployment = Deployment.parse({"model": model, "prefill": stage, "decode": stage, "scheduler": scheduler})
