@@ -35,7 +35,9 @@ DEVICES = "a replica on each of these, such as cuda:0,cuda:1 or cpu"
 def main(
     served: Annotated[Path | None, Argument(metavar="MODEL", help="as --model, which it overrides")] = None,
     model: Annotated[Path | None, Option(envvar="MODEL", help="directory or Hub name; none: SmolLM2-135M")] = None,
-    deployment: Annotated[Path | None, Option(help="deployment file (YAML), which the other flags override")] = None,
+    deployment: Annotated[
+        Path | None, Option(envvar="DEPLOYMENT", help="deployment file (YAML), which the other flags override")
+    ] = None,
     load_format: Annotated[str | None, Option(help="auto, or dummy for random weights")] = None,
     dtype: Annotated[str | None, Option(help="auto, float16, bfloat16, float32 or float64")] = None,
     max_model_len: Annotated[int | None, Option(help="tokens of a sequence, prompt and output")] = None,

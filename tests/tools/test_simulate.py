@@ -69,9 +69,9 @@ def test_prompts_wait_as_in_an_m_d_1_queue() -> None:
     alone = deployment("colocated", prefill={"max_num_batched_tokens": 64}, scheduler={"max_wait_s": 1000})
     step = 0.065
     rng = random.Random(0)
-    asks = [Ask(due, 64, 1) for due in arrivals(4000, 0.5 / step, 1.0, rng)]
+    asks = [Ask(due, 64, 1) for due in arrivals(2000, 0.5 / step, 1.0, rng)]
     records = Simulation(alone, costs()).run(asks)
-    assert mean(record.ttft for record in records) == pytest.approx(1.5 * step, rel=0.05)
+    assert mean(record.ttft for record in records) == pytest.approx(1.5 * step, rel=0.07)
 
 
 def test_all_requests_end_also_where_sequences_are_swapped() -> None:

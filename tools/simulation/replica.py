@@ -200,6 +200,7 @@ class SimulatedReplica:
         self,
         replica: int,
         costs: Costs,
+        steps: StepEstimator,
         settings: LoopSettings,
         block_size: int,
         sources: dict[str, Source],
@@ -211,7 +212,7 @@ class SimulatedReplica:
         self.inbox: deque[Command | int] = deque()  # an id: the lease that is to end
         self.num_blocks = max(1, costs.num_kv_tokens // block_size)
         self.wakes_at: float | None = None  # by the simulation's list of events
-        engine = SimulatedEngine(costs.estimator(), costs, block_size, self.num_blocks, self.clock)
+        engine = SimulatedEngine(steps, costs, block_size, self.num_blocks, self.clock)
         peers = SimulatedPeers(sources, lambda handoff: acknowledge(self.clock.now, handoff))
         self.loop = EngineLoop(
             cast(Engine, engine),
@@ -222,8 +223,7 @@ class SimulatedReplica:
             swapper=cast(Swapper, SimulatedSwapper(costs, block_size, self.clock)),
             clock=self.clock,
         )
-        for step in costs.samples:
-            self.loop.estimator.observe(step.shape, step.seconds)
+        self.loop.estimator = steps
 
     def run(self, now: float) -> tuple[list[Event], float | None]:
         """One round of the worker at `now`. Returns its events, which are told at its clock's time, and when to come

@@ -81,11 +81,13 @@ class _Client:
 
 
 class Simulation:
-    """One deployment from its start. `costs`: of every replica, or by home where they differ."""
+    """One deployment from its start. `costs`: of every replica; `prefill_costs`: of those at home in prefill."""
 
-    def __init__(self, deployment: Deployment, costs: Costs) -> None:
+    def __init__(self, deployment: Deployment, costs: Costs, prefill_costs: Costs | None = None) -> None:
         self.now = 0.0
         self._costs = costs
+        by_home = {"decode": costs, "prefill": prefill_costs or costs}
+        steps = {home: each.estimator() for home, each in by_home.items()}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._num_open = 0  # requests that have not ended
@@ -96,7 +98,13 @@ class Simulation:
         for known in self.router.fleet:
             settings = loop_settings(deployment, known.home)
             replica = SimulatedReplica(
-                known.id, costs, settings, deployment.block_size, self._sources, self._acknowledge
+                known.id,
+                by_home[known.home],
+                steps[known.home],
+                settings,
+                deployment.block_size,
+                self._sources,
+                self._acknowledge,
             )
             self._sources[replica.address] = Source([], {}, address=replica.address, num_blocks=replica.num_blocks)
             self.replicas[known.id] = replica
@@ -111,9 +119,9 @@ class Simulation:
                 num_places=deployment.num_places(known.home),
                 pid=0,
                 peer_address=replica.address,
-                timed=costs.samples,
             )
             self.router.receive(up, 0.0)
+            known.estimator = steps[known.home]
         self.router.tick(0.0)
 
     def run(self, asks: Iterable[Ask]) -> list[Record]:

@@ -1,0 +1,1 @@
+"""Which degrees, how many replicas, and where: DistServe's placement search."""

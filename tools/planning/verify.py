@@ -1,0 +1,42 @@
+"""The goodput of a placement by the real router and loops in virtual time, where a replica is no pipeline."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ensemble.config import Deployment
+from tools.load.goodput import SHARE
+from tools.planning.search import highest_rate
+from tools.simulation.costs import Costs
+from tools.simulation.simulator import Ask, Simulation
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """All that a process needs. `lengths` and `unit_times`: of each request; at a rate it comes at unit_time / rate."""
+
+    deployment: dict[str, Any]
+    costs: Costs
+    prefill_costs: Costs | None
+    lengths: list[tuple[int, int]]  # prompt, output
+    unit_times: list[float]
+    targets_ms: dict[str, float]
+    upper: float  # requests a second that it cannot exceed
+    cached_share: float = 0.0
+
+    def asks(self, rate: float) -> list[Ask]:
+        """Prompts whose beginnings are in a cache belong to one of a few groups."""
+        return [
+            Ask(at / rate, prompt, output, int(self.cached_share * prompt), index % 4)
+            for index, (at, (prompt, output)) in enumerate(zip(self.unit_times, self.lengths, strict=True))
+        ]
+
+
+def goodput_of(trial: Trial) -> float:
+    """Requests a second of which the share meets all targets."""
+    deployment = Deployment.parse(trial.deployment)
+
+    def meets(rate: float) -> bool:
+        records = Simulation(deployment, trial.costs, trial.prefill_costs).run(trial.asks(rate))
+        return sum(record.meets(trial.targets_ms) for record in records) >= SHARE * len(records)
+
+    return highest_rate(meets, trial.upper, precision=0.04)
