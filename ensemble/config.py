@@ -21,6 +21,13 @@ Batching = Literal["mixed", "prefill-first"]
 # lately, or what it may at most. If expectations were too low, sequences are preempted.
 Admission = Literal["optimistic", "reserved"]
 
+# fixed: a replica does what its role says. auto: who computes a prompt is chosen for each by predicted times, among
+# replicas that decode too, prefill replicas decode what the others have no room for, and roles shift with the load.
+Roles = Literal["fixed", "auto"]
+
+# What becomes of a request that is predicted to miss a target: computed all the same, or refused before it is.
+OnMissedTarget = Literal["serve", "refuse"]
+
 # When a client gets the first token of a sequence that goes on at another replica: when that has its KV, or at once.
 FirstToken = Literal["held", "at_once"]
 
@@ -73,7 +80,8 @@ class StageConfig(_Frozen):
 
 class PrefillConfig(StageConfig):
     max_num_batched_tokens: int = Field(default=2048, ge=16)  # token budget of a batch
-    max_num_bridge_seqs: int = Field(default=32, ge=1)  # prefilled or in prefill beyond what decode has room for
+    # No prompt is started that, when it is computed, would wait longer for room in decode.
+    max_bridge_wait_s: float = Field(default=0.5, ge=0)
     prefix_cache: bool = False  # keeps the blocks of prompts, for prompts that begin alike
     # Of a batch, for prompts longer than that while shorter ones wait: a long one holds them up for no whole batch.
     max_long_tokens: int | None = Field(default=None, ge=16)
@@ -109,11 +117,29 @@ class SchedulerConfig(_Frozen):
     policy: PolicyName = "fcfs"
     max_wait_s: float = Field(default=30.0, gt=0)  # who has waited so long is overtaken by nobody who came later
     aging_s: float = Field(default=5.0, ge=0)  # priority: what a class is worth
-    ttft_target_s: float = Field(default=1.0, gt=0)  # edf: of requests that name none
+    # Of requests that name none; under edf a deadline without any is a second. The chunks of prompts beside running
+    # sequences are as long as the smallest ITL or TPOT target among these allows.
+    ttft_target_ms: float | None = Field(default=None, gt=0)
+    itl_target_ms: float | None = Field(default=None, gt=0)
+    tpot_target_ms: float | None = Field(default=None, gt=0)
+    on_missed_target: OnMissedTarget = "serve"
+    roles: Roles = "fixed"
+    min_prefill_replicas: int = Field(default=1, ge=1)  # auto: bounds of the replicas of role prefill
+    max_prefill_replicas: int | None = Field(default=None, ge=1)  # None: all but one
     max_queue_requests: int = Field(default=4096, ge=1)
     max_queue_tokens: int = Field(default=4_000_000, ge=1)
     first_token: FirstToken = "held"
     max_recoveries: int = Field(default=3, ge=0)  # deaths of replicas that had a request alone, until it is given up
+
+    @property
+    def ttft_target_s(self) -> float | None:
+        return None if self.ttft_target_ms is None else self.ttft_target_ms / 1e3
+
+    @property
+    def itl_target_s(self) -> float | None:
+        """What no step should take longer than: the smaller of the ITL and the TPOT target."""
+        given = [each for each in (self.itl_target_ms, self.tpot_target_ms) if each is not None]
+        return min(given) / 1e3 if given else None
 
 
 class Deployment(_Frozen):
@@ -138,6 +164,13 @@ class Deployment(_Frozen):
         if block_size & (block_size - 1):
             raise ValueError("a power of two is needed")
         return block_size
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "Deployment":
+        least, most = self.scheduler.min_prefill_replicas, self.scheduler.max_prefill_replicas
+        if most is not None and most < least:
+            raise ConfigError(f"scheduler.max_prefill_replicas = {most}: at least min_prefill_replicas ({least})")
+        return self
 
     @model_validator(mode="after")
     def _has_the_replicas_of_its_mode(self) -> "Deployment":

@@ -77,6 +77,14 @@ class Overloaded(DistServeError):
         self.retry_after_s = retry_after_s
 
 
+class TargetOutOfReach(Overloaded):
+    """The request would miss a target of its own or of the deployment; nothing of it was computed."""
+
+    def __init__(self, target: str, target_s: float, predicted_s: float, retry_after_s: float) -> None:
+        what = f"{target} = {1e3 * target_s:g} cannot be met: {1e3 * predicted_s:.1f} ms are predicted"
+        super().__init__(what, min(max(retry_after_s, 0.1), 60.0))
+
+
 class StageUnavailable(DistServeError):
     """A stage has no live worker, or the worker that held the request is gone."""
 

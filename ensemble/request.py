@@ -54,6 +54,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0  # class; a smaller one is more urgent
+    itl_target_s: float | None = None  # between two tokens; None: the deployment's
     resumed_token_ids: list[
         int
     ] = []  # outputs of earlier attempts, which were lost with their replica: prefilled again

@@ -51,6 +51,13 @@ def main(
     max_num_batched_tokens: Annotated[int | None, Option(help="token budget of a prefill batch")] = None,
     max_num_seqs: Annotated[int | None, Option(help="sequences in a batch")] = None,
     enable_prefix_caching: Annotated[bool, Option("--enable-prefix-caching", help="in prefill replicas")] = False,
+    roles: Annotated[
+        str | None, Option(help="fixed, or auto: chosen by predicted times, the default with two GPUs and more")
+    ] = None,
+    ttft_target_ms: Annotated[float | None, Option(help="time to the first token, of requests that name none")] = None,
+    itl_target_ms: Annotated[float | None, Option(help="time between tokens, which prompts beside them leave")] = None,
+    tpot_target_ms: Annotated[float | None, Option(help="mean time per output token")] = None,
+    on_missed_target: Annotated[str | None, Option(help="serve late, or refuse what is predicted to miss")] = None,
     prefill_policy: Annotated[str | None, Option(help="fcfs, sjf, priority, edf or fair")] = None,
     decode_policy: Annotated[str | None, Option(help="fcfs, srpt, priority, mlfq or sj-mlfq")] = None,
     swap_space: Annotated[
@@ -101,6 +108,11 @@ def main(
         "prefill.max_num_batched_tokens": max_num_batched_tokens,
         "prefill.prefix_cache": enable_prefix_caching or None,
         "scheduler.policy": prefill_policy,
+        "scheduler.roles": roles,
+        "scheduler.ttft_target_ms": ttft_target_ms,
+        "scheduler.itl_target_ms": itl_target_ms,
+        "scheduler.tpot_target_ms": tpot_target_ms,
+        "scheduler.on_missed_target": on_missed_target,
         "scheduler.first_token": first_token,
         "decode.policy": decode_policy,
         "decode.admission": decode_admission,

@@ -101,6 +101,7 @@ class Asked(BaseModel):
     priority: int | None = Field(None, ge=-100, le=100)
     timeout_ms: float | None = None
     ttft_target_ms: float | None = None
+    itl_target_ms: float | None = None
     tpot_target_ms: float | None = None
 
     @property
@@ -129,7 +130,7 @@ class Asked(BaseModel):
 
     def options(self) -> dict[str, Any]:
         """The scheduler's other inputs. A user's share is fair among users, under the policy `fair`."""
-        names = ("priority", "timeout_ms", "ttft_target_ms", "tpot_target_ms")
+        names = ("priority", "timeout_ms", "ttft_target_ms", "itl_target_ms", "tpot_target_ms")
         found = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.user:
             found["tenant"] = self.user

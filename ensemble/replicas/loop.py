@@ -50,6 +50,7 @@ from ensemble.replicas.prompts import Prompts, PromptStep
 from ensemble.request import Sequence
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
 from ensemble.scheduling.estimator import StepEstimator, StepShape, TimedStep
+from ensemble.scheduling.placement import STRETCH, chunk_beside, smallest
 from ensemble.transfer.leases import Leases
 from ensemble.transfer.puller import Puller
 
@@ -67,6 +68,8 @@ class LoopSettings:
     headroom_blocks: int = 0
     host_kv_bytes: int = 0
     prefix_cache: bool = False
+    itl_target_s: float | None = None  # of requests without one of their own
+    stretch: float | None = None  # of a step by the prompts in it, where no sequence has a target
 
 
 def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
@@ -81,6 +84,8 @@ def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
         headroom_blocks=decode.headroom_blocks,
         host_kv_bytes=decode.host_kv_bytes if home == "decode" else 0,
         prefix_cache=deployment.prefill.prefix_cache,
+        itl_target_s=deployment.scheduler.itl_target_s,
+        stretch=STRETCH if deployment.scheduler.roles == "auto" else None,
     )
 
 
@@ -156,6 +161,7 @@ class EngineLoop:
         self._reported_prefix_tokens = (0, 0)  # asked of the cache, and found
         self.estimator = StepEstimator()
         self._committed_at = 0.0  # the last step
+        self._mean_context_len = 0.0  # of the sequences of the last step that had any
 
     @property
     def num_free_blocks(self) -> int:
@@ -250,6 +256,8 @@ class EngineLoop:
             shape = StepShape.of(
                 [(row.start, row.length) for row in prompts.rows], [sequence.num_tokens for sequence in plan.run]
             )
+            if plan.run:
+                self._mean_context_len = shape.num_row_keys / shape.num_rows
             began = self._clock()
             step = _Step(self.engine.launch(Batch(prompts.rows, plan.run)), prompts, shape, began)
         elif prompts.batch_ids:  # all their prompts were cancelled
@@ -276,8 +284,21 @@ class EngineLoop:
         self._arrivals.start_pulls(self._scheduler.has_room_for)
 
     def _prompt_budget(self) -> int:
-        is_alone = len(self._scheduler) == 0 or self._settings.batching == "prefill-first"
-        return self._settings.max_num_prompt_tokens if is_alone else self._settings.max_num_prompt_tokens_beside
+        """Tokens of prompts in the next step: beside running sequences as many as their targets allow."""
+        settings, num_rows = self._settings, min(len(self._scheduler), self._settings.max_num_seqs)
+        if not num_rows or settings.batching == "prefill-first":
+            return settings.max_num_prompt_tokens
+        if not self._prompts.has_work:
+            return settings.max_num_prompt_tokens_beside
+        targets = (sequence.request.itl_target_s for sequence in self._running.values())
+        return chunk_beside(
+            self.estimator,
+            StepShape(0, 0, num_rows, round(num_rows * self._mean_context_len)),
+            self._prompts.next_start,
+            smallest(targets, settings.itl_target_s),
+            settings.stretch,
+            settings.max_num_prompt_tokens_beside,
+        )
 
     def _plan(self, now: float, prompts: PromptStep) -> DecodePlan:
         if prompts.rows and self._settings.batching == "prefill-first":

@@ -57,6 +57,12 @@ class Prompts:
         return bool(self._chunks)
 
     @property
+    def next_start(self) -> int:
+        """Where the next chunk begins in its prompt."""
+        sequence = self._sequences.get(self._chunks[0].chunk.request_id) if self._chunks else None
+        return sequence.num_computed_tokens if sequence is not None else 0
+
+    @property
     def num_wanted_blocks(self) -> int:
         """Blocks that the first of the prompts without any lacks."""
         first = next(iter(self._queued.values()), None)

@@ -1,12 +1,13 @@
 """What goes where now: asks the schedulers, tells the replicas."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
 from ensemble.cache.prefix_cache import block_hashes
 from ensemble.config import Deployment, StageName
+from ensemble.errors import DistServeError, TargetOutOfReach
 from ensemble.protocol.router_replica import (
     Arrival,
     AttachPeer,
@@ -25,24 +26,52 @@ from ensemble.router.lives import Life, Lives
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
 from ensemble.scheduling.decode_policies import DecodePolicySettings
 from ensemble.scheduling.estimates import OutputEstimate
+from ensemble.scheduling.estimator import StepShape, prompt_keys
+from ensemble.scheduling.placement import (
+    STRETCH,
+    Reader,
+    Site,
+    Way,
+    Work,
+    best,
+    chunk_beside,
+    hand_off,
+    num_missed,
+    smallest,
+    stay,
+)
 from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import Limits, PrefillScheduler
 from ensemble.scheduling.prefix_index import PrefixIndex
+from ensemble.scheduling.roles import Pressure, Side
 
 Send = Callable[[StageName, ToStage], None]  # to the home of a replica; never waits
 MAX_BATCHES_IN_FLIGHT = 2  # one runs, one is behind it
 # Where sequences run too, a step is launched before the one before is read, and told then: with three it never waits.
 MAX_BATCHES_BESIDE = 3
+DEFAULT_TTFT_S = 1.0  # edf's deadline, and roles' measure, where there is no target
 
 
 class Dispatch:
     """The schedulers, and how replicas of each role are entered in them."""
 
-    def __init__(self, deployment: Deployment, lives: Lives, fleet: Fleet, send: Send) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        lives: Lives,
+        fleet: Fleet,
+        send: Send,
+        fail: Callable[[Life, DistServeError], None],
+    ) -> None:
         self._deployment = deployment
         self._lives = lives
         self._fleet = fleet
         self._send = send
+        self._fail = fail
+        self._is_auto = deployment.scheduler.roles == "auto"
+        self._now = 0.0
+        self._way: tuple[int, Way | None] | None = None  # of the attempt that was asked of last, as long as it holds
+        self._refused: list[tuple[Life, TargetOutOfReach]] = []
         self._alone: set[int] = set()  # attempt ids
         self.prefixes = PrefixIndex(deployment.block_size) if deployment.prefill.prefix_cache else None
         self.output_estimate = OutputEstimate()
@@ -56,13 +85,15 @@ class Dispatch:
             max_batches_in_flight=MAX_BATCHES_IN_FLIGHT,
             max_queue_requests=queue.max_queue_requests,
             max_queue_tokens=queue.max_queue_tokens,
-            policy=QueuePolicy(queue.policy, queue.max_wait_s, queue.aging_s, queue.ttft_target_s),
+            policy=QueuePolicy(queue.policy, queue.max_wait_s, queue.aging_s, queue.ttft_target_s or DEFAULT_TTFT_S),
             max_long_tokens=deployment.prefill.max_long_tokens,
             num_cached_tokens=self._num_cached_tokens,
+            max_batch_len=self._chunk_len,
         )
         self.admission = DecodeAdmission(
             block_size=deployment.block_size,
-            max_num_bridge_seqs=deployment.prefill.max_num_bridge_seqs,
+            max_bridge_wait_s=deployment.prefill.max_bridge_wait_s,
+            wait_s=self._wait_for_blocks_s,
             expected_kv_tokens=self.output_estimate.num_kv_tokens if is_optimistic else None,
             watermark=deployment.decode.watermark,
         )
@@ -73,14 +104,17 @@ class Dispatch:
         """Enters a replica's new life. Returns the attempts in the queue that no known pool could ever hold."""
         num_host_blocks = up.num_host_blocks if self._policy.fills_host_pool else 0
         limits = DecodeLimits(up.num_places, num_host_blocks)
-        self.admission.replica_up(replica.id, replica.credits, limits, is_open=replica.takes_sequences)
+        is_spare = self._is_spare(replica)
+        is_open = replica.takes_sequences or is_spare
+        self.admission.replica_up(replica.id, replica.credits, limits, is_open=is_open, is_spare=is_spare)
         refused = self.prefill.replica_up(replica.id, replica.credits, self._prompt_limits(replica))
         self._attach(replica)
         return refused
 
     def role_changed(self, replica: Replica) -> list[int]:
         """Its role or its state is another one; what it has goes on there. See `replica_up`."""
-        self.admission.set_open(replica.id, replica.takes_sequences)
+        is_spare = self._is_spare(replica)
+        self.admission.set_open(replica.id, replica.takes_sequences or is_spare, is_spare=is_spare)
         refused = self.prefill.set_limits(replica.id, self._prompt_limits(replica))
         self._attach(replica)
         return refused
@@ -99,11 +133,17 @@ class Dispatch:
         item = ToReplica(replica=replica.id, life=replica.life, command=msgspec.Raw(encode(command)))
         self._send(replica.home, item)
 
+    def _is_spare(self, replica: Replica) -> bool:
+        """Whether it decodes what it has computed where the others have no room for it."""
+        return self._is_auto and replica.takes_prompts and replica.role == "prefill"
+
     def _prompt_limits(self, replica: Replica) -> Limits | None:
         decode = self._deployment.decode
         if replica.takes_prompts and replica.role == "prefill":
             return self.prefill.limits
         if replica.takes_prompts:
+            return Limits(self._deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
+        if replica.takes_sequences and self._is_auto:
             return Limits(self._deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
         if replica.takes_sequences and decode.local_prefill_tokens:
             return Limits(decode.local_prefill_tokens, MAX_BATCHES_BESIDE, decode.max_local_prompt_len, stays=True)
@@ -113,7 +153,7 @@ class Dispatch:
         """Who will read a pool maps it now: the first hand-off need not wait for that."""
         others = [other for other in self._fleet.up_ones() if other.id != replica.id]
         for source, reader in [(other, replica) for other in others] + [(replica, other) for other in others]:
-            if source.role == "prefill" and reader.takes_sequences:
+            if source.takes_prompts and reader.takes_sequences and "mixed" not in (source.role, reader.role):
                 self.command(reader, AttachPeer(address=source.peer_address))
 
     # ---- requests
@@ -122,6 +162,8 @@ class Dispatch:
         """Raises Overloaded, or InvalidRequest where no pool could ever hold it."""
         request, hints = life.attempt, life.client.hints
         self.admission.check(request)
+        if not is_again:
+            self._check_targets(life, now)
         if self.prefixes is not None:
             token_ids = request.prompt_token_ids + request.resumed_token_ids
             life.hashes = block_hashes(token_ids, self.prefixes.block_size)
@@ -143,9 +185,18 @@ class Dispatch:
 
     def dispatch(self, now: float) -> None:
         """Everything that can start now, starts: first what has waited in the bridge."""
+        self._now, self._way = now, None
         while submission := self.admission.next_submission():
             self._join(submission.replica, submission.request_ids)
-        while batch := self.prefill.next_batch(now, self._may_start):
+        while True:
+            batch = self.prefill.next_batch(now, self._may_start)
+            refused, self._refused, self._way = self._refused, [], None
+            for each, error in refused:
+                self._fail(each, error)
+            if batch is None and refused:
+                continue
+            if batch is None:
+                return
             replica = self._fleet.get(batch.replica)
             assert replica is not None, "the scheduler has only replicas of the fleet"
             time_ns = time.time_ns()
@@ -183,18 +234,197 @@ class Dispatch:
             timeline.decode_submitted_ns, timeline.decode_replica = time_ns, replica_id
         self.command(replica, Join(arrivals=arrivals))
 
+    # ---- which way a request takes
+
     def _may_start(self, replica_id: int, request: Request) -> bool:
-        replica, life = self._fleet.get(replica_id), self._lives.of_attempt(request.request_id)
-        if replica is None or life is None:
+        life = self._lives.of_attempt(request.request_id)
+        if life is None:
             return False
-        if self._alone and not self._may_share(replica_id, life):
+        if self._way is None or self._way[0] != request.request_id:
+            self._way = request.request_id, self._best_way(life)
+        way = self._way[1]
+        if way is not None and self._refuses(life, way):
             return False
-        if replica.role != "prefill":
-            if not self.admission.try_start_at(replica_id, request):
-                return False
+        if way is None or way.replica != replica_id:
+            return False
+        starts = self.admission.try_start_at if way.stays else self._try_promise
+        if not starts(replica_id, request):
+            return False
+        self._way = None
+        if way.stays:
             life.decode_replica = replica_id
-            return True
+        timeline = life.client.timeline
+        if not timeline.predicted_first_token_ns:
+            timeline.predicted_first_token_ns = time.time_ns() + int(way.ttft_s * 1e9)
+        return True
+
+    def _try_promise(self, replica_id: int, request: Request) -> bool:
         return self.admission.try_promise(request)
+
+    def _best_way(self, life: Life) -> Way | None:
+        """None: nobody could start it, were it idle."""
+        target_s, itl_target_s = self._targets(life)
+        left_s = None if target_s is None else life.arrived_s + target_s - self._now
+        return best(self._ways(life), left_s, itl_target_s)
+
+    def _ways(self, life: Life) -> Iterator[Way]:
+        """Those that are open now, or will be when the replica has run a batch; of equals who only prefills first."""
+        request = life.attempt
+        order = {"prefill": 0, "mixed": 1, "decode": 2}
+        num_blocks = -(-request.prefill_len // self._deployment.block_size)
+        may_promise = self.admission.may_start(request)
+        for replica in sorted(self._fleet.up_ones(), key=lambda replica: order[replica.role]):
+            limits = self._prompt_limits(replica)
+            if limits is None or (limits.max_prompt_len or request.prefill_len) < request.prefill_len:
+                continue
+            if self._alone and not self._may_share(replica.id, life):
+                continue
+            site, work = self._site(replica), self._work(replica, life)
+            if limits.stays and self.admission.may_start_at(replica.id, request):
+                yield stay(site, work)
+            if replica.role == "decode" or not may_promise or not replica.credits.fits(num_blocks):
+                continue
+            if request.sampling.max_tokens == 1:
+                yield stay(site, work)._replace(stays=False)
+            elif way := hand_off(site, work, self._readers(replica, request)):
+                yield way
+
+    def _readers(self, source: Replica, request: Request) -> Iterator[Reader]:
+        """Who may decode what the replica computes; a mixed one hands off only to those that do nothing but decode."""
+        wait_s = self._wait_for_blocks_s(self.admission.num_lacking_blocks(request))
+        for replica in self._fleet.up_ones():
+            is_taker = replica.takes_sequences and replica.id != source.id
+            if is_taker and (source.role == "prefill" or replica.role == "decode"):
+                handoff_s = replica.handoffs.seconds(round(request.prefill_len * replica.kv_token_bytes))
+                yield Reader(self._site(replica), handoff_s, wait_s)
+        if self._is_spare(source):
+            yield Reader(self._site(source), 0.0, wait_s)
+
+    def _site(self, replica: Replica) -> Site:
+        num_tokens, num_keys = self.prefill.backlog(replica.id)
+        rows = self._rows(replica)
+        return Site(replica.id, replica.estimator, self._chunk_len(replica.id), num_tokens, num_keys, rows)
+
+    def _work(self, replica: Replica, life: Life) -> Work:
+        request = life.attempt
+        start = self._num_cached_tokens(replica.id, request)
+        num_tokens = request.prefill_len - start
+        num_output_tokens = self.output_estimate.num_output_tokens(request)
+        return Work(num_tokens, prompt_keys(start, num_tokens), request.prefill_len, num_output_tokens)
+
+    def _rows(self, replica: Replica) -> StepShape:
+        """The sequences that a step of the replica decodes, as far as the router knows."""
+        num_unfinished = len(set(self.prefill.unfinished(replica.id)))
+        num_seqs = self.admission.num_seqs(replica.id) - (num_unfinished if replica.role != "prefill" else 0)
+        num_rows = max(0, min(num_seqs, self._deployment.stage(replica.home).max_num_seqs))
+        return StepShape(0, 0, num_rows, round(num_rows * replica.mean_context_len))
+
+    def _chunk_len(self, replica_id: int) -> int:
+        """Prompt tokens that the replica's next steps take, as its loop will find too."""
+        replica, deployment = self._fleet.get(replica_id), self._deployment
+        if replica is None or not (rows := self._rows(replica)).num_rows:
+            return deployment.prefill.max_num_batched_tokens
+        lives = (self._lives.of_attempt(attempt_id) for attempt_id in self.admission.request_ids(replica_id))
+        target_s = smallest(
+            (life.attempt.itl_target_s for life in lives if life is not None), deployment.scheduler.itl_target_s
+        )
+        stretch = STRETCH if self._is_auto else None
+        return chunk_beside(replica.estimator, rows, 0, target_s, stretch, deployment.num_prompt_tokens_beside)
+
+    def _wait_for_blocks_s(self, num_blocks: int) -> float:
+        """Until the replicas that decode have freed so many: outputs end evenly, as many as there are in their time."""
+        if num_blocks <= 0:
+            return 0.0
+        readers = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        num_held = sum(replica.credits.num_blocks - replica.credits.free_blocks for replica in readers)
+        if not num_held:
+            return 0.0
+        num_output_tokens = self.output_estimate.mean_num_tokens
+        if num_output_tokens is None:
+            lengths = [life.attempt.sampling.max_tokens for life in self._lives]
+            num_output_tokens = sum(lengths) / max(1, len(lengths))
+        step_s = max(replica.estimator.seconds(self._rows(replica)) for replica in readers)
+        return num_blocks / num_held * num_output_tokens * step_s
+
+    # ---- roles
+
+    def pressure(self) -> Pressure:
+        """What each side bears: the wait of a prompt that came now over its target, and decode's KV and step times."""
+        scheduler = self._deployment.scheduler
+        prefilling = [replica for replica in self._fleet.up_ones() if replica.takes_prompts]
+        waits_s = [self._site(replica).until_computed(Work(0, 0, 0, 0)) for replica in prefilling]
+        prefill = (self._queue_s() + min(waits_s, default=0.0)) / (scheduler.ttft_target_s or DEFAULT_TTFT_S)
+        decoding = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        num_blocks = sum(replica.credits.num_blocks for replica in decoding)
+        num_held = sum(
+            replica.credits.num_blocks
+            - replica.credits.free_blocks
+            - sum(replica.credits.held(each) for each in set(self.prefill.unfinished(replica.id)))  # prefill's load
+            for replica in decoding
+        )
+        decode = (num_held + self.admission.num_promised_blocks) / max(1, num_blocks)
+        if scheduler.itl_target_s is not None and decoding:
+            step_s = sum(replica.estimator.seconds(self._rows(replica)) for replica in decoding) / len(decoding)
+            decode = max(decode, step_s / scheduler.itl_target_s)
+        return Pressure(prefill, decode)
+
+    def to_change(self, side: Side) -> Replica | None:
+        """The replica of the other side that has the least to do."""
+        others = [each for each in self._fleet if each.state == "up" and each.role in ("prefill", "decode")]
+        if side == "prefill":
+            others = [replica for replica in others if replica.role == "decode"]
+            return min(others, key=lambda replica: self.admission.num_seqs(replica.id), default=None)
+        others = [replica for replica in others if replica.role == "prefill"]
+        return min(others, key=lambda replica: self.prefill.backlog(replica.id)[0], default=None)
+
+    # ---- targets
+
+    def _targets(self, life: Life) -> tuple[float | None, float | None]:
+        """TTFT and ITL, in seconds; None: there is none."""
+        scheduler, ttft_s = self._deployment.scheduler, life.client.hints.ttft_target_s
+        return scheduler.ttft_target_s if ttft_s is None else ttft_s, smallest(
+            [life.request.itl_target_s], scheduler.itl_target_s
+        )
+
+    def _refuses(self, life: Life, way: Way) -> bool:
+        """Whether it has to be refused now, since nothing of it is computed yet and it is going to miss a target."""
+        if self._deployment.scheduler.on_missed_target != "refuse" or life.attempt is not life.request:
+            return False
+        ttft_target_s, itl_target_s = self._targets(life)
+        left_s = None if ttft_target_s is None else life.arrived_s + ttft_target_s - self._now
+        if not num_missed(way, left_s, itl_target_s):
+            return False
+        if all(life is not each for each, _ in self._refused):
+            waited_s = self._now - life.arrived_s
+            error = _out_of_reach(waited_s + way.ttft_s, way.itl_s, ttft_target_s, itl_target_s)
+            self._refused.append((life, error))
+        return True
+
+    def _check_targets(self, life: Life, now: float) -> None:
+        """Raises TargetOutOfReach where requests are refused that will miss one, behind all that wait."""
+        if self._deployment.scheduler.on_missed_target != "refuse":
+            return
+        ttft_target_s, itl_target_s = self._targets(life)
+        self._now = now
+        way = best(self._ways(life), ttft_target_s, itl_target_s)
+        if way is None:
+            return
+        ttft_s = way.ttft_s + (self._queue_s() if self._deployment.scheduler.policy == "fcfs" else 0.0)
+        if num_missed(way._replace(ttft_s=ttft_s), ttft_target_s, itl_target_s):
+            raise _out_of_reach(ttft_s, way.itl_s, ttft_target_s, itl_target_s)
+
+    def _queue_s(self) -> float:
+        """Until all who wait now have started, shared by all who compute prompts."""
+        num_tokens, num_waiting = self.prefill.num_waiting_tokens, self.prefill.num_waiting
+        if not num_waiting:
+            return 0.0
+        num_keys = num_waiting * prompt_keys(0, num_tokens // num_waiting)
+        alone = [
+            site.steps.seconds_of_prompts(num_tokens, num_keys, site.chunk_len, site.rows)
+            for replica in self._fleet.up_ones()
+            if self._prompt_limits(replica) is not None and (site := self._site(replica)) is not None
+        ]
+        return 1 / sum(1 / max(seconds, 1e-9) for seconds in alone) if alone else 0.0
 
     def _may_share(self, replica_id: int, life: Life) -> bool:
         """Whether the prompts that the replica computes, and this one, are none that has to be alone."""
@@ -206,3 +436,11 @@ class Dispatch:
         if self.prefixes is None or life is None:
             return 0
         return self.prefixes.num_cached_tokens(replica_id, life.hashes, request.prefill_len)
+
+
+def _out_of_reach(
+    ttft_s: float, itl_s: float, ttft_target_s: float | None, itl_target_s: float | None
+) -> TargetOutOfReach:
+    if ttft_target_s is not None and ttft_s > ttft_target_s:
+        return TargetOutOfReach("ttft_target_ms", ttft_target_s, ttft_s, ttft_s - ttft_target_s)
+    return TargetOutOfReach("itl_target_ms or tpot_target_ms", itl_target_s or 0.0, itl_s, 1.0)

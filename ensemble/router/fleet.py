@@ -36,6 +36,9 @@ class Replica:
     down_reason: str = ""
     estimator: StepEstimator = field(default_factory=StepEstimator)  # of all its lives: they have one device
     handoffs: HandoffEstimator = field(default_factory=HandoffEstimator)  # to it
+    step_error: float = 0.0  # relative, of predicted step times: the mean of about the last 50
+    kv_token_bytes: float = 0.0  # of KV that came to it
+    mean_context_len: float = 0.0  # of the sequences of its last step that had any
 
     @property
     def is_up(self) -> bool:
@@ -53,7 +56,9 @@ class Replica:
 class Fleet:
     """Every replica by its id."""
 
-    def __init__(self, replicas: list[tuple[StageName, str, Role]]) -> None:
+    def __init__(self, replicas: list[tuple[StageName, str, Role]], *, is_auto: bool = False) -> None:
+        """`is_auto`: whatever their roles, replicas do what has to be done and no other one can do."""
+        self._is_auto = is_auto
         self._replicas = {
             index: Replica(index, home, device, role) for index, (home, device, role) in enumerate(replicas)
         }
@@ -73,6 +78,8 @@ class Fleet:
     @property
     def missing(self) -> StageName | None:
         """What no replica can do at the moment, if anything."""
+        if self._is_auto:
+            return None if any(replica.state == "up" for replica in self) else "decode"
         if not any(replica.takes_prompts for replica in self):
             return "prefill"
         if not any(replica.takes_sequences for replica in self):

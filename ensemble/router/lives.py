@@ -41,8 +41,11 @@ class Timeline:
     last_sent_ns: int = 0
     kv_transfer_ns: int = 0  # the copy itself
     kv_transfer_bytes: int = 0
+    predicted_first_token_ns: int = 0  # when it was to be ready to send, as predicted when the prompt was started first
     prefill_replica: int = -1
     decode_replica: int = -1  # -1: ended with its first token
+    num_gaps: int = 0  # between responses of a stream
+    num_late_gaps: int = 0  # of them longer than its ITL target
     num_recoveries: int = 0  # attempts because of what befell its replicas
     num_preemptions: int = 0  # attempts because it was given up for others
 
@@ -87,6 +90,7 @@ class Life:
     request: Request  # as it was asked
     client: Client
     attempt: Request  # as it is computed now; its id is the attempt's
+    arrived_s: float = 0.0  # by time.monotonic()
     phase: Phase = "queued"
     output_token_ids: list[int] = field(default_factory=list)  # committed: the client has them, or will
     held: list[Output] = field(default_factory=list)  # the last of them, which the client has not been given

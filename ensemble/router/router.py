@@ -47,10 +47,12 @@ from ensemble.router.dispatch import Dispatch, Send
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.lives import Client, Life, Lives, Output
 from ensemble.scheduling.deadlines import Deadlines
+from ensemble.scheduling.roles import RolePolicy
 
 Labels: TypeAlias = tuple[tuple[str, str], ...]
 Gauges = Mapping[tuple[str, Labels], float]  # (name, labels) |-> value; of counters, the total so far
 MAX_MISSING_S = 30.0  # requests wait so long for a fleet that cannot serve them
+ROLES_INTERVAL_S = 0.5  # between two looks at what each side bears
 DEATHS_BEFORE_ALONE = 2  # in a row, after which a request is tried again alone
 BY_CLIENT = "the client cancelled the request"
 
@@ -64,8 +66,11 @@ class Router:
         self._holds_first_tokens = deployment.scheduler.first_token == "held"
         self._new_id = new_id  # of attempts; the first attempt's id is the request's own
         self.lives = Lives()
-        self.fleet = Fleet(deployment.replicas())
-        self.dispatch = Dispatch(deployment, self.lives, self.fleet, send)
+        self._is_auto = deployment.scheduler.roles == "auto"
+        self.fleet = Fleet(deployment.replicas(), is_auto=self._is_auto)
+        self.dispatch = Dispatch(deployment, self.lives, self.fleet, send, self._fail)
+        self._roles = RolePolicy(deployment.scheduler.min_prefill_replicas, deployment.scheduler.max_prefill_replicas)
+        self._roles_due = now
         self._deadlines = Deadlines()
         self._totals: Counter[tuple[str, Labels]] = Counter()
         self._missing_since: float | None = now  # since when nobody could be served; None: somebody can
@@ -76,7 +81,7 @@ class Router:
 
     def arrive(self, request: Request, client: Client, now: float) -> None:
         """Queues a request, or fails it at once."""
-        life = Life(request, client, request)
+        life = Life(request, client, request, now)
         try:
             if self._is_closed:
                 raise StageUnavailable("scheduler", "the server is stopping")
@@ -122,6 +127,7 @@ class Router:
         """When `tick` has something to do at the latest, though nothing comes."""
         times = [replica.drain_until for replica in self.fleet if replica.drain_until is not None]
         times += [] if self._deadlines.next is None else [self._deadlines.next]
+        times += [self._roles_due] if self._shifts_roles else []
         times += [] if self._missing_since is None or self._gave_up else [self._missing_since + MAX_MISSING_S]
         return min(times, default=None)
 
@@ -134,6 +140,7 @@ class Router:
                 self._fail(life, DeadlineExceeded("deadline exceeded: the request's timeout_ms has passed"))
         self._watch_missing(now)
         self._drain(now)
+        self._shift_roles(now)
         self.dispatch.dispatch(now)
 
     @property
@@ -202,7 +209,13 @@ class Router:
     def _step_done(self, replica: Replica, step: StepDone) -> None:
         replica.num_free_blocks = step.num_free_blocks
         if step.timed is not None:
-            replica.estimator.observe(step.timed.shape, step.timed.seconds)
+            shape = step.timed.shape
+            if replica.estimator.has_samples:
+                error = abs(replica.estimator.seconds(shape) - step.timed.seconds) / max(1e-9, step.timed.seconds)
+                replica.step_error += 0.02 * (min(error, 1.0) - replica.step_error)
+            replica.estimator.observe(shape, step.timed.seconds)
+            if shape.num_rows:
+                replica.mean_context_len = shape.num_row_keys / shape.num_rows
         for batch_id in step.batch_ids:
             self.dispatch.prefill.batch_done(replica.id, batch_id)
         handed_off = {handoff.request_id for handoff in step.handoffs}
@@ -255,6 +268,7 @@ class Router:
                 timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
                 if num_bytes and (reader := self.fleet.get(timeline.decode_replica)) is not None:
                     reader.handoffs.observe(num_bytes, (time_ns - timeline.decode_submitted_ns) / 1e9)
+                    reader.kv_token_bytes = num_bytes / life.attempt.prefill_len
                 life.deliver()
 
     def _replica_up(self, up: ReplicaUp, now: float) -> None:
@@ -404,6 +418,22 @@ class Router:
         if replica.is_up:
             self._pools_changed(self.dispatch.role_changed(replica))
 
+    @property
+    def _shifts_roles(self) -> bool:
+        return self._is_auto and sum(replica.role != "mixed" for replica in self.fleet) > 2
+
+    def _shift_roles(self, now: float) -> None:
+        """Looks now and then whether the load wants a replica on the other side; the dead ones will be back."""
+        if not self._shifts_roles or now < self._roles_due:
+            return
+        self._roles_due = now + ROLES_INTERVAL_S
+        roles = [replica.role for replica in self.fleet]
+        side = self._roles.decide(now, self.dispatch.pressure(), roles.count("prefill"), roles.count("decode"))
+        replica = None if side is None else self.dispatch.to_change(side)
+        if side is not None and replica is not None and self.serves_without(replica, side):
+            self._totals["distserve:role_changes_total", (("to", side),)] += 1
+            self.set_role(replica, side)
+
     def drain(self, replica: Replica, until: float | None, *, is_leaving: bool = False) -> None:
         """It gets no more requests. Those it has end there or, at `until`, go on elsewhere."""
         replica.drain_until, replica.is_leaving = until, replica.is_leaving or is_leaving
@@ -495,5 +525,6 @@ class Router:
             labels = (("stage", replica.home), ("replica", str(replica.id)))
             levels["distserve:replica_up", labels] = int(replica.is_up)
             levels["distserve:kv_blocks", labels] = replica.credits.num_blocks if replica.is_up else 0
+            levels["distserve:step_prediction_error", labels] = replica.step_error
             levels["distserve:kv_blocks_free", labels] = replica.num_free_blocks if replica.is_up else 0
         return levels

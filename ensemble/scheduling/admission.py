@@ -45,6 +45,7 @@ class _Replica:
     limits: DecodeLimits
     num_reserved_blocks: int
     is_open: bool  # for new sequences
+    is_spare: bool = False
     prices: dict[int, int] = field(default_factory=dict)  # request_id |-> blocks that it is taken to need in the end
     beyond_credit: dict[int, int] = field(default_factory=dict)  # request_id |-> of these, booked in the host pool
 
@@ -101,18 +102,23 @@ class DecodeAdmission:
     pools: optimistically, so that sequences may have to be preempted. None: by what requests may hold at most, so that
     every sequence can be brought to its end, by swapping where the host pool is filled too. A request that is `alone`
     shares its replica with no other sequence.
+
+    A `spare` replica takes only what it has computed itself, in place, and only what would wait for others too long.
     """
 
     def __init__(
         self,
         *,
         block_size: int,
-        max_num_bridge_seqs: int,
+        max_bridge_wait_s: float,
+        wait_s: Callable[[int], float] = lambda num_blocks: 0.0,
         expected_kv_tokens: Callable[[Request], int] | None = None,
         watermark: float = 0.0,
     ) -> None:
+        """`wait_s(num_blocks)`: predicted seconds until decode has freed so many blocks."""
         self.block_size = block_size
-        self.max_num_bridge_seqs = max_num_bridge_seqs
+        self.max_bridge_wait_s = max_bridge_wait_s
+        self._wait_s = wait_s
         self.watermark = watermark  # share of a pool
         self._expected_kv_tokens = expected_kv_tokens
         self._replicas: dict[int, _Replica] = {}
@@ -128,6 +134,10 @@ class DecodeAdmission:
     def num_promised_seqs(self) -> int:
         """Sequences in prefill and in the bridge."""
         return len(self._promised)
+
+    @property
+    def num_promised_blocks(self) -> int:
+        return self._num_promised_blocks
 
     @property
     def num_bridge_seqs(self) -> int:
@@ -151,20 +161,22 @@ class DecodeAdmission:
                 f"the decode pool holds {limit * self.block_size} tokens",
             )
 
-    def replica_up(self, replica: int, credits: Credits, limits: DecodeLimits, *, is_open: bool = True) -> None:
+    def replica_up(
+        self, replica: int, credits: Credits, limits: DecodeLimits, *, is_open: bool = True, is_spare: bool = False
+    ) -> None:
         """Takes a replica with empty pools into service."""
         if replica in self._replicas:
             raise InternalError(f"replica {replica} is already up")
         num_reserved_blocks = int(self.watermark * credits.num_blocks) if self._expected_kv_tokens else 0
         self._replicas[replica] = _Replica(credits, limits, num_reserved_blocks, is_open)
-        self.set_open(replica, is_open)
+        self.set_open(replica, is_open, is_spare=is_spare)
 
-    def set_open(self, replica: int, is_open: bool) -> None:
+    def set_open(self, replica: int, is_open: bool, *, is_spare: bool = False) -> None:
         """Whether it takes new sequences; those that are there go on."""
         state = self._replicas[replica]
-        state.is_open = is_open
+        state.is_open, state.is_spare = is_open, is_spare
         self._pool_blocks.pop(replica, None)
-        if is_open:
+        if is_open and not is_spare:
             self._pool_blocks[replica] = state.num_blocks
 
     def replica_down(self, replica: int) -> None:
@@ -186,7 +198,7 @@ class DecodeAdmission:
 
     def is_reachable_from(self, source: int) -> bool:
         """Whether a replica that takes sequences may be able to map the source's pool."""
-        readers = [replica for replica, state in self._replicas.items() if state.is_open]
+        readers = [replica for replica, state in self._replicas.items() if self._takes_hand_offs(state)]
         return not readers or any((source, reader) not in self.unreachable for reader in readers)
 
     def clear_alone(self, request_id: int) -> None:
@@ -196,13 +208,30 @@ class DecodeAdmission:
         """The request is suspected of killing replicas: from now on it runs with no other sequence beside it."""
         self._alone.add(request_id)
 
-    def may_start(self, request: Request) -> bool:
-        """Whether prefill may start it: decode has room for it beside all that is promised, or the bridge has."""
-        if request.sampling.max_tokens == 1 or self.num_promised_seqs < self.max_num_bridge_seqs:
-            return True
+    def num_seqs(self, replica: int) -> int:
+        """Sequences that decode there, or will without passing through the bridge."""
+        state = self._replicas.get(replica)
+        return 0 if state is None else len(state.prices)
+
+    def request_ids(self, replica: int) -> list[int]:
+        state = self._replicas.get(replica)
+        return [] if state is None else list(state.prices)
+
+    def num_lacking_blocks(self, request: Request) -> int:
+        """Blocks that decode has to free before it has room for the request beside all that is promised; 0: it has."""
         num_free_seqs = sum(replica.num_free_seqs for replica in self._replicas.values() if replica.is_open)
-        num_blocks = self._num_promised_blocks + self._need(request).expected
-        return num_blocks <= self.num_free_blocks and self.num_promised_seqs < num_free_seqs
+        need = self._need(request).expected
+        num_lacking = self._num_promised_blocks + need - self.num_free_blocks
+        if self.num_promised_seqs >= num_free_seqs:  # as many as so many sequences hold
+            num_lacking = max(num_lacking, need * (self.num_promised_seqs + 1 - num_free_seqs))
+        return max(0, num_lacking)
+
+    def may_start(self, request: Request) -> bool:
+        """Whether prefill may start it: decode has room for it beside all that is promised, or will have soon."""
+        if request.sampling.max_tokens == 1:
+            return True
+        num_lacking = self.num_lacking_blocks(request)
+        return not num_lacking or self._wait_s(num_lacking) <= self.max_bridge_wait_s
 
     def promise(self, request: Request) -> None:
         """Counts a request that starts prefill, unless it ends there with its only token."""
@@ -221,17 +250,22 @@ class DecodeAdmission:
         self.promise(request)
         return True
 
-    def try_start_at(self, replica: int, request: Request) -> bool:
-        """Whether a replica may compute this prompt and decode it; if so the request is in decode from now on.
+    def may_start_at(self, replica: int, request: Request) -> bool:
+        """Whether a replica may compute this prompt and decode it.
 
         It may if it has room for the request's whole way, beside it there is room for all that is promised, and nobody
         waits in the bridge.
         """
         state, need = self._replicas.get(replica), self._need(request)
-        if state is None or self._bridge or not self._fits(state, request.request_id, need):
+        if state is None or state.is_spare or self._bridge or not self._fits(state, request.request_id, need):
             return False
-        if self._promised and self._num_promised_blocks + need.expected > self.num_free_blocks:
+        return not self._promised or self._num_promised_blocks + need.expected <= self.num_free_blocks
+
+    def try_start_at(self, replica: int, request: Request) -> bool:
+        """`may_start_at`, and if so the request is in decode from now on."""
+        if not self.may_start_at(replica, request):
             return False
+        state, need = self._replicas[replica], self._need(request)
         if request.request_id in self._promised or request.request_id in self._replica_of:
             raise InternalError(f"request {request.request_id} is already promised")
         state.hold(request.request_id, need)
@@ -331,22 +365,33 @@ class DecodeAdmission:
         fitting = [
             replica
             for replica, state in self._replicas.items()
-            if (source, replica) not in self.unreachable
+            if not state.is_spare
+            and (source, replica) not in self.unreachable
             and self._fits(state, request_id, need, state.credits.held(request_id))
         ]
         return max(fitting, key=lambda replica: self._replicas[replica].num_free_blocks, default=None)
 
     def _next_in_place(self) -> Submission | None:
+        num_lacking = -sum(each.num_free_blocks for each in self._replicas.values() if self._takes_hand_offs(each))
         for request_id, source in self._bridge.items():
             state, need = self._replicas.get(source), self._promised[request_id]
-            if state is not None and self._fits(state, request_id, need, state.credits.held(request_id)):
-                self._submit(request_id, source, source)
-                return Submission(source, [request_id])
+            num_lacking += need.expected
+            if state is None or not self._fits(state, request_id, need, state.credits.held(request_id)):
+                continue
+            may_wait = state.is_spare and self._could_ever_go(source, need)
+            if may_wait and self._wait_s(max(1, num_lacking)) <= self.max_bridge_wait_s:
+                continue
+            self._submit(request_id, source, source)
+            return Submission(source, [request_id])
         return None
+
+    @staticmethod
+    def _takes_hand_offs(state: _Replica) -> bool:
+        return state.is_open and not state.is_spare
 
     def _could_ever_go(self, source: int, need: _Need) -> bool:
         return any(
-            state.is_open and state.could_ever_hold(need) and (source, replica) not in self.unreachable
+            self._takes_hand_offs(state) and state.could_ever_hold(need) and (source, replica) not in self.unreachable
             for replica, state in self._replicas.items()
         )
 

@@ -18,6 +18,7 @@ class OutputEstimate:
 
     def __init__(self) -> None:
         self.used_share = 1.0
+        self.mean_num_tokens: float | None = None  # of an output; None before any finished
         self._num_observed = 1  # as if one had used all
         self._recent = deque([_UNSEEN], maxlen=_NUM_RECENT)  # lengths
 
@@ -30,11 +31,17 @@ class OutputEstimate:
         """A request finished with so many output tokens."""
         used_share = num_output_tokens / request.sampling.max_tokens
         self._num_observed += 1
-        self.used_share += max(_WEIGHT, 1 / self._num_observed) * (used_share - self.used_share)
+        weight = max(_WEIGHT, 1 / self._num_observed)
+        self.used_share += weight * (used_share - self.used_share)
+        before = num_output_tokens if self.mean_num_tokens is None else self.mean_num_tokens
+        self.mean_num_tokens = before + weight * (num_output_tokens - before)
         self._recent.append(num_output_tokens)
+
+    def num_output_tokens(self, request: Request) -> int:
+        """Tokens that the request is expected to generate in this attempt."""
+        num_left_tokens = request.sampling.max_tokens - len(request.resumed_token_ids)
+        return max(1, min(ceil(self.used_share * num_left_tokens), self.longest))
 
     def num_kv_tokens(self, request: Request) -> int:
         """Tokens whose KV the request is expected to hold in the end."""
-        num_left_tokens = request.sampling.max_tokens - len(request.resumed_token_ids)
-        num_expected_tokens = min(ceil(self.used_share * num_left_tokens), self.longest)
-        return request.prefill_len + max(1, num_expected_tokens) - 1
+        return request.prefill_len + self.num_output_tokens(request) - 1

@@ -102,18 +102,18 @@ class StepEstimator:
         seconds = base + per_token * max(0, shape.num_tokens - self._knee) + per_prompt_key * shape.num_prompt_keys
         return max(_LEAST_S, seconds + per_row * shape.num_rows + per_row_key * shape.num_row_keys)
 
-    def seconds_of_prompt(self, start: int, end: int, chunk_len: int, beside: StepShape = NO_STEP) -> float:
-        """Of all steps that compute positions [start, end), in chunks of at most `chunk_len`, beside the same rest."""
-        seconds = 0.0
-        while start < end:
-            length = min(chunk_len, end - start)
-            num_whole = (end - start) // length
-            # What a step takes grows evenly with where its chunk starts: the mean of the first and the last is of all.
-            first = self.seconds(beside.with_chunk(start, length))
-            last = self.seconds(beside.with_chunk(start + (num_whole - 1) * length, length))
-            seconds += num_whole * (first + last) / 2
-            start += num_whole * length
-        return seconds
+    def seconds_of_prompts(self, num_tokens: int, num_keys: int, chunk_len: int, beside: StepShape = NO_STEP) -> float:
+        """Of all steps that compute so much of prompts, at most `chunk_len` tokens each, beside the same rest."""
+        num_whole, num_left = divmod(num_tokens, chunk_len)
+        keys_per_token = num_keys / max(1, num_tokens)  # a step's time grows evenly with its keys: their mean will do
+
+        def step_s(length: int) -> float:
+            num_prompt_keys = beside.num_prompt_keys + round(keys_per_token * length)
+            return self.seconds(
+                StepShape(beside.num_prompt_tokens + length, num_prompt_keys, beside.num_rows, beside.num_row_keys)
+            )
+
+        return num_whole * step_s(chunk_len) + (step_s(num_left) if num_left else 0.0)
 
     def max_chunk_len(self, limit_s: float, beside: StepShape, start: int, max_len: int) -> int:
         """The most tokens of a prompt, from `start` on, with which the step takes no longer than `limit_s`; 0: none."""

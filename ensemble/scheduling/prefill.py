@@ -11,6 +11,7 @@ from typing import Literal
 from ensemble.errors import InternalError, InvalidRequest
 from ensemble.request import Request
 from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.estimator import prompt_keys
 from ensemble.scheduling.policies import DEFAULT_HINTS, Hints, QueuePolicy
 from ensemble.scheduling.waiting_queue import WaitingQueue
 
@@ -76,6 +77,7 @@ class Limits:
 
 
 # (replica, request): asked last, when everything else allows the request to start there; answering True starts it.
+# If it stays there, its whole way has been booked then.
 MayStart = Callable[[int, Request], bool]
 
 
@@ -107,16 +109,19 @@ class PrefillScheduler:
         policy: QueuePolicy | None = None,
         max_long_tokens: int | None = None,
         num_cached_tokens: Callable[[int, Request], int] = lambda replica, request: 0,
+        max_batch_len: Callable[[int], int | None] = lambda replica: None,
     ) -> None:
         """`num_cached_tokens(replica, request)`: how much of a prompt, never all, the replica is taken to have cached.
 
         The first chunk starts there; a replica that finds less computes the difference with it.
+        `max_batch_len(replica)`: tokens of a batch there at the moment, where its limits allow more.
         """
         self.block_size = block_size
         self.limits = Limits(max_num_batched_tokens, max_batches_in_flight)  # of replicas that hand all off
         self.max_num_seqs = max_num_seqs  # chunks in a batch
         self.max_long_tokens = max_long_tokens  # of a batch, for prompts longer than that while shorter ones wait
         self._num_cached_tokens = num_cached_tokens
+        self._max_batch_len = max_batch_len
         self._waiting = WaitingQueue(max_queue_requests, max_queue_tokens, policy, max_long_tokens)
         self._replicas: dict[int, _Replica] = {}
         self._max_prompt_lens: dict[int, int] = {}  # replica |-> longest prompt it takes, kept while it is down
@@ -214,6 +219,13 @@ class PrefillScheduler:
                 return state.batches[batch_id]
         return None
 
+    def backlog(self, replica: int) -> tuple[int, int]:
+        """Prompt tokens that the replica has yet to compute, and the keys that they attend to."""
+        state = self._replicas[replica]
+        parts = [(chunk.start, chunk.length) for batch in state.batches.values() for chunk in batch.chunks]
+        parts += [(each.num_dispatched_tokens, each.num_left_tokens) for each in state.prompts.values()]
+        return sum(length for _, length in parts), sum(prompt_keys(*part) for part in parts)
+
     def unfinished(self, replica: int) -> list[int]:
         """Requests whose prompts are being computed there, or have begun."""
         state = self._replicas.get(replica)
@@ -277,7 +289,8 @@ class PrefillScheduler:
 
     def _chunks(self, replica: int, state: _Replica, limits: Limits, now: float, may_start: MayStart) -> list[Chunk]:
         lengths: dict[int, int] = {}  # request_id |-> tokens in this batch
-        num_left_tokens = limits.max_num_batched_tokens
+        now_at_most = self._max_batch_len(replica)
+        num_left_tokens = min(limits.max_num_batched_tokens, now_at_most or limits.max_num_batched_tokens)
 
         def fill(max_long_tokens: int) -> None:
             """Gives the tokens that are left to prompts, at most `max_long_tokens` of them to long ones."""
@@ -321,7 +334,7 @@ class PrefillScheduler:
             return None
         request_id = request.request_id
         self._waiting.start(request_id, now)
-        if not state.limits.stays:  # else it holds there what its whole way needs
+        if request_id not in state.credits:  # else it stays, and holds there what its whole way needs
             state.credits.hold(request_id, self._blocks_for(request))
         self._replica_of[request_id] = replica
         state.prompts[request_id] = _Prompt(request, self._num_cached_tokens(replica, request))

@@ -65,6 +65,7 @@ OTHERS: dict[str, Kind] = {
     "priority": Kind.INT,
     "tenant": Kind.TEXT,
     "ttft_target_ms": Kind.FLOAT,
+    "itl_target_ms": Kind.FLOAT,
     "tpot_target_ms": Kind.FLOAT,
     "timeout_ms": Kind.FLOAT,
     "exclude_input_in_output": Kind.BOOL,

@@ -14,6 +14,7 @@ from ensemble.config import Deployment
 from ensemble.errors import InvalidRequest
 from ensemble.models.spec import load_model_spec
 from ensemble.request import Request, SamplingParams
+from ensemble.scheduling.placement import smallest
 from ensemble.scheduling.policies import DEFAULT_HINTS, Hints
 from ensemble.serving.fields import Tensors, Values, collect, from_tensor
 from ensemble.tokenizer import Tokenizer
@@ -78,9 +79,10 @@ class Targets:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    itl_s: float | None = None
 
     def __bool__(self) -> bool:
-        return self.ttft_s is not None or self.tpot_s is not None
+        return self != NO_TARGETS
 
 
 NO_TARGETS = Targets()
@@ -139,7 +141,16 @@ def parse_request(
         token_ids, text = prompt_of(values, tokenizer, chat, limits)
     _check_prompt(field, token_ids, sampling.max_tokens, limits)
     hints = parse_hints(values)
-    request = Request(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling, priority=hints.priority)
+    targets = Targets(
+        hints.ttft_target_s, parse_milliseconds(values, "tpot_target_ms"), parse_milliseconds(values, "itl_target_ms")
+    )
+    request = Request(
+        request_id=request_id,
+        prompt_token_ids=token_ids,
+        sampling=sampling,
+        priority=hints.priority,
+        itl_target_s=smallest([targets.itl_s, targets.tpot_s], None),
+    )
     return ClientRequest(
         request,
         options,
@@ -147,7 +158,7 @@ def parse_request(
         parse_stop_words(values),
         hints,
         parse_milliseconds(values, "timeout_ms"),
-        Targets(hints.ttft_target_s, parse_milliseconds(values, "tpot_target_ms")),
+        targets,
         parse_num_choices(values),
     )
 

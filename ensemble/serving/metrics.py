@@ -24,6 +24,7 @@ _REQUEST_S = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60]
 _TTFT_S = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
 _TPOT_S = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
 _WAIT_S = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
+_ERROR = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5]
 
 Kind = Literal["counter", "gauge", "histogram"]
 MakeFamily = Callable[[str, str, Kind], Any]  # name, description, kind -> a family of the Triton server's metrics API
@@ -35,7 +36,7 @@ METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "distserve:request_errors_total": ("counter", "Requests that ended with an error, by code"),
     "distserve:slo_requests_total": (
         "counter",
-        "Requests that named TTFT or TPOT targets, by whether all were met",
+        "Requests that named TTFT, ITL or TPOT targets, by whether all were met",
     ),
     "distserve:deadline_exceeded_total": ("counter", "Requests that were ended by their own timeout"),
     "vllm:time_to_first_token_seconds": ("histogram", "Arrival at the front to the hand-over of the first response"),
@@ -44,6 +45,12 @@ METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
     "vllm:request_queue_time_seconds": ("histogram", "Arrival to first prefill batch"),
     "distserve:bridge_time_seconds": ("histogram", "First token to submission to a decode replica"),
     "distserve:kv_transfer_time_seconds": ("histogram", "The copy of a sequence's KV blocks"),
+    "distserve:ttft_prediction_error": (
+        "histogram",
+        "Relative error of the time to the first token, as predicted when its prompt was started",
+    ),
+    "distserve:role_changes_total": ("counter", "Replicas that changed sides because of the load, by their new role"),
+    "distserve:step_prediction_error": ("gauge", "Relative error of a replica's step times, as predicted: lately"),
     "vllm:num_requests_waiting": ("gauge", "Requests in the prefill queue"),
     "vllm:num_requests_running": ("gauge", "Requests in prefill, bridge and decode"),
     "vllm:num_requests_swapped": ("gauge", "Requests whose KV is in a decode replica's host pool, or on the way"),
@@ -71,6 +78,7 @@ _BUCKETS = {
     "vllm:request_queue_time_seconds": _WAIT_S,
     "distserve:bridge_time_seconds": _WAIT_S,
     "distserve:kv_transfer_time_seconds": _WAIT_S,
+    "distserve:ttft_prediction_error": _ERROR,
 }
 
 
@@ -173,11 +181,14 @@ def attained(ended: Ended) -> bool:
         "vllm:time_to_first_token_seconds": targets.ttft_s,
         "vllm:time_per_output_token_seconds": targets.tpot_s,
     }
-    return not ended.is_error and all(limit is None or spans.get(name, 0.0) <= limit for name, limit in limits.items())
+    too_many_late_gaps = 100 * ended.timeline.num_late_gaps > ended.timeline.num_gaps
+    if ended.is_error or (targets.itl_s is not None and too_many_late_gaps):
+        return False
+    return all(limit is None or spans.get(name, 0.0) <= limit for name, limit in limits.items())
 
 
 def durations(ended: Ended) -> dict[str, float]:
-    """The seconds that one ended request adds to the histograms: only spans that it has passed."""
+    """What one ended request adds to the histograms, seconds but for an error: only spans that it has passed."""
     timeline = ended.timeline
     spans = {
         "vllm:request_queue_time_seconds": (timeline.arrival_ns, timeline.first_scheduled_ns),
@@ -186,6 +197,9 @@ def durations(ended: Ended) -> dict[str, float]:
         "vllm:e2e_request_latency_seconds": (timeline.arrival_ns, timeline.last_sent_ns),
     }
     seconds = {name: (end - start) / 1e9 for name, (start, end) in spans.items() if end}
+    if timeline.predicted_first_token_ns and timeline.first_sent_ns:
+        error_s = abs(timeline.predicted_first_token_ns - timeline.first_sent_ns) / 1e9
+        seconds["distserve:ttft_prediction_error"] = error_s / max(1e-9, seconds["vllm:time_to_first_token_seconds"])
     if timeline.decode_joined_ns:
         seconds["distserve:kv_transfer_time_seconds"] = timeline.kv_transfer_ns / 1e9
     if timeline.last_sent_ns and ended.num_output_tokens > 1:

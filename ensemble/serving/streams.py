@@ -79,6 +79,7 @@ class ClientStream:
         self._finish_reason: FinishReason | None = None
         self._error: DistServeError | None = None
         self.is_queued = False  # at the sender
+        self._previous_sent_ns = 0
         self._is_first = True
         self._texts: list[str] = []  # not yet sent
         self._token_ids: list[int] = []  # not yet sent
@@ -163,6 +164,11 @@ class ClientStream:
                 outputs |= self._handle(time.monotonic())
             self._send(outputs, is_last)
             now = time.time_ns()
+            if self._previous_sent_ns:
+                self.timeline.num_gaps += 1
+                gap_s = (now - self._previous_sent_ns) / 1e9
+                self.timeline.num_late_gaps += self.targets.itl_s is not None and gap_s > self.targets.itl_s
+            self._previous_sent_ns = now
             self.timeline.first_sent_ns = self.timeline.first_sent_ns or now
             self.timeline.last_sent_ns = now if is_last else 0
             self._texts, self._token_ids, self._is_first = [], [], False
@@ -230,6 +236,7 @@ class ClientStream:
         nanoseconds = {
             "arrival_time_ns": timeline.arrival_ns,
             "first_scheduled_time_ns": timeline.first_scheduled_ns,
+            "predicted_first_token_time_ns": timeline.predicted_first_token_ns,
             "first_token_time_ns": timeline.first_token_ns,
             "decode_submitted_time_ns": timeline.decode_submitted_ns,
             "decode_joined_time_ns": timeline.decode_joined_ns,

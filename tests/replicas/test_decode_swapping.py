@@ -113,7 +113,7 @@ def run(
     """All requests through both replicas, admitted to decode as if a third of each output were to come."""
     admission = DecodeAdmission(
         block_size=block_size,
-        max_num_bridge_seqs=NUM_REQUESTS,
+        max_bridge_wait_s=1.0,
     )
     credits, by_id = Credits(NUM_BLOCKS), {request.request_id: request for request in requests}
     admission.replica_up(0, credits, DecodeLimits(NUM_REQUESTS, pair.decode.loop.num_host_blocks))

@@ -103,7 +103,8 @@ class Fleet:
         )
         self.admission = DecodeAdmission(
             block_size=BLOCK_SIZE,
-            max_num_bridge_seqs=3,
+            max_bridge_wait_s=1.0,
+            wait_s=lambda num_blocks: self.admission.num_promised_seqs / 2.5,
             expected_kv_tokens=lambda request: request.prefill_len + request.sampling.max_tokens // 6,
         )
         self.credits = [Credits(NUM_BLOCKS) for _ in self.replicas]

@@ -19,6 +19,7 @@ from ensemble.replicas.prompts import Prompts
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
 from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.estimator import StepEstimator, StepShape
 from ensemble.scheduling.prefill import Limits, PrefillScheduler, PromptBatch
 from tests.checkpoints import make_tiny_llama
 from tests.replicas.pair import CPU, Replica, released_in, swaps_in, tokens_of
@@ -77,7 +78,7 @@ class Colocated:
         )
         self.admission = DecodeAdmission(
             block_size=deployment.block_size,
-            max_num_bridge_seqs=1,
+            max_bridge_wait_s=1.0,
         )
         self.credits = Credits(self.replica.engine.pool.num_blocks)
         self.prefill.replica_up(0, self.credits, Limits(deployment.num_prompt_tokens_beside, 3, stays=True))
@@ -252,6 +253,31 @@ def test_a_step_takes_no_more_of_the_prompts_than_its_budget(model: Path, addres
     assert tokens_of(events) == unconstrained(model, requests)
     colocated.replica.assert_empty()
     colocated.replica.close()
+
+
+@pytest.mark.parametrize(("targets_s", "length"), [([None, None], 24), ([None, 3.1e-3], 20), ([3.3e-3, 3.1e-3], 20)])
+def test_beside_sequences_prompts_take_what_the_smallest_itl_target_leaves(
+    model: Path, address: str, monkeypatch: pytest.MonkeyPatch, targets_s: list[float | None], length: int
+) -> None:
+    """A step takes a millisecond, and a tenth for each token of a prompt."""
+    estimator = StepEstimator()
+    for start, length_of_chunk in [(0, 0), (0, 4), (0, 16), (0, 64), (100, 16), (100, 64)]:
+        for lens in ([], [5], [5, 30]):
+            shape = StepShape.of([(start, length_of_chunk)], lens)
+            estimator.observe(shape, 1e-3 + 1e-4 * length_of_chunk)
+    monkeypatch.setattr(StepEstimator, "observe", lambda *_: None)
+    colocated = Colocated(deploy(model, 200), address)
+    colocated.replica.loop.estimator = estimator
+    sampling = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    running = [
+        Request(request_id=index, prompt_token_ids=[5], sampling=sampling, itl_target_s=target_s)
+        for index, target_s in enumerate(targets_s)
+    ]
+    late = Request(request_id=2, prompt_token_ids=[7] * 60, sampling=SamplingParams(max_tokens=1))
+    events = colocated.run([*running, late], arrive_at=lambda index: 5 * (index == 2))
+    assert tokens_of(events) == unconstrained(model, [*running, late])
+    lengths = [sum(row.length for row in batch.prefills) for batch in colocated.batches if batch.decodes]
+    assert [each for each in lengths if each] == [length] * (60 // length) + [60 % length] * (60 % length > 0)
 
 
 def test_cancels_at_any_time_free_everything(model: Path, address: str, runs_ahead: bool) -> None:

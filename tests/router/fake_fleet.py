@@ -45,6 +45,7 @@ from ensemble.protocol.router_replica import (
 from ensemble.request import FinishReason, Request, SamplingParams, TokenLogProbs
 from ensemble.router.lives import Timeline
 from ensemble.router.router import Router
+from ensemble.scheduling.estimator import StepShape, TimedStep
 from ensemble.scheduling.policies import DEFAULT_HINTS, Hints
 
 BLOCK_SIZE = 4
@@ -52,6 +53,15 @@ BLOCK_SIZE = 4
 
 def token(request: Request, position: int) -> int:
     return (31 * request.prompt_token_ids[0] + 7 * position) % 1009
+
+
+def timed(shape: StepShape) -> TimedStep:
+    """A millisecond, and one for twenty tokens or five rows."""
+    return TimedStep(shape, 1e-3 + 5e-5 * shape.num_prompt_tokens + 2e-4 * shape.num_rows + 1e-6 * shape.num_row_keys)
+
+
+SHAPES = [StepShape(length, 10 * length) for length in (1, 4, 16, 64)]
+SHAPES += [StepShape(0, 0, num_rows, num_rows * length) for num_rows in (1, 4, 16) for length in (4, 64)]
 
 
 def answer(request: Request) -> list[int]:
@@ -140,6 +150,7 @@ class FakeReplica:
             num_places=self.max_num_seqs,
             pid=0,
             peer_address=self.address,
+            timed=[timed(shape) for shape in SHAPES],
         )
 
     def receive(self, fleet: "FakeFleet") -> None:
@@ -262,6 +273,7 @@ class FakeReplica:
             for each in self.running.values()
             if self._take_blocks(each.request, each.request.prompt_len + len(each.outputs))
         ]
+        shape = StepShape(0, 0, len(tokens), sum(each.request.prompt_len + len(each.outputs) for each in tokens))
         handoffs: list[KVHandoff] = []
         batch_ids: list[int] = []
         if self.chunks and self._has_blocks_for(self.chunks[0][0]):
@@ -270,6 +282,7 @@ class FakeReplica:
             prompt = self.prompts.get(request_id)
             if prompt is not None:
                 assert end > prompt.num_computed
+                shape = shape.with_chunk(prompt.num_computed, end - prompt.num_computed)
                 prompt.num_computed = end
                 if end == prompt.request.prefill_len:
                     del self.prompts[request_id]
@@ -293,6 +306,7 @@ class FakeReplica:
                     handoffs=handoffs,
                     batch_ids=batch_ids,
                     num_free_blocks=self.blocks.num_free_blocks,
+                    timed=timed(shape) if shape.num_tokens else None,
                 )
             )
         for each in finished:

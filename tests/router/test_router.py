@@ -6,15 +6,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from ensemble.config import Deployment
-from ensemble.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, StageUnavailable
+from ensemble.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, StageUnavailable, TargetOutOfReach
+from ensemble.scheduling.policies import Hints
 from tests.router.fake_fleet import BLOCK_SIZE, FakeFleet, answer
+
+RESERVED = {"admission": "reserved"}
 
 
 def deploy(num_prefill: int = 1, num_decode: int = 1, mode: str = "disaggregated", **sections: dict) -> Deployment:
     raw = {
         "mode": mode,
         "model": {"path": "unused"},
-        "prefill": {"devices": ["cpu"] * num_prefill, "max_num_batched_tokens": 16, "max_num_bridge_seqs": 3},
+        "prefill": {"devices": ["cpu"] * num_prefill, "max_num_batched_tokens": 16},
         "decode": {"devices": ["cpu"] * num_decode},
         "block_size": BLOCK_SIZE,
     }
@@ -53,6 +56,121 @@ def test_mixed_beside_decode(**_):
     fleet.run()
     assert all(client.tokens == answer(request) for request, client in asked)
     assert -1 in {client.timeline.prefill_replica for _, client in asked}  # computed where it decodes
+    fleet.assert_empty()
+
+
+def steps(fleet, count):
+    for _ in range(count):
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+
+
+def test_beside_a_mixed_replica_one_that_only_decodes_is_used_too():
+    fleet = make_fleet(0, 2, mode="colocated")
+    fleet.router.set_role(fleet.router.fleet.get(1), "decode")
+    asked = [fleet.arrive(6, max_tokens=5) for _ in range(8)]
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+    assert {client.timeline.decode_replica for _, client in asked} == {0, 1}
+    assert {client.timeline.prefill_replica for _, client in asked} == {-1, 0}  # stayed there, or were handed off
+    fleet.assert_empty()
+
+
+def test_in_auto_prompts_ride_on_decode_when_prefill_is_behind():
+    fleet = make_fleet(1, 1, scheduler={"roles": "auto"})
+    asked = [fleet.arrive(16, max_tokens=3) for _ in range(10)]
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+    assert {client.timeline.prefill_replica for _, client in asked} == {-1, 0}
+    fleet.assert_empty()
+
+
+def test_a_prompt_rides_for_free_where_nobody_runs_and_never_with_fixed_roles():
+    for roles, computed_by in (("auto", {-1, 0}), ("fixed", {0})):
+        fleet = make_fleet(1, 1, scheduler={"roles": roles})
+        asked = [fleet.arrive(12, max_tokens=2) for _ in range(6)]
+        fleet.run()
+        assert {client.timeline.prefill_replica for _, client in asked} == computed_by
+
+
+def test_in_auto_a_prefill_replica_decodes_what_the_others_have_no_room_for():
+    """20 of 48 tokens of each pool at full length: two fit in decode, and what would wait for long stays."""
+    fleet = make_fleet(1, 1, scheduler={"roles": "auto"}, prefill={"max_bridge_wait_s": 0.001}, decode=RESERVED)
+    asked = [fleet.arrive(9, max_tokens=12) for _ in range(6)]
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+    assert {client.timeline.decode_replica for _, client in asked} == {0, 1}
+    assert all(client.timeline.num_recoveries == 0 for _, client in asked)
+    fleet.assert_empty()
+
+
+@pytest.mark.parametrize(("max_wait_s", "num_started"), [(0.0, 2), (100.0, 4)])
+def test_prefill_starts_what_will_not_wait_too_long_for_decode(max_wait_s, num_started):
+    """5 of decode's 12 blocks each: the third has to wait for the end of the first."""
+    fleet = make_fleet(1, 1, prefill={"max_bridge_wait_s": max_wait_s}, decode=RESERVED)
+    asked = [fleet.arrive(9, max_tokens=12) for _ in range(4)]
+    steps(fleet, 12)
+    assert sum(client.timeline.first_scheduled_ns > 0 for _, client in asked) == num_started
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+
+
+def test_a_first_token_is_predicted_when_its_prompt_is_started():
+    fleet = make_fleet(1, 1)
+    _, client = fleet.arrive(12, max_tokens=3)
+    fleet.run()
+    predicted_s = (client.timeline.predicted_first_token_ns - client.timeline.first_scheduled_ns) / 1e9
+    assert predicted_s == pytest.approx(1e-3 + 12 * 5e-5, rel=0.2)  # what the replica says of its steps
+
+
+@pytest.mark.parametrize("on_missed_target", ["serve", "refuse"])
+def test_what_will_miss_its_target_is_refused_before_anything_is_computed_or_served_late(on_missed_target):
+    fleet = make_fleet(1, 1, scheduler={"on_missed_target": on_missed_target, "ttft_target_ms": 8.0})
+    asked = [fleet.arrive(16, max_tokens=2) for _ in range(20)]  # 1.8 ms each
+    own = fleet.arrive(16, max_tokens=2, hints=Hints(ttft_target_s=1000.0))
+    refused = [client for _, client in asked if client.error is not None]
+    assert bool(refused) == (on_missed_target == "refuse")
+    fleet.now += 1.0  # what waits has missed it by now
+    fleet.run()
+    for request, client in [*asked, own]:
+        if client.error is None:
+            assert client.tokens == answer(request)
+        else:
+            assert isinstance(client.error, TargetOutOfReach) and client.error.retry_after_s > 0
+            assert not client.tokens and not client.timeline.first_scheduled_ns
+    assert own[1].error is None
+    fleet.assert_empty()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_in_auto_whoever_is_left_does_it_all(lost):
+    fleet = make_fleet(1, 1, scheduler={"roles": "auto"})
+    fleet.kill(lost)
+    fleet.waiting.clear()  # it does not come back
+    fleet.tick()
+    asked = [fleet.arrive(6, max_tokens=6) for _ in range(3)]
+    fleet.run()
+    fleet.now += 100
+    fleet.run()
+    assert fleet.router.is_serving
+    assert all(client.tokens == answer(request) for request, client in asked)
+
+
+def test_roles_follow_the_load_and_answers_stay_the_same():
+    fleet = make_fleet(1, 3, scheduler={"roles": "auto", "ttft_target_ms": 2.0, "max_prefill_replicas": 2})
+    asked = []
+    for _ in range(12):  # prompts that wait, and nothing to decode
+        asked += [fleet.arrive(16, max_tokens=1) for _ in range(12)]
+        fleet.now += 0.6
+        fleet.tick()
+    assert [replica.role for replica in fleet.router.fleet].count("prefill") == 2
+    fleet.now += 60.0
+    fleet.tick()
+    assert [replica.role for replica in fleet.router.fleet].count("prefill") == 2  # its bound
+    assert fleet.router.gauges()["distserve:role_changes_total", (("to", "prefill"),)] == 1
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
     fleet.assert_empty()
 
 
@@ -334,11 +452,12 @@ def test_outputs_longer_than_expected_are_computed_again_and_counted_apart(mode,
 class AnyFleet(RuleBasedStateMachine):
     """Whatever happens, in whichever order: every request ends once, with the known answer or for a reason."""
 
-    shape, mode, first_token, admission = (2, 2), "disaggregated", "held", "optimistic"
+    shape, mode, first_token, admission, roles = (2, 2), "disaggregated", "held", "optimistic", "fixed"
 
     def __init__(self):
         super().__init__()
-        sections = {"scheduler": {"first_token": self.first_token}, "decode": {"admission": self.admission}}
+        scheduler = {"first_token": self.first_token, "roles": self.roles}
+        sections = {"scheduler": scheduler, "decode": {"admission": self.admission}}
         self.fleet = FakeFleet(deploy(*self.shape, mode=self.mode, **sections))
         self.fleet.run()
         self.asked = []
@@ -448,6 +567,7 @@ class AnyFleet(RuleBasedStateMachine):
         for replica in list(self.fleet.router.fleet):
             self.fleet.router.undrain(replica)
             self.fleet.router.set_role(replica, "mixed")
+        self.fleet.tick()
         self.fleet.run(2000)
         self.fleet.now += 100
         self.fleet.run(2000)
@@ -472,6 +592,12 @@ class AnyReservingColocatedFleet(AnyColocatedFleet):
     admission = "reserved"
 
 
-@pytest.mark.parametrize("machine", [AnyFleet, AnyColocatedFleet, AnyReservingFleet, AnyReservingColocatedFleet])
+class AnyAutoFleet(AnyFleet):
+    roles = "auto"
+
+
+@pytest.mark.parametrize(
+    "machine", [AnyFleet, AnyColocatedFleet, AnyReservingFleet, AnyReservingColocatedFleet, AnyAutoFleet]
+)
 def test_any_history_ends_in_the_known_answers(machine):
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=60, deadline=None))

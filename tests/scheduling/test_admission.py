@@ -7,8 +7,14 @@ from ensemble.scheduling.credits import Credits
 SOURCE = 9  # a replica that only prefills
 
 
-def make_admission(max_num_bridge_seqs=2, replicas=((10, 8),)):
-    admission = DecodeAdmission(block_size=4, max_num_bridge_seqs=max_num_bridge_seqs)
+def make_admission(max_num_bridge_seqs=2, replicas=((10, 8),), **settings):
+    """Of which so many may be promised beyond what there is room for: one more would wait for too long."""
+    admission = DecodeAdmission(
+        block_size=4,
+        max_bridge_wait_s=1.0,
+        wait_s=lambda num_blocks: 2.0 if admission.num_promised_seqs >= max_num_bridge_seqs else 0.5,
+        **settings,
+    )
     for replica, (num_blocks, max_num_seqs) in enumerate(replicas):
         bring_up(admission, replica, num_blocks, max_num_seqs)
     return admission
@@ -144,7 +150,7 @@ def test_expected_growth_is_admitted_and_the_host_pool_filled_too(
     """4 blocks at full length, 2 expected; a watermark for optimists; with a host pool the longest fits twice."""
     requests = [make_request(request_id, 4, max_tokens=13) for request_id in range(20)]
     expected = (lambda request: 8) if is_optimistic else None
-    admission = DecodeAdmission(block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=expected, watermark=0.1)
+    admission = make_admission(20, (), expected_kv_tokens=expected, watermark=0.1)
     credits = bring_up(admission, 0, 20, 100, num_host_blocks)
     wait_in_bridge(admission, *requests)
     submission = admission.next_submission()
@@ -156,9 +162,7 @@ def test_expected_growth_is_admitted_and_the_host_pool_filled_too(
 
 
 def test_a_request_as_large_as_the_pool_runs_alone(make_request):
-    admission = DecodeAdmission(
-        block_size=4, max_num_bridge_seqs=20, expected_kv_tokens=lambda request: 80, watermark=0.2
-    )
+    admission = make_admission(20, (), expected_kv_tokens=lambda request: 80, watermark=0.2)
     bring_up(admission, 0, 20, 100, num_host_blocks=8)
     request = make_request(0, 40, max_tokens=41)
     wait_in_bridge(admission, request)

@@ -131,7 +131,11 @@ class LifeOfRequests(RuleBasedStateMachine):
             policy=self.policy,
             max_long_tokens=self.max_long_tokens,
         )
-        self.admission = DecodeAdmission(block_size=BLOCK_SIZE, max_num_bridge_seqs=2)
+        self.admission = DecodeAdmission(
+            block_size=BLOCK_SIZE,
+            max_bridge_wait_s=1.0,
+            wait_s=lambda num_blocks: float(self.admission.num_promised_seqs),
+        )
         self.roles = dict(ROLES)
         self.replicas = {}
         for replica_id in ROLES:

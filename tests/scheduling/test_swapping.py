@@ -48,7 +48,7 @@ class SwapStorm(RuleBasedStateMachine):
         self.now = 0.0
         self.admission = DecodeAdmission(
             block_size=BLOCK_SIZE,
-            max_num_bridge_seqs=50,
+            max_bridge_wait_s=1.0,
             expected_kv_tokens=(lambda request: request.prefill_len) if self.is_optimistic else None,
         )
         self.num_given_up = 0

@@ -26,6 +26,7 @@ DTYPES = {
     "priority": "INT32",
     "tenant": "BYTES",
     "ttft_target_ms": "FP32",
+    "itl_target_ms": "FP32",
     "tpot_target_ms": "FP32",
     "timeout_ms": "FP32",
 }

@@ -20,21 +20,29 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_gpus", "prefill", "decode", "share"),
+    ("num_gpus", "prefill", "decode", "share", "roles"),
     [
-        (0, "cpu", "cpu", 0.45),
-        (1, "cuda:0", "cuda:0", 0.45),
-        (2, "cuda:0", "cuda:1", 0.9),
-        (8, "cuda:0", "cuda:1", 0.9),
+        (0, ["cpu"], ["cpu"], 0.45, "fixed"),
+        (1, ["cuda:0"], ["cuda:0"], 0.45, "fixed"),
+        (2, ["cuda:0"], ["cuda:1"], 0.9, "auto"),
+        (5, ["cuda:0", "cuda:1"], ["cuda:2", "cuda:3", "cuda:4"], 0.9, "auto"),
     ],
 )
 def test_default_devices(
-    model: Path, monkeypatch: pytest.MonkeyPatch, num_gpus: int, prefill: str, decode: str, share: float
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_gpus: int,
+    prefill: list[str],
+    decode: list[str],
+    share: float,
+    roles: str,
 ) -> None:
     with_gpus(monkeypatch, num_gpus)
     deployment = make_deployment({"model.path": model})
-    assert (deployment.prefill.devices, deployment.decode.devices) == ([prefill], [decode])
+    assert (deployment.prefill.devices, deployment.decode.devices) == (prefill, decode)
     assert deployment.prefill.gpu_memory_utilization == pytest.approx(share)
+    assert deployment.scheduler.roles == roles
+    assert make_deployment({"model.path": model, "scheduler.roles": "fixed"}).scheduler.roles == "fixed"
 
 
 @pytest.mark.parametrize(("num_gpus", "devices"), [(0, ["cpu"]), (2, ["cuda:0", "cuda:1"])])
@@ -78,6 +86,9 @@ def test_flags_go_over_the_file(model: Path, tmp_path: Path, monkeypatch: pytest
         ({"decode.devices": ["cuda:1"]}, "device cuda:1: this machine has 1"),
         ({"mode": "colocated", "prefill.devices": ["cpu"]}, "prefill.devices = ['cpu']: mode = colocated"),
         ({"mode": "mixed"}, "mode = 'mixed'"),
+        ({"scheduler.roles": "shifting"}, "scheduler.roles = 'shifting'"),
+        ({"scheduler.itl_target_ms": 0}, "scheduler.itl_target_ms = 0"),
+        ({"scheduler.min_prefill_replicas": 3, "scheduler.max_prefill_replicas": 2}, "max_prefill_replicas = 2"),
         ({"prefill.devices": []}, "prefill.devices = []"),
         ({"decode.devices": []}, "decode.devices = []"),
         ({"model.path": "/no such model"}, "/no such model: no such directory"),

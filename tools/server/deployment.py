@@ -29,7 +29,10 @@ def make_deployment(fields: Mapping[str, object | None], file: Path | None = Non
             section, _, field = name.rpartition(".")
             (raw[section] if section else raw)[field] = value
     stages = (raw["prefill"], raw["decode"])
-    defaults = default_devices(torch.cuda.device_count(), is_colocated=raw.get("mode") == "colocated")
+    is_colocated = raw.get("mode") == "colocated"
+    defaults = default_devices(torch.cuda.device_count(), is_colocated=is_colocated)
+    if not is_colocated and torch.cuda.device_count() > 1:
+        raw["scheduler"].setdefault("roles", "auto")
     for stage, devices in zip(stages, defaults, strict=True):
         stage.setdefault("devices", devices)
     on_gpus = any(device.startswith("cuda") for stage in stages for device in stage["devices"])
@@ -49,12 +52,13 @@ def make_deployment(fields: Mapping[str, object | None], file: Path | None = Non
 
 
 def default_devices(num_gpus: int, is_colocated: bool) -> tuple[list[str], list[str]]:
-    """Devices of prefill and decode: apart where there are two GPUs; colocated, decode's alone, on every GPU."""
+    """Devices of prefill and decode: half of the GPUs each, or both on one; colocated, decode's alone, on every GPU."""
     if is_colocated:
         return [], [f"cuda:{index}" for index in range(num_gpus)] or ["cpu"]
     if num_gpus == 0:
         return ["cpu"], ["cpu"]
-    return ["cuda:0"], ["cuda:1" if num_gpus > 1 else "cuda:0"]
+    devices = [f"cuda:{index}" for index in range(num_gpus)]
+    return devices[: max(1, num_gpus // 2)], devices[num_gpus // 2 :]
 
 
 def check_devices(devices: Mapping[str, int], num_gpus: int) -> None:

@@ -1,0 +1,107 @@
+"""The way that a request takes: the earliest end, at no more cost to those who run than their targets allow."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape, prompt_keys
+from ensemble.scheduling.placement import (
+    MIN_CHUNK_LEN,
+    Reader,
+    Site,
+    Way,
+    Work,
+    best,
+    chunk_beside,
+    hand_off,
+    num_missed,
+    smallest,
+    stay,
+)
+
+
+def estimator() -> StepEstimator:
+    """10 ms, 40 us a token, 20 us a row."""
+    steps = StepEstimator()
+    for start, length in [(0, 0), (0, 16), (0, 64), (0, 256), (0, 1024), (3000, 64), (3000, 1024)]:
+        for lens in ([], [100], [100] * 16, [100] * 100, [1000] * 100):
+            steps.observe(StepShape.of([(start, length)], lens), 1e-2 + 4e-5 * length + 2e-5 * len(lens))
+    return steps
+
+
+STEPS = estimator()
+ROWS = StepShape(0, 0, 50, 5000)
+PROMPT = Work(2000, prompt_keys(0, 2000), 2000, 20)
+
+
+def site(replica: int, backlog: int = 0, rows: StepShape = NO_STEP, chunk_len: int = 2048) -> Site:
+    return Site(replica, STEPS, chunk_len, backlog, prompt_keys(0, backlog), rows)
+
+
+def choose(prefill_backlog: int, decode_chunk_len: int, handoff_s: float = 0.02) -> Way:
+    decode = site(1, rows=ROWS, chunk_len=decode_chunk_len)
+    handed_off = hand_off(site(0, prefill_backlog), PROMPT, [Reader(decode, handoff_s)])
+    assert handed_off is not None
+    way = best([handed_off, stay(decode, PROMPT)], None, None)
+    assert way is not None
+    return way
+
+
+def test_a_prompt_rides_on_decode_when_prefill_is_behind_and_not_before() -> None:
+    assert [choose(backlog, 256).stays for backlog in (0, 2000, 20_000)] == [False, False, True]
+
+
+def test_the_smaller_the_chunk_the_longer_a_prompt_waits_for_prefill() -> None:
+    def first_that_rides(chunk_len: int) -> int:
+        return next(backlog for backlog in range(0, 100_000, 500) if choose(backlog, chunk_len).stays)
+
+    assert first_that_rides(512) < first_that_rides(128) < first_that_rides(32)
+
+
+def test_a_slow_hand_off_makes_the_decode_replica_compute_the_prompt() -> None:
+    assert not choose(0, 512).stays and choose(0, 512, handoff_s=2.0).stays
+
+
+def test_of_replicas_alike_the_one_with_the_least_to_do_computes_and_the_emptier_decodes() -> None:
+    work = Work(100, prompt_keys(0, 100), 100, 200)
+    ways = [stay(site(index, backlog, rows), work) for index, (backlog, rows) in enumerate([(0, ROWS), (0, NO_STEP)])]
+    assert best(ways, None, None) == ways[1]
+
+
+def test_the_way_that_keeps_the_targets_goes_before_the_cheaper_one() -> None:
+    cheap, kept = Way(0, True, 0.5, 0.01, 1.0), Way(1, False, 0.2, 0.01, 2.0)
+    assert best([cheap, kept], None, None) == cheap
+    assert best([cheap, kept], 0.3, None) == kept
+    assert best([cheap, kept], 0.1, None) == cheap  # both miss it
+    assert (num_missed(cheap, 0.3, 0.005), num_missed(kept, 0.3, None)) == (2, 0)
+    assert best([], None, None) is None
+
+
+def test_the_smallest_target_counts_and_the_deployment_s_for_who_has_none() -> None:
+    assert smallest([None, 0.3, None], 0.2) == 0.2
+    assert smallest([0.1, None], 0.2) == 0.1
+    assert smallest([0.3, 0.4], 0.2) == 0.3  # nobody is without one
+    assert smallest([None, 0.3], None) == 0.3
+    assert smallest([None], None) is None and smallest([], 0.2) is None
+
+
+@given(target_s=st.none() | st.floats(0, 0.2), stretch=st.none() | st.floats(1.1, 4), num_rows=st.integers(0, 256))
+def test_a_chunk_beside_sequences_keeps_their_target_or_is_the_least_that_gets_prompts_on(
+    target_s, stretch, num_rows
+) -> None:
+    rows = StepShape(0, 0, num_rows, 100 * num_rows)
+    length = chunk_beside(STEPS, rows, 0, target_s, stretch, 2048)
+    assert MIN_CHUNK_LEN <= length <= 2048
+    if not num_rows or (target_s is None and stretch is None):
+        assert length == 2048
+    elif length > MIN_CHUNK_LEN:
+        bare_s = STEPS.seconds(rows)
+        limit_s = max(target_s, 1.1 * bare_s) if target_s is not None else stretch * bare_s
+        assert STEPS.seconds(rows.with_chunk(0, length)) <= limit_s
+        assert length == 2048 or STEPS.seconds(rows.with_chunk(0, length + 1)) > limit_s
+
+
+def test_a_prompt_that_rides_delays_those_that_run_by_its_part_of_their_steps() -> None:
+    riding = site(0, rows=ROWS, chunk_len=200)
+    assert riding.delay(PROMPT) == pytest.approx(2000 * 4e-5, rel=0.05)
+    assert site(0).delay(PROMPT) == 0
