@@ -16,6 +16,7 @@ from ensemble.errors import ConfigError, InternalError
 from ensemble.parallel.pipeline import WHOLE, Pipeline, PointToPoint
 from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel, connect, make_process_group
 
+LOOPBACK = "127.0.0.1"
 MEET_TIMEOUT_S = 600.0  # a rank that stands still is noticed by its beats; this ends those that nobody watches
 
 
@@ -55,21 +56,28 @@ def meet(
     size = tensor_parallel_size * pipeline_parallel_size
     if size == 1:
         return ALONE
-    return join(make_store(address, rank, size, timeout_s), rank, tensor_parallel_size, pipeline_parallel_size, device)
+    store = make_store(address, rank, size, timeout_s)
+    host = LOOPBACK if address.startswith("file:") else None
+    return join(store, rank, tensor_parallel_size, pipeline_parallel_size, device, timeout_s, host)
 
 
 def join(
-    store: Store, rank: int, tensor_parallel_size: int, pipeline_parallel_size: int, device: torch.device,
+    store: Store,
+    rank: int,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
+    device: torch.device,
     timeout_s: float = MEET_TIMEOUT_S,
-) -> Group:  # fmt: skip
+    host: str | None = LOOPBACK,  # where gloo listens; None: at this machine's name
+) -> Group:
     """The same, with a store that all ranks see."""
     place, tensor_rank = divmod(rank, tensor_parallel_size)
-    tensor = connect(PrefixStore(f"place-{place}", store), tensor_rank, tensor_parallel_size, device, timeout_s)
+    tensor = connect(PrefixStore(f"place-{place}", store), tensor_rank, tensor_parallel_size, device, timeout_s, host)
     pipeline = WHOLE
     if pipeline_parallel_size > 1:
         among = PrefixStore(f"column-{tensor_rank}", store)
         name = f"pipeline place {place} of {pipeline_parallel_size}"
-        channel = make_process_group(among, place, pipeline_parallel_size, device, timeout_s, name)
+        channel = make_process_group(among, place, pipeline_parallel_size, device, timeout_s, name, host)
         pipeline = Pipeline(place, pipeline_parallel_size, cast(PointToPoint, channel))
     return Group(tensor, pipeline, store)
 

@@ -95,6 +95,7 @@ def connect(
     size: int,
     device: torch.device,  # which NCCL's is current by then
     timeout_s: float = 60.0,
+    host: str | None = None,  # where gloo listens; None: at this machine's name
 ) -> TensorParallel:
     """Waits for all `size` ranks to come. Raises InternalError for one that does not, in `timeout_s`."""
     if not 0 <= rank < size:
@@ -102,16 +103,22 @@ def connect(
     if size == 1:
         return SINGLE
     name = f"tensor parallel rank {rank} of {size}"
-    collectives = make_process_group(store, rank, size, device, timeout_s, name)
+    collectives = make_process_group(store, rank, size, device, timeout_s, name, host)
     return TensorParallel(rank, size, cast(Collectives, collectives), device.type)
 
 
-def make_process_group(store: Store, rank: int, size: int, device: torch.device, timeout_s: float, name: str) -> object:
+def make_process_group(
+    store: Store, rank: int, size: int, device: torch.device, timeout_s: float, name: str, host: str | None = None
+) -> object:
     """gloo or NCCL among `size` processes or threads, once all have come. Raises InternalError, by the rank's name."""
     timeout = timedelta(seconds=timeout_s)
     try:
         if device.type == "cpu":
-            return dist.ProcessGroupGloo(store, rank, size, timeout)
+            gloo: Any = dist.ProcessGroupGloo
+            by_gloo = gloo._Options()
+            by_gloo._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
+            by_gloo._timeout = timeout
+            return gloo(store, rank, size, by_gloo)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, size, options)

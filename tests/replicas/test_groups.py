@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ensemble.config import Deployment
-from ensemble.engine.engine import Engine, load_engine
+from ensemble.engine.batch import Batch
+from ensemble.engine.engine import Engine, Launched, load_engine
 from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts
-from ensemble.request import Request, SamplingParams
+from ensemble.request import Request, SamplingParams, Sequence
 from tests.checkpoints import make_tiny_llama, make_tiny_opt
 from tests.replicas.pair import CPU, Pair, join, released_in, swaps_in, tokens_of, whole_prompts
 from tests.replicas.ranks import GroupPair
@@ -216,3 +217,41 @@ def test_swaps_cached_prefixes_chunks_and_cancels(
     assert sum(event.num_hit_tokens for event in events if isinstance(event, PrefixReport)) > 0
     assert len(released_in(events)) > 0
     pair.assert_empty()
+
+
+def test_a_pipeline_has_as_many_steps_in_flight_as_places(
+    model: Path, make_pair: Callable[[Deployment], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of one prompt stream; the decode batch is split, and no sequence decodes in two steps at once."""
+    deployment = deploy(model, stage(pp=2, max_num_batched_tokens=16), stage(pp=2))
+    pair = make_pair(deployment)
+    in_flight: dict[str, list[Launched]] = {"prefill": [], "decode": []}
+    at_once: dict[str, list[list[Launched]]] = {"prefill": [], "decode": []}
+    for name, replica in (("prefill", pair.prefill), ("decode", pair.decode)):
+        launch, commit = replica.engine.launch, replica.engine.commit
+
+        def launched(batch: Batch, name: str = name, launch: Any = launch) -> Launched:
+            in_flight[name].append(launch(batch))
+            at_once[name].append(list(in_flight[name]))
+            return in_flight[name][-1]
+
+        def committed(step: Launched, *args: Any, name: str = name, commit: Any = commit) -> list[Sequence]:
+            in_flight[name].remove(step)
+            return commit(step, *args)
+
+        monkeypatch.setattr(replica.engine, "launch", launched)
+        monkeypatch.setattr(replica.engine, "commit", committed)
+    sampling = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+    requests = [Request(request_id=i, prompt_token_ids=[5 + i] * 64, sampling=sampling) for i in range(5)]
+    pair.prefill.handle(whole_prompts(requests))
+    events = pair.prefill.run()
+    pair.decode.handle(join(events, requests))
+    pair.decode.run()
+    for name in ("prefill", "decode"):
+        assert max(map(len, at_once[name])) == 2
+    prompts = [[row.sequence.request_id for row in step.batch.prefills] for pair in at_once["prefill"] for step in pair]
+    assert prompts.count([0]) > 4, "chunks of a prompt are in flight together"
+    for steps in at_once["decode"]:
+        ids = [sequence.request_id for step in steps for sequence in step.batch.decodes]
+        assert len(ids) == len(set(ids))
+        assert all(len(step.batch.decodes) <= 3 for step in steps)
