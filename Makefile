@@ -8,6 +8,7 @@
 #   make bench   MODEL=/path RATE=1 NUM_PROMPTS=20 INPUT_LEN=64 OUTPUT_LEN=32
 #   make bench-goodput   MODEL=/path DEVICES=cuda:0,cuda:1 MODES=disaggregated,colocated:256 RATES=2,4,8 SECONDS_EACH=60
 #                DATASET=chat GOODPUT="ttft:250 itl:40" OUT=goodput
+#                PREFILL="tp=2" DECODE="tp=1,pp=2,replicas=2"
 #
 # Variables reach the programs through the environment.
 
@@ -17,7 +18,7 @@ ANY_PYTHON := $(shell for python in python3 python3.12 python3.11 python3.10 /us
                 "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
 NO_PYTHON = echo "error: no Python 3 here. Run: sudo apt-get install -y python3 python3-venv" >&2; exit 1;
 BOOTSTRAP := @$(if $(ANY_PYTHON),$(ANY_PYTHON) tools/bootstrap.py,$(NO_PYTHON))
-export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT PREFILL_DEVICES DECODE_DEVICES MODE DEVICES PROMPT MAX_TOKENS TEMPERATURE \
+export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT PREFILL_DEVICES DECODE_DEVICES PREFILL DECODE MODE DEVICES PROMPT MAX_TOKENS TEMPERATURE \
        MODES DATASET DATASET_PATH DEPLOYMENT
 
 .PHONY: help demo serve bench bench-goodput test soak check clean

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ensemble.errors import ConfigError
 
@@ -65,17 +65,36 @@ class ModelConfig(_Frozen):
 
 
 class StageConfig(_Frozen):
-    """The replicas of one stage. Each replica is one worker process on one device."""
+    """The replicas of one stage. A replica is a group of ranks, each a process on a device of its own.
 
-    devices: list[Device] = []  # one replica per device, in this order
+    Ranks of a replica in their order: those of the first place of the pipeline, then those of the second, and so on.
+    """
+
+    devices: list[Device] = []  # of all ranks of the first replica, then of the second, and so on
+    # Ranks among which each layer is divided: any divisor of the query heads.
+    tensor_parallel_size: int = Field(default=1, ge=1, validation_alias=AliasChoices("tensor_parallel_size", "tp"))
+    # Places of a pipeline, each of which has some of the layers.
+    pipeline_parallel_size: int = Field(default=1, ge=1, validation_alias=AliasChoices("pipeline_parallel_size", "pp"))
+    pipeline_layers: list[Annotated[int, Field(ge=1)]] | None = None  # of each place; None: equal shares of the work
     kv_cache_bytes: int | None = Field(default=None, ge=1)  # None: 1 GiB on a CPU, the share below on a GPU
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)  # of the device's memory, for this stage's worker
     num_threads: int | None = Field(default=None, ge=1)  # torch threads on a CPU; None: an equal part of the cores
     max_num_seqs: int = Field(default=256, ge=1)  # sequences in one batch
 
     @property
+    def num_ranks(self) -> int:
+        """Of a replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
     def num_replicas(self) -> int:
-        return len(self.devices)
+        return len(self.devices) // self.num_ranks
+
+    @property
+    def replicas(self) -> list[str]:
+        """The devices of each replica: its ranks', in order, joined by commas."""
+        starts = range(0, len(self.devices), self.num_ranks)
+        return [",".join(self.devices[start : start + self.num_ranks]) for start in starts]
 
 
 class PrefillConfig(StageConfig):
@@ -174,6 +193,17 @@ class Deployment(_Frozen):
 
     @model_validator(mode="after")
     def _has_the_replicas_of_its_mode(self) -> "Deployment":
+        for name, stage in (("prefill", self.prefill), ("decode", self.decode)):
+            tp, pp, layers = stage.tensor_parallel_size, stage.pipeline_parallel_size, stage.pipeline_layers
+            if len(stage.devices) % stage.num_ranks:
+                raise ConfigError(
+                    f"{name}.devices = {stage.devices}: one for each of the {tp} x {pp} ranks of every replica"
+                    " (tensor_parallel_size x pipeline_parallel_size) is needed"
+                )
+            if layers is not None and len(layers) != pp:
+                raise ConfigError(
+                    f"{name}.pipeline_layers = {layers}: a number for each of pipeline_parallel_size = {pp} is needed"
+                )
         if not self.decode.devices:
             raise ConfigError("decode.devices = []: a device for each replica is needed")
         if self.mode == "disaggregated" and not self.prefill.devices:
@@ -186,10 +216,10 @@ class Deployment(_Frozen):
         return self.prefill if home == "prefill" else self.decode
 
     def replicas(self) -> list[tuple[StageName, str, Role]]:
-        """Home, device and first role of every replica, by its id."""
+        """Home, devices (joined by commas) and first role of every replica, by its id."""
         role: Role = "mixed" if self.mode == "colocated" else "decode"
-        return [("prefill", device, "prefill") for device in self.prefill.devices] + [
-            ("decode", device, role) for device in self.decode.devices
+        return [("prefill", devices, "prefill") for devices in self.prefill.replicas] + [
+            ("decode", devices, role) for devices in self.decode.replicas
         ]
 
     def num_places(self, home: StageName) -> int:

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -14,9 +14,12 @@ from tools.installation.cache import DownloadError, ensure_home
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run(main: Callable[..., Any] | typer.Typer) -> None:
+def run(main: Callable[..., Any] | typer.Typer, foreign_options: Mapping[str, str] | None = None) -> None:
     """Runs a typer command, or an app of several, and exits; with one line on stderr, and status 1 or 2, if it cannot
-    be done."""
+    be done.
+
+    `foreign_options`: of another program |-> how the same is said here.
+    """
     allow_interrupt()
     app = main if isinstance(main, typer.Typer) else typer.Typer(add_completion=False)
     if app is not main:
@@ -31,7 +34,10 @@ def run(main: Callable[..., Any] | typer.Typer) -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error has one
             raise
-        print(f"error: {error.format_message()}", file=sys.stderr)
+        option = str(getattr(error, "option_name", ""))
+        ours = (foreign_options or {}).get(option.replace("_", "-"))
+        message = f"{option}: here it is {ours}" if ours else error.format_message()
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

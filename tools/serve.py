@@ -2,6 +2,7 @@
 
     python -m tools.serve --model DIR --prefill-devices cuda:0 --decode-devices cuda:1
     python -m tools.serve DIR --mode colocated --devices cuda:0,cuda:1
+    python -m tools.serve DIR --prefill "tp=2" --decode "tp=1,pp=2,replicas=2"
 
 `make serve` passes its variables (MODEL, HTTP_PORT, ...) through the environment.
 """
@@ -15,11 +16,16 @@ from typing import Annotated, NoReturn
 from rich.console import Console
 from typer import Argument, Option
 
+from ensemble.config import StageName
 from ensemble.errors import ConfigError
+from ensemble.models.spec import load_model_spec
+from ensemble.serving.control import call
+from ensemble.serving.fleet_table import FleetTable, ListFleet
 from tools.command_line import allow_interrupt, run
 from tools.installation.cache import cache_dir
 from tools.installation.model_source import model_name
 from tools.installation.server_files import ServerError
+from tools.server.degrees import DISTSERVE_FLAGS, parse_degrees, rank_map
 from tools.server.deployment import make_deployment
 from tools.server.ports import Ports
 from tools.server.triton_server import MAX_BODY_BYTES, TritonServer
@@ -29,7 +35,8 @@ CURL = """curl -s {url}/v2/models/ensemble/generate \
 OPENAI_CURL = """curl -s {url}/completions \
 -d '{{"model": "{name}", "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""
 MAX_RESTARTS, RESTARTS_WITHIN_S = 5, 600.0
-DEVICES = "a replica on each of these, such as cuda:0,cuda:1 or cpu"
+DEVICES = "of each rank of each replica, such as cuda:0,cuda:1 or cpu"
+DEGREES = "ranks of a replica and how many replicas: tp=2,pp=1,replicas=2"
 
 
 def main(
@@ -45,6 +52,8 @@ def main(
     devices: Annotated[str | None, Option(envvar="DEVICES", help=f"colocated: {DEVICES}")] = None,
     prefill_devices: Annotated[str | None, Option(envvar="PREFILL_DEVICES", help=DEVICES)] = None,
     decode_devices: Annotated[str | None, Option(envvar="DECODE_DEVICES", help=DEVICES)] = None,
+    prefill: Annotated[str | None, Option(envvar="PREFILL", help=f"prefill's {DEGREES}")] = None,
+    decode: Annotated[str | None, Option(envvar="DECODE", help=f"decode's {DEGREES}")] = None,
     block_size: Annotated[int | None, Option(help="tokens of a KV block")] = None,
     kv_cache_bytes: Annotated[int | None, Option(help="of each worker")] = None,
     gpu_memory_utilization: Annotated[float | None, Option(help="share of its device, for each worker")] = None,
@@ -126,8 +135,15 @@ def main(
         fields[f"{stage}.kv_cache_bytes"] = kv_cache_bytes
         fields[f"{stage}.gpu_memory_utilization"] = gpu_memory_utilization
         fields[f"{stage}.max_num_seqs"] = max_num_seqs
+    num_replicas: dict[StageName, int] = {}
+    sides: list[tuple[StageName, str | None]] = [("prefill", prefill), ("decode", decode)]
+    for side, words in sides:
+        degrees = parse_degrees(side, words or "")
+        if "replicas" in degrees:
+            num_replicas[side] = degrees.pop("replicas")
+        fields |= {f"{side}.{field}": degree for field, degree in degrees.items()}
     server = TritonServer(
-        make_deployment(fields, deployment),
+        make_deployment(fields, deployment, num_replicas),
         ports=Ports(http_port, grpc_port, metrics_port),
         host=host,
         log_path=log or cache_dir() / f"server-{http_port}.log",
@@ -140,6 +156,7 @@ def main(
     console = Console(stderr=True, highlight=False)
     with server:
         start(server, console)
+        show_ranks(server, console)
         print(f"HTTP     {server.http_url}")
         print(f"gRPC     {server.grpc_url}")
         print(f"metrics  {server.metrics_url}")
@@ -189,12 +206,23 @@ def keep_serving(server: TritonServer, console: Console, max_restarts: int) -> N
 def start(server: TritonServer, console: Console) -> None:
     """Waits until a started server is ready, showing what it loads. Raises ServerError."""
     model = model_name(server.deployment.model.path)
-    prefill, decode = (" ".join(stage.devices) for stage in (server.deployment.prefill, server.deployment.decode))
+    prefill, decode = (" ".join(stage.replicas) for stage in (server.deployment.prefill, server.deployment.decode))
     where = f"prefill on {prefill}, decode on {decode}" if prefill else f"colocated on {decode}"
     console.print(f"Loading {model} ({where})")
     with console.status("Waiting for the Triton server"):
         server.wait_ready(lambda line: console.print(f"  {line}", markup=False))
 
 
+def show_ranks(server: TritonServer, console: Console) -> None:
+    """Which rank of which replica runs where, with how much KV, if a replica has several."""
+    deployment = server.deployment
+    if deployment.prefill.num_ranks == deployment.decode.num_ranks == 1:
+        return
+    fleet = call(server.run_dir, ListFleet(), FleetTable, timeout_s=10.0)
+    num_blocks = {each.replica: each.num_blocks for each in fleet.replicas}
+    for line in rank_map(deployment, load_model_spec(deployment.model.path), num_blocks):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
 if __name__ == "__main__":
-    run(main)
+    run(main, foreign_options=DISTSERVE_FLAGS)

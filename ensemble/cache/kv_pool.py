@@ -19,17 +19,20 @@ import torch
 
 from ensemble.errors import ConfigError
 from ensemble.protocol.replica_replica import PoolHandle, decode_cuda_ipc, encode
+from kernels.block_copy import copy_blocks
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Shape and dtype of a block of this worker's layers and heads."""
+    """Shape and dtype of a block of this rank's layers and heads, and which of the model's they are."""
 
     num_layers: int
     num_kv_heads: int
     block_size: int
     head_dim: int
     dtype: torch.dtype
+    first_layer: int = 0
+    kv_heads: tuple[int, ...] = ()  # the model's, one for each of these; empty: all of them
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
@@ -66,6 +69,11 @@ class KVPool:
             self._fd = os.memfd_create(self._name)
             os.ftruncate(self._fd, num_bytes)
             self.tensor = _map_file(self._fd, num_bytes, layout.dtype).view(shape)
+
+    def copy_blocks(self, source_ids: list[int], target_ids: list[int]) -> None:
+        """Within the pool, after the steps launched before: block source_ids[i] |-> block target_ids[i]."""
+        sources, targets = torch.tensor([source_ids, target_ids], device=self.tensor.device)
+        copy_blocks(self.tensor, self.tensor, sources, targets)
 
     def export(self) -> PoolHandle:
         """The handle by which a peer process maps this pool, for as long as this process lives."""

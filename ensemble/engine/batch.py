@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from ensemble.engine.penalties import PenaltyTables
-from ensemble.engine.sampler import SamplingInput, Unread, sampling_arrays, sampling_input, unread_arrays
+from ensemble.engine.sampler import SamplingInput, Unread, sampling_input, unread_arrays
 from ensemble.engine.staging import Array, Staging
 from ensemble.models.layers import AttentionMetadata
 from ensemble.request import Sequence
@@ -67,13 +66,11 @@ class StepInput:
 def prepare_step(
     batch: Batch,
     block_size: int,
-    eos_token_ids: frozenset[int],
-    tables: PenaltyTables,
+    sampling: dict[str, dict[str, Array]],  # `sampling_arrays`; none where nothing is sampled
     staging: Staging,
     unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
 ) -> StepInput:
     """Builds a step's tensors; on a GPU they come in one copy from page-locked memory."""
-    sampling = sampling_arrays(batch.sampled, eos_token_ids, tables, unread_rows)
     tensors = staging.to_device(token_arrays(batch, block_size, unread_rows) | sampling)
     tokens = tensors["tokens"]
     return StepInput(

@@ -89,7 +89,10 @@ class DecodeInputs:
 
 
 class DecodeGraphs:
-    """The graphs of one model over one KV pool. Capture runs every size once, which also compiles its kernels."""
+    """The graphs of one model over one KV pool. Capture runs every size once, which also compiles its kernels.
+
+    Of a place of a pipeline: hidden states of the place before come in, and those for the next place go out.
+    """
 
     def __init__(
         self, model: Llama | Opt, kv_pool: Tensor, block_size: int, max_num_seqs: int, max_model_len: int
@@ -99,6 +102,9 @@ class DecodeGraphs:
         self._workspace = decode_workspace(max_num_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, device)
         self._starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._sizes = graph_batch_sizes(max_num_seqs)
+        self._hidden_in = None
+        if model.first_layer > 0:
+            self._hidden_in = torch.zeros(max_num_seqs, spec.hidden_size, dtype=kv_pool.dtype, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         memory = None
         for size in reversed(self._sizes):  # the largest first: the others fit into its memory
@@ -107,7 +113,7 @@ class DecodeGraphs:
             self._logits(model, kv_pool, size)
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory):
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):  # NCCL's watchdog calls too
                 logits = self._logits(model, kv_pool, size)
             memory = memory or graph.pool()
             self._graphs[size] = graph, logits
@@ -122,10 +128,13 @@ class DecodeGraphs:
         unread_rows: Mapping[int, int],
         sampled_before: Tensor | None,
         staging: Staging,
-    ) -> Tensor:  # [len(decodes), vocab_size], until the next run
+        hidden_in: Tensor | None = None,  # [len(decodes), hidden_size], of the place before
+    ) -> Tensor:  # [len(decodes), vocab_size], or [len(decodes), hidden_size] for the next place; until the next run
         """Launches one step of at most `max_num_seqs` rows and returns the logits to come."""
         size = next(size for size in self._sizes if size >= len(decodes))
         self._inputs.fill(decodes, unread_rows, sampled_before, size, staging)
+        if hidden_in is not None and self._hidden_in is not None:
+            self._hidden_in[: len(decodes)].copy_(hidden_in)
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[: len(decodes)]
@@ -142,4 +151,6 @@ class DecodeGraphs:
             decode_workspace=self._workspace,
         )
         plan_decode(self._workspace, attention.context_lens)
-        return model.compute_logits(model.forward(inputs.token_ids[:size], inputs.positions[:size], kv_pool, attention))
+        hidden_in = None if self._hidden_in is None else self._hidden_in[:size].clone()  # which a pass overwrites
+        hidden = model.forward(inputs.token_ids[:size], inputs.positions[:size], kv_pool, attention, hidden_in)
+        return hidden if model.lm_head is None else model.compute_logits(hidden)

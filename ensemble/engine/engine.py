@@ -15,10 +15,10 @@ from ensemble.config import Deployment, StageConfig
 from ensemble.engine.batch import Batch
 from ensemble.engine.model_runner import Model, ModelRunner, StepHandle, load_model, resolve_dtype
 from ensemble.errors import ConfigError
-from ensemble.models.spec import ModelSpec, load_model_spec
-from ensemble.parallel.shares import share_heads
-from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
-from ensemble.request import Sequence
+from ensemble.models.spec import ModelSpec, head_cost, load_model_spec
+from ensemble.parallel.group import ALONE, Group
+from ensemble.parallel.shares import share_heads, share_layers
+from ensemble.request import Sequence, TokenLogProbs
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 GPU_RESERVE_BYTES = 3 << 29  # CUDA's own context, cuBLAS workspaces and the graphs, which come beside the pool
@@ -33,10 +33,11 @@ class Launched:
 
 
 class Engine:
-    """A model, its KV pool and the pool's blocks, on one device."""
+    """A model, its KV pool and the pool's blocks, on one device: a rank's part of them, where `group` has several."""
 
-    def __init__(self, spec: ModelSpec, runner: ModelRunner, pool: KVPool) -> None:
+    def __init__(self, spec: ModelSpec, runner: ModelRunner, pool: KVPool, group: Group = ALONE) -> None:
         self.spec = spec
+        self.group = group
         self.runner = runner
         self.pool = pool
         self.blocks = BlockManager(pool.num_blocks, pool.layout.block_size)
@@ -44,27 +45,40 @@ class Engine:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether `launch` returns before the step has run; on a CPU it does not."""
-        return self.pool.tensor.is_cuda
+        """Whether a sequence's next step is launched before its token is read: on a GPU, but not in a pipeline."""
+        return self.pool.tensor.is_cuda and not self.is_pipeline
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether steps of different sequences are in flight together, as many as there are places."""
+        return self.group.pipeline.size > 1
+
+    @property
+    def max_num_unread(self) -> int:
+        """Steps that are still in flight when the next one has been launched."""
+        return self.group.pipeline.size - 1 if self.is_pipeline else int(self.runs_ahead)
 
     def step(self, batch: Batch) -> list[Sequence]:
         """Runs the batch and commits it. Returns the sequences that got a token, in batch order."""
         return self.commit(self.launch(batch))
 
     def launch(self, batch: Batch) -> Launched:
-        """Starts a step. At most one launched step may be uncommitted at that time."""
+        """Starts a step. At most `max_num_unread` launched steps may be uncommitted at that time."""
         launched = Launched(batch, self.runner.launch(batch))
         for row in batch.prefills:
             row.sequence.num_computed_tokens = row.end
         return launched
 
-    def commit(self, launched: Launched) -> list[Sequence]:
+    def commit(
+        self, launched: Launched, log_probs_of: Callable[[], dict[int, TokenLogProbs]] | None = None
+    ) -> list[Sequence]:
         """Waits for the step and gives each live sequence its token, and log-probabilities if it asks for them.
 
-        Those that have ended meanwhile get none.
+        Those that have ended meanwhile get none. Steps are committed in their order. `log_probs_of` tells of the
+        log-probabilities, by request_id, where they are another rank's.
         """
         token_ids = launched.handle.token_ids()
-        log_probs = launched.handle.log_probs()
+        log_probs = launched.handle.log_probs() if log_probs_of is None else log_probs_of()
         for sequence in launched.batch.decodes:
             sequence.num_computed_tokens += 1
         live = [
@@ -82,12 +96,13 @@ def load_engine(
     deployment: Deployment,
     stage: StageConfig,
     device: torch.device,
-    parallel: TensorParallel = SINGLE,
+    group: Group = ALONE,
     on_layer: Callable[[], None] | None = None,  # called as often as a layer is launched, on a CPU: computed
 ) -> Engine:
     """Loads the model, takes the pool's memory, and on a GPU compiles kernels and captures the graphs.
 
-    Every rank of `parallel` loads its part, at the same time; their pools have as many blocks, of each rank's heads.
+    Every rank of `group` loads its part, at the same time; their pools have as many blocks, of each rank's layers and
+    heads.
     Raises ConfigError or ModelError in one line.
     """
     spec = load_model_spec(deployment.model.path)
@@ -95,26 +110,34 @@ def load_engine(
     max_num_prompt_tokens = max(deployment.prefill.max_num_batched_tokens, deployment.decode.local_prefill_tokens)
     max_num_batched_tokens = max_num_prompt_tokens + stage.max_num_seqs  # in the largest step
     dtype = resolve_dtype(deployment.model, spec, device)
+    use_device(device)
+    kv_heads = share_heads(spec.num_heads, spec.num_kv_heads, group.tensor).kv
+    layers = share_layers(spec.num_layers, group.pipeline.size, head_cost(spec), stage.pipeline_layers)[
+        group.pipeline.place
+    ]
+    layout = KVLayout(len(layers), len(kv_heads), deployment.block_size, spec.head_dim, dtype, layers.start, kv_heads)
+    try:
+        model = load_model(spec, deployment.model, device, dtype, group.tensor, layers)
+        num_bytes = stage.kv_cache_bytes or default_kv_cache_bytes(
+            model, layout, stage, device, max_num_batched_tokens, max_model_len, group
+        )
+        pool = KVPool(layout, group.smallest(layout.num_blocks_in(num_bytes)), device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = str(error).partition(". ")[0]
+        raise ConfigError(f"{device} has no memory for the model and its KV pool: {reason}") from None
+    runner = ModelRunner(model, pool.tensor, deployment.block_size, group)
+    runner.warm_up(stage.max_num_seqs, max_num_batched_tokens, max_model_len)
+    if on_layer is not None:
+        model.on_layer = on_layer
+    return Engine(spec, runner, pool, group)
+
+
+def use_device(device: torch.device) -> None:
+    """Makes a GPU the current one. Raises ConfigError if it is not there."""
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise ConfigError(f"devices = {device}: this machine has {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
-    num_kv_heads = share_heads(spec.num_heads, spec.num_kv_heads, parallel).num_kv
-    layout = KVLayout(spec.num_layers, num_kv_heads, deployment.block_size, spec.head_dim, dtype)
-    try:
-        model = load_model(spec, deployment.model, device, dtype, parallel)
-        num_bytes = stage.kv_cache_bytes or default_kv_cache_bytes(
-            model, layout, stage, device, max_num_batched_tokens, max_model_len
-        )
-        pool = KVPool(layout, parallel.smallest(layout.num_blocks_in(num_bytes)), device)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = str(error).partition(". ")[0]
-        raise ConfigError(f"{device} has no memory for the model and its KV pool: {reason}") from None
-    runner = ModelRunner(model, pool.tensor, deployment.block_size)
-    runner.warm_up(stage.max_num_seqs, max_num_batched_tokens, max_model_len)
-    if on_layer is not None:
-        model.on_layer = on_layer
-    return Engine(spec, runner, pool)
 
 
 def default_kv_cache_bytes(
@@ -124,6 +147,7 @@ def default_kv_cache_bytes(
     device: torch.device,
     max_num_batched_tokens: int,
     max_model_len: int,
+    group: Group = ALONE,
 ) -> int:
     """The pool's size where none is configured: on a GPU what the stage's share leaves beside weights and activations.
 
@@ -134,7 +158,7 @@ def default_kv_cache_bytes(
         return DEFAULT_CPU_KV_CACHE_BYTES
     torch.cuda.reset_peak_memory_stats(device)
     one_block = torch.zeros(1, *layout.block_shape, dtype=layout.dtype, device=device)
-    ModelRunner(model, one_block, layout.block_size).run_largest(max_num_batched_tokens, max_model_len)
+    ModelRunner(model, one_block, layout.block_size, group).run_largest(max_num_batched_tokens, max_model_len)
     used = torch.cuda.max_memory_reserved(device) + GPU_RESERVE_BYTES
     total = torch.cuda.get_device_properties(device).total_memory
     available = int(total * stage.gpu_memory_utilization) - used

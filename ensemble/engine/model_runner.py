@@ -1,6 +1,7 @@
 """`ModelRunner`: runs batches on one device. It reads sequences and never changes them; the engine commits tokens."""
 
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -20,6 +21,8 @@ from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
 from ensemble.models.spec import ModelSpec
 from ensemble.models.weights import EMBEDDINGS, HEAD, fill_with_random_weights, load_weights, with_true_ties
+from ensemble.parallel.group import ALONE, Group
+from ensemble.parallel.pipeline import InFlight
 from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
 from ensemble.request import Request, SamplingParams, Sequence, TokenLogProbs
 from kernels.block_copy import copy_blocks
@@ -44,6 +47,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     parallel: TensorParallel = SINGLE,
+    layers: range | None = None,  # of its place in a pipeline
 ) -> Model:
     """Builds a rank's part of the model on the device and fills its weights.
 
@@ -54,7 +58,7 @@ def load_model(
         spec = with_true_ties(spec, checkpoint)
     max_positions = model_config.max_model_len or spec.max_model_len
     model_class = Llama if spec.architecture == "llama" else Opt
-    model = model_class(spec, max_positions, partial(torch.empty, device=device, dtype=dtype), parallel)
+    model = model_class(spec, max_positions, partial(torch.empty, device=device, dtype=dtype), parallel, layers)
     if checkpoint is None:
         fill_with_random_weights(model.named_weights(), model_config.seed, device)
     else:
@@ -69,44 +73,81 @@ def load_model(
 
 
 class StepHandle:
-    """A launched step. Its tokens are on their way to the host."""
+    """A launched step. Its tokens are on their way to the host: from this device, or from the pipeline's last place."""
 
     def __init__(
-        self, sampled: Tensor, sequences: list[Sequence], staging: Staging, log_probs: StepLogProbs | None = None
+        self,
+        sampled: Tensor,  # [S] int64, on the device
+        sequences: list[Sequence],  # S of them
+        staging: Staging,
+        log_probs: StepLogProbs | None = None,
+        between_places: "BetweenPlaces | None" = None,
     ) -> None:
-        self.sampled = sampled  # [S] int64, on the device
+        self.sampled = sampled
         self.rows = {sequence.request_id: row for row, sequence in enumerate(sequences)}
         self.is_read = False
-        self._host, self._copied = staging.to_host(sampled), None
         self._log_probs = log_probs
         self._staging = staging  # in use until the step has run
-        if sampled.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._between = between_places or BetweenPlaces()
+        self._copied: torch.cuda.Event | None = None
+        stream = self._between.token_stream
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            if stream is not None and self._between.coming is not None:
+                self._between.coming.wait()
+            self._host = staging.to_host(sampled) if sampled.is_cuda else sampled
+            if sampled.is_cuda:
+                self._copied = torch.cuda.Event()
+                self._copied.record()
 
     @property
     def is_done(self) -> bool:
-        """Whether the step has run."""
-        return self._copied is None or self._copied.query()
+        """Whether the step has run, at every place."""
+        if self._copied is not None:
+            has_run: bool = self._copied.query()
+            return has_run
+        return self._between.coming is None or self._between.coming.has_come
 
     def token_ids(self) -> list[int]:
         """Waits for the step. One token id for each of `batch.sampled`."""
         if self._copied is not None:
             self._copied.synchronize()
+        elif self._between.coming is not None:
+            self._between.coming.wait()
+        for each in self._between.sent:
+            each.wait()
         self.is_read = True
         token_ids: list[int] = self._host.tolist()
-        return token_ids
+        return token_ids[: len(self.rows)]
 
     def log_probs(self) -> dict[int, TokenLogProbs]:
         """By request_id, for the sequences that ask for them; after `token_ids`."""
         return self._log_probs.read() if self._log_probs is not None else {}
 
 
-class ModelRunner:
-    """Runs one model over one KV pool, `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`."""
+@dataclass(frozen=True, slots=True)
+class BetweenPlaces:
+    """What goes from one place of a pipeline to another in a step."""
 
-    def __init__(self, model: Model, kv_pool: Tensor, block_size: int) -> None:
+    sent: list[InFlight] = field(default_factory=list)
+    coming: InFlight | None = None  # the tokens, where another place samples
+    token_stream: "torch.cuda.Stream | None" = None  # on which they come: the next step need not wait for them
+
+
+class ModelRunner:
+    """Runs one model over one KV pool, `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`.
+
+    In a pipeline each place runs its layers: hidden states come from the place before and go to the next one, and the
+    last place samples, and sends the tokens to all.
+    """
+
+    def __init__(self, model: Model, kv_pool: Tensor, block_size: int, group: Group = ALONE) -> None:
         self.model = model
+        self._group = group
+        self._pipeline = group.pipeline
+        self._num_steps = 0
+        self._token_stream = None
+        if kv_pool.is_cuda and not self._pipeline.is_last:
+            self._token_stream = torch.cuda.Stream(kv_pool.device)
         self.kv_pool = kv_pool
         self.block_size = block_size
         self._decode_graphs: DecodeGraphs | None = None
@@ -128,24 +169,33 @@ class ModelRunner:
         they turn out to end has run one step too many, which its blocks must allow for.
         """
         before = self._last if self._last is not None and not self._last.is_read else None
+        if self._pipeline.size > 1:
+            before = None  # a sequence is in one step at a time
         unread_rows, sampled_before = (before.rows, before.sampled) if before is not None else ({}, None)
+        self._num_steps += 1
         staging = Staging(self.kv_pool.device)
+        hidden_in = self._receive_hidden(batch)
+        if not self._pipeline.is_last:
+            self._last = self._launch_for_next_place(batch, hidden_in, staging)
+            return self._last
         decode_graphs, prefill_graphs, tables = self._decode_graphs, self._prefill_graphs, self._penalty_tables
         eos_token_ids = self.model.spec.eos_token_ids
         if decode_graphs is not None and not batch.prefills and len(batch.decodes) <= decode_graphs.max_num_seqs:
-            logits = decode_graphs.run(batch.decodes, unread_rows, sampled_before, staging)
+            logits = decode_graphs.run(batch.decodes, unread_rows, sampled_before, staging, hidden_in)
             arrays = sampling_arrays(batch.decodes, eos_token_ids, tables, unread_rows)
             sampling = sampling_input(staging.to_device(arrays))
         elif prefill_graphs is not None and (size := prefill_graphs.size_for(batch)) is not None:
             arrays = token_arrays(batch, self.block_size, unread_rows)
-            hidden = prefill_graphs.run(size, arrays, sampled_before, staging)
+            hidden = prefill_graphs.run(size, arrays, sampled_before, staging, hidden_in)
             last = {"last": {"tokens": arrays["tokens"]["sampled_tokens"]}}
             sampled_arrays = sampling_arrays(batch.sampled, eos_token_ids, tables, unread_rows)
             tensors = staging.to_device(last | sampled_arrays)
             logits, sampling = self._logits(hidden, tensors["last"]["tokens"]), sampling_input(tensors)
         else:
-            step = prepare_step(batch, self.block_size, eos_token_ids, tables, staging, unread_rows)
-            logits, sampling = self._forward(step, sampled_before), step.sampling
+            sampled_arrays = sampling_arrays(batch.sampled, eos_token_ids, tables, unread_rows)
+            step = prepare_step(batch, self.block_size, sampled_arrays, staging, unread_rows)
+            hidden = self._forward(step, sampled_before, hidden_in)
+            logits, sampling = self._logits(hidden, step.sampled_tokens), step.sampling
         log_probs = None
         if logits.shape[0] > 0:
             asked = asked_rows(logits, sampling.asked, batch.sampled) if sampling.asked is not None else None
@@ -153,17 +203,46 @@ class ModelRunner:
             if asked is not None:
                 log_probs = asked.to_host(sampled, batch.sampled, staging)
         else:
-            sampled = torch.empty(0, dtype=torch.int64, device=self.kv_pool.device)
-        self._last = StepHandle(sampled, batch.sampled, staging, log_probs)
+            sampled = self._no_tokens(batch)
+        sent = [] if self._pipeline.is_first else [self._pipeline.send_tokens(sampled, self._num_steps)]
+        self._last = StepHandle(sampled, batch.sampled, staging, log_probs, BetweenPlaces(sent))
         return self._last
 
-    def _forward(self, step: StepInput, sampled_before: Tensor | None) -> Tensor:
-        """Logits of the tokens that are sampled from."""
+    def _no_tokens(self, batch: Batch) -> Tensor:
+        """[S] int64; in a pipeline a step without tokens has one all the same, by which its end is told."""
+        num_tokens = len(batch.sampled) or int(self._pipeline.size > 1)
+        return torch.zeros(num_tokens, dtype=torch.int64, device=self.kv_pool.device)
+
+    def _receive_hidden(self, batch: Batch) -> Tensor | None:
+        """[T, hidden_size] of the place before."""
+        if self._pipeline.is_first:
+            return None
+        num_tokens = sum(row.length for row in batch.prefills) + len(batch.decodes)
+        dtype, device = self.kv_pool.dtype, self.kv_pool.device
+        hidden = torch.empty(num_tokens, self.model.spec.hidden_size, dtype=dtype, device=device)
+        return self._pipeline.receive_hidden(hidden, self._num_steps).wait()
+
+    def _launch_for_next_place(self, batch: Batch, hidden_in: Tensor | None, staging: Staging) -> StepHandle:
+        decode_graphs, prefill_graphs = self._decode_graphs, self._prefill_graphs
+        num_tokens = sum(row.length for row in batch.prefills) + len(batch.decodes)
+        if decode_graphs is not None and not batch.prefills and len(batch.decodes) <= decode_graphs.max_num_seqs:
+            hidden = decode_graphs.run(batch.decodes, {}, None, staging, hidden_in).clone()
+        elif prefill_graphs is not None and (size := prefill_graphs.size_for(batch)) is not None:
+            arrays = token_arrays(batch, self.block_size, {})
+            hidden = prefill_graphs.run(size, arrays, None, staging, hidden_in)[:num_tokens].clone()
+        else:
+            step = prepare_step(batch, self.block_size, {}, staging, {})
+            hidden = self._forward(step, None, hidden_in)
+        sent, sampled = [self._pipeline.send_hidden(hidden, self._num_steps)], self._no_tokens(batch)
+        coming = self._pipeline.receive_tokens(sampled, self._num_steps)
+        return StepHandle(sampled, batch.sampled, staging, None, BetweenPlaces(sent, coming, self._token_stream))
+
+    def _forward(self, step: StepInput, sampled_before: Tensor | None, hidden_in: Tensor | None) -> Tensor:
+        """Hidden states of all tokens."""
         if step.unread is not None and sampled_before is not None:
             step.unread.fill(step.token_ids, sampled_before)
         attention = self._with_plan(step.attention) if self.kv_pool.is_cuda else step.attention
-        hidden = self.model.forward(step.token_ids, step.positions, self.kv_pool, attention)
-        return self._logits(hidden, step.sampled_tokens)
+        return self.model.forward(step.token_ids, step.positions, self.kv_pool, attention, hidden_in)
 
     def _logits(self, hidden: Tensor, sampled_tokens: Tensor) -> Tensor:
         if sampled_tokens.shape[0] == 0:
@@ -197,7 +276,13 @@ class ModelRunner:
             self.run(batch)
         self._decode_graphs = DecodeGraphs(self.model, self.kv_pool, self.block_size, max_num_seqs, max_model_len)
         self._prefill_graphs = PrefillGraphs(
-            self.model, self.kv_pool, self.block_size, max_num_batched_tokens, max_num_seqs, max_model_len
+            self.model,
+            self.kv_pool,
+            self.block_size,
+            max_num_batched_tokens,
+            max_num_seqs,
+            max_model_len,
+            self._group.tensor,
         )
         batches = _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size)
         for batch in batches:

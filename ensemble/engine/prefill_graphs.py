@@ -21,6 +21,7 @@ from ensemble.engine.staging import Array, Staging
 from ensemble.models.layers import AttentionMetadata
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
+from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
 from kernels.prefill_plan import plan_prefill, prefill_workspace
 
 TOKENS_PER_PROMPT = 32  # of a graph: it has room for a prompt for every so many tokens, beside its decode rows
@@ -81,11 +82,16 @@ class PrefillGraphs:
         max_num_tokens: int,
         max_num_decodes: int,
         max_model_len: int,
+        parallel: TensorParallel = SINGLE,
     ) -> None:
         device, spec = kv_pool.device, model.spec
         self._max_num_decodes = max_num_decodes
         counts = token_counts.candidates(min(max_num_tokens, MAX_NUM_TOKENS))
-        self._sizes = token_counts.worth_capturing(counts, token_counts.measure(_products(model), counts))
+        times = parallel.of_first(token_counts.measure(_products(model), counts))  # graphs with NCCL in them: the same
+        self._sizes = token_counts.worth_capturing(counts, times)
+        self._hidden_in = None
+        if model.first_layer > 0:
+            self._hidden_in = torch.zeros(self._sizes[-1], spec.hidden_size, dtype=kv_pool.dtype, device=device)
         max_num_rows, max_blocks = self._num_rows(self._sizes[-1]), -(-max_model_len // block_size)
         self._inputs = PrefillInputs(self._sizes[-1], max_num_rows, max_blocks, device)
         heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -100,7 +106,7 @@ class PrefillGraphs:
                 self._hidden = torch.empty_like(hidden)  # of every graph: each would keep its own
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory):
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):  # NCCL's watchdog calls too
                 self._hidden[:size].copy_(self._forward(model, kv_pool, size))
             memory = memory or graph.pool()
             self._graphs[size] = graph
@@ -115,13 +121,20 @@ class PrefillGraphs:
         return next((size for size in self._sizes if size >= num_tokens and self._num_rows(size) >= num_rows), None)
 
     def run(
-        self, size: int, arrays: dict[str, dict[str, Array]], sampled_before: Tensor | None, staging: Staging
+        self,
+        size: int,
+        arrays: dict[str, dict[str, Array]],
+        sampled_before: Tensor | None,
+        staging: Staging,
+        hidden_in: Tensor | None = None,  # [T, hidden_size], of the place before in a pipeline
     ) -> Tensor:  # [>= T, hidden_size], until the next run
         """Launches a step (`batch.token_arrays`) and returns the hidden states to come, in the order of its tokens."""
         self._inputs.fill(arrays["tokens"], size, staging)
         if "unread" in arrays and sampled_before is not None:
             unread = staging.to_device({"unread": arrays["unread"]})["unread"]
             Unread(**unread).fill(self._inputs.token_ids, sampled_before)
+        if hidden_in is not None and self._hidden_in is not None:
+            self._hidden_in[: len(hidden_in)].copy_(hidden_in)
         self._graphs[size].replay()
         return self._hidden
 
@@ -141,7 +154,8 @@ class PrefillGraphs:
             prefill_workspace=self._workspace,
         )
         plan_prefill(self._workspace, attention.cu_seqlens_q, attention.context_lens)
-        return model.forward(inputs.token_ids[:size], inputs.positions[:size], kv_pool, attention)
+        hidden_in = None if self._hidden_in is None else self._hidden_in[:size].clone()  # which a pass overwrites
+        return model.forward(inputs.token_ids[:size], inputs.positions[:size], kv_pool, attention, hidden_in)
 
 
 def _products(model: Llama | Opt) -> Callable[[int, int], object]:

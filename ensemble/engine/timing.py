@@ -16,7 +16,10 @@ _TWICE = 2  # the first of a kind may load or allocate something
 def time_steps(
     engine: Engine, max_num_prompt_tokens: int, max_num_seqs: int, max_model_len: int, budget_s: float | None = None
 ) -> list[TimedStep]:
-    """Runs steps of all kinds, the small ones first, as long as the budget lasts. Overwrites what is in the pool."""
+    """Runs steps of all kinds, the small ones first, as long as the budget lasts. Overwrites what is in the pool.
+
+    To be called in every rank of the engine's group, which all run the same steps.
+    """
     deadline = time.monotonic() + (budget_s or (GPU_BUDGET_S if engine.runs_ahead else CPU_BUDGET_S))
     longest = max(1, min(max_model_len, engine.pool.num_blocks * engine.pool.layout.block_size) - 2)
     steps: list[TimedStep] = []
@@ -27,7 +30,7 @@ def time_steps(
             start = time.monotonic()
             engine.step(batch)
             steps.append(TimedStep(shape, time.monotonic() - start))
-        if time.monotonic() + _TWICE * steps[-1].seconds > deadline:
+        if not engine.group.smallest(int(time.monotonic() + _TWICE * steps[-1].seconds <= deadline)):
             break
     return steps
 

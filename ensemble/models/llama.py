@@ -95,22 +95,38 @@ class LlamaLayer:
 class Llama:
     """LlamaForCausalLM and its kin. No position of a sequence reaches `max_positions`.
 
-    `spec` is the model as this rank runs it: its num_heads and num_kv_heads are the rank's.
+    `spec` is the model as this rank runs it: its num_heads and num_kv_heads are the rank's. It has only some of the
+    `layers` where it is a place of a pipeline; the first has the embedding, the last what comes after the layers.
     """
 
-    def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty, parallel: TensorParallel = SINGLE) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        max_positions: int,
+        empty: Empty,
+        parallel: TensorParallel = SINGLE,
+        layers: range | None = None,
+    ) -> None:
         if spec.rope is None:
             raise ValueError("a LLaMA has rotary positions")
         heads = share_heads(spec.num_heads, spec.num_kv_heads, parallel)
         self.spec = replace(spec, num_heads=heads.num_queries, num_kv_heads=heads.num_kv)
         self.on_layer: Callable[[], None] = no_progress  # called before each layer
-        self.embed_tokens = VocabularyEmbedding(spec.vocab_size, spec.hidden_size, parallel, empty)
+        part = range(spec.num_layers) if layers is None else layers
+        self.first_layer, is_last = part.start, part.stop == spec.num_layers
+        self.embed_tokens: VocabularyEmbedding | None = None
+        self.norm: Tensor | None = None
+        self.lm_head: VocabularyHead | None = None
+        if self.first_layer == 0 or (is_last and spec.tie_word_embeddings):
+            self.embed_tokens = VocabularyEmbedding(spec.vocab_size, spec.hidden_size, parallel, empty)
         windows = [window if window and window < max_positions else None for window in spec.windows]
-        self.layers = [LlamaLayer(spec, window, parallel, empty) for window in windows]
-        self.norm = empty(spec.hidden_size)
-        tied = self.embed_tokens if spec.tie_word_embeddings else None
-        self.lm_head = VocabularyHead(spec.hidden_size, spec.vocab_size, parallel, empty, tied)
-        inv_freq = inverse_frequencies(spec.rope, spec.head_dim, max_positions).to(self.norm.device)
+        self.layers = [LlamaLayer(spec, windows[layer], parallel, empty) for layer in part]
+        if is_last:
+            self.norm = empty(spec.hidden_size)
+            tied = self.embed_tokens if spec.tie_word_embeddings else None
+            self.lm_head = VocabularyHead(spec.hidden_size, spec.vocab_size, parallel, empty, tied)
+        device = self.layers[0].input_norm.device
+        inv_freq = inverse_frequencies(spec.rope, spec.head_dim, max_positions).to(device)
         self.cos_sin = rotary_table(inv_freq, max_positions, spec.rope.attention_factor)
 
     def forward(
@@ -119,33 +135,43 @@ class Llama:
         positions: Tensor,  # [T] int64
         kv_pool: Tensor,  # [num_blocks, num_layers, 2, Hkv, block_size, D], updated in place
         metadata: AttentionMetadata,
+        hidden: Tensor | None = None,  # [T, hidden_size], of the place before; updated in place
     ) -> Tensor:  # [T, hidden_size]
-        """Hidden states after the last norm."""
+        """Hidden states after the last norm; of a place that is not the last, those for the next one."""
         eps = self.spec.norm_eps
-        residual = self.embed_tokens(token_ids)
+        residual = self._embed(token_ids) if hidden is None else hidden
         x = rms_norm(residual, self.layers[0].input_norm, eps)
-        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for layer, kv_cache, next_norm in zip(self.layers, kv_pool.unbind(1), next_norms, strict=True):
             self.on_layer()
             x = layer.attention(x, positions, self.cos_sin, kv_cache, metadata)
             x = add_rms_norm(x, residual, layer.post_attention_norm, eps)
-            x = add_rms_norm(layer.mlp(x), residual, next_norm, eps)
+            x = layer.mlp(x)
+            x = residual.add_(x) if next_norm is None else add_rms_norm(x, residual, next_norm, eps)
         return x
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        assert self.embed_tokens is not None, "the first place has no place before"
+        return self.embed_tokens(token_ids)
 
     def compute_logits(
         self,
         hidden: Tensor,  # [S, hidden_size]
     ) -> Tensor:  # [S, vocab_size]
+        assert self.lm_head is not None, "the last place computes logits"
         return self.lm_head(hidden)
 
     def named_weights(self) -> NamedWeights:
-        yield self.embed_tokens.named_weight("model.embed_tokens")
-        for index, layer in enumerate(self.layers):
+        if self.embed_tokens is not None:
+            yield self.embed_tokens.named_weight("model.embed_tokens")
+        for index, layer in enumerate(self.layers, self.first_layer):
             yield from layer.named_weights(f"model.layers.{index}")
-        yield Weight.whole("model.norm.weight", self.norm)
-        if not self.spec.tie_word_embeddings:
+        if self.norm is not None:
+            yield Weight.whole("model.norm.weight", self.norm)
+        if self.lm_head is not None and not self.spec.tie_word_embeddings:
             yield from self.lm_head.named_weights(["lm_head"])
 
     def linears(self) -> list[Linear]:
         """Every matrix product of a step."""
-        return [linear for layer in self.layers for linear in layer.linears()] + [self.lm_head]
+        head = [] if self.lm_head is None else [self.lm_head]
+        return [linear for layer in self.layers for linear in layer.linears()] + head

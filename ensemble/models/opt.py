@@ -97,24 +97,45 @@ class OptLayer:
 class Opt:
     """OPTForCausalLM. The position table is as long as the checkpoint's, whatever `max_positions` is.
 
-    `spec` is the model as this rank runs it: its num_heads and num_kv_heads are the rank's.
+    `spec` is the model as this rank runs it: its num_heads and num_kv_heads are the rank's. It has only some of the
+    `layers` where it is a place of a pipeline; the first has the embeddings, the last what comes after the layers.
     """
 
-    def __init__(self, spec: ModelSpec, max_positions: int, empty: Empty, parallel: TensorParallel = SINGLE) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        max_positions: int,
+        empty: Empty,
+        parallel: TensorParallel = SINGLE,
+        layers: range | None = None,
+    ) -> None:
         heads = share_heads(spec.num_heads, spec.num_kv_heads, parallel)
         self.spec = replace(spec, num_heads=heads.num_queries, num_kv_heads=heads.num_kv)
         self.on_layer: Callable[[], None] = no_progress  # called before each layer
         self.is_fused = parallel.size == 1 and spec.embedding_size == spec.hidden_size  # both embeddings in one kernel
-        self.embed_tokens = VocabularyEmbedding(spec.vocab_size, spec.embedding_size, parallel, empty)
-        self.embed_positions = empty(spec.max_model_len + _POSITION_OFFSET, spec.hidden_size)
-        self.layers = [OptLayer(spec, parallel, empty) for _ in range(spec.num_layers)]
-        self.final_norm = LayerNorm(spec, empty) if spec.is_pre_norm else None
-        self.project_in = self.project_out = None
-        if spec.embedding_size != spec.hidden_size:
+        part = range(spec.num_layers) if layers is None else layers
+        self.first_layer, is_first, is_last = part.start, part.start == 0, part.stop == spec.num_layers
+        is_projected = spec.embedding_size != spec.hidden_size
+        self.embed_tokens: VocabularyEmbedding | None = None
+        self.embed_positions: Tensor | None = None
+        self.final_norm: LayerNorm | None = None
+        self.project_in: Linear | None = None
+        self.project_out: Linear | None = None
+        self.lm_head: VocabularyHead | None = None
+        if is_first or (is_last and spec.tie_word_embeddings):
+            self.embed_tokens = VocabularyEmbedding(spec.vocab_size, spec.embedding_size, parallel, empty)
+        if is_first:
+            self.embed_positions = empty(spec.max_model_len + _POSITION_OFFSET, spec.hidden_size)
+        self.layers = [OptLayer(spec, parallel, empty) for _ in part]
+        if is_last and spec.is_pre_norm:
+            self.final_norm = LayerNorm(spec, empty)
+        if is_first and is_projected:
             self.project_in = Linear(spec.embedding_size, [spec.hidden_size], False, empty)
+        if is_last and is_projected:
             self.project_out = Linear(spec.hidden_size, [spec.embedding_size], False, empty)
-        tied = self.embed_tokens if spec.tie_word_embeddings else None
-        self.lm_head = VocabularyHead(spec.embedding_size, spec.vocab_size, parallel, empty, tied)
+        if is_last:
+            tied = self.embed_tokens if spec.tie_word_embeddings else None
+            self.lm_head = VocabularyHead(spec.embedding_size, spec.vocab_size, parallel, empty, tied)
 
     def forward(
         self,
@@ -122,15 +143,15 @@ class Opt:
         positions: Tensor,  # [T] int64
         kv_pool: Tensor,  # [num_blocks, num_layers, 2, Hkv, block_size, D], updated in place
         metadata: AttentionMetadata,
+        hidden: Tensor | None = None,  # [T, hidden_size], of the place before; updated in place
     ) -> Tensor:  # [T, hidden_size]
-        """Hidden states after the last norm."""
-        x = self._embed(token_ids, positions)
+        """Hidden states after the last norm; of a place that is not the last, those for the next one."""
+        x = self._embed(token_ids, positions) if hidden is None else hidden
         kv_caches = kv_pool.unbind(1)
-        if self.final_norm is None:
-            return self._post_norm(x, kv_caches, metadata)
-        return self._pre_norm(x, kv_caches, metadata, self.final_norm)
+        return (self._pre_norm if self.spec.is_pre_norm else self._post_norm)(x, kv_caches, metadata)
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        assert self.embed_tokens is not None and self.embed_positions is not None, "the first place has no place before"
         if self.is_fused:
             weights = self.embed_tokens.weight, self.embed_positions
             return embed_with_positions(token_ids, weights[0], positions, weights[1], _POSITION_OFFSET)
@@ -139,15 +160,14 @@ class Opt:
             x = self.project_in(x)
         return x + embed(positions + _POSITION_OFFSET, self.embed_positions)
 
-    def _pre_norm(
-        self, residual: Tensor, kv_caches: tuple[Tensor, ...], metadata: AttentionMetadata, final_norm: LayerNorm
-    ) -> Tensor:
+    def _pre_norm(self, residual: Tensor, kv_caches: tuple[Tensor, ...], metadata: AttentionMetadata) -> Tensor:
         x = self.layers[0].attention_norm(residual)
-        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [final_norm]
+        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
         for layer, kv_cache, next_norm in zip(self.layers, kv_caches, next_norms, strict=True):
             self.on_layer()
             x = layer.mlp_norm.add(layer.attention(x, kv_cache, metadata), residual)
-            x = next_norm.add(layer.mlp(x), residual)
+            x = layer.mlp(x)
+            x = residual.add_(x) if next_norm is None else next_norm.add(x, residual)
         return x
 
     def _post_norm(self, x: Tensor, kv_caches: tuple[Tensor, ...], metadata: AttentionMetadata) -> Tensor:
@@ -161,19 +181,22 @@ class Opt:
         self,
         hidden: Tensor,  # [S, hidden_size]
     ) -> Tensor:  # [S, vocab_size]
+        assert self.lm_head is not None, "the last place computes logits"
         return self.lm_head(hidden if self.project_out is None else self.project_out(hidden))
 
     def named_weights(self) -> NamedWeights:
-        yield self.embed_tokens.named_weight("model.decoder.embed_tokens")
-        yield Weight.whole("model.decoder.embed_positions.weight", self.embed_positions)
-        if self.project_in is not None and self.project_out is not None:
-            yield from self.project_in.named_weights(["model.decoder.project_in"])
-            yield from self.project_out.named_weights(["model.decoder.project_out"])
-        for index, layer in enumerate(self.layers):
+        if self.embed_tokens is not None:
+            yield self.embed_tokens.named_weight("model.decoder.embed_tokens")
+        if self.embed_positions is not None:
+            yield Weight.whole("model.decoder.embed_positions.weight", self.embed_positions)
+        for linear, name in ((self.project_in, "project_in"), (self.project_out, "project_out")):
+            if linear is not None:
+                yield from linear.named_weights([f"model.decoder.{name}"])
+        for index, layer in enumerate(self.layers, self.first_layer):
             yield from layer.named_weights(f"model.decoder.layers.{index}")
         if self.final_norm is not None:
             yield from self.final_norm.named_weights("model.decoder.final_layer_norm")
-        if not self.spec.tie_word_embeddings:
+        if self.lm_head is not None and not self.spec.tie_word_embeddings:
             yield from self.lm_head.named_weights(["lm_head"])
 
     def linears(self) -> list[Linear]:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from ensemble.errors import ConfigError
 from ensemble.parallel.tensor_parallel import TensorParallel
@@ -68,3 +68,27 @@ def share_heads(num_heads: int, num_kv_heads: int, parallel: TensorParallel) -> 
     num_queries, group = num_heads // parallel.size, num_heads // num_kv_heads
     queries = range(parallel.rank * num_queries, (parallel.rank + 1) * num_queries)
     return HeadShare(queries, tuple(query // group for query in queries[:: math.gcd(num_queries, group)]))
+
+
+def share_layers(num_layers: int, num_places: int, head_cost: float, counts: list[int] | None = None) -> list[range]:
+    """The layers of each place of a pipeline, in order; `counts` of them, or so that the slowest is as fast as can be.
+
+    `head_cost` is the output projection's, in layers; the last place has it. Raises ConfigError where a place would
+    have no layer.
+    """
+    if num_places > num_layers:
+        raise ConfigError(f"pipeline_parallel_size = {num_places}: the model has {num_layers} layers")
+    if counts is not None and sum(counts) != num_layers:
+        raise ConfigError(f"pipeline_layers = {counts}: the model's {num_layers} layers are needed in all")
+    if counts is None:
+
+        def slowest(num_last: int) -> float:
+            others = -(-(num_layers - num_last) // (num_places - 1))
+            return max(num_last + head_cost, others)
+
+        most = num_layers - num_places + 1
+        num_last = min(range(most, 0, -1), key=slowest) if num_places > 1 else num_layers
+        rest, num_others = num_layers - num_last, num_places - 1
+        counts = [rest // num_others + (place < rest % num_others) for place in range(num_others)] + [num_last]
+    borders = [0, *accumulate(counts)]
+    return [range(start, end) for start, end in pairwise(borders)]

@@ -49,6 +49,14 @@ class TensorParallel:
         self._reduce(values, dist.ReduceOp.MIN)
         return int(values)
 
+    def of_first(self, values: list[float]) -> list[float]:
+        """The first rank's values, of which every rank has as many; waits for the device."""
+        shared = torch.tensor(values if self.rank == 0 else [0.0] * len(values), dtype=torch.float64)
+        shared = shared.to(self.device_type)
+        self._reduce(shared, dist.ReduceOp.SUM)
+        first: list[float] = shared.tolist()
+        return first
+
     def all_gather(
         self,
         x: Tensor,  # [S, widths[rank]]
@@ -87,22 +95,33 @@ def connect(
     size: int,
     device: torch.device,  # which NCCL's is current by then
     timeout_s: float = 60.0,
+    host: str | None = None,  # where gloo listens; None: at this machine's name
 ) -> TensorParallel:
     """Waits for all `size` ranks to come. Raises InternalError for one that does not, in `timeout_s`."""
     if not 0 <= rank < size:
         raise ConfigError(f"rank = {rank}: below the size of its group, {size}, is allowed")
     if size == 1:
         return SINGLE
+    name = f"tensor parallel rank {rank} of {size}"
+    collectives = make_process_group(store, rank, size, device, timeout_s, name, host)
+    return TensorParallel(rank, size, cast(Collectives, collectives), device.type)
+
+
+def make_process_group(
+    store: Store, rank: int, size: int, device: torch.device, timeout_s: float, name: str, host: str | None = None
+) -> object:
+    """gloo or NCCL among `size` processes or threads, once all have come. Raises InternalError, by the rank's name."""
     timeout = timedelta(seconds=timeout_s)
-    collectives: object
     try:
         if device.type == "cpu":
-            collectives = dist.ProcessGroupGloo(store, rank, size, timeout)
-        else:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            collectives = dist.ProcessGroupNCCL(store, rank, size, options)
+            gloo: Any = dist.ProcessGroupGloo
+            by_gloo = gloo._Options()
+            by_gloo._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
+            by_gloo._timeout = timeout
+            return gloo(store, rank, size, by_gloo)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise InternalError(f"tensor parallel rank {rank} of {size}: cannot meet its peers: {reason}") from None
-    return TensorParallel(rank, size, cast(Collectives, collectives), device.type)
+        raise InternalError(f"{name}: cannot meet its peers: {reason}") from None

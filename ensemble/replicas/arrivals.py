@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.protocol.router_replica import Arrival, KVHandoff
+from ensemble.replicas.followers import GroupPuller
 from ensemble.replicas.peers import Peers
 from ensemble.request import Sequence
 from ensemble.transfer.puller import Pull, Puller, Source
@@ -38,7 +39,7 @@ class Ended:
 class Arrivals:
     """Owns the blocks of its sequences from the start of their copies until they have arrived."""
 
-    def __init__(self, blocks: BlockManager | PrefixCache, peers: Peers, puller: Puller) -> None:
+    def __init__(self, blocks: BlockManager | PrefixCache, peers: Peers, puller: Puller | GroupPuller) -> None:
         self._blocks = blocks
         self._peers = peers
         self._puller = puller

@@ -10,9 +10,13 @@ the router cancels the request.
 
 On a GPU a step is launched before the tokens of the one before are read. A sequence that those tokens end has then run
 a step too many: its last token is dropped, and its blocks are freed only when that step has run.
+
+In a pipeline as many steps are in flight as it has places. A sequence decodes in one of them, so that the batch is
+split; the chunks of a prompt may be in all.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -44,10 +48,11 @@ from ensemble.protocol.router_replica import (
     SwapReport,
 )
 from ensemble.replicas.arrivals import Arrivals
+from ensemble.replicas.followers import Followers, GroupPuller, GroupSwapper
 from ensemble.replicas.peers import Peers
 from ensemble.replicas.preemptive_decode import DecodePlan, PreemptiveDecodeScheduler
 from ensemble.replicas.prompts import Prompts, PromptStep
-from ensemble.request import Sequence
+from ensemble.request import Sequence, TokenLogProbs
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
 from ensemble.scheduling.estimator import StepEstimator, StepShape, TimedStep
 from ensemble.scheduling.placement import STRETCH, chunk_beside, smallest
@@ -111,7 +116,8 @@ class _Step:
 class EngineLoop:
     """`address` is where others read its pool, `life` which one this is. Raises ConfigError without a host pool.
 
-    `puller`, `swapper` and `clock` are others where time is simulated.
+    It runs in the first rank of a replica; the others, `followers`, are told what it does to the pool. `puller`,
+    `swapper` and `clock` are others where time is simulated.
     """
 
     def __init__(
@@ -120,28 +126,35 @@ class EngineLoop:
         peers: Peers,
         settings: LoopSettings,
         address: str,
+        followers: Followers | None = None,
         *,
         puller: Puller | None = None,
         swapper: Swapper | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
+        self._followers = followers
+        self._num_committed = 0  # steps
         self._clock = clock
         self.peers = peers
         self.address = address
         self.life = 0
         layout, pool = engine.pool.layout, engine.pool.tensor
-        self.num_host_blocks = settings.host_kv_bytes // layout.block_bytes
+        self.num_host_blocks = engine.group.smallest(settings.host_kv_bytes // layout.block_bytes)
         if settings.host_kv_bytes and not self.num_host_blocks:
             raise ConfigError(f"host_kv_bytes = {settings.host_kv_bytes}: a block has {layout.block_bytes} bytes")
         self.cache = PrefixCache(engine.blocks) if settings.prefix_cache else None
         self._device_blocks: BlockManager | PrefixCache = self.cache or engine.blocks
         self.blocks = SwappableBlocks(self._device_blocks, BlockManager(self.num_host_blocks, layout.block_size))
-        self._prompts = Prompts(self._device_blocks, pool)
+        self._prompts = Prompts(self._device_blocks, self._copy_blocks)
         self._settings = settings
-        self._arrivals = Arrivals(self._device_blocks, peers, puller or Puller(pool))
+        puller = puller or Puller(pool)
+        swapper = swapper or Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
+        self._arrivals = Arrivals(
+            self._device_blocks, peers, puller if followers is None else GroupPuller(puller, followers)
+        )
         self.leases = Leases()
-        self._swapper = swapper or Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
+        self._swapper = swapper if followers is None else GroupSwapper(swapper, followers)
         self._scheduler = PreemptiveDecodeScheduler(
             self.blocks,
             make_decode_policy(settings.policy),
@@ -153,8 +166,8 @@ class EngineLoop:
         self._makes_room = settings.policy.fills_host_pool
         self._running: dict[int, Sequence] = {}  # request_id |-> decodes here and is not removed
         self._given_up: set[int] = set()  # request ids, to be told of when their launched step has run
-        self._launched: _Step | None = None
-        self._launched_ids: set[int] = set()  # its request ids
+        self._launched: deque[_Step] = deque()  # in the order of their launch
+        self._launched_ids: set[int] = set()  # request ids of all these
         self._reported = SwapReport(num_swapped_seqs=0, num_preemptions=0, bytes_out=0, bytes_in=0)  # all in all
         self._num_preemptions = 0
         self._swap_bytes = {"out": 0, "in": 0}
@@ -170,14 +183,14 @@ class EngineLoop:
     @property
     def has_work(self) -> bool:
         copies = self._arrivals.num_in_flight + self._swapper.num_in_flight
-        return len(self._scheduler) > 0 or self._launched is not None or copies > 0 or self._prompts.has_work
+        return len(self._scheduler) > 0 or bool(self._launched) or copies > 0 or self._prompts.has_work
 
     @property
     def waits_for_gpu(self) -> bool:
         """All there is to do is launched and has not run: should work come meanwhile, it need not wait for that."""
-        if self._launched is None or len(self._scheduler) > 0 or self._prompts.has_work:
+        if not self._launched or len(self._scheduler) > 0 or self._prompts.has_work:
             return False
-        return not self._launched.launched.handle.is_done
+        return not self._launched[0].launched.handle.is_done
 
     @property
     def is_empty(self) -> bool:
@@ -234,6 +247,12 @@ class EngineLoop:
         request_ids = [*self._prompts.request_ids, *self._running, *self._arrivals.request_ids, *self.leases]
         return self._cancel(request_ids)
 
+    def begin_life(self, life: int) -> None:
+        """Another one, in the same processes, without a request of the one before."""
+        self.life = life
+        if self._followers is not None:
+            self._followers.begin_life(life)
+
     def step(self) -> list[Event]:
         """Lets arrived sequences join, launches a step, and commits the one before (on a CPU: this one).
 
@@ -253,31 +272,48 @@ class EngineLoop:
         events += self._give_up(plan.give_up)
         step = None
         if prompts.rows or plan.run:
-            shape = StepShape.of(
-                [(row.start, row.length) for row in prompts.rows], [sequence.num_tokens for sequence in plan.run]
-            )
-            if plan.run:
-                self._mean_context_len = shape.num_row_keys / shape.num_rows
-            began = self._clock()
-            step = _Step(self.engine.launch(Batch(prompts.rows, plan.run)), prompts, shape, began)
+            step = self._launch(Batch(prompts.rows, plan.run), prompts)
+            self._launched.append(step)
+            self._launched_ids.update(each.request_id for each in step.sequences)
         elif prompts.batch_ids:  # all their prompts were cancelled
             events.append(self._step_done([], [], prompts.batch_ids))
         if self.engine.runs_ahead:
-            step, self._launched = self._launched, step
-            self._launched_ids = {each.request_id for each in self._launched.sequences} if self._launched else set()
-            self._decode_prompts(self._launched, num_unread_tokens=1)
-        if step is not None:
-            events += self._commit(step)
-        elif self._launched is None and not events:
+            self._decode_prompts(step, num_unread_tokens=1)
+        max_num_unread = self.engine.max_num_unread
+        if self._launched and (step is None or len(self._launched) > max_num_unread):
+            events += self._commit_oldest()
+        elif not self._launched and not events:
             self._wait_for_copy()
-        if not self.engine.runs_ahead:
-            self._decode_prompts(step, num_unread_tokens=0)
         now = self._clock()
-        self._scheduler.ran(now - start, now, num_unread_tokens=int(self.engine.runs_ahead))
+        self._scheduler.ran(now - start, now, num_unread_tokens=int(max_num_unread > 0))
         self._prompts.ran(prompts, now - start)
         self._retire_those_at_their_end()
         self.start_pulls()
         return events + self._swap_report() + self._prefix_report()
+
+    def _commit_oldest(self) -> list[Event]:
+        step = self._launched.popleft()
+        self._launched_ids = {each.request_id for left in self._launched for each in left.sequences}
+        events = self._commit(step)
+        if not self.engine.runs_ahead:
+            self._decode_prompts(step, num_unread_tokens=0)
+        return events
+
+    def _launch(self, batch: Batch, prompts: PromptStep) -> _Step:
+        shape = StepShape.of(
+            [(row.start, row.length) for row in batch.prefills], [sequence.num_tokens for sequence in batch.decodes]
+        )
+        if batch.decodes:
+            self._mean_context_len = shape.num_row_keys / shape.num_rows
+        began = self._clock()
+        if self._followers is not None:
+            self._followers.run(batch, self._num_committed)
+        return _Step(self.engine.launch(batch), prompts, shape, began)
+
+    def _copy_blocks(self, source_ids: list[int], target_ids: list[int]) -> None:
+        if self._followers is not None:
+            self._followers.copy_blocks(source_ids, target_ids)
+        self.engine.pool.copy_blocks(source_ids, target_ids)
 
     def start_pulls(self) -> None:
         """Starts the copies of arrivals for which there are blocks now."""
@@ -304,7 +340,10 @@ class EngineLoop:
         if prompts.rows and self._settings.batching == "prefill-first":
             return DecodePlan()
         num_wanted_blocks = self._arrivals.num_wanted_blocks + self._prompts.num_wanted_blocks
-        return self._scheduler.next_plan(now, num_wanted_blocks if self._makes_room else 0)
+        num_wanted_blocks = num_wanted_blocks if self._makes_room else 0
+        if self.engine.is_pipeline:
+            return self._scheduler.next_part(now, num_wanted_blocks, self._launched_ids, self.engine.max_num_unread + 1)
+        return self._scheduler.next_plan(now, num_wanted_blocks)
 
     def _decode_prompts(self, step: _Step | None, num_unread_tokens: int) -> None:
         """Prompts that stay and that a step finishes decode from the next one on, unless it ends them."""
@@ -394,7 +433,8 @@ class EngineLoop:
             self._arrivals.wait(1e-3)
 
     def _commit(self, step: _Step) -> list[Event]:
-        sampled = self.engine.commit(step.launched)
+        sampled = self.engine.commit(step.launched, self._log_probs_of(step))
+        self._num_committed += 1
         now = self._clock()
         # Steps that follow one another take what lies between their ends: the host's part of the next is hidden.
         timed = TimedStep(step.shape, now - max(step.began, self._committed_at))
@@ -412,6 +452,14 @@ class EngineLoop:
         handoffs = [self._lease(each) for each in step.finished_prompts if self._goes_on_elsewhere(each)]
         return [self._step_done(sampled, handoffs, step.prompts.batch_ids, timed), *released, *preempted]
 
+    def _log_probs_of(self, step: _Step) -> Callable[[], dict[int, TokenLogProbs]] | None:
+        """Where the last place of a pipeline samples, it has the log-probabilities too."""
+        followers, number = self._followers, self._num_committed
+        if followers is None or not self.engine.is_pipeline:
+            return None
+        is_asked = any(each.sampling.num_logprobs is not None for each in step.launched.batch.sampled)
+        return lambda: followers.log_probs(number) if is_asked else {}
+
     def _goes_on_elsewhere(self, sequence: Sequence) -> bool:
         request_id = sequence.request_id
         return not sequence.is_finished and request_id in self._prompts and not self._prompts.stays(request_id)
@@ -421,6 +469,7 @@ class EngineLoop:
         request_id = sequence.request_id
         self._device_blocks.reassign(Owner("sequence", request_id), Owner("transfer", request_id))
         self._prompts.take(request_id)
+        self._runs_no_more(request_id)
         self.leases.grant(request_id, sequence.block_ids)
         return KVHandoff(
             request_id=request_id,
@@ -507,12 +556,17 @@ class EngineLoop:
             if request_id in self._scheduler:
                 self._scheduler.retire(request_id)
             return False
+        self._runs_no_more(request_id)
         if request_id in self._prompts:
             self._prompts.take(request_id)
             self._device_blocks.free(Owner("sequence", request_id))
             return True
         del self._running[request_id]
         return self._scheduler.remove(request_id)
+
+    def _runs_no_more(self, request_id: int) -> None:
+        if self._followers is not None:
+            self._followers.forget(request_id)
 
     def _released(self, request_ids: list[int]) -> list[Event]:
         if not request_ids:

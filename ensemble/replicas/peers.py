@@ -6,7 +6,7 @@ import contextlib
 import hmac
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -42,18 +42,15 @@ def rank_address(address: str, rank: int) -> str:
 def pool_layout(
     engine: Engine,
     model: str,  # its fingerprint
-    layers: range | None = None,  # of the model, that the engine has; None: all
-    kv_heads: Sequence[int] | None = None,  # the model's KV head behind each of the engine's; None: all, in order
 ) -> PoolLayout:
     layout = engine.pool.layout
-    layers = range(layout.num_layers) if layers is None else layers
     return PoolLayout(
         model=model,
         dtype=str(layout.dtype).removeprefix("torch."),
         block_size=layout.block_size,
         head_dim=layout.head_dim,
-        layers=(layers.start, layers.stop),
-        kv_heads=tuple(range(layout.num_kv_heads) if kv_heads is None else kv_heads),
+        layers=(layout.first_layer, layout.first_layer + layout.num_layers),
+        kv_heads=layout.kv_heads or tuple(range(layout.num_kv_heads)),
         num_blocks=engine.pool.num_blocks,
     )
 
@@ -195,6 +192,10 @@ class Peers:
                 print(f"the KV pool of {address} cannot be read: {peer.why_not}", file=sys.stderr, flush=True)
                 received.append((address, peer.why_not))
         return received
+
+    def give_up(self, address: str, reason: str) -> None:
+        """Nothing is read from there."""
+        self._peers[address].source, self._peers[address].why_not = None, reason
 
     def why_unmappable(self, address: str) -> str | None:
         return self._peers[address].why_not if address in self._peers else None

@@ -1,12 +1,13 @@
 """Decode under a policy, with more sequences than the device's pool holds: the rest waits in the host pool."""
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from ensemble.cache.block_manager import Owner, Swap, SwappableBlocks
 from ensemble.errors import InternalError
 from ensemble.request import Sequence
 from ensemble.scheduling.decode_policies import DecodePolicy
-from ensemble.scheduling.swapping import Footprint, Memory, limit_headroom, plan_iteration
+from ensemble.scheduling.swapping import Footprint, IterationPlan, Memory, limit_headroom, plan_iteration
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,23 @@ class PreemptiveDecodeScheduler:
 
     def next_plan(self, now: float, num_wanted_blocks: int = 0) -> DecodePlan:
         """Decides the next iteration. `num_wanted_blocks` are needed by sequences that wait to be pulled in."""
-        order = [self._footprints[request_id] for request_id in self._policy.order(now)]
+        return self._carry_out(self._plan(now, num_wanted_blocks, frozenset(), self.max_num_seqs))
+
+    def next_part(
+        self, now: float, num_wanted_blocks: int, request_ids_in_flight: Set[int], num_parts: int
+    ) -> DecodePlan:
+        """The same, of an iteration in `num_parts`, of which others are in flight, with these sequences.
+
+        Nothing is moved or given up beside them: a plan that would is empty, until they are back.
+        """
+        in_flight = request_ids_in_flight & self._sequences.keys()
+        max_num_seqs = -(-min(len(self._sequences), self.max_num_seqs) // num_parts)
+        plan = self._plan(now, num_wanted_blocks, in_flight, max(1, max_num_seqs))
+        moves = plan.swap_out or plan.swap_in or plan.give_up
+        return DecodePlan() if in_flight and moves else self._carry_out(plan)
+
+    def _plan(self, now: float, num_wanted_blocks: int, in_flight: Set[int], max_num_seqs: int) -> IterationPlan:
+        order = [self._footprints[request_id] for request_id in self._policy.order(now) if request_id not in in_flight]
         memory = Memory(
             self.blocks.device.num_blocks,
             self.blocks.device.num_free_blocks,
@@ -98,7 +115,9 @@ class PreemptiveDecodeScheduler:
             self.blocks.host.num_free_blocks,
             num_wanted_blocks,
         )
-        plan = plan_iteration(order, memory, self.max_num_seqs, self.headroom_blocks, may_give_up=self.may_give_up)
+        return plan_iteration(order, memory, max_num_seqs, self.headroom_blocks, may_give_up=self.may_give_up)
+
+    def _carry_out(self, plan: IterationPlan) -> DecodePlan:
         for request_id in plan.run:
             self._grow(request_id)
         self._running = plan.run

@@ -12,14 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.engine.batch import PrefillRow
 from ensemble.protocol.router_replica import PromptChunk, RunPrompts
 from ensemble.request import Request, Sequence
-from kernels.block_copy import copy_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +39,10 @@ class Prompts:
     def __init__(
         self,
         blocks: BlockManager | PrefixCache,
-        pool: torch.Tensor,  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        copy_blocks: Callable[[list[int], list[int]], None],  # within the pool: block source[i] |-> block target[i]
     ) -> None:
         self._blocks = blocks
-        self._pool = pool
+        self._copy_blocks = copy_blocks
         self._chunks: deque[_Chunk] = deque()
         self._sequences: dict[int, Sequence] = {}  # request_id |-> has blocks, its prompt is not finished
         self._queued: dict[int, Request] = {}  # request_id |-> has no blocks yet
@@ -156,7 +153,6 @@ class Prompts:
             return sequence
         found = self._blocks.allocate_prompt(owner, sequence.token_ids(0, sequence.num_tokens), num_blocks)
         if found.copies:
-            source_ids, target_ids = torch.tensor(found.copies, device=self._pool.device).T
-            copy_blocks(self._pool, self._pool, source_ids.contiguous(), target_ids.contiguous())
+            self._copy_blocks([source for source, _ in found.copies], [target for _, target in found.copies])
         sequence.block_ids, sequence.num_computed_tokens = found.block_ids, found.num_cached_tokens
         return sequence

@@ -17,10 +17,15 @@ class Worker:
     """The processes of a replica that runs; its lives are numbered on from the ones before."""
 
     processes: RankProcesses
-    identity: bytes  # of its socket: REPLICA:LIFE, of its first life
+    identity: bytes  # of the first rank's socket: REPLICA:LIFE, of its first life
     life: int  # its present one
     up_at: float | None = None  # time.monotonic() since when it serves
     end_reason: str | None = None  # why it was killed
+
+    @property
+    def identities(self) -> list[bytes]:
+        """Of all ranks' sockets: those after the first say only why they cannot start."""
+        return [self.identity, *(b"%b:%d" % (self.identity, rank) for rank in range(1, len(self.processes.progress)))]
 
     @property
     def name(self) -> str:

@@ -1,4 +1,5 @@
-"""The process of a replica: loads its engine, then serves its stage over ZeroMQ until the stage goes away.
+"""The process of a rank of a replica: the first serves its stage over ZeroMQ, the others follow it, until the stage
+goes away.
 
     python -m ensemble.replicas.worker HOME REPLICA LIFE RANK DEVICES STAGE_ADDRESS PEER_ADDRESS GROUP_ADDRESS \
         ALIVE_FD PROGRESS_FD
@@ -23,56 +24,83 @@ import torch
 import zmq
 
 from ensemble.config import Deployment, StageName
-from ensemble.engine.engine import load_engine
+from ensemble.engine.engine import load_engine, use_device
 from ensemble.engine.timing import time_steps
 from ensemble.errors import ConfigError
 from ensemble.models.fingerprint import fingerprint
+from ensemble.parallel.group import meet
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
+from ensemble.replicas.follower import Follower, connect_to_leader
+from ensemble.replicas.followers import Followers, GroupPeers
 from ensemble.replicas.loop import EngineLoop, loop_settings
-from ensemble.replicas.peers import Peers, PeerServer, pool_layout
+from ensemble.replicas.peers import Peers, PeerServer, pool_layout, rank_address
 from ensemble.replicas.progress import Progress
 
 GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
 IDLE_POLL_MS = 500  # between two beats of an idle loop
 MAX_UNSENT = 100_000  # events that the stage has not taken: it hangs
+LOAD_TIMEOUT_S = 1800.0  # of a rank, after the first one
 
 
 def main() -> None:
-    home, replica, life, rank, devices, stage_address, peer_address, _, alive_fd, progress_fd = sys.argv[1:]
-    device_name = devices.split(",")[int(rank)]
+    home, replica, life, rank_text, devices, stage_address, peer_address, group_address, *fds = sys.argv[1:]
+    rank, device_names = int(rank_text), devices.split(",")
+    alive_fd, progress_fd = map(int, fds)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
-    threading.Thread(target=_exit_with_the_stage, args=(int(alive_fd),), daemon=True).start()
+    threading.Thread(target=_exit_with_the_stage, args=(alive_fd,), daemon=True).start()
 
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
-    socket.identity = f"{replica}:{life}".encode()
+    socket.identity = f"{replica}:{life}{f':{rank}' if rank else ''}".encode()
     socket.connect(stage_address)
     deployment = Deployment.from_environment()
     stage_name: StageName = "prefill" if home == "prefill" else "decode"
-    device = torch.device(device_name)
+    stage = deployment.stage(stage_name)
+    device = torch.device(device_names[rank])
     if device.type == "cpu":
-        torch.set_num_threads(deployment.stage(stage_name).num_threads or cpu_threads(deployment))
-    progress = Progress(int(progress_fd))
+        torch.set_num_threads(stage.num_threads or cpu_threads(deployment))
+    progress = Progress(progress_fd)
     try:
-        engine = load_engine(deployment, deployment.stage(stage_name), device, on_layer=progress.beat)
+        if len(device_names) != stage.num_ranks:
+            raise ConfigError(f"devices = {devices}: a replica of {stage_name} has {stage.num_ranks} ranks")
+        use_device(device)
+        group = meet(group_address, rank, stage.tensor_parallel_size, stage.pipeline_parallel_size, device)
+        settings = loop_settings(deployment, stage_name)
+        followers = Followers(context, group_address, group.size - 1) if rank == 0 and group.size > 1 else None
+        engine = load_engine(deployment, stage, device, group, on_layer=progress.beat)
         layout = pool_layout(engine, fingerprint(engine.spec, deployment.model))
-        peers = Peers(context, device, layout)
-        loop = EngineLoop(engine, peers, loop_settings(deployment, stage_name), peer_address)
+        addresses = [rank_address(peer_address, each) for each in range(group.size)]
+        server = PeerServer(context, addresses[rank], engine.pool, layout, life=int(life), rank_addresses=addresses)
+        if rank:
+            to_leader = connect_to_leader(context, group_address, rank)
+            peers = Peers(context, device, layout, rank=rank)
+            follower = Follower(rank, engine, settings.host_kv_bytes, peers, server, to_leader, progress)
+        else:
+            peers = (
+                Peers(context, device, layout) if followers is None else GroupPeers(context, device, layout, followers)
+            )
+            loop = EngineLoop(engine, peers, settings, peer_address, followers)
     except ConfigError as error:
         socket.send_multipart([b"failed", life.encode(), str(error).encode()])
         socket.close()
         context.term()  # returns when the message is out
         sys.exit(1)
     max_model_len = deployment.model.limit_model_len(engine.spec.max_model_len)
-    max_num_seqs = deployment.stage(stage_name).max_num_seqs
-    timed = time_steps(engine, deployment.prefill.max_num_batched_tokens, max_num_seqs, max_model_len)
+    timed = time_steps(engine, deployment.prefill.max_num_batched_tokens, stage.max_num_seqs, max_model_len)
+    if rank:
+        follower.start()
+        while True:
+            follower.serve_once()
     for step in timed:
         loop.estimator.observe(step.shape, step.seconds)
+    if followers is not None:
+        followers.wait_until_ready(LOAD_TIMEOUT_S)
+    loop.life = int(life)
     up = ReplicaUp(
         replica=int(replica),
         life=int(life),
-        device=device_name,
+        device=devices,
         num_blocks=engine.pool.num_blocks,
         num_host_blocks=loop.num_host_blocks,
         num_places=deployment.num_places(stage_name),
@@ -80,8 +108,6 @@ def main() -> None:
         peer_address=peer_address,
         timed=timed,
     )
-    loop.life = int(life)
-    server = PeerServer(context, peer_address, engine.pool, layout, life=int(life))
     Worker(loop, socket, server, progress, up).serve()
 
 
@@ -132,7 +158,8 @@ class Worker:
             self.progress.beat()
             self.loop.step()
         self.loop.peers.close()  # they begin new lives, too
-        self.loop.life = self.server.life = life
+        self.loop.begin_life(life)
+        self.server.life = life
         self.up = ReplicaUp(
             **{name: getattr(self.up, name) for name in ReplicaUp.__struct_fields__ if name != "life"}, life=life
         )

@@ -46,9 +46,9 @@ class Home:
 
     def __init__(self, name: StageName, deployment: Deployment) -> None:
         self.name = name
-        devices, first = deployment.prefill.devices, 0
+        replicas, first = deployment.prefill.replicas, 0
         if name == "decode":  # ids are unique over the fleet
-            devices, first = deployment.decode.devices, len(devices)
+            replicas, first = deployment.decode.replicas, len(replicas)
         self._run_dir = tempfile.TemporaryDirectory(prefix=f"distserve-{name}-")  # mode 0700
         launcher = LocalLauncher(Path(self._run_dir.name))
         self._context = zmq.Context()
@@ -67,8 +67,8 @@ class Home:
         self._load_failure: str | None = None
         self._closing = False
         self._supervisor = Supervisor(name, launcher.bind(self._workers), launcher)
-        for replica, device in enumerate(devices, first):
-            self._add(replica, device)
+        for replica, devices in enumerate(replicas, first):
+            self._add(replica, devices)
         if not self._loading:  # prefill's, in colocated mode
             self._started.set()
         self._thread = start_vital_thread(self._run, f"{name}-stage")
@@ -168,9 +168,10 @@ class Home:
 
     # ---- the replicas
 
-    def _add(self, replica: int, device: str) -> None:
+    def _add(self, replica: int, devices: str) -> None:
+        """`devices` of its ranks, joined by commas."""
         self._loading.add(replica)
-        self._supervisor.add(replica, (device,))
+        self._supervisor.add(replica, tuple(devices.split(",")))
 
     def _remove(self, replica: int) -> None:
         if replica in self._supervisor.workers:
@@ -199,7 +200,9 @@ class Home:
                 raise
 
     def _receive_from_workers(self) -> None:
-        replicas = {worker.identity: replica for replica, worker in self._supervisor.workers.items()}
+        replicas = {
+            identity: replica for replica, worker in self._supervisor.workers.items() for identity in worker.identities
+        }
         while self._workers.poll(0):
             identity, *frames = self._workers.recv_multipart()
             replica = replicas.get(identity)

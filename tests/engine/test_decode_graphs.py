@@ -12,7 +12,6 @@ from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow, prepare_step
 from ensemble.engine.decode_graphs import DecodeInputs, graph_batch_sizes
 from ensemble.engine.model_runner import ModelRunner, StepHandle, load_model
-from ensemble.engine.penalties import PenaltyTables
 from ensemble.engine.staging import Staging
 from ensemble.models.spec import load_model_spec
 from ensemble.request import Request, SamplingParams, Sequence
@@ -32,7 +31,6 @@ def test_inputs_are_those_of_an_ordinary_step_and_padding_touches_nothing():
     """Over steps in which rows come, go, change places and get other blocks."""
     rng = random.Random(0)
     cpu = torch.device("cpu")
-    tables = PenaltyTables(384, cpu)
     inputs = DecodeInputs(MAX_NUM_SEQS, MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE, cpu)
     sequences = [make_sequence(rng, index, SamplingParams(max_tokens=100)) for index in range(30)]
     for sequence in sequences:
@@ -43,7 +41,7 @@ def test_inputs_are_those_of_an_ordinary_step_and_padding_touches_nothing():
         sampled_before = torch.randint(384, (max(len(unread), 1),))
         inputs.fill(decodes, unread, sampled_before, padded_size=MAX_NUM_SEQS, staging=Staging(cpu))
 
-        step = prepare_step(Batch(decodes=decodes), BLOCK_SIZE, frozenset(), tables, Staging(cpu), unread)
+        step = prepare_step(Batch(decodes=decodes), BLOCK_SIZE, {}, Staging(cpu), unread)
         if step.unread is not None:
             step.unread.fill(step.token_ids, sampled_before)
         num_rows = len(decodes)

@@ -18,6 +18,7 @@ import torch
 from torch.distributed import TCPStore
 from ensemble.config import Deployment
 from ensemble.engine.engine import load_engine
+from ensemble.parallel.group import Group
 from ensemble.parallel.tensor_parallel import connect
 from ensemble.request import Request, SamplingParams
 from tools.offline import generate
@@ -38,7 +39,7 @@ stage = {"devices": [str(device)], "kv_cache_bytes": 8 << 20, "max_num_seqs": 8,
 deployment = Deployment.parse(
     {"model": {"path": path, "dtype": dtype}, "prefill": stage, "decode": stage, "block_size": 16}
 )
-engine = load_engine(deployment, deployment.decode, device, parallel=parallel)
+engine = load_engine(deployment, deployment.decode, device, Group(parallel))
 sampling = SamplingParams(max_tokens=int(sys.argv[6]), temperature=0, ignore_eos=True)
 requests = [Request(request_id=i, prompt_token_ids=prompt, sampling=sampling) for i, prompt in enumerate(prompts)]
 done = generate(engine, requests, max_num_batched_tokens=32)

@@ -16,6 +16,7 @@ from ensemble.engine.engine import load_engine
 from ensemble.engine.model_runner import Model, ModelRunner, load_model
 from ensemble.errors import ConfigError, InternalError
 from ensemble.models.spec import load_model_spec
+from ensemble.parallel.group import Group
 from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel, connect
 from ensemble.request import Request, SamplingParams
 from tests.checkpoints import make_tiny_llama, make_tiny_opt, make_tiny_qwen3
@@ -181,7 +182,7 @@ def test_an_engine_has_the_pool_of_its_rank_s_heads(tmp_path):
         deployment = Deployment.parse(
             {"model": {"path": path, "dtype": "float64"}, "prefill": stage, "decode": stage, "block_size": 8}
         )
-        engine = load_engine(deployment, deployment.decode, CPU, parallel=parallel)
+        engine = load_engine(deployment, deployment.decode, CPU, Group(parallel))
         done = generate(engine, requests, max_num_batched_tokens=24)
         outputs = [done[index].output_token_ids for index in range(len(requests))]
         return engine.pool.layout.num_kv_heads, engine.pool.num_blocks, outputs

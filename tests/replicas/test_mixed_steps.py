@@ -304,7 +304,7 @@ def test_a_prompt_that_waits_for_blocks_holds_up_none_that_has_them() -> None:
         Request(request_id=index, prompt_token_ids=[5] * length, sampling=SamplingParams())
         for index, length in enumerate([12, 4, 4])
     )
-    prompts = Prompts(BlockManager(10, BLOCK_SIZE), torch.empty(0))
+    prompts = Prompts(BlockManager(10, BLOCK_SIZE), lambda source_ids, target_ids: None)
     first = [PromptChunk(request_id=each.request_id, end=4, request=each) for each in (long, short)]
     rest = PromptChunk(request_id=0, end=12)
     new = PromptChunk(request_id=2, end=4, request=third)

@@ -1,12 +1,16 @@
 """From flags to a deployment: defaults by the machine's GPUs, and errors that name what is wrong."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from ensemble.errors import ConfigError
+from ensemble.models.spec import load_model_spec
 from tests.checkpoints import make_tiny_llama
+from tools.server.degrees import parse_degrees, rank_map
 from tools.server.deployment import make_deployment
 
 
@@ -54,6 +58,57 @@ def test_colocated_takes_every_gpu(
     assert (deployment.prefill.devices, deployment.decode.devices) == ([], devices)
     assert deployment.decode.gpu_memory_utilization == pytest.approx(0.9)
     assert deployment.num_prompt_tokens_beside == 2048
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "prefill", "decode"),
+    [
+        (0, "cpu cpu", "cpu,cpu cpu,cpu"),
+        (4, "cuda:0 cuda:1", "cuda:0,cuda:1 cuda:2,cuda:3"),  # too few for both: each side from the first on
+        (6, "cuda:0 cuda:1", "cuda:2,cuda:3 cuda:4,cuda:5"),
+    ],
+)
+def test_ranks_and_replicas(
+    model: Path, monkeypatch: pytest.MonkeyPatch, num_gpus: int, prefill: str, decode: str
+) -> None:
+    with_gpus(monkeypatch, num_gpus)
+    fields = {"model.path": model} | {f"decode.{name}": n for name, n in parse_degrees("decode", "pp=2").items()}
+    deployment = make_deployment(fields, num_replicas={"prefill": 2, "decode": 2})
+    assert (deployment.prefill.replicas, deployment.decode.replicas) == (prefill.split(), decode.split())
+    lines = rank_map(deployment, load_model_spec(model), dict.fromkeys(range(4), 100))
+    assert len(lines) == 6
+    device, num_tokens = decode.split()[0].split(",")[1], 100 * deployment.block_size
+    part = f"decode replica 2, rank 1 on {device}: layers 1-1, query heads 0-3"
+    assert lines[3] == f"{part}, {num_tokens * 2 * 2 * 16 * 4 / 2**20:,.0f} MiB of KV for {num_tokens:,} tokens"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tp=3", "prefill.tensor_parallel_size = 3"),
+        ("pp=3", "prefill.pipeline_parallel_size = 3: the model has 2 layers"),
+    ],
+)
+def test_degrees_of_which_the_model_has_no_parts(
+    model: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    with_gpus(monkeypatch, 0)
+    degrees = {f"prefill.{name}": value for name, value in parse_degrees("prefill", words).items()}
+    with pytest.raises(ConfigError, match=message):
+        make_deployment({"model.path": model, **degrees})
+
+
+@pytest.mark.parametrize("words", ["tp=0", "tp", "dp=2", "tp=2,tensor-parallel-size=4", "replicas=x"])
+def test_words_that_say_nothing(words: str) -> None:
+    with pytest.raises(ConfigError, match="is none of tp=N, pp=N, replicas=N"):
+        parse_degrees("decode", words)
+
+
+def test_distserve_s_words_are_answered_with_ours() -> None:
+    flag = "--context-tensor-parallel-size"
+    done = subprocess.run([sys.executable, "-m", "tools.serve", flag, "2"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f'error: {flag}: here it is --prefill "tp=N" (make serve PREFILL="tp=N")\n'
 
 
 def test_workers_divide_the_gpus_they_share(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

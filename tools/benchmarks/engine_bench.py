@@ -9,6 +9,7 @@ import torch
 from ensemble.config import GPU_BLOCK_SIZE, ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow
 from ensemble.engine.model_runner import ModelRunner, StepHandle, load_model
+from ensemble.models.layers import Linear
 from ensemble.request import Request, SamplingParams, Sequence
 from tools.benchmarks.engine_shapes import SHAPES, load_spec
 
@@ -111,20 +112,26 @@ class Bench:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-(num_tokens + 2) // GPU_BLOCK_SIZE)
 
+    @property
+    def head(self) -> Linear:
+        """The output projection."""
+        assert self.model.lm_head is not None
+        return self.model.lm_head
+
     def weight_bytes(self) -> int:
         """Of all weights but the tables that a step takes only a few rows from."""
         total = sum(each.tensor.nbytes for each in self.model.named_weights() if "embed" not in each.name)
-        return total + (self.model.lm_head.weight.nbytes if self.spec.tie_word_embeddings else 0)
+        return total + (self.head.weight.nbytes if self.spec.tie_word_embeddings else 0)
 
     def prefill_flops(self, batch_size: int, prompt_len: int) -> float:
         """Matrix products and the causal half of attention; the output projection for one token of each prompt."""
-        head = self.model.lm_head.weight.numel()
+        head = self.head.weight.numel()
         weights = sum(linear.weight.numel() for linear in self.model.linears()) - head
         attention = 2 * self.spec.num_layers * self.spec.num_heads * self.spec.head_dim * prompt_len
         return batch_size * (prompt_len * (2 * weights + attention) + 2 * head)
 
     def mixed_floor_ms(self, chunk: int, num_decodes: int) -> float:
-        head = self.model.lm_head.weight.numel()
+        head = self.head.weight.numel()
         weights = sum(linear.weight.numel() for linear in self.model.linears()) - head
         products = 2 * weights * (chunk + num_decodes) + 2 * head * num_decodes
         context_lens = MIXED_PREFIX_LEN + num_decodes * MIXED_CONTEXT_LEN

@@ -26,7 +26,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
 from ensemble.engine.batch import Batch, PrefillRow, prepare_step
 from ensemble.engine.engine import Engine, load_engine
-from ensemble.engine.penalties import PenaltyTables
 from ensemble.engine.staging import Staging
 from ensemble.request import Request, SamplingParams, Sequence
 from tools.benchmarks.results import report
@@ -156,8 +155,7 @@ def margin(engine: Engine, request: Request, output_ids: list[int]) -> float:
     runner = engine.runner
     batch = Batch([PrefillRow(sequence, 0, len(token_ids))])
     device = engine.pool.tensor.device
-    tables, staging = PenaltyTables(engine.spec.vocab_size, device), Staging(device)
-    step = prepare_step(batch, runner.block_size, engine.eos_token_ids, tables, staging, {})
+    step = prepare_step(batch, runner.block_size, {}, Staging(device), {})
     hidden = runner.model.forward(step.token_ids, step.positions, runner.kv_pool, step.attention)
     best = torch.log_softmax(runner.model.compute_logits(hidden[-1:]).float(), -1).topk(2).values[0]
     return float(best[0] - best[1])

@@ -7,16 +7,22 @@ from typing import Any
 
 import torch
 
-from ensemble.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Deployment
+from ensemble.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Deployment, StageName
 from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
 from tools.installation.default_model import ensure_default_model
 from tools.installation.model_source import resolve_model
+from tools.server.degrees import check_degrees, place_ranks
 
+DEGREES = ("tensor_parallel_size", "pipeline_parallel_size")
 GPU_SHARE = 0.9  # of a device's memory, divided among the workers on it
 
 
-def make_deployment(fields: Mapping[str, object | None], file: Path | None = None) -> Deployment:
+def make_deployment(
+    fields: Mapping[str, object | None],
+    file: Path | None = None,
+    num_replicas: Mapping[StageName, int] | None = None,  # where the devices are not named
+) -> Deployment:
     """The deployment of `file`, if given, with `fields` over it and defaults for the model and the devices.
 
     fields: `section.field` or `field` |-> value; None is "not given". Raises ConfigError in one line.
@@ -29,9 +35,14 @@ def make_deployment(fields: Mapping[str, object | None], file: Path | None = Non
             section, _, field = name.rpartition(".")
             (raw[section] if section else raw)[field] = value
     stages = (raw["prefill"], raw["decode"])
-    is_colocated = raw.get("mode") == "colocated"
-    defaults = default_devices(torch.cuda.device_count(), is_colocated=is_colocated)
-    if not is_colocated and torch.cuda.device_count() > 1:
+    num_gpus, is_colocated = torch.cuda.device_count(), raw.get("mode") == "colocated"
+    defaults = default_devices(num_gpus, is_colocated)
+    if num_replicas or any(degree in stage for stage in stages for degree in DEGREES):
+        names: list[StageName] = ["decode"] if is_colocated else ["prefill", "decode"]
+        counts = {name: (num_replicas or {}).get(name, 1) for name in names}
+        placed = place_ranks({name: raw[name] for name in names}, counts, num_gpus)
+        defaults = placed.get("prefill", []), placed["decode"]
+    if num_gpus > 1 and not is_colocated:
         raw["scheduler"].setdefault("roles", "auto")
     for stage, devices in zip(stages, defaults, strict=True):
         stage.setdefault("devices", devices)
@@ -47,7 +58,16 @@ def make_deployment(fields: Mapping[str, object | None], file: Path | None = Non
     path = raw["model"]["path"]
     raw["model"]["path"] = resolve_model(path) if path else ensure_default_model()
     deployment = Deployment.parse(raw)
-    deployment.model.limit_model_len(load_model_spec(deployment.model.path).max_model_len)
+    spec = load_model_spec(deployment.model.path)
+    deployment.model.limit_model_len(spec.max_model_len)
+    check_degrees(deployment, spec)
+    for name, count in (num_replicas or {}).items():
+        if deployment.stage(name).num_replicas != count:
+            stage_config = deployment.stage(name)
+            raise ConfigError(
+                f"{name}: replicas = {count}: {len(stage_config.devices)} devices are"
+                f" {stage_config.num_replicas} replicas of {stage_config.num_ranks} ranks"
+            )
     return deployment
 
 

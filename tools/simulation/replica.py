@@ -16,6 +16,7 @@ from ensemble.cache.kv_pool import KVLayout
 from ensemble.cache.swapper import Swapped, Swapper, Way
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
+from ensemble.parallel.group import ALONE
 from ensemble.protocol.router_replica import Command, Event, KVHandoff
 from ensemble.replicas.loop import EngineLoop, LoopSettings
 from ensemble.replicas.peers import Peers
@@ -65,7 +66,9 @@ class SimulatedEngine:
         layout = KVLayout(1, 1, block_size, head_dim, torch.int8)
         self.pool = _Pool(layout, num_blocks, torch.zeros(num_blocks, 1, 1, 1, 1, 1, dtype=torch.int8))
         self.blocks = BlockManager(num_blocks, block_size)
+        self.group, self.is_pipeline = ALONE, False
         self.runs_ahead = costs.runs_ahead
+        self.max_num_unread = int(costs.runs_ahead)
         self._steps = steps
         self._clock = clock
         self._free_at = 0.0  # when the last launched step has run
@@ -80,7 +83,7 @@ class SimulatedEngine:
             row.sequence.num_computed_tokens = row.end
         return Launched(batch, cast(Any, _Handle(self._free_at, self._clock)))
 
-    def commit(self, launched: Launched) -> list[Sequence]:
+    def commit(self, launched: Launched, log_probs_of: None = None) -> list[Sequence]:
         self._clock.now = max(self._clock.now, cast(_Handle, launched.handle).end)
         for sequence in launched.batch.decodes:
             sequence.num_computed_tokens += 1

@@ -1,0 +1,334 @@
+"""What the first rank of a replica, its leader, tells the others, and what they have completed.
+
+A replica of one rank has none of this.
+"""
+
+import time
+
+import torch
+import zmq
+
+from ensemble.cache.block_manager import Swap
+from ensemble.cache.swapper import Swapped, Swapper, Way
+from ensemble.engine.batch import Batch
+from ensemble.errors import InternalError, TransferError
+from ensemble.protocol.leader_follower import (
+    Attached,
+    AttachReplica,
+    BeginLife,
+    Copied,
+    CopyBlocks,
+    DetachReplica,
+    NewBlocks,
+    NewSequence,
+    Order,
+    Ready,
+    RunStep,
+    StartPull,
+    StartSwap,
+    StepLogProbs,
+    decode_answer,
+    encode,
+    orders_address,
+)
+from ensemble.protocol.replica_replica import PoolLayout
+from ensemble.replicas.peers import Peers
+from ensemble.request import Sequence, TokenLogProbs
+from ensemble.transfer.puller import Pull, Puller, Source
+
+ANSWER_TIMEOUT_S = 60.0  # a rank that stands still is noticed before, by its beats
+MAX_UNSENT = 10_000  # orders that a follower has not taken: it hangs
+
+
+class Followers:
+    """The leader's end. Raises InternalError for a follower that is gone, or takes no orders."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", group_address: str, num_followers: int) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.bind(orders_address(group_address))
+        self._ranks = [b"%d" % rank for rank in range(1, num_followers + 1)]
+        self._known: dict[int, tuple[Sequence, list[int], int]] = {}  # request_id |-> it, its blocks, how many
+        self._gone: list[int] = []
+        self._num_copies = 0
+        self._copying: dict[int, list[Copied]] = {}  # copy_id |-> what they have said of its end so far
+        self._attached: list[Attached] = []
+        self._log_probs: dict[int, dict[int, TokenLogProbs]] = {}  # step |-> by request_id
+
+    @property
+    def num_followers(self) -> int:
+        return len(self._ranks)
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Returns when all have said that they are."""
+        waiting = set(range(1, self.num_followers + 1))
+        deadline = time.monotonic() + timeout_s
+        while waiting:
+            if not self.socket.poll(round(max(0.0, deadline - time.monotonic()) * 1e3)):
+                raise InternalError(f"ranks {sorted(waiting)} are not ready after {timeout_s:.0f} s")
+            answer = decode_answer(self.socket.recv_multipart()[1])
+            if isinstance(answer, Ready):
+                waiting.discard(answer.rank)
+
+    def run(self, batch: Batch, num_committed: int) -> None:
+        """They launch the step when they have carried out what was said before."""
+        sequences = [row.sequence for row in batch.prefills] + batch.decodes
+        new_sequences, new_blocks = [], []
+        for sequence in sequences:
+            request_id, block_ids = sequence.request_id, sequence.block_ids
+            known, known_ids, num_known = self._known.get(request_id, (None, None, 0))
+            if known is not sequence:
+                new_sequences.append(NewSequence(sequence.request, list(sequence.output_token_ids)))
+            first = num_known if known is sequence and known_ids is block_ids else 0  # a swap makes another list
+            if known is not sequence or first < len(block_ids):
+                new_blocks.append(NewBlocks(request_id, first, block_ids[first:]))
+            self._known[request_id] = sequence, block_ids, len(block_ids)
+        self._tell(
+            RunStep(
+                prompts=[(row.sequence.request_id, row.start, row.length) for row in batch.prefills],
+                decodes=[sequence.request_id for sequence in batch.decodes],
+                new_sequences=new_sequences,
+                new_blocks=new_blocks,
+                gone=self._gone,
+                num_committed=num_committed,
+            )
+        )
+        self._gone = []
+
+    def forget(self, request_id: int) -> None:
+        """The sequence runs no more; to be called when the last step that has it has been committed."""
+        if self._known.pop(request_id, None) is not None:
+            self._gone.append(request_id)
+
+    def copy_blocks(self, source_ids: list[int], target_ids: list[int]) -> None:
+        self._tell(CopyBlocks(source_ids=source_ids, target_ids=target_ids))
+
+    def start_swap(self, swap: Swap, way: Way) -> int:
+        """Returns the copy's id."""
+        copy_id = self._next_copy()
+        self._tell(
+            StartSwap(
+                copy_id=copy_id,
+                request_id=swap.request_id,
+                way=way,
+                source_ids=swap.source_block_ids,
+                target_ids=swap.destination_block_ids,
+            )
+        )
+        return copy_id
+
+    def start_pull(self, pull: Pull) -> int:
+        """Returns the copy's id."""
+        copy_id = self._next_copy()
+        self._tell(
+            StartPull(
+                copy_id=copy_id,
+                request_id=pull.request_id,
+                address=pull.source.address,
+                source_ids=pull.source_block_ids,
+                target_ids=pull.target_block_ids,
+            )
+        )
+        return copy_id
+
+    def attach(self, address: str) -> None:
+        self._tell(AttachReplica(address=address))
+
+    def detach(self, address: str) -> None:
+        self._tell(DetachReplica(address=address))
+
+    def begin_life(self, life: int) -> None:
+        """Returns when all have begun it."""
+        self._tell(BeginLife(life=life))
+        self.wait_until_ready(ANSWER_TIMEOUT_S)
+
+    def ends_of(self, copy_id: int) -> list[Copied] | None:
+        """What each has said of the copy's end, once: when all have."""
+        self._receive()
+        if len(self._copying[copy_id]) < self.num_followers:
+            return None
+        return self._copying.pop(copy_id)
+
+    def attached(self) -> list[Attached]:
+        """What they have said of pools since the last call."""
+        self._receive()
+        said, self._attached = self._attached, []
+        return said
+
+    def log_probs(self, step: int) -> dict[int, TokenLogProbs]:
+        """Of a step, counted from 0, whose tokens have come; waits for them."""
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        self._receive()
+        while step not in self._log_probs:
+            if time.monotonic() > deadline:
+                raise InternalError(f"the log-probabilities of step {step} have not come in {ANSWER_TIMEOUT_S:.0f} s")
+            self.wait(1.0)
+            self._receive()
+        return self._log_probs.pop(step)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until one of them says something, at most `timeout_s`."""
+        self.socket.poll(round(timeout_s * 1e3))
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+    def _next_copy(self) -> int:
+        self._num_copies += 1
+        self._copying[self._num_copies] = []
+        return self._num_copies
+
+    def _receive(self) -> None:
+        while self.socket.poll(0):
+            answer = decode_answer(self.socket.recv_multipart()[1])
+            if isinstance(answer, Copied):
+                self._copying[answer.copy_id].append(answer)
+            elif isinstance(answer, Attached):
+                self._attached.append(answer)
+            elif isinstance(answer, StepLogProbs):
+                self._log_probs[answer.step] = answer.log_probs
+
+    def _tell(self, order: Order) -> None:
+        payload = encode(order)
+        for rank in self._ranks:
+            try:
+                self.socket.send_multipart([rank, payload], zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                raise InternalError(f"rank {rank.decode()} takes no orders: {error}") from None
+
+
+class GroupSwapper:
+    """Swaps of all ranks: like a `Swapper`, but that a copy has completed when every rank's has."""
+
+    def __init__(self, swapper: Swapper, followers: Followers) -> None:
+        self._swapper = swapper
+        self._followers = followers
+        self._copy_ids: dict[tuple[int, Way], int] = {}  # (request_id, way) |-> copy_id
+        self._completed_here: list[Swapped] = []
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._copy_ids)
+
+    def start(self, swap: Swap, way: Way) -> None:
+        self._copy_ids[swap.request_id, way] = self._followers.start_swap(swap, way)
+        self._swapper.start(swap, way)
+
+    def completed(self) -> list[Swapped]:
+        """Copies that have completed everywhere since the last call."""
+        here, self._completed_here, done = [*self._completed_here, *self._swapper.completed()], [], []
+        for swapped in here:
+            key = swapped.request_id, swapped.way
+            if self._followers.ends_of(self._copy_ids[key]) is None:
+                self._completed_here.append(swapped)
+            else:
+                del self._copy_ids[key]
+                done.append(swapped)
+        return done
+
+    def wait(self, timeout_s: float) -> None:
+        """Until one may have completed, at most `timeout_s`."""
+        if self._completed_here:
+            self._followers.wait(timeout_s)
+        else:
+            self._swapper.wait(timeout_s)
+
+    def swap_in_s(self, num_blocks: int) -> float:
+        return self._swapper.swap_in_s(num_blocks)
+
+
+class GroupPuller:
+    """Pulls of all ranks: like a `Puller`, but that a copy has completed when every rank's has."""
+
+    def __init__(self, puller: Puller, followers: Followers) -> None:
+        self._puller = puller
+        self._followers = followers
+        self._copy_ids: dict[int, int] = {}  # request_id |-> copy_id
+        self._completed_here: list[Pull] = []
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._copy_ids)
+
+    def start(self, pull: Pull) -> None:
+        self._copy_ids[pull.request_id] = self._followers.start_pull(pull)
+        self._puller.start(pull)
+
+    def completed(self) -> list[Pull]:
+        """Those that have ended everywhere since the last call, with the bytes of all ranks and the longest time."""
+        here, self._completed_here, done = [*self._completed_here, *self._puller.completed()], [], []
+        for pull in here:
+            ends = self._followers.ends_of(self._copy_ids[pull.request_id])
+            if ends is None:
+                self._completed_here.append(pull)
+                continue
+            del self._copy_ids[pull.request_id]
+            pull.seconds = max([pull.seconds, *(end.seconds for end in ends)])
+            pull.waited_s = max(0.0, time.monotonic() - pull.began - pull.seconds)
+            pull.num_bytes += sum(end.num_bytes for end in ends)
+            errors = [end.error for end in ends if end.error is not None]
+            if pull.error is None and errors:
+                pull.error = TransferError(errors[0])
+            done.append(pull)
+        return done
+
+    def wait(self, timeout_s: float) -> None:
+        """Until one may have ended, at most `timeout_s`."""
+        if self._completed_here:
+            self._followers.wait(timeout_s)
+        else:
+            self._puller.wait(timeout_s)
+
+
+class GroupPeers(Peers):
+    """The replicas whose KV this one reads, once every rank can read its part of it."""
+
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        device: torch.device,
+        layout: PoolLayout,  # of the leader's pool
+        followers: Followers,
+    ) -> None:
+        super().__init__(context, device, layout)
+        self._followers = followers
+        self._num_waiting: dict[str, int] = {}  # address |-> followers that have yet to say that they can
+
+    @property
+    def attaching(self) -> list["zmq.Socket[bytes]"]:
+        return super().attaching + ([self._followers.socket] if self._num_waiting else [])
+
+    def attach(self, address: str) -> None:
+        if address not in self._peers:
+            self._num_waiting[address] = self._followers.num_followers
+            self._followers.attach(address)
+        super().attach(address)
+
+    def receive_handles(self) -> list[tuple[str, str | None]]:
+        received: list[tuple[str, str | None]] = []
+        for address, reason in super().receive_handles():
+            if reason is not None:
+                self._num_waiting.pop(address, None)
+            if address not in self._num_waiting:
+                received.append((address, reason))
+        for said in self._followers.attached():
+            if said.address not in self._num_waiting:
+                continue  # detached meanwhile, or of no use since another said so
+            self._num_waiting[said.address] -= 1
+            if said.reason is not None:
+                self.give_up(said.address, said.reason)
+            if said.reason is not None or not self._num_waiting[said.address]:
+                del self._num_waiting[said.address]
+                if said.reason is not None or super().source(said.address) is not None:
+                    received.append((said.address, said.reason))
+        return received
+
+    def source(self, address: str) -> Source | None:
+        return None if address in self._num_waiting else super().source(address)
+
+    def detach(self, address: str) -> None:
+        if address in self._peers:
+            self._followers.detach(address)
+        self._num_waiting.pop(address, None)
+        super().detach(address)

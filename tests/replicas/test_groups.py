@@ -1,0 +1,257 @@
+"""Replicas of several ranks say what one process says, whatever happens to their pools meanwhile."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ensemble.config import Deployment
+from ensemble.engine.batch import Batch
+from ensemble.engine.engine import Engine, Launched, load_engine
+from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts
+from ensemble.request import Request, SamplingParams, Sequence
+from tests.checkpoints import make_tiny_llama, make_tiny_opt
+from tests.replicas.pair import CPU, Pair, join, released_in, swaps_in, tokens_of, whole_prompts
+from tests.replicas.ranks import GroupPair
+from tools.offline import generate
+
+BLOCK_SIZE = 4
+TOKEN_BYTES = 2 * 2 * 16 * 8  # key and value, KV heads, head_dim, float64; of a layer
+BLOCK_BYTES = 2 * TOKEN_BYTES * BLOCK_SIZE
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+def stage(tp: int = 1, pp: int = 1, num_blocks: int = 256, **fields: Any) -> dict[str, Any]:
+    """`num_blocks` of a rank that has all; at least so many of each of several."""
+    kv_cache_bytes = num_blocks * BLOCK_BYTES // (min(tp, 2) * pp)
+    return {"devices": ["cpu"] * tp * pp, "tp": tp, "pp": pp, "kv_cache_bytes": kv_cache_bytes} | fields
+
+
+def deploy(model: Path, prefill: dict[str, Any], decode: dict[str, Any]) -> Deployment:
+    raw = {"model": {"path": model, "dtype": "float64"}, "prefill": prefill, "decode": decode}
+    return Deployment.parse(raw | {"block_size": BLOCK_SIZE})
+
+
+@pytest.fixture
+def make_pair(tmp_path: Path) -> Iterator[Callable[[Deployment], Pair]]:
+    pairs: list[Pair] = []
+
+    def make(deployment: Deployment) -> Pair:
+        pairs.append(GroupPair(deployment, tmp_path))
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        pair.close()
+
+
+def make_requests(count: int, max_tokens: int = 12) -> list[Request]:
+    """Greedy, drawn, penalised and log-probabilities."""
+    rng = random.Random(7)
+    kinds = [{"temperature": 0}, {}, {"repetition_penalty": 1.3, "temperature": 0}, {"num_logprobs": 2, "top_p": 0.9}]
+    return [
+        Request(
+            request_id=index,
+            prompt_token_ids=[rng.randrange(3, 380) for _ in range(rng.choice([1, 3, 4, 5, 19]))],
+            sampling=SamplingParams(max_tokens=rng.randint(1, max_tokens), seed=index, **kinds[index % 4]),
+        )
+        for index in range(count)
+    ]
+
+
+def expected_tokens(deployment: Deployment, requests: list[Request]) -> dict[int, list[int]]:
+    """Of one rank with room for all."""
+    alone = deploy(deployment.model.path, stage(), stage(num_blocks=1024))
+    done = generate(load_engine(alone, alone.decode, CPU), requests)
+    return {request_id: sequence.output_token_ids for request_id, sequence in done.items()}
+
+
+SIX_HEADS = {"num_attention_heads": 6, "hidden_size": 96, "num_hidden_layers": 4}
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "llama": lambda path: make_tiny_llama(path, **SIX_HEADS, num_key_value_heads=2),
+    "llama-1-kv-head": lambda path: make_tiny_llama(path, **SIX_HEADS, num_key_value_heads=1, tie_word_embeddings=True),
+    "opt": lambda path: make_tiny_opt(path, **SIX_HEADS, word_embed_proj_dim=96),
+    "opt-350m": lambda path: make_tiny_opt(path, **SIX_HEADS, word_embed_proj_dim=32, do_layer_norm_before=False),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "prefill", "decode"),
+    [
+        ("llama", (3, 1), (1, 2)),
+        ("llama", (1, 3), (2, 1)),
+        ("llama-1-kv-head", (2, 1), (3, 1)),
+        ("llama-1-kv-head", (1, 2), (1, 3)),
+        ("opt", (2, 2), (1, 1)),
+        ("opt", (1, 2), (3, 1)),
+        ("opt-350m", (1, 1), (2, 2)),
+        ("opt-350m", (1, 3), (1, 2)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "tp{}pp{}".format(*value),
+)
+def test_any_degrees_on_either_side(
+    name: str,
+    prefill: tuple[int, int],
+    decode: tuple[int, int],
+    make_pair: Callable[[Deployment], Pair],
+    tmp_path: Path,
+) -> None:
+    deployment = deploy(
+        MODELS[name](tmp_path / "model"), stage(*prefill, num_blocks=2048), stage(*decode, num_blocks=2048)
+    )
+    requests = make_requests(16)
+    expected = expected_tokens(deployment, requests)
+    pair = make_pair(deployment)
+    pair.prefill.handle(whole_prompts(requests))
+    events = pair.prefill.run()
+    pair.decode.handle(join(events, requests))
+    assert tokens_of(events + pair.decode.run()) == expected
+    while pair.prefill.loop.leases:
+        pair.prefill.acknowledged()
+    pair.assert_empty()
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True], ids=["step by step", "launched ahead"])
+def test_tokens_are_those_of_one_rank_and_every_block_comes_back(
+    runs_ahead: bool, model: Path, make_pair: Callable[[Deployment], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(model, stage(tp=2), stage(tp=2))
+    requests = make_requests(16)
+    expected = expected_tokens(deployment, requests)
+    monkeypatch.setattr(Engine, "runs_ahead", runs_ahead)
+    pair = make_pair(deployment)
+    pair.prefill.handle(whole_prompts(requests))
+    prefill_events = pair.prefill.run()
+    assert pair.decode.handle(join(prefill_events, requests)) == []
+    decode_events = pair.decode.run()
+    assert tokens_of(prefill_events + decode_events) == expected
+    while pair.prefill.loop.leases:
+        prefill_events += pair.prefill.acknowledged()
+    pair.assert_empty()
+
+
+def cut(rng: random.Random, request: Request) -> list[PromptChunk]:
+    """The prompt in chunks."""
+    chunks, start = [], 0
+    while start < request.prompt_len:
+        start = rng.randint(start + 1, request.prompt_len)
+        chunks.append(PromptChunk(request_id=request.request_id, end=start, request=None if chunks else request))
+    return chunks
+
+
+def run_with_chunks_and_cancels(pair: Pair, requests: list[Request], rng: random.Random) -> list[Event]:
+    """A few prompts at a time, in chunks; sequences go on at the decode replica, and some are cancelled anywhere."""
+    events: list[Event] = []
+    waiting, cancelled = list(requests), set[int]()
+    while waiting or pair.prefill.loop.has_work or pair.decode.loop.has_work or pair.prefill.loop.leases:
+        if waiting and rng.random() < 0.5:
+            chunks = [chunk for request in waiting[:3] for chunk in cut(rng, request)]
+            del waiting[:3]
+            pair.prefill.handle(RunPrompts(batch_id=len(waiting), chunks=chunks))
+        victims = [each.request_id for each in requests if each.request_id % 5 == 4 and rng.random() < 0.02]
+        for replica in (pair.prefill, pair.decode):
+            events += replica.handle(CancelRequests(request_ids=victims))
+        cancelled.update(victims)
+        prefill_events = pair.prefill.serve_once()
+        events += prefill_events
+        going_on = join(prefill_events, [each for each in requests if each.request_id not in cancelled])
+        events += pair.prefill.handle(
+            CancelRequests(request_ids=[each for each in pair.prefill.loop.leases if each in cancelled])
+        )
+        if going_on.arrivals:
+            events += pair.decode.handle(going_on)
+        events += pair.decode.serve_once()
+        pair.prefill.check_integrity()
+        pair.decode.check_integrity()
+    return events
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "runs_ahead"),
+    [(2, 1, False), (2, 1, True), (1, 2, False)],
+    ids=["tp, step by step", "tp, launched ahead", "pp"],
+)
+def test_swaps_cached_prefixes_chunks_and_cancels(
+    tp: int,
+    pp: int,
+    runs_ahead: bool,
+    model: Path,
+    make_pair: Callable[[Deployment], Pair],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decode = {
+        "policy": "mlfq",
+        "quantum_s": 0.001,
+        "starvation_s": 0.05,
+        "max_num_seqs": 6,
+        "max_num_resident_seqs": 40,
+        "host_kv_bytes": 120 * BLOCK_BYTES,
+        "admission": "reserved",
+    }
+    deployment = deploy(model, stage(tp, pp, prefix_cache=True), stage(tp, pp, num_blocks=18, **decode))
+    rng = random.Random(3)
+    beginnings = [[rng.randrange(3, 380) for _ in range(length)] for length in (8, 12, 21)]
+    requests = [
+        Request(
+            request_id=index,
+            prompt_token_ids=rng.choice(beginnings) + [rng.randrange(3, 380) for _ in range(rng.choice([0, 3, 9]))],
+            sampling=SamplingParams(max_tokens=rng.choice([1, 9, 20]), temperature=index % 2, seed=index),
+        )
+        for index in range(30)
+    ]
+    expected = expected_tokens(deployment, requests)
+    monkeypatch.setattr(Engine, "runs_ahead", runs_ahead)
+    pair = make_pair(deployment)
+    events = run_with_chunks_and_cancels(pair, requests, rng)
+    tokens = tokens_of(events)
+    for request in requests:
+        said, wanted = tokens.get(request.request_id, []), expected[request.request_id]
+        assert said == (wanted[: len(said)] if request.request_id % 5 == 4 else wanted)
+    assert sum(report.bytes_in for report in swaps_in(events)) > 0
+    assert sum(event.num_hit_tokens for event in events if isinstance(event, PrefixReport)) > 0
+    assert len(released_in(events)) > 0
+    pair.assert_empty()
+
+
+def test_a_pipeline_has_as_many_steps_in_flight_as_places(
+    model: Path, make_pair: Callable[[Deployment], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of one prompt stream; the decode batch is split, and no sequence decodes in two steps at once."""
+    deployment = deploy(model, stage(pp=2, max_num_batched_tokens=16), stage(pp=2))
+    pair = make_pair(deployment)
+    in_flight: dict[str, list[Launched]] = {"prefill": [], "decode": []}
+    at_once: dict[str, list[list[Launched]]] = {"prefill": [], "decode": []}
+    for name, replica in (("prefill", pair.prefill), ("decode", pair.decode)):
+        launch, commit = replica.engine.launch, replica.engine.commit
+
+        def launched(batch: Batch, name: str = name, launch: Any = launch) -> Launched:
+            in_flight[name].append(launch(batch))
+            at_once[name].append(list(in_flight[name]))
+            return in_flight[name][-1]
+
+        def committed(step: Launched, *args: Any, name: str = name, commit: Any = commit) -> list[Sequence]:
+            in_flight[name].remove(step)
+            return commit(step, *args)
+
+        monkeypatch.setattr(replica.engine, "launch", launched)
+        monkeypatch.setattr(replica.engine, "commit", committed)
+    sampling = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+    requests = [Request(request_id=i, prompt_token_ids=[5 + i] * 64, sampling=sampling) for i in range(5)]
+    pair.prefill.handle(whole_prompts(requests))
+    events = pair.prefill.run()
+    pair.decode.handle(join(events, requests))
+    pair.decode.run()
+    for name in ("prefill", "decode"):
+        assert max(map(len, at_once[name])) == 2
+    prompts = [[row.sequence.request_id for row in step.batch.prefills] for pair in at_once["prefill"] for step in pair]
+    assert prompts.count([0]) > 4, "chunks of a prompt are in flight together"
+    for steps in at_once["decode"]:
+        ids = [sequence.request_id for step in steps for sequence in step.batch.decodes]
+        assert len(ids) == len(set(ids))
+        assert all(len(step.batch.decodes) <= 3 for step in steps)
