@@ -45,7 +45,8 @@ bench:
 	  --input-len $(or $(INPUT_LEN),64) --output-len $(or $(OUTPUT_LEN),32) --max-lag-ms 100
 
 # Without variables: what two CPU cores do with the default model in three minutes.
-bench-goodput: export RATES := $(or $(RATES),0.5,1,2)
+CPU_RATES := 0.5,1,2
+bench-goodput: export RATES := $(or $(RATES),$(CPU_RATES))
 bench-goodput: export SECONDS_EACH := $(or $(SECONDS_EACH),20)
 bench-goodput: export INPUT_LEN := $(or $(INPUT_LEN),64)
 bench-goodput: export OUTPUT_LEN := $(or $(OUTPUT_LEN),$(if $(DATASET),,24))

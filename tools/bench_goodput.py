@@ -3,11 +3,11 @@
     python -m tools.bench_goodput --model DIR --devices cuda:0,cuda:1 --dataset-name summary \
         --modes disaggregated,colocated:256,colocated:512 --request-rates 4,8,12,16 --goodput ttft:1000 itl:20
 
-A mode is disaggregated, colocated, or another one of the deployment; `:TOKENS` after it bounds the prompt tokens beside
-running sequences; or it is a deployment file, as tools.plan writes them. Each run leaves its records in --out: what is
-there is not run again, so that a measurement goes on where it was interrupted, and other targets need no run at all.
-Goodput is the highest rate at which 90% of the requests meet all targets, between two rates by the line that joins
-them; the curve shows it for other ITL targets.
+A mode is disaggregated, colocated, or auto (roles by load, with the targets told to the server); `:TOKENS` after it
+bounds the prompt tokens beside running sequences; or it is a deployment file, as tools.plan writes them. Each run
+leaves its records in --out: what is there is not run again, so that a measurement goes on where it was interrupted, and
+other targets need no run at all. Goodput is the highest rate at which 90% of the requests meet all targets, between two
+rates by the line that joins them; the curve shows it for other ITL targets.
 """
 
 import contextlib
@@ -44,6 +44,7 @@ from tools.simulation.against_runs import DEPLOYMENT_FILE
 
 START_S = 15.0  # of a server, for the time that is left
 READY_TIMEOUT_S = 600.0
+SERVED_TARGETS = ("ttft", "itl", "tpot")  # that a deployment can be told
 
 
 def main(
@@ -81,7 +82,11 @@ def main(
     rates, numbers = numbers_of("--request-rates", request_rates), numbers_of("--seeds", seeds)
     path = resolve_model(model) if model else ensure_default_model()
     common = {"model.path": path, "model.load_format": load_format, "model.dtype": dtype}
-    deployments = {mode: deployment_of(mode, devices, common) for mode in modes.split(",")}
+    known_ms = {f"scheduler.{metric}_target_ms": ms for metric, ms in targets_ms.items() if metric in SERVED_TARGETS}
+    deployments = {
+        mode: deployment_of(mode, devices, common | (known_ms if mode.startswith("auto") else {}))
+        for mode in modes.split(",")
+    }
     load = Load(Workload(dataset_name, dataset_path, input_len, output_len, range_ratio, scale), 1, endpoint=endpoint)
     loads = [
         replace(load, num_prompts=max(1, round(rate * seconds)), rate=rate, seed=int(seed))
@@ -114,7 +119,7 @@ def deployment_of(mode: str, devices: str | None, common: dict[str, Any]) -> Dep
     name, _, chunk = mode.partition(":")
     if chunk and not chunk.isdecimal():
         raise ConfigError(f"--modes {mode}: a number of tokens is needed after the colon")
-    fields: dict[str, Any] = {**common, "mode": name, "decode.local_prefill_tokens": int(chunk) if chunk else None}
+    fields: dict[str, Any] = {**common, **fields_of(name), "decode.local_prefill_tokens": int(chunk) if chunk else None}
     if name == "colocated":
         import torch
 
@@ -125,6 +130,11 @@ def deployment_of(mode: str, devices: str | None, common: dict[str, Any]) -> Dep
         half = max(1, len(every) // 2)
         fields |= {"prefill.devices": every[:half], "decode.devices": every[half:] or every}
     return make_deployment(fields)
+
+
+def fields_of(mode: str) -> dict[str, Any]:
+    """Of the deployment, by which a mode differs."""
+    return {"mode": "disaggregated", "scheduler.roles": "auto"} if mode == "auto" else {"mode": mode}
 
 
 # ---- runs

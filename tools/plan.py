@@ -33,6 +33,7 @@ from typer import Argument, Option
 from ensemble.config import StageConfig
 from ensemble.errors import ConfigError
 from ensemble.models.spec import ModelSpec, load_model_spec
+from tools.bench_goodput import SERVED_TARGETS
 from tools.command_line import run
 from tools.installation.default_model import ensure_default_model
 from tools.installation.model_source import resolve_model
@@ -188,6 +189,11 @@ class Plan:
                 assert costs is not None, "it was placed"
                 raw, number = self.virtual(each.num_prefill, each.num_decode, {}), each.num_prefill + each.num_decode
                 trials.append((choice, self.trial(raw, costs, prefill_costs, number, 1.4 * each.goodput)))
+        if trials and trials[0][0].deployment["mode"] == "disaggregated":
+            choice, trial = trials[0]
+            auto = {"scheduler": {"roles": "auto", **self.served_targets}}
+            same = replace(choice, name=f"{choice.name}, roles auto", deployment=choice.deployment | auto)
+            trials.insert(1, (same, replace(trial, deployment=trial.deployment | auto, upper=2 * trial.upper)))
         with trying(self.jobs) as rates_of:
             trials += self.colocated(rates_of)
             task = progress.add_task("By the router", total=len(trials))
@@ -230,6 +236,11 @@ class Plan:
         if "tensor_parallel_size" not in StageConfig.model_fields:
             return [(1, 1)]
         return degrees(self.spec.num_heads, self.spec.num_layers, self.cluster)
+
+    @property
+    def served_targets(self) -> dict[str, float]:
+        """Those that a deployment can be told."""
+        return {f"{metric}_target_ms": ms for metric, ms in self.targets_ms.items() if metric in SERVED_TARGETS}
 
     # ---- what things cost
 
@@ -282,7 +293,7 @@ class Plan:
         return lengths, arrivals(number, 1.0, 1.0, rng)
 
     def trial(self, raw: dict[str, Any], costs: Costs, prefill: Costs | None, num_replicas: int, upper: float) -> Trial:
-        lengths, times = self.load(min(MAX_REQUESTS, max(self.num_requests, 40 * num_replicas)))
+        lengths, times = self.load(min(MAX_REQUESTS, max(self.num_requests, 20 * num_replicas)))
         return Trial(raw, costs, prefill, lengths, times, self.targets_ms, upper, self.cached_share)
 
     # ---- deployments

@@ -26,7 +26,7 @@ from ensemble.engine.timing import time_steps
 from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
 from ensemble.replicas.worker import cpu_threads
-from tools.bench_goodput import attainment_table, curve_table, numbers_of
+from tools.bench_goodput import SERVED_TARGETS, attainment_table, curve_table, numbers_of
 from tools.benchmarks.results import write_results
 from tools.command_line import run
 from tools.installation.default_model import ensure_default_model
@@ -69,7 +69,9 @@ def main(
     path = resolve_model(model) if model else recorded[0][1].model.path if recorded else ensure_default_model()
     if gpu is not None and gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: must be of {', '.join(GPUS)}")
-    deployments = {mode: virtual_deployment(mode, path, replicas, gpu is not None) for mode in modes.split(",")}
+    deployments = {
+        mode: virtual_deployment(mode, path, replicas, gpu is not None, targets_ms) for mode in modes.split(",")
+    }
     first = recorded[0][1] if recorded else next(iter(deployments.values()))
     if costs is not None:
         known = read_costs(costs)
@@ -107,7 +109,7 @@ def main(
         write_results(output, rows)
 
 
-def virtual_deployment(mode: str, path: Path, replicas: int, on_gpus: bool) -> Deployment:
+def virtual_deployment(mode: str, path: Path, replicas: int, on_gpus: bool, targets_ms: dict[str, float]) -> Deployment:
     """Of devices that need not be here. Raises ConfigError."""
     if mode.endswith((".yaml", ".yml")):
         return Deployment.from_yaml(mode)
@@ -116,8 +118,10 @@ def virtual_deployment(mode: str, path: Path, replicas: int, on_gpus: bool) -> D
         raise ConfigError(f"--modes {mode}: a number of tokens is needed after the colon")
     devices = [f"cuda:{index}" if on_gpus else "cpu" for index in range(replicas)]
     num_prefill = 0 if name == "colocated" else replicas // 2
+    scheduler = {f"{metric}_target_ms": ms for metric, ms in targets_ms.items() if metric in SERVED_TARGETS}
     raw: dict[str, Any] = {
-        "mode": name,
+        "mode": "disaggregated" if name == "auto" else name,
+        "scheduler": {"roles": "auto", **scheduler} if name == "auto" else {},
         "model": {"path": str(path)},
         "prefill": {"devices": devices[:num_prefill]},
         "decode": {"devices": devices[num_prefill:], "local_prefill_tokens": int(chunk or 0)},

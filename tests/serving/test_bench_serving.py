@@ -9,12 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.tokenizer import Tokenizer
 from tests.serving.clients import read_metrics
 from tests.serving.deployments import deploy
-from tools.load.client import LoadError, drive, prepare
-from tools.load.load import Load, put
-from tools.load.workloads import Workload
 from tools.server.triton_server import TritonServer
 
 
@@ -64,20 +60,6 @@ def test_a_trace_is_served_once_and_the_figures_are_those_of_the_records(server:
 
 
 @pytest.mark.server
-def test_requests_leave_by_the_schedule_also_when_the_server_is_behind(server: TritonServer) -> None:
-    """30 requests in a tenth of a second, each with more work than that: none is sent later for another's sake."""
-    load = Load(Workload(input_len=8, output_len=200), 30, rate=300.0, seed=1)
-    requests = load.requests(Tokenizer.from_dir(server.deployment.model.path))
-    run = put(server.grpc_url, load, requests, num_processes=2)
-    assert [record.is_complete for record in run.records] == [True] * 30
-    assert all(record.prompt_len == 8 and record.num_tokens == 200 for record in run.records)
-    first_end = min(record.times[-1] for record in run.records)
-    assert max(record.due for record in run.records) < first_end
-    assert sum(record.sent < first_end for record in run.records) == 30
-    assert all(record.sent >= record.due for record in run.records)
-
-
-@pytest.mark.server
 def test_a_late_client_and_failed_requests_are_told(server: TritonServer) -> None:
     few = ["--num-prompts", "4", "--input-len", "8", "--output-len", "2"]
     result = bench(server, *few, "--max-lag-ms", "0")
@@ -92,9 +74,3 @@ def test_perf_analyzer_is_another_client(server: TritonServer) -> None:
     result = bench(server, *few, "--client", "perf_analyzer")
     assert result.returncode == 0, result.stderr
     assert re.search(r"Total generated tokens: +24\n", result.stdout)
-
-
-def test_a_server_that_is_not_there_is_an_error() -> None:
-    request = prepare("ensemble", "Hello", 4, 0.0, 1)
-    with pytest.raises(LoadError, match="localhost:1: no server answers"):
-        drive("localhost:1", [request], num_processes=1, connect_timeout_s=0.2)

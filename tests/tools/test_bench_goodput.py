@@ -8,12 +8,13 @@ from rich.console import Console
 
 from ensemble.config import Deployment
 from ensemble.errors import ConfigError
-from tests.checkpoints import make_tiny_llama
 from tools.bench_goodput import deployment_of, file_of, measure, write
 from tools.load.goodput import Goodput, Measured, curve_targets, goodput
 from tools.load.load import Load
 from tools.load.records import Record, Run
 from tools.load.workloads import Workload
+from tools.proofs.gpu_smoke import write_model_dir
+from tools.server.tiny_server import TINY_MODEL
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,12 @@ from tools.load.workloads import Workload
 def test_goodput_is_where_the_share_falls_below_nine_tenths(points: list[Any], expected: Goodput) -> None:
     found = goodput(points)
     assert (found.rate, found.bound) == (pytest.approx(expected.rate), expected.bound)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_model_dir(tmp_path / "model", TINY_MODEL)
+    return tmp_path / "model"
 
 
 def measured(gap_s: dict[float, float]) -> Measured:
@@ -60,9 +67,13 @@ def test_what_is_no_mode_is_refused() -> None:
 
 
 @pytest.mark.server
-def test_both_modes_are_measured_and_never_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_tiny_llama(tmp_path / "model")
-    common = {"model.path": model, "prefill.kv_cache_bytes": 32 << 20, "decode.kv_cache_bytes": 32 << 20}
+def test_both_modes_are_measured_and_never_twice(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {
+        "model.path": model,
+        "model.load_format": "dummy",
+        "prefill.kv_cache_bytes": 32 << 20,
+        "decode.kv_cache_bytes": 32 << 20,
+    }
     deployments = {mode: deployment_of(mode, "cpu,cpu", common) for mode in ("disaggregated", "colocated:64")}
     assert deployments["colocated:64"].decode.local_prefill_tokens == 64
     assert deployments["colocated:64"].decode.devices == ["cpu", "cpu"]
@@ -90,8 +101,12 @@ def test_both_modes_are_measured_and_never_twice(tmp_path: Path, monkeypatch: py
     assert "colocated:64: goodput at 90%" in (tmp_path / "figures.json").read_text()
 
 
-def test_a_deployment_file_is_a_mode(tmp_path: Path) -> None:
-    model = make_tiny_llama(tmp_path / "model")
+def test_auto_is_told_the_targets(model: Path) -> None:
+    auto = deployment_of("auto", "cpu,cpu", {"model.path": model, "scheduler.itl_target_ms": 20.0})
+    assert (auto.scheduler.roles, auto.scheduler.itl_target_ms, auto.mode) == ("auto", 20.0, "disaggregated")
+
+
+def test_a_deployment_file_is_a_mode(tmp_path: Path, model: Path) -> None:
     deployment = Deployment.parse(
         {"mode": "colocated", "model": {"path": str(model)}, "decode": {"devices": ["cpu"], "max_num_seqs": 7}}
     )

@@ -147,7 +147,8 @@ def test_a_plan_is_a_deployment_that_is_served(tmp_path: Path) -> None:
     with Progress(disable=True) as progress:
         choices = plan.choices(progress)
     names = [choice.name for choice in choices]
-    assert any("colocated" in name for name in names) and any("|" in name for name in names)
+    assert names[0:1] and {"colocated" in name for name in names} == {True, False}
+    assert any("roles auto" in name for name in names)
     assert [choice.goodput for choice in choices] == sorted((choice.goodput for choice in choices), reverse=True)
     for choice in choices:
         (tmp_path / "planned.yaml").write_text(yaml.safe_dump(choice.deployment))

@@ -16,13 +16,13 @@ from rich.console import Console
 PACKAGES = ("torch", "triton", "numpy", "nvidia-pytriton", "tritonclient")
 
 
-def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_results(path: Path, rows: list[dict[str, Any]], device: str | None = None) -> None:
     """Writes the rows: each has name, value, unit, and goal and met, None where there is no goal."""
     arguments = [_as_documented(argument, path) for argument in sys.argv[1:]]
     program = sys.modules["__main__"].__spec__  # None: it was not started by -m
     command = ["python", "-m", program.name if program is not None else sys.argv[0], *arguments]
     result = {
-        "device": device_name(),
+        "device": device or device_name(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": commit(),
         "command": " ".join(command),
@@ -31,14 +31,14 @@ def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def report(rows: list[dict[str, Any]], output: Path | None) -> None:
+def report(rows: list[dict[str, Any]], output: Path | None, device: str | None = None) -> None:
     """Prints the rows and writes them if there is a file; exit status 1 if a goal was missed."""
     console = Console(highlight=False)
     for row in rows:
         met = {True: "yes", False: "NO", None: ""}[row.get("met")]
         console.print(f"{met:3} {row['name']:60} {row['value']} {row['unit']}", soft_wrap=True)
     if output is not None:
-        write_results(output, rows)
+        write_results(output, rows, device)
     if not all(row.get("met") in (None, True) for row in rows):
         raise typer.Exit(1)
 

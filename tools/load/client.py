@@ -54,6 +54,18 @@ class Outcome:
     cpu_share: float  # of the cores that the processes had
 
 
+class _Job(NamedTuple):
+    """What one process is to do."""
+
+    url: str
+    warmups: list[Prepared]
+    requests: list[Prepared]
+    max_concurrency: int | None
+    timeout_s: float
+    connect_timeout_s: float
+    keep_text: bool
+
+
 class _Part(msgspec.Struct):
     """What one process saw."""
 
@@ -100,6 +112,7 @@ def drive(
     max_concurrency: int | None = None,
     timeout_s: float = 600.0,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    num_warmups: int = 0,
     keep_text: bool = False,
     on_done: Callable[[int], None] = lambda number: None,
 ) -> Outcome:
@@ -107,6 +120,7 @@ def drive(
 
     max_concurrency: requests in flight; the others wait, so that the load is no longer open.
     timeout_s: of a request, which is an error after that.
+    num_warmups: of the requests are sent before, all at once; they do not count, but one that fails is a LoadError.
     """
     num_processes = max(1, min(num_processes, len(requests), max_concurrency or len(requests)))
     context = multiprocessing.get_context("spawn")
@@ -114,17 +128,16 @@ def drive(
     try:
         for index in range(num_processes):
             ours, theirs = context.Pipe()
-            share = None if max_concurrency is None else (max_concurrency + index) // num_processes
-            arguments = (
-                theirs,
+            job = _Job(
                 url,
+                list(requests[:num_warmups]) if index == 0 else [],
                 list(requests[index::num_processes]),
-                share,
+                None if max_concurrency is None else (max_concurrency + index) // num_processes,
                 timeout_s,
                 connect_timeout_s,
                 keep_text,
             )
-            process = context.Process(target=_client, args=arguments, daemon=True)
+            process = context.Process(target=_client, args=(theirs, job), daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -174,36 +187,24 @@ def _gather(pipes: list[Connection], url: str, on_done: Callable[[int], None]) -
 # ---- one process
 
 
-def _client(
-    pipe: Connection,
-    url: str,
-    requests: list[Prepared],
-    max_concurrency: int | None,
-    timeout_s: float,
-    connect_timeout_s: float,
-    keep_text: bool,
-) -> None:
+def _client(pipe: Connection, job: _Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     try:
-        part = asyncio.run(_drive(pipe, url, requests, max_concurrency, timeout_s, connect_timeout_s, keep_text))
+        part = asyncio.run(_drive(pipe, job))
     except (TimeoutError, asyncio.TimeoutError):
-        pipe.send(f"{url}: no server answers")
+        pipe.send(f"{job.url}: no server answers")
+    except LoadError as error:
+        pipe.send(str(error))
     else:
         pipe.send(msgspec.msgpack.encode(part))
 
 
-async def _drive(
-    pipe: Connection,
-    url: str,
-    requests: list[Prepared],
-    max_concurrency: int | None,
-    timeout_s: float,
-    connect_timeout_s: float,
-    keep_text: bool,
-) -> _Part:
-    async with grpc.aio.insecure_channel(url, options=CHANNEL_OPTIONS) as channel:
-        await asyncio.wait_for(channel.channel_ready(), connect_timeout_s)
+async def _drive(pipe: Connection, job: _Job) -> _Part:
+    requests, max_concurrency, timeout_s = job.requests, job.max_concurrency, job.timeout_s
+    async with grpc.aio.insecure_channel(job.url, options=CHANNEL_OPTIONS) as channel:
+        await asyncio.wait_for(channel.channel_ready(), job.connect_timeout_s)
         method = channel.stream_stream(STREAM)  # bytes: the time is taken before they are parsed
+        await asyncio.gather(*(_warm_up(job.url, method(), request, timeout_s) for request in job.warmups))
         gate = asyncio.Semaphore(max_concurrency or max(1, len(requests)))
         records: list[Record] = []
         lags: list[float] = []
@@ -226,7 +227,7 @@ async def _drive(
                     sent=now,
                 )
                 try:
-                    await asyncio.wait_for(_stream(method(), request.body, record, start, keep_text), timeout_s)
+                    await asyncio.wait_for(_stream(method(), request.body, record, start, job.keep_text), timeout_s)
                 except (TimeoutError, asyncio.TimeoutError):
                     record.error = f"no end after {timeout_s:g} s"
                 except grpc.aio.AioRpcError as error:
@@ -243,6 +244,16 @@ async def _drive(
         await asyncio.gather(*tasks)
         watch.cancel()
         return _Part(records, lags, time.process_time() - cpu_s, time.monotonic() - start)
+
+
+async def _warm_up(url: str, call: Any, request: Prepared, timeout_s: float) -> None:
+    record = Record(prompt_len=request.prompt_len, output_len=request.output_len, due=0.0, sent=0.0)
+    try:
+        await asyncio.wait_for(_stream(call, request.body, record, 0.0, False), timeout_s)
+    except grpc.aio.AioRpcError as error:
+        record.error = f"{error.code().name}: {error.details()}"
+    if record.error:
+        raise LoadError(f"the first request to {url} failed: {record.error}")
 
 
 async def _watch(pipe: Connection, records: list[Record], lags: list[float]) -> None:

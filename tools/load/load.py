@@ -9,14 +9,13 @@ import numpy as np
 
 from ensemble.errors import ConfigError
 from ensemble.tokenizer import Tokenizer
-from tools.load.client import LoadError, Prepared, drive, prepare
+from tools.load.client import Prepared, drive, prepare
 from tools.load.prompts import one_token_pieces, random_text, token_ids
 from tools.load.records import Run
 from tools.load.workloads import Asked, Workload, arrivals
 
 Endpoint = Literal["ensemble", "scheduler"]  # text to the first, exact ids to the second
 MAX_LAG_MS = 25.0  # of the client, P99
-MAX_WARMUPS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +106,14 @@ def put(
     keep_text: bool = False,
     on_done: Callable[[int], None] = lambda number: None,
 ) -> Run:
-    """Sends the load's `requests`; first some of them as a warm-up, which does not count. Raises LoadError."""
-    if num_warmups:
-        first = [request._replace(due=0.0) for request in requests[:num_warmups]]
-        warm = drive(url, first, num_processes=1, max_concurrency=MAX_WARMUPS_AT_ONCE, timeout_s=load.timeout_s)
-        failed = next((each.error for each in warm.records if each.error), None)
-        if failed is not None:
-            raise LoadError(f"the first request to {url} failed: {failed}")
+    """Sends the load's `requests`; first `num_warmups` of them, which do not count. Raises LoadError."""
     outcome = drive(
         url,
         requests,
         num_processes=num_processes,
         max_concurrency=load.max_concurrency,
         timeout_s=load.timeout_s,
+        num_warmups=num_warmups,
         keep_text=keep_text,
         on_done=on_done,
     )

@@ -17,7 +17,7 @@ from ensemble.cache.swapper import Swapped, Swapper, Way
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
 from ensemble.parallel.group import ALONE
-from ensemble.protocol.router_replica import Command, Event, KVHandoff
+from ensemble.protocol.router_replica import Command, Event, KVHandoff, SwapReport
 from ensemble.replicas.loop import EngineLoop, LoopSettings
 from ensemble.replicas.peers import Peers
 from ensemble.request import Sequence
@@ -227,6 +227,7 @@ class SimulatedReplica:
             clock=self.clock,
         )
         self.loop.estimator = steps
+        self.num_swapped_out = 0
 
     def run(self, now: float) -> tuple[list[Event], float | None]:
         """One round of the worker at `now`. Returns its events, which are told at its clock's time, and when to come
@@ -242,4 +243,5 @@ class SimulatedReplica:
             return events, None
         before = self.clock.now
         events += self.loop.step()
+        self.num_swapped_out += sum(event.num_preemptions for event in events if isinstance(event, SwapReport))
         return events, max(self.clock.now, before + LEAST_WAIT_S) if self.loop.has_work else None

@@ -31,7 +31,7 @@ from ensemble.replicas.loop import loop_settings
 from ensemble.request import FinishReason, Request, SamplingParams, TokenLogProbs
 from ensemble.router.lives import Timeline
 from ensemble.router.router import Router
-from ensemble.scheduling.policies import DEFAULT_HINTS
+from ensemble.scheduling.policies import DEFAULT_HINTS, Hints
 from ensemble.transfer.puller import Source
 from tools.load.records import Record
 from tools.simulation.costs import Costs
@@ -46,6 +46,7 @@ class Ask(NamedTuple):
     output_len: int
     shared_len: int = 0  # tokens at its beginning that are those of `group`
     group: int = 0
+    hints: Hints = DEFAULT_HINTS
 
 
 class _Client:
@@ -54,7 +55,7 @@ class _Client:
     def __init__(self, ask: Ask, clock: Callable[[], float], back_s: float, on_last: Callable[[], None]) -> None:
         self.record = Record(prompt_len=ask.prompt_len, output_len=ask.output_len, due=ask.due, sent=ask.due)
         self.timeline = Timeline()
-        self.hints = DEFAULT_HINTS
+        self.hints = ask.hints
         self.targets = None
         self.deadline: float | None = None
         self.is_answered = False
@@ -150,6 +151,11 @@ class Simulation:
         self.now, _, what = heapq.heappop(self._events)
         what()
         return True
+
+    @property
+    def num_swapped_out(self) -> int:
+        """Sequences so far, of all replicas."""
+        return sum(replica.num_swapped_out for replica in self.replicas.values())
 
     # ----
 
