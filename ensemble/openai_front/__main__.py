@@ -17,6 +17,7 @@ from ensemble.chat import ChatTemplate
 from ensemble.errors import ERROR_MARK, ModelError
 from ensemble.listener import listen
 from ensemble.openai_front.app import Front, Limits, make_app
+from ensemble.openai_front.bounded_http import BoundedHttp
 from ensemble.openai_front.live_page import LivePage
 from ensemble.openai_front.prompts import Prompts
 from ensemble.openai_front.upstream import Upstream
@@ -53,6 +54,7 @@ async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
         LivePage(*about, upstream.is_ready, arguments.metrics_url, arguments.run_dir).add_to(app)
     config = uvicorn.Config(
         app,
+        http=BoundedHttp,
         access_log=False,
         log_level="warning",
         backlog=BACKLOG,

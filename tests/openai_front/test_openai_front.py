@@ -1,5 +1,7 @@
 """OpenAI's API on the real server, by OpenAI's own client, against what transformers says of the same checkpoint."""
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -250,6 +252,31 @@ def test_errors(
 def test_a_body_that_is_too_large(openai_server: TritonServer) -> None:
     status, answer, _ = post(openai_server, "completions", b" " * (5 << 20))
     assert (status, answer["error"]["code"]) == (413, "too_large")
+
+
+@pytest.mark.parametrize("head", [b"X: " + b"a" * (1 << 20), b"X: a\r\n" * (1 << 17), b" " * (1 << 20)])
+def test_a_head_without_an_end(openai_server: TritonServer, head: bytes) -> None:
+    host, port = openai_server.openai_url.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        with contextlib.suppress(ConnectionError):  # it answers before all has been sent
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + head)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(4096):
+                answer += data
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+
+
+def test_many_requests_on_a_connection(openai_server: TritonServer) -> None:
+    """Whose heads have more bytes together than one may have, as have their bodies."""
+    host, port = openai_server.openai_url.removeprefix("http://").removesuffix("/v1").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    with contextlib.closing(connection):
+        for _ in range(6):
+            body = json.dumps({"model": MODEL, "prompt": PROMPT, "max_tokens": 1, "user": "a" * 200_000})
+            connection.request("POST", "/v1/completions", body, {"X": "a" * 20_000})
+            response = connection.getresponse()
+            assert (response.status, bool(response.read())) == (400, True), "a user's name has 256 characters"
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -1,7 +1,9 @@
 """NVIDIA's own load generator drives the server over gRPC streaming without an error."""
 
 import json
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tools.perf_analyzer import ensure_perf_analyzer
 from tools.server.triton_server import TritonServer
 
 NUM_REQUESTS = 20
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.server
@@ -33,3 +36,22 @@ def test_perf_analyzer_runs_without_an_error(model: str, tiny_server: TritonServ
     for each in requests:
         assert 1 <= len(each["response_timestamps"]) <= 8
         assert each["response_timestamps"] == sorted(each["response_timestamps"])
+
+
+@pytest.mark.server
+def test_the_readmes_command(tiny_server: TritonServer, tmp_path: Path) -> None:
+    """As it stands there, but for the port and the file."""
+    program, environment = ensure_perf_analyzer()
+    if subprocess.run([program, "--version"], env=environment, capture_output=True).returncode:
+        pytest.skip("perf_analyzer does not run on this system")
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"^echo '.*\n\.venv/bin/python -m tools\.perf_analyzer .*\\\n.*$", readme, re.MULTILINE)
+    assert command is not None
+    here = {".venv/bin/python": sys.executable, "localhost:8001": tiny_server.grpc_url, "/tmp": str(tmp_path)}
+    text = command.group()
+    for word, ours in here.items():
+        assert word in text
+        text = text.replace(word, ours)
+    result = subprocess.run(["bash", "-ec", text], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"Concurrency: 4, throughput: \d", result.stdout)

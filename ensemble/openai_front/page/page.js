@@ -127,7 +127,8 @@ const KEPT = 120; // samples of a chart
 const samples = []; // {at, numbers, times}, the newest last
 const charts = { rate: [], running: [], kv: [] };
 
-const milliseconds = (seconds) => (seconds === null ? "–" : `${(1000 * seconds).toPrecision(3) / 1} ms`);
+const number = (value) => Number(value.toPrecision(3));
+const time = (seconds) => (seconds === null ? "–" : seconds < 1 ? `${number(1000 * seconds)} ms` : `${number(seconds)} s`);
 const put = (id, text) => { byId(id).textContent = text; };
 
 function earlier() {
@@ -187,13 +188,13 @@ function showState(state) {
   const { numbers, replicas } = state;
   const booked = (roles) => replicas.filter((each) => roles.includes(each.role)).reduce((sum, each) => sum + each.num_requests, 0);
   put("waiting", numbers.waiting);
-  put("queue-time", `waited ${milliseconds(mean("queue"))}`);
+  put("queue-time", `waited ${time(mean("queue"))}`);
   put("in-prefill", booked(["prefill"]));
   put("prompt-rate", `${rate("prompt_tokens").toFixed(0)} tokens/s`);
   put("bridge", numbers.bridge);
-  put("transfer", `${rate("transfers").toFixed(1)}/s, copy ${milliseconds(mean("transfer"))}`);
+  put("transfer", `${rate("transfers").toFixed(1)}/s, ${time(mean("transfer"))}`);
   put("in-decode", booked(["decode", "mixed"]));
-  put("generation-rate", numbers.swapped ? `${numbers.swapped} swapped` : `${milliseconds(mean("tpot"))}/token`);
+  put("generation-rate", numbers.swapped ? `${numbers.swapped} swapped` : `${time(mean("tpot"))}/token`);
   const outputRate = rate("generation_tokens");
   draw("rate", outputRate, outputRate.toFixed(0));
   draw("running", numbers.running, numbers.running);
@@ -202,7 +203,7 @@ function showState(state) {
   const usage = total ? (100 * (total - free)) / total : 0;
   draw("kv", usage, `${usage.toFixed(0)} %`, 10);
   byId("replicas").replaceChildren(...replicas.map(replicaRow));
-  for (const name of ["ttft", "tpot", "e2e"]) put(name, milliseconds(mean(name)));
+  for (const name of ["ttft", "tpot", "e2e"]) put(name, time(mean(name)));
   put("answers", `${rate("answers").toFixed(1)}/s, ${numbers.answers} in all`);
   put("errors", `${numbers.errors} in all`);
   put("troubles", `${numbers.preemptions}, ${numbers.recoveries} in all`);
