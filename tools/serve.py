@@ -18,7 +18,6 @@ from typer import Argument, Option
 from ensemble.errors import ConfigError
 from tools.command_line import allow_interrupt, run
 from tools.installation.cache import cache_dir
-from tools.installation.model_source import model_name
 from tools.installation.server_files import ServerError
 from tools.server.deployment import make_deployment
 from tools.server.ports import Ports
@@ -90,6 +89,10 @@ def main(
     drain_timeout: Annotated[
         float, Option(min=0, help="seconds for running requests to end when the server is to stop")
     ] = 30.0,
+    otlp_endpoint: Annotated[
+        str | None,
+        Option(envvar="OTLP_ENDPOINT", help="OpenTelemetry collector of spans, such as http://localhost:4318"),
+    ] = None,
     log: Annotated[Path | None, Option(help="file for the server's log; none: one in the user's cache")] = None,
 ) -> None:
     """Serves a model, prefill and decode apart, until Ctrl-C."""
@@ -121,6 +124,7 @@ def main(
         "decode.batching": batching,
         "decode.local_prefill_tokens": local_prefill_tokens,
         "block_size": block_size,
+        "otlp_endpoint": otlp_endpoint,
     }
     for stage in ("prefill", "decode"):
         fields[f"{stage}.kv_cache_bytes"] = kv_cache_bytes
@@ -150,7 +154,7 @@ def main(
                 print(f"page     {server.page_url}")
         print(f"\n{CURL.format(url=server.http_url)}")
         if openai:
-            print(OPENAI_CURL.format(url=server.openai_url, name=model_name(server.deployment.model.path)))
+            print(OPENAI_CURL.format(url=server.openai_url, name=server.deployment.model.name))
         print(flush=True)
         console.print("Ready. Ctrl-C stops the server.")
         try:
@@ -188,7 +192,7 @@ def keep_serving(server: TritonServer, console: Console, max_restarts: int) -> N
 
 def start(server: TritonServer, console: Console) -> None:
     """Waits until a started server is ready, showing what it loads. Raises ServerError."""
-    model = model_name(server.deployment.model.path)
+    model = server.deployment.model.name
     prefill, decode = (" ".join(stage.devices) for stage in (server.deployment.prefill, server.deployment.decode))
     where = f"prefill on {prefill}, decode on {decode}" if prefill else f"colocated on {decode}"
     console.print(f"Loading {model} ({where})")

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from ensemble.openai_front.live_page import NUMBERS, TIMES, totals_of
-from ensemble.serving.metrics import METRIC_DESCRIPTIONS
+from ensemble.serving.metrics import FAMILIES
 from tools.server.triton_server import TritonServer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
@@ -58,7 +58,7 @@ def state(server: TritonServer) -> Any:
 
 
 def test_its_metrics_exist() -> None:
-    assert {name.removesuffix("_count") for name in NUMBERS.values()} | set(TIMES.values()) <= set(METRIC_DESCRIPTIONS)
+    assert {name.removesuffix("_count") for name in NUMBERS.values()} | set(TIMES.values()) <= set(FAMILIES)
 
 
 def test_samples_are_added_up_over_their_labels() -> None:
