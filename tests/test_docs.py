@@ -14,7 +14,8 @@ DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "docs/arc
 
 
 def table_paths(text: str) -> list[str]:
-    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    tables = re.findall(r"^\| (?:path|folder) \|.*\n\|[-| ]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return re.findall(r"^\| `([^`]+)` \|", "".join(tables), re.MULTILINE)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
