@@ -38,6 +38,13 @@ DEPLOYMENT_VARIABLE = "DISTSERVE_DEPLOYMENT"  # environment variable that names 
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 64, 16  # tokens, by default; on a GPU attention reads whole tiles (docs/results)
 
 
+def model_name(path: Path) -> str:
+    """What to call the model in `path`, which may be in the Hub's cache: `models--org--name/snapshots/<commit>`."""
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,6 +63,11 @@ class ModelConfig(_Frozen):
     def _as_the_file_system_has_it(cls, path: Path) -> Path:
         """The stubs' interpreter takes ASCII for the file system's encoding: there other bytes stand for themselves."""
         return Path(os.fsdecode(str(path).encode(errors="surrogateescape")))
+
+    @property
+    def name(self) -> str:
+        """What clients and metrics call it."""
+        return model_name(self.path)
 
     def limit_model_len(self, model_limit: int) -> int:
         """Tokens a sequence may have, prompt and output: `max_model_len`, at most the model's own limit."""
@@ -173,6 +185,7 @@ class Deployment(_Frozen):
     decode: DecodeConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     block_size: int = Field(default=16, ge=1, le=256)
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^/]+")  # of a collector of spans (HTTP)
     # A worker without progress for so long, or for ten steps where steps are longer, is killed and started again. One
     # that idles tells of itself once a second.
     hang_timeout_s: float = Field(default=10.0, ge=2)

@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.progress import Progress
 from typer import Argument, Option
 
+from ensemble.config import model_name
 from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
 from ensemble.tokenizer import Tokenizer
 from tools.command_line import run
 from tools.installation.cache import cache_dir
 from tools.installation.default_model import ensure_default_model
-from tools.installation.model_source import model_name, resolve_model
+from tools.installation.model_source import resolve_model
 from tools.load import perf_analyzer
 from tools.load.client import LoadError
 from tools.load.load import MAX_LAG_MS, Load, put

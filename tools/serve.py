@@ -23,7 +23,6 @@ from ensemble.serving.control import call
 from ensemble.serving.fleet_table import FleetTable, ListFleet
 from tools.command_line import allow_interrupt, run
 from tools.installation.cache import cache_dir
-from tools.installation.model_source import model_name
 from tools.installation.server_files import ServerError
 from tools.server.degrees import DISTSERVE_FLAGS, parse_degrees, rank_map
 from tools.server.deployment import make_deployment
@@ -99,6 +98,10 @@ def main(
     drain_timeout: Annotated[
         float, Option(min=0, help="seconds for running requests to end when the server is to stop")
     ] = 30.0,
+    otlp_endpoint: Annotated[
+        str | None,
+        Option(envvar="OTLP_ENDPOINT", help="OpenTelemetry collector of spans, such as http://localhost:4318"),
+    ] = None,
     log: Annotated[Path | None, Option(help="file for the server's log; none: one in the user's cache")] = None,
 ) -> None:
     """Serves a model, prefill and decode apart, until Ctrl-C."""
@@ -130,6 +133,7 @@ def main(
         "decode.batching": batching,
         "decode.local_prefill_tokens": local_prefill_tokens,
         "block_size": block_size,
+        "otlp_endpoint": otlp_endpoint,
     }
     for stage in ("prefill", "decode"):
         fields[f"{stage}.kv_cache_bytes"] = kv_cache_bytes
@@ -167,7 +171,7 @@ def main(
                 print(f"page     {server.page_url}")
         print(f"\n{CURL.format(url=server.http_url)}")
         if openai:
-            print(OPENAI_CURL.format(url=server.openai_url, name=model_name(server.deployment.model.path)))
+            print(OPENAI_CURL.format(url=server.openai_url, name=server.deployment.model.name))
         print(flush=True)
         console.print("Ready. Ctrl-C stops the server.")
         try:
@@ -205,7 +209,7 @@ def keep_serving(server: TritonServer, console: Console, max_restarts: int) -> N
 
 def start(server: TritonServer, console: Console) -> None:
     """Waits until a started server is ready, showing what it loads. Raises ServerError."""
-    model = model_name(server.deployment.model.path)
+    model = server.deployment.model.name
     prefill, decode = (" ".join(stage.replicas) for stage in (server.deployment.prefill, server.deployment.decode))
     where = f"prefill on {prefill}, decode on {decode}" if prefill else f"colocated on {decode}"
     console.print(f"Loading {model} ({where})")

@@ -18,6 +18,7 @@ from ensemble.openai_front.prompts import Prompts
 from ensemble.openai_front.protocol import Asked, AskedModel, ChatRequest, CompletionRequest, parse
 from ensemble.openai_front.streaming import Delivery, merged
 from ensemble.openai_front.upstream import Piece, Upstream
+from ensemble.serving.marks import TRACE_PARENT
 from ensemble.tokenizer import Tokenizer
 
 BODY_TIMEOUT_S = 60.0
@@ -56,10 +57,10 @@ class Front:
         return JSONResponse(self._model)
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(await self._read(request, CompletionRequest), CompletionAnswer)
+        return await self._answer(request, CompletionRequest, CompletionAnswer)
 
     async def chat_completions(self, request: Request) -> Response:
-        return await self._answer(await self._read(request, ChatRequest), ChatAnswer)
+        return await self._answer(request, ChatRequest, ChatAnswer)
 
     async def _read(self, request: Request, kind: type[AskedModel]) -> AskedModel:
         asked = parse(await read_body(request, self._max_body_bytes), kind)
@@ -71,13 +72,18 @@ class Front:
             message = f"The model `{name[:256]}` does not exist; this server has `{self._name}`."
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def _answer(self, asked: Asked, kind: type[ChatAnswer] | type[CompletionAnswer]) -> Response:
+    async def _answer(
+        self, request: Request, asked_kind: type[Asked], kind: type[ChatAnswer] | type[CompletionAnswer]
+    ) -> Response:
+        asked = await self._read(request, asked_kind)
         prompts = await self._prompts.token_ids(asked)
         if len(prompts) * asked.n > MAX_CHOICES:
             raise InvalidRequest("n", asked.n, f"at most {MAX_CHOICES} answers to all {len(prompts)} prompts together")
         samplings = [asked.sampling(self._prompts.max_tokens(asked, prompt)) for prompt in prompts]
         answer = kind(asked, sum(map(len, prompts)), self._tokenizer)
         options = asked.options()
+        if TRACE_PARENT in request.headers:
+            options[TRACE_PARENT] = request.headers[TRACE_PARENT]
         streams = [
             self._upstream.generate(answer.id, prompt, sampling, options)
             for prompt, sampling in zip(prompts, samplings, strict=True)

@@ -34,7 +34,7 @@ NUMBERS = {
 }
 TIMES = {  # histograms, in seconds
     "ttft": "vllm:time_to_first_token_seconds",
-    "tpot": "vllm:time_per_output_token_seconds",
+    "tpot": "vllm:request_time_per_output_token_seconds",
     "e2e": "vllm:e2e_request_latency_seconds",
     "queue": "vllm:request_queue_time_seconds",
     "transfer": "distserve:kv_transfer_time_seconds",

@@ -130,9 +130,12 @@ class SwapReport(_Message, frozen=True, kw_only=True):
     """What a replica has swapped since its last report."""
 
     num_swapped_seqs: int  # now in the host pool, or on the way
+    num_free_host_blocks: int  # now
     num_preemptions: int  # sequences swapped out
     bytes_out: int  # of completed copies
     bytes_in: int
+    out_s: list[float]  # of each
+    in_s: list[float]
 
 
 class PrefixReport(_Message, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.cache.prefix_cache import PrefixCache
-from ensemble.cache.swapper import Swapper, make_host_pool
+from ensemble.cache.swapper import Swapped, Swapper, make_host_pool
 from ensemble.config import Admission, Batching, Deployment, StageName
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
@@ -168,9 +168,9 @@ class EngineLoop:
         self._given_up: set[int] = set()  # request ids, to be told of when their launched step has run
         self._launched: deque[_Step] = deque()  # in the order of their launch
         self._launched_ids: set[int] = set()  # request ids of all these
-        self._reported = SwapReport(num_swapped_seqs=0, num_preemptions=0, bytes_out=0, bytes_in=0)  # all in all
-        self._num_preemptions = 0
-        self._swap_bytes = {"out": 0, "in": 0}
+        self._reported_host = (0, self.num_host_blocks)  # swapped sequences and free host blocks, as reported last
+        self._num_preemptions = 0  # since the last report
+        self._swapped: list[Swapped] = []  # since the last report
         self._reported_prefix_tokens = (0, 0)  # asked of the cache, and found
         self.estimator = StepEstimator()
         self._committed_at = 0.0  # the last step
@@ -421,7 +421,7 @@ class EngineLoop:
     def _end_swaps(self) -> list[Event]:
         released = []
         for swapped in self._swapper.completed():
-            self._swap_bytes[swapped.way] += swapped.num_blocks * self.engine.pool.layout.block_bytes
+            self._swapped.append(swapped)
             if self._scheduler.swap_ended(swapped.request_id):
                 released.append(swapped.request_id)
         return self._released(released)
@@ -575,23 +575,22 @@ class EngineLoop:
 
     def _swap_report(self) -> list[Event]:
         """What is new since the last report."""
-        before = self._reported
-        self._reported = SwapReport(
-            num_swapped_seqs=self._scheduler.num_swapped_seqs,
-            num_preemptions=self._num_preemptions,
-            bytes_out=self._swap_bytes["out"],
-            bytes_in=self._swap_bytes["in"],
-        )
-        if self._reported == before:
+        host = self._scheduler.num_swapped_seqs, self.blocks.host.num_free_blocks
+        if host == self._reported_host and not self._num_preemptions and not self._swapped:
             return []
-        return [
-            SwapReport(
-                num_swapped_seqs=self._reported.num_swapped_seqs,
-                num_preemptions=self._reported.num_preemptions - before.num_preemptions,
-                bytes_out=self._reported.bytes_out - before.bytes_out,
-                bytes_in=self._reported.bytes_in - before.bytes_in,
-            )
-        ]
+        out, back = ([each for each in self._swapped if each.way == way] for way in ("out", "in"))
+        block_bytes = self.engine.pool.layout.block_bytes
+        report = SwapReport(
+            num_swapped_seqs=host[0],
+            num_free_host_blocks=host[1],
+            num_preemptions=self._num_preemptions,
+            bytes_out=sum(each.num_blocks for each in out) * block_bytes,
+            bytes_in=sum(each.num_blocks for each in back) * block_bytes,
+            out_s=[each.seconds for each in out],
+            in_s=[each.seconds for each in back],
+        )
+        self._reported_host, self._num_preemptions, self._swapped = host, 0, []
+        return [report]
 
     def _prefix_report(self) -> list[Event]:
         if self.cache is None:

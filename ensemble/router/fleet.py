@@ -31,6 +31,8 @@ class Replica:
     credits: Credits = field(default_factory=lambda: Credits(0))  # of its present life
     num_free_blocks: int = 0  # as it said last
     num_swapped_seqs: int = 0  # as it said last
+    num_host_blocks: int = 0  # of its present life
+    num_free_host_blocks: int = 0  # as it said last
     drain_until: float | None = None  # then what is there goes on elsewhere; by time.monotonic()
     is_leaving: bool = False  # it is removed when it is drained
     down_reason: str = ""
@@ -103,6 +105,7 @@ class Fleet:
             return None
         replica.state, replica.life, replica.peer_address = "up", event.life, event.peer_address
         replica.credits, replica.num_free_blocks = Credits(event.num_blocks), event.num_blocks
+        replica.num_host_blocks = replica.num_free_host_blocks = event.num_host_blocks
         replica.num_swapped_seqs, replica.down_reason = 0, ""
         for step in event.timed:
             replica.estimator.observe(step.shape, step.seconds)

@@ -8,7 +8,7 @@ dispatch  the schedulers, and the commands
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from ensemble.config import Deployment, Role, StageName
@@ -50,6 +50,7 @@ from ensemble.scheduling.deadlines import Deadlines
 from ensemble.scheduling.roles import RolePolicy
 
 Labels: TypeAlias = tuple[tuple[str, str], ...]
+Observe: TypeAlias = Callable[[str, Sequence[float], Labels], None]  # values for a histogram
 Gauges = Mapping[tuple[str, Labels], float]  # (name, labels) |-> value; of counters, the total so far
 MAX_MISSING_S = 30.0  # requests wait so long for a fleet that cannot serve them
 ROLES_INTERVAL_S = 0.5  # between two looks at what each side bears
@@ -60,7 +61,14 @@ BY_CLIENT = "the client cancelled the request"
 class Router:
     """`now` is time.monotonic() of what is told."""
 
-    def __init__(self, deployment: Deployment, send: Send, new_id: Callable[[], int], now: float) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        send: Send,
+        new_id: Callable[[], int],
+        now: float,
+        observe: Observe = lambda name, values, labels: None,
+    ) -> None:
         self._deployment = deployment
         self._send = send
         self._holds_first_tokens = deployment.scheduler.first_token == "held"
@@ -71,6 +79,7 @@ class Router:
         self.dispatch = Dispatch(deployment, self.lives, self.fleet, send, self._fail)
         self._roles = RolePolicy(deployment.scheduler.min_prefill_replicas, deployment.scheduler.max_prefill_replicas)
         self._roles_due = now
+        self._observe = observe
         self._deadlines = Deadlines()
         self._totals: Counter[tuple[str, Labels]] = Counter()
         self._missing_since: float | None = now  # since when nobody could be served; None: somebody can
@@ -192,8 +201,14 @@ class Router:
             case SwapReport():
                 replica.num_swapped_seqs = event.num_swapped_seqs
                 self._count_preemptions("swap", event.num_preemptions)
-                self._totals["distserve:swap_bytes_total", (("direction", "out"),)] += event.bytes_out
-                self._totals["distserve:swap_bytes_total", (("direction", "in"),)] += event.bytes_in
+                replica.num_free_host_blocks = event.num_free_host_blocks
+                for direction, num_bytes, seconds in (
+                    ("out", event.bytes_out, event.out_s),
+                    ("in", event.bytes_in, event.in_s),
+                ):
+                    labels = (("direction", direction),)
+                    self._totals["distserve:swap_bytes_total", labels] += num_bytes
+                    self._observe("distserve:swap_time_seconds", seconds, labels)
             case PrefixReport():
                 if self.dispatch.prefixes is not None:
                     self.dispatch.prefixes.update(replica.id, event.stored, event.evicted)
@@ -245,7 +260,8 @@ class Router:
             self.dispatch.ended(life.attempt_id)
             self.lives.end_attempt(life)
             self._deadlines.remove(life.request_id)
-            timeline.last_token_ns = time.time_ns()
+            is_only = len(life.output_token_ids) == 1
+            timeline.last_token_ns = timeline.first_token_ns if is_only else time.time_ns()
         life.held.append(output)
         if not is_held:
             life.deliver()
@@ -257,10 +273,15 @@ class Router:
 
     def _joined(self, event: Joined) -> None:
         time_ns = time.time_ns()
-        for attempt_id, seconds, num_bytes in zip(
-            event.request_ids, event.transfer_s, event.transfer_bytes, strict=True
+        transports = event.transports or [""] * len(event.request_ids)
+        for attempt_id, seconds, num_bytes, transport in zip(
+            event.request_ids, event.transfer_s, event.transfer_bytes, transports, strict=True
         ):
             life = self.lives.of_attempt(attempt_id)
+            if life is not None and transport:
+                labels = (("transport", transport),)
+                self._totals["distserve:kv_transfer_bytes_total", labels] += num_bytes
+                self._observe("distserve:kv_transfer_time_seconds", [seconds], labels)
             if life is not None:
                 life.prefill_replica = None  # nothing of it is there any more
                 timeline = life.client.timeline
@@ -518,13 +539,23 @@ class Router:
                 life.phase in ("prefill", "bridge", "decode") for life in self.lives
             ),
             ("distserve:num_requests_bridge", ()): self.dispatch.admission.num_bridge_seqs,
+            ("distserve:num_tokens_waiting", ()): self.dispatch.prefill.num_waiting_tokens,
             ("vllm:num_requests_swapped", ()): sum(replica.num_swapped_seqs for replica in self.fleet.up_ones()),
             **self._totals,
         }
+        prefixes = self.dispatch.prefixes
         for replica in self.fleet:
             labels = (("stage", replica.home), ("replica", str(replica.id)))
-            levels["distserve:replica_up", labels] = int(replica.is_up)
-            levels["distserve:kv_blocks", labels] = replica.credits.num_blocks if replica.is_up else 0
+            is_up, num_blocks = replica.is_up, replica.credits.num_blocks
+            levels["distserve:replica_up", labels] = int(is_up)
+            levels["distserve:replica_requests", labels] = replica.credits.num_requests if is_up else 0
             levels["distserve:step_prediction_error", labels] = replica.step_error
-            levels["distserve:kv_blocks_free", labels] = replica.num_free_blocks if replica.is_up else 0
+            levels["distserve:kv_blocks", labels] = num_blocks if is_up else 0
+            levels["distserve:kv_blocks_free", labels] = replica.num_free_blocks if is_up else 0
+            levels["vllm:kv_cache_usage_perc", labels] = 1 - replica.num_free_blocks / num_blocks if is_up else 0
+            levels["distserve:host_kv_blocks", labels] = replica.num_host_blocks if is_up else 0
+            levels["distserve:host_kv_blocks_free", labels] = replica.num_free_host_blocks if is_up else 0
+            levels["distserve:prefix_cache_blocks", labels] = prefixes.num_blocks(replica.id) if prefixes else 0
+        for (role, state), number in Counter((replica.role, replica.state) for replica in self.fleet).items():
+            levels["distserve:replicas", (("role", role), ("state", state))] = number
         return levels

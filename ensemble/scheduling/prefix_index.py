@@ -20,6 +20,10 @@ class PrefixIndex:
         """Its cache is gone."""
         self._hashes.pop(replica, None)
 
+    def num_blocks(self, replica: int) -> int:
+        """Blocks that it has."""
+        return len(self._hashes.get(replica, ()))
+
     def num_cached_tokens(self, replica: int, hashes: Sequence[bytes], prompt_len: int) -> int:
         """Tokens of a prompt, given by the hashes of its full blocks, that the replica has; the last one never."""
         known: Set[bytes] = self._hashes.get(replica, frozenset())

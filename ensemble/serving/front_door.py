@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy.typing as npt
@@ -21,17 +21,21 @@ from ensemble.serving import control, heartbeat
 from ensemble.serving.cancels import CancelReceiver, CancelWatch
 from ensemble.serving.choices import Choices
 from ensemble.serving.exchange import CallModel
-from ensemble.serving.fields import OF_THE_SERVER, from_tensor
+from ensemble.serving.fields import OF_THE_SERVER, from_tensor, text_of
 from ensemble.serving.fleet_commands import fleet_handlers
 from ensemble.serving.inputs import ModelLimits, check_envelope, parse_request
 from ensemble.serving.long_texts import LongTexts, prompt_bytes
-from ensemble.serving.marks import CLIENT_TAG, ENSEMBLE_MARK, read_ensemble_mark
-from ensemble.serving.metrics import Ended, MakeFamily, Metrics
+from ensemble.serving.marks import CLIENT_TAG, ENSEMBLE_MARK, TRACE_PARENT, read_ensemble_mark
+from ensemble.serving.metrics import ITL, Ended, Metrics
+from ensemble.serving.metrics_page import MetricsPage
 from ensemble.serving.router_thread import RouterThread
 from ensemble.serving.run_dir import run_dir
 from ensemble.serving.senders import SenderPool
 from ensemble.serving.streams import ClientCall, ClientStream
 from ensemble.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # it brings OpenTelemetry, which is for those alone who ask for it
+    from ensemble.serving.traces import Traces
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -39,7 +43,7 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 class FrontDoor:
     """`handle` may be called from any thread; it returns at once, answers come later."""
 
-    def __init__(self, deployment: Deployment, call_model: CallModel, make_family: MakeFamily | None = None) -> None:
+    def __init__(self, deployment: Deployment, call_model: CallModel) -> None:
         self._tokenizer = Tokenizer.from_dir(deployment.model.path)
         self._chat = ChatTemplate.from_dir(deployment.model.path)
         if self._chat.fault:
@@ -47,12 +51,20 @@ class FrontDoor:
         self._limits = ModelLimits.of(deployment, self._tokenizer)
         self._long_texts = LongTexts(self._limits.max_text_bytes)
         self._request_ids = itertools.count(secrets.randbits(40) << 20)  # no other run's: stages may outlive this one
-        self._senders = SenderPool(self._answered, self._send_failed)
+        self._metrics = Metrics(deployment.model.name)
+        self._traces = make_traces(deployment, self._without_spans)
+        self._senders = SenderPool(self._answered, self._send_failed, partial(self._metrics.observe, ITL))
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
         self._router = RouterThread(
-            deployment, call_model, self._senders, self._request_ids.__next__, self._count, self._tell_serving
+            deployment,
+            call_model,
+            self._senders,
+            self._request_ids.__next__,
+            self._count,
+            self._metrics.observe,
+            self._tell_serving,
         )
-        self._metrics = Metrics(make_family, self._router.gauges) if make_family is not None else None
+        self._page = MetricsPage.from_environment(lambda: self._metrics.text(self._router.gauges()))
         self._cancels = CancelReceiver(self._router.cancel, self._senders.passed)
         self._watch = CancelWatch(self._router.live_streams, self._router.cancel, self._senders)
         self._lock = threading.Lock()
@@ -73,7 +85,7 @@ class FrontDoor:
             try:
                 self._long_texts.submit(work)
             except Overloaded as error:
-                self._refuse(call, error)
+                self._refuse(call, error, time.time_ns(), "")
         else:
             work()
 
@@ -81,18 +93,22 @@ class FrontDoor:
         self._control.close()
         self._watch.close()
         self._long_texts.close()
-        if self._metrics is not None:
-            self._metrics.close()
+        if self._page is not None:
+            self._page.close()
         self._router.close()
         self._senders.close()
         self._cancels.close()
+        if self._traces is not None:  # with the spans of what the router has ended just now
+            self._traces.close()
 
     def _take(self, call: ClientCall, tensors: Tensors, arrival_ns: int) -> None:
+        trace_parent = ""
         try:
             raw = call.parameters()
             check_envelope(call.request_id(), raw)
             parameters = json.loads(raw)
             tag = parameters.pop(CLIENT_TAG, None)
+            trace_parent = text_of(TRACE_PARENT, parameters.pop(TRACE_PARENT, ""))
             own = {name: value for name, value in parameters.items() if not OF_THE_SERVER.fullmatch(name)}
             first_id = next(self._request_ids)
             client_request = parse_request(tensors, own, first_id, self._tokenizer, self._chat, self._limits)
@@ -101,7 +117,7 @@ class FrontDoor:
         except Exception as error:
             known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
             # The traceback knows this frame, and this frame the error: a huge text would wait for the collector.
-            self._refuse(call, known.with_traceback(None))
+            self._refuse(call, known.with_traceback(None), arrival_ns, trace_parent)
             return
         choices = [client_request]
         if client_request.num_choices > 1:
@@ -119,6 +135,7 @@ class FrontDoor:
                 since,
                 is_of_ensemble=is_of_ensemble,
                 needs_heartbeats=needs_heartbeats,
+                trace_parent=trace_parent,
             )
             for each in choices
         ]
@@ -127,20 +144,24 @@ class FrontDoor:
             if not is_draining:
                 self._streams.update(streams)
         if is_draining:
-            self._refuse(call, StageUnavailable("scheduler", "the server is draining"))
+            self._refuse(call, StageUnavailable("scheduler", "the server is draining"), arrival_ns, trace_parent)
             return
         for stream in streams:
             self._router.submit(stream.request, stream)
         if tag is not None:
             self._cancels.watch(call if isinstance(call, Choices) else streams[0], str(tag))
 
-    def _refuse(self, call: ClientCall, error: DistServeError) -> None:
+    def _refuse(self, call: ClientCall, error: DistServeError, arrival_ns: int, trace_parent: str) -> None:
         call.send_error(error)
-        self._count(Ended(Timeline(), 0, 0, error.code, is_error=True))
+        self._count(Ended(Timeline(arrival_ns), 0, 0, error.code, is_error=True, trace_parent=trace_parent))
 
     def _count(self, ended: Ended) -> None:
-        if self._metrics is not None:
-            self._metrics.count(ended)
+        self._metrics.count(ended)
+        if self._traces is not None:
+            self._traces.record(ended)
+
+    def _without_spans(self, number: int) -> None:
+        self._metrics.add("distserve:requests_without_spans_total", number)
 
     def _answered(self, stream: ClientStream) -> None:
         self._router.answered(stream.request_id)
@@ -173,3 +194,11 @@ class FrontDoor:
         for stream in self._open_streams():
             self._senders.fail(stream, StageUnavailable("scheduler", "the server is stopping"))
         return self._load(command)
+
+
+def make_traces(deployment: Deployment, on_dropped: Callable[[int], None]) -> "Traces | None":
+    if deployment.otlp_endpoint is None:
+        return None
+    from ensemble.serving.traces import Traces
+
+    return Traces(deployment.otlp_endpoint, deployment.model.name, on_dropped)

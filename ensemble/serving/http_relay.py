@@ -56,7 +56,7 @@ from ensemble.serving.http_messages import (
     with_first_member,
     with_sized_body,
 )
-from ensemble.serving.marks import CLIENT_TAG
+from ensemble.serving.marks import CLIENT_TAG, TRACE_PARENT
 from ensemble.serving.run_dir import cancel_address
 
 MAX_UNTOLD = 100_000  # tags on their way to the scheduler
@@ -172,7 +172,10 @@ class HttpRelay:
                 head = with_sized_body(head, num_bytes)
             if in_chunks or num_bytes > 0:
                 tag = next(self._tags)
-                member = json.dumps({CLIENT_TAG: tag})[1:-1].encode() + b","
+                members = {CLIENT_TAG: tag}
+                if TRACE_PARENT.encode() in headers:
+                    members[TRACE_PARENT] = headers[TRACE_PARENT.encode()].decode("latin-1")
+                member = json.dumps(members)[1:-1].encode() + b","
                 body = with_first_member(body, member)
                 if not in_chunks:
                     head = replace_content_length(head, num_bytes + len(member))

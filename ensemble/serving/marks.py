@@ -5,6 +5,7 @@ from typing import NamedTuple
 from ensemble.serving import secret
 
 CLIENT_TAG = "distserve_client_tag"  # the request parameter by which the HTTP relay finds a request again
+TRACE_PARENT = "traceparent"  # the request parameter, and HTTP header, that names the client's span (W3C Trace Context)
 ENSEMBLE_MARK = "ensemble_mark"  # the tensor from `preprocess` to `scheduler`
 
 

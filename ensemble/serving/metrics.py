@@ -1,90 +1,152 @@
-"""Counters, gauges and histograms on the Triton server's metrics port, under the field's names.
+"""Counters, gauges and histograms of all requests and replicas, under the field's names, as text for Prometheus.
 
-Each update is a round trip to the server, so all of them come from one thread: what has ended is queued for it, what is
-the case now it asks for on a timer.
+vllm:        what vLLM has, with its name and its meaning
+distserve:   what it has not
+
+Each family has its samples from the start, so that a rate is never of a metric that is not there yet. They are kept
+here and not by the Triton server's metrics API, which takes one value at a time, a round trip each: with the gap after
+every token that would be more than all else the scheduler does. `metrics_page.py` puts the server's own metrics first.
 """
 
-import queue
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal, get_args
 
+from ensemble.config import Role
 from ensemble.errors import ErrorCode
-from ensemble.request import FinishReason
+from ensemble.request import FinishReason, SamplingParams
+from ensemble.router.fleet import State
 from ensemble.router.lives import Timeline
 from ensemble.router.router import Gauges, Labels
 from ensemble.serving.inputs import NO_TARGETS, Targets
-from ensemble.threads import start_vital_thread
 
-INTERVAL_S = 0.25
-_REQUEST_S = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60]
-_TTFT_S = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
-_TPOT_S = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
-_WAIT_S = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
-_ERROR = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5]
+# vLLM's bounds, and finer ones below where ours begin.
+_REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_SHORT_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
+_TOKEN_S = (*_SHORT_S, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_PHASE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, *_REQUEST_S)
+_COPY_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_ERRORS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
+_LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 Kind = Literal["counter", "gauge", "histogram"]
-MakeFamily = Callable[[str, str, Kind], Any]  # name, description, kind -> a family of the Triton server's metrics API
+TTFT = "vllm:time_to_first_token_seconds"
+TPOT = "vllm:request_time_per_output_token_seconds"
+ITL = "vllm:inter_token_latency_seconds"
 
-METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
-    "vllm:prompt_tokens_total": ("counter", "Prompt tokens of requests whose prefill has finished"),
-    "vllm:generation_tokens_total": ("counter", "Tokens generated for clients"),
-    "vllm:request_success_total": ("counter", "Requests that ended with their last token, by reason"),
-    "distserve:request_errors_total": ("counter", "Requests that ended with an error, by code"),
-    "distserve:slo_requests_total": (
+
+def _by(name: str, *values: str) -> tuple[Labels, ...]:
+    return tuple(((name, value),) for value in values)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A metric with all its samples."""
+
+    kind: Kind
+    description: str
+    labels: tuple[Labels, ...] = ((),)  # there from the start
+    bounds: tuple[float, ...] = ()  # of a histogram's buckets
+
+
+_OF_REPLICAS: tuple[Labels, ...] = ()  # each has them from when it is known
+_TRANSPORTS = _by("transport", "cuda_ipc")
+_ROLES = tuple((("role", role), ("state", state)) for role in get_args(Role) for state in get_args(State))
+
+FAMILIES: dict[str, Family] = {
+    "vllm:num_requests_running": Family("gauge", "Requests in prefill, bridge and decode"),
+    "vllm:num_requests_waiting": Family("gauge", "Requests in the prefill queue"),
+    "vllm:num_requests_swapped": Family("gauge", "Requests whose KV is in a decode replica's host pool, or on the way"),
+    "vllm:kv_cache_usage_perc": Family("gauge", "Share of a replica's KV blocks in use, from 0 to 1", _OF_REPLICAS),
+    "vllm:prompt_tokens_total": Family("counter", "Prompt tokens of requests that have ended"),
+    "vllm:generation_tokens_total": Family("counter", "Tokens generated for clients"),
+    "vllm:request_success_total": Family(
+        "counter",
+        "Requests that ended with their last token, by reason",
+        _by("finished_reason", "stop", "length"),
+    ),
+    "vllm:prefix_cache_queries_total": Family("counter", "Prompt tokens looked up in the replicas' prefix caches"),
+    "vllm:prefix_cache_hits_total": Family("counter", "Prompt tokens found there, and not computed again"),
+    "vllm:num_preemptions_total": Family("counter", "Sequences that made room for others in the midst of decode"),
+    TTFT: Family("histogram", "Arrival at the front to the hand-over of the first response", bounds=_TTFT_S),
+    ITL: Family("histogram", "Between two tokens of a request, as they reach the front", bounds=_TOKEN_S),
+    TPOT: Family("histogram", "Mean time between output tokens of a request, at the hand-over", bounds=_TOKEN_S),
+    "vllm:e2e_request_latency_seconds": Family(
+        "histogram", "Arrival at the front to the hand-over of the last response", bounds=_REQUEST_S
+    ),
+    "vllm:request_queue_time_seconds": Family("histogram", "Arrival to first prefill batch", bounds=_PHASE_S),
+    "vllm:request_prefill_time_seconds": Family("histogram", "First batch to first token", bounds=_PHASE_S),
+    "vllm:request_decode_time_seconds": Family("histogram", "First to last token, hand-off included", bounds=_PHASE_S),
+    "vllm:request_inference_time_seconds": Family("histogram", "First batch to last token", bounds=_PHASE_S),
+    "vllm:request_prompt_tokens": Family("histogram", "Prompt tokens of a request", bounds=_LENGTHS),
+    "vllm:request_generation_tokens": Family("histogram", "Output tokens of a request", bounds=_LENGTHS),
+    "distserve:bridge_time_seconds": Family(
+        "histogram", "First token to submission to a decode replica", bounds=_PHASE_S
+    ),
+    "distserve:kv_transfer_time_seconds": Family(
+        "histogram", "The copy of a sequence's KV to the replica where it decodes", _TRANSPORTS, _COPY_S
+    ),
+    "distserve:kv_transfer_bytes_total": Family("counter", "KV copied so", _TRANSPORTS),
+    "distserve:swap_time_seconds": Family(
+        "histogram",
+        "A copy of a sequence's KV to a host pool or back, by direction",
+        _by("direction", "out", "in"),
+        _COPY_S,
+    ),
+    "distserve:swap_bytes_total": Family(
+        "counter", "KV moved between device and host pools, by direction", _by("direction", "out", "in")
+    ),
+    "distserve:preemptions_total": Family(
+        "counter",
+        "Sequences that made room for others, by what became of them: swap to the host pool, or recompute",
+        _by("by", "swap", "recompute"),
+    ),
+    "distserve:recoveries_total": Family(
+        "counter",
+        "Requests computed again from what their clients had: death of a replica, drain, unreachable, transfer",
+        _by("cause", "death", "drain", "unreachable", "transfer"),
+    ),
+    "distserve:request_errors_total": Family(
+        "counter", "Requests that ended with an error, by code", _by("code", *get_args(ErrorCode))
+    ),
+    "distserve:deadline_exceeded_total": Family("counter", "Requests that were ended by their own timeout"),
+    "distserve:slo_requests_total": Family(
         "counter",
         "Requests that named TTFT, ITL or TPOT targets, by whether all were met",
+        _by("attained", "true", "false"),
     ),
-    "distserve:deadline_exceeded_total": ("counter", "Requests that were ended by their own timeout"),
-    "vllm:time_to_first_token_seconds": ("histogram", "Arrival at the front to the hand-over of the first response"),
-    "vllm:time_per_output_token_seconds": ("histogram", "Mean time between output tokens of a request"),
-    "vllm:e2e_request_latency_seconds": ("histogram", "Arrival at the front to the hand-over of the last response"),
-    "vllm:request_queue_time_seconds": ("histogram", "Arrival to first prefill batch"),
-    "distserve:bridge_time_seconds": ("histogram", "First token to submission to a decode replica"),
-    "distserve:kv_transfer_time_seconds": ("histogram", "The copy of a sequence's KV blocks"),
-    "distserve:ttft_prediction_error": (
+    "distserve:requests_without_spans_total": Family("counter", "Requests whose spans could not be exported"),
+    "distserve:role_changes_total": Family(
+        "counter", "Replicas that changed sides because of the load, by their new role", _by("to", "prefill", "decode")
+    ),
+    "distserve:ttft_prediction_error": Family(
         "histogram",
         "Relative error of the time to the first token, as predicted when its prompt was started",
+        bounds=_ERRORS,
     ),
-    "distserve:role_changes_total": ("counter", "Replicas that changed sides because of the load, by their new role"),
-    "distserve:step_prediction_error": ("gauge", "Relative error of a replica's step times, as predicted: lately"),
-    "vllm:num_requests_waiting": ("gauge", "Requests in the prefill queue"),
-    "vllm:num_requests_running": ("gauge", "Requests in prefill, bridge and decode"),
-    "vllm:num_requests_swapped": ("gauge", "Requests whose KV is in a decode replica's host pool, or on the way"),
-    "distserve:recoveries_total": (
-        "counter",
-        "Requests computed again from what their clients had, by cause: death of a replica, drain, unreachable",
+    "distserve:num_requests_bridge": Family("gauge", "Prefilled requests that wait for a decode replica"),
+    "distserve:num_tokens_waiting": Family("gauge", "Prompt tokens in the prefill queue"),
+    "distserve:replicas": Family("gauge", "Replicas by role and state", _ROLES),
+    "distserve:replica_up": Family("gauge", "1 while the replica serves", _OF_REPLICAS),
+    "distserve:replica_requests": Family("gauge", "Requests that a replica has something of", _OF_REPLICAS),
+    "distserve:step_prediction_error": Family(
+        "gauge", "Relative error of a replica's step times, as predicted: lately", _OF_REPLICAS
     ),
-    "vllm:num_preemptions_total": ("counter", "Sequences that made room for others in the midst of decode"),
-    "distserve:preemptions_total": (
-        "counter",
-        "The same, by what became of them: swap to the host pool, or recompute from their tokens",
-    ),
-    "distserve:swap_bytes_total": ("counter", "KV moved between device and host pools, by direction"),
-    "vllm:prefix_cache_queries_total": ("counter", "Prompt tokens looked up in the prefill replicas' prefix caches"),
-    "vllm:prefix_cache_hits_total": ("counter", "Prompt tokens found there, and not computed again"),
-    "distserve:num_requests_bridge": ("gauge", "Prefilled requests that wait for a decode replica"),
-    "distserve:kv_blocks": ("gauge", "Blocks of a replica's KV pool"),
-    "distserve:kv_blocks_free": ("gauge", "Free blocks of a replica's KV pool, as its worker reported last"),
-    "distserve:replica_up": ("gauge", "1 while the replica's worker serves"),
-}
-_BUCKETS = {
-    "vllm:time_to_first_token_seconds": _TTFT_S,
-    "vllm:time_per_output_token_seconds": _TPOT_S,
-    "vllm:e2e_request_latency_seconds": _REQUEST_S,
-    "vllm:request_queue_time_seconds": _WAIT_S,
-    "distserve:bridge_time_seconds": _WAIT_S,
-    "distserve:kv_transfer_time_seconds": _WAIT_S,
-    "distserve:ttft_prediction_error": _ERROR,
+    "distserve:kv_blocks": Family("gauge", "Blocks of a replica's KV pool", _OF_REPLICAS),
+    "distserve:kv_blocks_free": Family("gauge", "Free blocks of it, as the replica reported last", _OF_REPLICAS),
+    "distserve:host_kv_blocks": Family("gauge", "Blocks of a replica's host pool", _OF_REPLICAS),
+    "distserve:host_kv_blocks_free": Family("gauge", "Free blocks of it, as the replica reported last", _OF_REPLICAS),
+    "distserve:prefix_cache_blocks": Family("gauge", "Blocks in a replica's prefix cache", _OF_REPLICAS),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A request at its end, as far as the metrics are concerned."""
+    """A request at its end, as far as operators are concerned."""
 
     timeline: Timeline
     num_prompt_tokens: int
@@ -92,76 +154,95 @@ class Ended:
     outcome: FinishReason | ErrorCode
     is_error: bool
     targets: Targets = NO_TARGETS
+    client_id: str = ""  # the request's id, as its client named it
+    trace_parent: str = ""  # as its client sent it
+    sampling: SamplingParams | None = None  # None: it was refused
+
+
+@dataclass(slots=True)
+class Histogram:
+    bounds: tuple[float, ...]  # a bucket for what is at most each of them
+    counts: list[int] = field(init=False)  # by bucket, the last one without a bound
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
 
 
 class Metrics:
-    """`count` may be called from any thread and does not wait."""
+    """Its methods may be called from any thread, and do not wait."""
 
-    def __init__(self, make_family: MakeFamily, read_gauges: Callable[[], Gauges]) -> None:
-        self._families = {
-            name: make_family(name, description, kind) for name, (kind, description) in METRIC_DESCRIPTIONS.items()
-        }
-        self._metrics: dict[tuple[str, Labels], Any] = {}
-        self._counted: dict[tuple[str, Labels], float] = {}  # what the counters read from `read_gauges` stand at
-        self._read_gauges = read_gauges
-        self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
-        self._closing = threading.Event()
-        self._thread = start_vital_thread(self._run, "metrics")
+    def __init__(self, model_name: str) -> None:
+        self._model_label = f'model_name="{_escaped(model_name)}"'
+        self._lock = threading.Lock()
+        self._levels: dict[str, dict[Labels, float]] = {}  # of counters and gauges
+        self._histograms: dict[str, dict[Labels, Histogram]] = {}
+        for name, family in FAMILIES.items():
+            if family.kind == "histogram":
+                self._histograms[name] = {labels: Histogram(family.bounds) for labels in family.labels}
+            else:
+                self._levels[name] = dict.fromkeys(family.labels, 0)
 
     def count(self, ended: Ended) -> None:
-        self._ended.put(ended)
+        seconds = observed(ended)
+        with self._lock:
+            for (name, labels), value in counted(ended).items():
+                self._levels[name][labels] += value
+            for name, value in seconds.items():
+                self._histograms[name][()].observe(value)
 
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join(timeout=2.0)
-        self._metrics.clear()  # metrics go before their families
-        self._families.clear()
+    def add(self, name: str, value: float) -> None:
+        """Adds to a counter without labels."""
+        with self._lock:
+            self._levels[name][()] += value
 
-    def _run(self) -> None:
-        while not self._closing.wait(INTERVAL_S):
-            try:
-                self._report()
-            except Exception:
-                if not self._closing.is_set():  # else the Triton server takes nothing any more
-                    raise
+    def observe(self, name: str, values: Iterable[float], labels: Labels = ()) -> None:
+        """Adds values to a histogram."""
+        with self._lock:
+            histogram = self._histograms[name].setdefault(labels, Histogram(FAMILIES[name].bounds))
+            for value in values:
+                histogram.observe(value)
 
-    def _report(self) -> None:
-        totals: Counter[tuple[str, Labels]] = Counter()
-        deadline = time.monotonic() + INTERVAL_S
-        while not self._ended.empty() and time.monotonic() < deadline:
-            ended = self._ended.get()
-            totals += counted(ended)
-            for name, seconds in durations(ended).items():
-                self._metric(name, ()).observe(seconds)
-        for (name, labels), value in totals.items():
-            self._metric(name, labels).increment(value)
-        levels = self._read_gauges()
-        for (name, labels), level in levels.items():
-            if METRIC_DESCRIPTIONS[name][0] == "gauge":
-                self._metric(name, labels).set(level)
-            else:
-                self._metric(name, labels).increment(level - self._counted.get((name, labels), 0))
-                self._counted[name, labels] = level
-        if levels:  # else the router was too busy to tell
-            self._zero_others(levels)
+    def text(self, gauges: Gauges) -> str:
+        """The page, in Prometheus's text format. gauges: what is the case now; nothing: what was when it was last."""
+        with self._lock:
+            if gauges:
+                told = {name for name, _ in gauges}
+                for name, family in FAMILIES.items():
+                    if name in told or not family.labels:  # a replica that is gone has no samples any more
+                        self._levels[name] = dict.fromkeys(family.labels, 0)
+                for (name, labels), level in gauges.items():
+                    self._levels[name][labels] = level
+            return "".join(f"{line}\n" for line in self._lines())
 
-    def _zero_others(self, levels: Gauges) -> None:
-        """A replica that is no more has nothing. (Deleted gauges stay in the scrape.)"""
-        for (name, labels), metric in self._metrics.items():
-            if METRIC_DESCRIPTIONS[name][0] == "gauge" and (name, labels) not in levels:
-                metric.set(0)
+    def _lines(self) -> Iterator[str]:
+        for name, family in FAMILIES.items():
+            yield f"# HELP {name} {family.description}"
+            yield f"# TYPE {name} {family.kind}"
+            for labels, level in self._levels.get(name, {}).items():
+                yield f"{name}{{{self._joined(labels)}}} {level}"
+            for labels, histogram in self._histograms.get(name, {}).items():
+                joined, counts = self._joined(labels), list(accumulate(histogram.counts))
+                for bound, count in zip([*map(str, map(float, family.bounds)), "+Inf"], counts, strict=True):
+                    yield f'{name}_bucket{{{joined},le="{bound}"}} {count}'
+                yield f"{name}_sum{{{joined}}} {histogram.total}"
+                yield f"{name}_count{{{joined}}} {counts[-1]}"
 
-    def _metric(self, name: str, labels: Labels) -> Any:
-        if (name, labels) not in self._metrics:
-            all_labels = {"model": "scheduler", "version": "1", **dict(labels)}
-            arguments = {"buckets": _BUCKETS[name]} if name in _BUCKETS else {}
-            self._metrics[name, labels] = self._families[name].Metric(labels=all_labels, **arguments)
-        return self._metrics[name, labels]
+    def _joined(self, labels: Labels) -> str:
+        return ",".join([*(f'{name}="{_escaped(value)}"' for name, value in labels), self._model_label])
 
 
-def counted(ended: Ended) -> Counter[tuple[str, Labels]]:
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def counted(ended: Ended) -> dict[tuple[str, Labels], float]:
     """What one ended request adds to the counters."""
-    totals: Counter[tuple[str, Labels]] = Counter()
+    totals: dict[tuple[str, Labels], float] = {}
     if ended.is_error:
         totals["distserve:request_errors_total", (("code", ended.outcome),)] = 1
     else:
@@ -176,35 +257,36 @@ def counted(ended: Ended) -> Counter[tuple[str, Labels]]:
 
 def attained(ended: Ended) -> bool:
     """Whether a request met all its targets. A failed one did not."""
-    spans, targets = durations(ended), ended.targets
-    limits = {
-        "vllm:time_to_first_token_seconds": targets.ttft_s,
-        "vllm:time_per_output_token_seconds": targets.tpot_s,
-    }
+    values, targets = observed(ended), ended.targets
+    limits = {TTFT: targets.ttft_s, TPOT: targets.tpot_s}
     too_many_late_gaps = 100 * ended.timeline.num_late_gaps > ended.timeline.num_gaps
     if ended.is_error or (targets.itl_s is not None and too_many_late_gaps):
         return False
-    return all(limit is None or spans.get(name, 0.0) <= limit for name, limit in limits.items())
+    return all(limit is None or values.get(name, 0.0) <= limit for name, limit in limits.items())
 
 
-def durations(ended: Ended) -> dict[str, float]:
-    """What one ended request adds to the histograms, seconds but for an error: only spans that it has passed."""
+def observed(ended: Ended) -> dict[str, float]:
+    """What one ended request adds to the histograms: only spans that it has passed."""
     timeline = ended.timeline
     spans = {
         "vllm:request_queue_time_seconds": (timeline.arrival_ns, timeline.first_scheduled_ns),
-        "vllm:time_to_first_token_seconds": (timeline.arrival_ns, timeline.first_sent_ns),
+        "vllm:request_prefill_time_seconds": (timeline.first_scheduled_ns, timeline.first_token_ns),
+        "vllm:request_decode_time_seconds": (timeline.first_token_ns, timeline.last_token_ns),
+        "vllm:request_inference_time_seconds": (timeline.first_scheduled_ns, timeline.last_token_ns),
+        TTFT: (timeline.arrival_ns, timeline.first_sent_ns),
         "distserve:bridge_time_seconds": (timeline.first_token_ns, timeline.decode_submitted_ns),
         "vllm:e2e_request_latency_seconds": (timeline.arrival_ns, timeline.last_sent_ns),
     }
-    seconds = {name: (end - start) / 1e9 for name, (start, end) in spans.items() if end}
+    values = {name: (end - start) / 1e9 for name, (start, end) in spans.items() if start and end}
     if timeline.predicted_first_token_ns and timeline.first_sent_ns:
         error_s = abs(timeline.predicted_first_token_ns - timeline.first_sent_ns) / 1e9
-        seconds["distserve:ttft_prediction_error"] = error_s / max(1e-9, seconds["vllm:time_to_first_token_seconds"])
-    if timeline.decode_joined_ns:
-        seconds["distserve:kv_transfer_time_seconds"] = timeline.kv_transfer_ns / 1e9
+        values["distserve:ttft_prediction_error"] = error_s / max(1e-9, values[TTFT])
     if timeline.last_sent_ns and ended.num_output_tokens > 1:
         span = (timeline.last_sent_ns - timeline.first_sent_ns) / 1e9
         if timeline.first_sent_ns == timeline.last_sent_ns:  # one response: its client sees no time between tokens
             span = (timeline.last_token_ns - timeline.first_token_ns) / 1e9
-        seconds["vllm:time_per_output_token_seconds"] = span / (ended.num_output_tokens - 1)
-    return seconds
+        values[TPOT] = span / (ended.num_output_tokens - 1)
+    if ended.num_output_tokens:
+        values["vllm:request_prompt_tokens"] = ended.num_prompt_tokens
+        values["vllm:request_generation_tokens"] = ended.num_output_tokens
+    return values

@@ -16,7 +16,7 @@ from ensemble.errors import DistServeError, ErrorCode
 from ensemble.protocol.router_replica import FromStage, ToStage
 from ensemble.request import FinishReason, Request, TokenLogProbs
 from ensemble.router.lives import Timeline
-from ensemble.router.router import Gauges, Router
+from ensemble.router.router import Gauges, Observe, Router
 from ensemble.scheduling.policies import Hints
 from ensemble.serving.exchange import CallModel, Exchange
 from ensemble.serving.metrics import Ended
@@ -66,8 +66,20 @@ class StreamClient:
         self._count(self.stream.finish_reason or "stop", is_error=False)
 
     def _count(self, outcome: FinishReason | ErrorCode, is_error: bool) -> None:
-        num_tokens = self.stream.num_prompt_tokens, self.stream.num_output_tokens
-        self._on_ended(Ended(self.stream.timeline, *num_tokens, outcome, is_error, self.stream.targets))
+        stream = self.stream
+        self._on_ended(
+            Ended(
+                stream.timeline,
+                stream.num_prompt_tokens,
+                stream.num_output_tokens,
+                outcome,
+                is_error,
+                stream.targets,
+                stream.client_id,
+                stream.trace_parent,
+                stream.request.sampling,
+            )
+        )
 
 
 class RouterThread:
@@ -80,6 +92,7 @@ class RouterThread:
         senders: SenderPool,
         new_id: Callable[[], int],
         on_ended: OnEnded = lambda ended: None,
+        observe: Observe = lambda name, values, labels: None,
         on_serving: Callable[[bool], None] = lambda is_serving: None,  # when that changes
     ) -> None:
         self._senders = senders
@@ -87,7 +100,7 @@ class RouterThread:
         self._on_serving = on_serving
         self._was_serving: bool | None = None
         self._streams: dict[int, ClientStream] = {}  # request_id |-> live request, added by any thread
-        self._router = Router(deployment, self._send, new_id, time.monotonic())
+        self._router = Router(deployment, self._send, new_id, time.monotonic(), observe)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = threading.Event()
         run = secrets.token_hex(8)

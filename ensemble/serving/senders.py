@@ -28,9 +28,10 @@ class SenderPool:
         self,
         on_answered: Callable[[ClientStream], None],
         on_failure: Callable[[ClientStream, Exception], None],
+        on_gaps: Callable[[list[float]], None] = lambda gaps: None,  # seconds between tokens of a request
         num_threads: int = NUM_SENDERS,
     ) -> None:
-        self._senders = [_Sender(on_answered, on_failure, f"sender-{i}") for i in range(num_threads)]
+        self._senders = [_Sender(on_answered, on_failure, on_gaps, f"sender-{i}") for i in range(num_threads)]
         self._batches: list[list[NewToken]] = [[] for _ in self._senders]
 
     def push(
@@ -91,10 +92,12 @@ class _Sender:
         self,
         on_answered: Callable[[ClientStream], None],
         on_failure: Callable[[ClientStream, Exception], None],
+        on_gaps: Callable[[list[float]], None],
         name: str,
     ) -> None:
         self._on_answered = on_answered
         self._on_failure = on_failure
+        self._on_gaps = on_gaps
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ready: deque[ClientStream] = deque()  # have something to send; by turns
         self._waiting: dict[int, ClientStream] = {}  # request_id |-> stream with a response on its way
@@ -103,10 +106,16 @@ class _Sender:
         self.thread = start_vital_thread(self._run, name)
 
     def take(self, tokens: list[NewToken]) -> None:
+        now, gaps = time.monotonic(), []
         for stream, token_id, finish_reason, log_probs in tokens:
+            if stream.last_token_at is not None:
+                gaps.append(now - stream.last_token_at)
+            stream.last_token_at = now
             stream.push(token_id, finish_reason, log_probs)
             if not stream.is_queued and stream.may_send:
                 self._queue(stream)
+        if gaps:
+            self._on_gaps(gaps)
 
     def fail(self, stream: ClientStream, error: DistServeError) -> None:
         stream.fail(error)

@@ -54,6 +54,7 @@ class ClientStream:
         *,
         is_of_ensemble: bool = False,
         needs_heartbeats: bool = False,  # while there is nothing to answer, its cancel is seen in no other way
+        trace_parent: str = "",
     ) -> None:
         self._call = call
         self._call_lock = threading.Lock()
@@ -64,6 +65,7 @@ class ClientStream:
         self.request = client_request.request
         self.hints = client_request.hints
         self.targets = client_request.targets
+        self.client_id, self.trace_parent = call.request_id(), trace_parent
         timeout_s = client_request.timeout_s
         self.deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._options = client_request.options
@@ -80,6 +82,7 @@ class ClientStream:
         self._error: DistServeError | None = None
         self.is_queued = False  # at the sender
         self._previous_sent_ns = 0
+        self.last_token_at: float | None = None  # by time.monotonic()
         self._is_first = True
         self._texts: list[str] = []  # not yet sent
         self._token_ids: list[int] = []  # not yet sent

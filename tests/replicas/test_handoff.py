@@ -88,6 +88,21 @@ def test_tokens_equal_those_of_one_engine_and_every_block_comes_back(
     pair.assert_empty()
 
 
+def test_who_joins_is_told_of_before_its_first_step(pair: Pair) -> None:
+    """Else that step would count as hand-off, on a CPU whose steps are run where they are launched."""
+    requests = make_long_requests(3)
+    pair.prefill.handle(whole_prompts(requests))
+    pair.decode.handle(join(pair.prefill.run(), requests))
+    joined: set[int] = set()
+    while pair.decode.loop.has_work or pair.decode.peers.attaching:
+        events = pair.decode.serve_once()
+        for event in events:
+            if isinstance(event, StepDone):
+                assert joined.issuperset(event.request_ids)
+        joined.update(*(event.request_ids for event in events if isinstance(event, Joined)))
+    assert joined == {0, 1, 2}
+
+
 def test_source_blocks_stay_until_the_copy_is_acknowledged(pair: Pair) -> None:
     requests = make_requests(4, 0.0)
     pair.prefill.handle(whole_prompts(requests))

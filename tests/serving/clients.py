@@ -159,6 +159,11 @@ def read_metrics(url: str) -> dict[str, float]:
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and line[0] != "#"}
 
 
+def total(metrics: dict[str, float], name: str, label: str = "") -> float:
+    """Sum of the samples of a metric, over all labels or those that hold `label`."""
+    return sum(value for sample, value in metrics.items() if sample.startswith(name + "{") and label in sample)
+
+
 def blocks_in_use(metrics: dict[str, float]) -> float:
     """Blocks that are not free, of all replicas, by the workers' own count."""
     total = sum(value for name, value in metrics.items() if name.startswith("distserve:kv_blocks{"))

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.serving.clients import Answer, StreamClient, blocks_in_use, generate, read_metrics
+from tests.serving.clients import Answer, StreamClient, blocks_in_use, generate, read_metrics, total
 from tests.serving.deployments import deploy
 from tools.client import show_health
 from tools.server.triton_server import TritonServer
@@ -27,7 +27,6 @@ DECODING: dict[str, Any] = {
     "ignore_eos": True,
     "stream": True,
 }
-WAITING = 'vllm:num_requests_waiting{model="scheduler",version="1"}'
 PREFILLING = {**DECODING, "input_ids": [5] * 3000, "max_tokens": 2}
 
 
@@ -107,7 +106,7 @@ def test_prompts_outlive_their_prefill_worker(server: TritonServer) -> None:
     decoding, survivor, _ = in_background(server, DECODING | {"max_tokens": 1500})
     wait_until(lambda: len(survivor.responses) > 3, 10)
     lost = [in_background(server, PREFILLING) for _ in range(8)]
-    wait_until(lambda: read_metrics(server.metrics_url)[WAITING] > 4, 10)
+    wait_until(lambda: total(read_metrics(server.metrics_url), "vllm:num_requests_waiting") > 4, 10)
     before = recoveries(server)
     kill_worker(server, "prefill")
     for thread, answer, _ in [*lost, (decoding, survivor, [])]:

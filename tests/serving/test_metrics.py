@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.clients import Answer, StreamClient, generate, read_metrics
+from ensemble.serving.metrics import FAMILIES, ITL
+from tests.serving.clients import Answer, StreamClient, generate, read_metrics, total
 from tests.serving.deployments import deploy
 from tests.serving.test_cancel import sample, stopped, wait_until
 from tools.server.triton_server import TritonServer
@@ -29,7 +32,7 @@ COUNTS = {
     "vllm:time_to_first_token_seconds_count": "had_a_first_token",
     "distserve:bridge_time_seconds_count": "went_to_decode",
     "distserve:kv_transfer_time_seconds_count": "arrived_in_decode",
-    "vllm:time_per_output_token_seconds_count": "had_two_tokens",
+    "vllm:request_time_per_output_token_seconds_count": "had_two_tokens",
     "vllm:e2e_request_latency_seconds_count": "finished",
 }
 
@@ -209,6 +212,24 @@ def wait_for_counts(server: TritonServer, expected: Counter[str]) -> None:
     assert counted(server) == expected
 
 
+def test_every_metric_is_there_before_the_first_request(server: TritonServer, tiny_llama: Path) -> None:
+    """The first test of this server; by another's reading of Prometheus's format."""
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
+        assert page.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        families = list(text_string_to_metric_families(page.read().decode()))
+    ours = {family.name: family for family in families if not family.name.startswith("nv_")}
+    assert len(ours) < len(families), "the Triton server's own are there too"
+    kinds = {f"{name}_total" if family.type == "counter" else name: family.type for name, family in ours.items()}
+    assert kinds == {name: family.kind for name, family in FAMILIES.items()}
+    for name, family in ours.items():
+        assert family.samples, name
+        assert {sample.labels["model_name"] for sample in family.samples} == {tiny_llama.name}
+    counters = [sample for family in ours.values() if family.type != "gauge" for sample in family.samples]
+    assert {sample.value for sample in counters} == {0.0}
+    up = [(each.labels["stage"], each.value) for each in ours["distserve:replica_up"].samples]
+    assert up == [("prefill", 1.0), ("decode", 1.0)]
+
+
 def test_totals_equal_what_the_clients_count(server: TritonServer) -> None:
     tally = Tally()
     for run in (run_mixed_load, run_with_a_full_queue, run_until_transfer):
@@ -236,6 +257,17 @@ def test_the_gauge_of_free_blocks_falls_when_blocks_are_taken(server: TritonServ
     client.close()
     wait_until(lambda: blocks_taken(server, "decode") == 0, 2.0)
     wait_until(lambda: counted(server)["finished"] == before + 1, 2.0)
+
+
+def test_every_gap_between_tokens_counts(server: TritonServer) -> None:
+    """Whether its client sees it or not."""
+    for stream in (False, True):
+        before, started = read_metrics(server.metrics_url), time.monotonic()
+        generate(server.grpc_url, input_ids=[9] * 40, max_tokens=25, ignore_eos=True, stream=stream)
+        seen_s, after = time.monotonic() - started, read_metrics(server.metrics_url)
+        count, seconds = (total(after, f"{ITL}_{end}") - total(before, f"{ITL}_{end}") for end in ("count", "sum"))
+        assert count == 24
+        assert 0 < seconds < seen_s
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.clients import blocks_in_use, read_metrics, run_streams
+from tests.serving.clients import blocks_in_use, read_metrics, run_streams, total
 from tests.serving.deployments import deploy
 from tools.server.triton_server import TritonServer
 
@@ -14,10 +14,6 @@ pytestmark = pytest.mark.server
 
 SYSTEM_PROMPT = [5 + index % 300 for index in range(200)]
 COMMON: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0, "ignore_eos": True, "return_output_ids": True}
-
-
-def total(metrics: dict[str, float], name: str) -> float:
-    return sum(value for sample, value in metrics.items() if sample.startswith(name + "{"))
 
 
 def test_a_common_beginning_is_computed_once_and_changes_no_output(

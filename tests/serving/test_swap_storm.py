@@ -12,7 +12,7 @@ import torch
 from ensemble.config import DecodePolicyName
 from ensemble.engine.engine import load_engine
 from ensemble.request import Request, SamplingParams
-from tests.serving.clients import blocks_in_use, read_metrics, run_streams
+from tests.serving.clients import blocks_in_use, read_metrics, run_streams, total
 from tests.serving.deployments import deploy
 from tools.offline import generate
 from tools.server.triton_server import TritonServer
@@ -59,10 +59,6 @@ def as_inputs(request: Request) -> dict[str, Any]:
         "ignore_eos": sampling.ignore_eos,
         "return_output_ids": True,
     }
-
-
-def total(metrics: dict[str, float], name: str, label: str = "") -> float:
-    return sum(value for sample, value in metrics.items() if sample.startswith(name + "{") and label in sample)
 
 
 def end_early(server: TritonServer) -> None:
@@ -124,6 +120,10 @@ def test_outputs_are_those_of_an_unconstrained_run_and_both_pools_are_empty_at_t
     assert total(metrics, "vllm:num_preemptions_total") > 10
     assert lost_bytes(metrics) == lost
     assert (swapped_bytes(metrics, "in") > 0) == (num_host_blocks > 0)
+    copies = total(metrics, "distserve:swap_time_seconds_count", 'direction="out"')
+    assert copies == total(metrics, "distserve:preemptions_total", 'by="swap"')
+    host_blocks, free = (total(metrics, f"distserve:host_kv_blocks{end}") for end in ("", "_free"))
+    assert host_blocks == free == num_host_blocks
     by_what = {by: total(metrics, "distserve:preemptions_total", f'by="{by}"') for by in ("swap", "recompute")}
     assert sum(by_what.values()) == total(metrics, "vllm:num_preemptions_total")
     assert by_what["swap" if num_host_blocks else "recompute"] > 10

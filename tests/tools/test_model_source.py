@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from ensemble.config import ModelConfig
 from tests.checkpoints import make_tiny_opt
-from tools.installation.model_source import model_name, resolve_model
+from tools.installation.model_source import resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "facebook/opt-tiny"
@@ -128,7 +129,7 @@ def test_a_model_is_downloaded_once_and_then_found_without_a_network(tmp_path: P
     result = resolve(NAME, tmp_path / "home", HF_ENDPOINT=hub.url)
     assert result.returncode == 0, result.stderr
     path = Path(result.stdout.strip())
-    assert model_name(path) == NAME
+    assert ModelConfig(path=path).name == NAME
     expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
     assert {file.name for file in path.iterdir()} == hub.downloaded == expected
     assert (path / "model.safetensors").read_bytes() == (hub.directory / "model.safetensors").read_bytes()

@@ -21,7 +21,6 @@ import typer
 
 from ensemble.tokenizer import Tokenizer
 from tools.benchmarks.results import at_least, at_most, report
-from tools.installation.model_source import model_name
 from tools.load.perf_analyzer import drive, text_inputs
 from tools.load.prompts import one_token_pieces, random_text
 from tools.load.records import Record
@@ -130,7 +129,7 @@ def stream(server: TritonServer, asked: dict[str, Any], start: float) -> Record:
     """A response is an event, at the time at which its last byte came."""
     body = json.dumps(
         {
-            "model": model_name(server.deployment.model.path),
+            "model": server.deployment.model.name,
             "prompt": asked["text_input"][0],
             "max_tokens": asked["max_tokens"][0],
             "temperature": 0,

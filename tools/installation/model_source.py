@@ -56,13 +56,6 @@ def resolve_model(name_or_path: str | Path) -> Path:
         raise ModelError(f"model {name}: the download failed: {_one_line(error)}") from None
 
 
-def model_name(path: Path) -> str:
-    """What to call the model in `path`, which may be in the Hub's cache: `models--org--name/snapshots/<commit>`."""
-    if path.parent.name == "snapshots":
-        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return path.name
-
-
 def _cached(name: str, error: Exception) -> Path:
     """What an earlier download left in the cache. `error` says why the Hub was of no help."""
     from huggingface_hub import snapshot_download

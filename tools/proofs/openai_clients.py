@@ -22,7 +22,6 @@ from typer import Option
 from ensemble.errors import DistServeError
 from tools.benchmarks.results import exactly, report
 from tools.command_line import run
-from tools.installation.model_source import model_name
 from tools.server.ports import free_ports
 from tools.server.tiny_server import tiny_server
 from tools.server.triton_server import TritonServer
@@ -66,7 +65,7 @@ def client_python(environment: Path | None) -> Iterator[Path]:
 
 
 def litellm_rows(server: TritonServer, python: Path) -> Iterator[dict[str, Any]]:
-    name = model_name(server.deployment.model.path)
+    name = server.deployment.model.name
     asked = {"model": name, "max_tokens": MAX_TOKENS, "temperature": 0}
     messages = [{"role": "user", "content": PROMPT}]
     chat = post(f"{server.openai_url}/chat/completions", {**asked, "messages": messages})
@@ -91,7 +90,7 @@ def litellm_rows(server: TritonServer, python: Path) -> Iterator[dict[str, Any]]
 def aiperf_rows(server: TritonServer, python: Path) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         options = {
-            "model": model_name(server.deployment.model.path),
+            "model": server.deployment.model.name,
             "url": server.openai_url.removesuffix("/v1"),
             "endpoint-type": "chat",
             "tokenizer": server.deployment.model.path,

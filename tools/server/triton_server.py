@@ -29,8 +29,8 @@ from ensemble.errors import ERROR_MARK
 from ensemble.models.spec import load_model_spec
 from ensemble.serving import control
 from ensemble.serving.heartbeat import read_heartbeats
+from ensemble.serving.metrics_page import METRICS_VARIABLE
 from ensemble.serving.run_dir import RUN_DIR_VARIABLE
-from tools.installation.model_source import model_name
 from tools.installation.server_files import Installation, ServerError, find_libpython
 from tools.server.ports import Ports, free_ports, port_is_free
 from tools.server.processes import end_processes, how_it_ended, spawn
@@ -90,6 +90,7 @@ class TritonServer:
         self._max_body_bytes = max_body_bytes
         self._allow_client_shm = allow_client_shm
         self._own_http = (host, 0)  # where the Triton server itself listens
+        self._own_metrics = (host, 0)  # where it has its own metrics, which the scheduler puts before ours
         self._process: subprocess.Popen[bytes] | None = None
         self._beside: dict[str, subprocess.Popen[bytes]] = {}  # RELAY, OPENAI_FRONT |-> its process, if it has one
         self._run_dir: RunDir | None = None
@@ -180,9 +181,10 @@ class TritonServer:
         for port in (*astuple(self.ports), *([] if self._openai_port is None else [self._openai_port])):
             if not port_is_free(self.host, port):
                 raise ServerError(f"port {port} is in use")
-        self._own_http = (self.host, self.ports.http)
-        if self._has_relay:
-            self._own_http = ("127.0.0.1", free_ports(1, besides={*astuple(self.ports)})[0])
+        own_http, own_metrics = free_ports(2, besides={*astuple(self.ports)})
+        self._own_http = ("127.0.0.1", own_http) if self._has_relay else (self.host, self.ports.http)
+        has_scheduler = (self.model_repository / "scheduler").is_dir()  # which serves the metrics port
+        self._own_metrics = ("127.0.0.1", own_metrics) if has_scheduler else (self.host, self.ports.metrics)
         self._run_dir = RunDir()
         try:
             self._fill_run_dir(installation)
@@ -421,8 +423,8 @@ class TritonServer:
             "grpc-address": f"[{self.host}]" if ":" in self.host else self.host,
             "grpc-port": self._ports.grpc,
             "grpc-infer-allocation-pool-size": 0,  # what is kept for reuse stays as large as the largest request
-            "metrics-address": http_address(self.host),
-            "metrics-port": self._ports.metrics,
+            "metrics-address": http_address(self._own_metrics[0]),
+            "metrics-port": self._own_metrics[1],
             "exit-timeout-secs": 2,
             "http-restricted-api": f"{self._closed_protocols}:{secrets.token_hex(8)}={secrets.token_hex(16)}",
             "grpc-restricted-protocol": f"{self._closed_protocols}:{secrets.token_hex(8)}={secrets.token_hex(16)}",
@@ -442,7 +444,7 @@ class TritonServer:
         model = self.deployment.model
         arguments = {
             "model": model.path,
-            "name": model_name(model.path),
+            "name": model.name,
             "max-model-len": model.limit_model_len(load_model_spec(model.path).max_model_len),
             "grpc-url": self.grpc_url,
             "ready-url": f"{self.http_url}/v2/health/ready",
@@ -470,6 +472,7 @@ class TritonServer:
             "TMPDIR": str(self.run_dir),
             DEPLOYMENT_VARIABLE: str(self.run_dir / "deployment.yaml"),
             RUN_DIR_VARIABLE: str(self.run_dir),
+            METRICS_VARIABLE: f"{self.host} {self._ports.metrics} {self._own_metrics[1]}",
         }
 
 

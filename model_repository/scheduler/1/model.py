@@ -64,14 +64,10 @@ def is_warm_up(tensors):
     return list(tensors) == [ENSEMBLE_MARK] and not any(tensors[ENSEMBLE_MARK])
 
 
-def make_family(name, description, kind):
-    return pb_utils.MetricFamily(name=name, description=description, kind=getattr(pb_utils.MetricFamily, kind.upper()))
-
-
 class TritonPythonModel:
     def initialize(self, args):
         heartbeat.start(args["model_name"])
-        self.front_door = FrontDoor(Deployment.from_environment(), call_stage, make_family)
+        self.front_door = FrontDoor(Deployment.from_environment(), call_stage)
         opening = threading.Timer(MAX_S_TO_FIRST_REQUEST, may_call.set)
         opening.daemon = True
         opening.start()
