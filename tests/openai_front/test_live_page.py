@@ -17,7 +17,6 @@ from ensemble.openai_front.live_page import NUMBERS, TIMES, totals_of
 from ensemble.serving.metrics import FAMILIES
 from tools.server.triton_server import TritonServer
 
-API_PAGE = Path(__file__).parents[2] / "docs/api.md"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 PROMPT = "The capital of France is <b>not</b> & never \"'&lt;"
 NUM_TOKENS = 12
