@@ -59,6 +59,10 @@ from ensemble.scheduling.placement import STRETCH, chunk_beside, smallest
 from ensemble.transfer.leases import Leases
 from ensemble.transfer.puller import Puller
 
+# On a GPU a step's products take whole tiles of tokens: of LLaMA-2-13B on an H100 a chunk of 254 beside 2 rows takes
+# 15.0 ms, one of 256 takes 16.3.
+STEP_TILE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
@@ -327,7 +331,7 @@ class EngineLoop:
         if not self._prompts.has_work:
             return settings.max_num_prompt_tokens_beside
         targets = (sequence.request.itl_target_s for sequence in self._running.values())
-        return chunk_beside(
+        num_tokens = chunk_beside(
             self.estimator,
             StepShape(0, 0, num_rows, round(num_rows * self._mean_context_len)),
             self._prompts.next_start,
@@ -335,6 +339,9 @@ class EngineLoop:
             settings.stretch,
             settings.max_num_prompt_tokens_beside,
         )
+        if self.engine.runs_ahead and num_tokens > STEP_TILE:
+            num_tokens -= (num_tokens + num_rows) % STEP_TILE
+        return num_tokens
 
     def _plan(self, now: float, prompts: PromptStep) -> DecodePlan:
         if prompts.rows and self._settings.batching == "prefill-first":
