@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ensemble.serving.fleet_commands import ReplicaRow
+from ensemble.serving.fleet_table import ReplicaRow
 from tests.serving.clients import StreamClient
 from tests.serving.deployments import deploy
 from tools.proofs.faults import list_fleet

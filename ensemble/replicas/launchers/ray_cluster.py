@@ -58,7 +58,8 @@ class RayLauncher:
 
     def start(self, start: ReplicaStart) -> "RayRanks":
         shares = [self._share(device) for device in start.devices]
-        bundle = {kind: sum(share[kind] for share in shares) for kind in shares[0]}
+        kinds = sorted({kind for share in shares for kind in share})
+        bundle = {kind: sum(share.get(kind, 0.0) for share in shares) for kind in kinds}
         target = self._target(bundle, start.replica - self._first_replica)
         warden = self._deployment.to_yaml(), self._key.secret.decode(), self._program
         self._started = [each for each in self._started if not each.is_collected]
@@ -182,8 +183,10 @@ class RayRanks:
         self.waits_for = ""
 
     def _start(self, group: PlacementGroup) -> None:
-        [node_id] = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
-        [node] = [each for each in ray.nodes() if each["NodeID"] == node_id]
+        node_ids = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
+        node = next((each for each in ray.nodes() if each["Alive"] and each["NodeID"] in node_ids), None)
+        if node is None:
+            raise _Ended("the node where it was to start was lost")
         self.node = node["NodeName"]
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         actor = ray.remote(Warden)

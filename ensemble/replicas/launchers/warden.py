@@ -113,12 +113,12 @@ class Warden:
             if rank is not None and rank.process.returncode is None:
                 rank.wait(0.0)
                 rank.clean_up()
+            self._folder.cleanup()
 
     def _end_without_stage(self) -> NoReturn:
         while time.monotonic() < self._asked_at + STAGE_LOST_S:
             time.sleep(REPORT_S)
         self.kill()
-        self._folder.cleanup()
         print("distserve: the stage is lost: a rank ends", file=sys.stderr, flush=True)
         os._exit(1)
 
