@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from ensemble.config import Deployment
-from ensemble.errors import ConfigError
 from ensemble.protocol.router_replica import ReplicaDown, ReplicaWaits, StartReplica
 from ensemble.serving.home import Home
 from tests.serving.test_home import Router
@@ -51,13 +50,6 @@ def start_home(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     yield start
     for home in homes:
         home.close()
-
-
-def test_a_node_without_the_model_is_named(start_home: Callable[[Path], Home], tmp_path: Path) -> None:
-    missing = tmp_path / "missing"
-    home = start_home(missing)
-    with pytest.raises(ConfigError, match=rf"node (left|right): model.path = {missing}: there is no such folder"):
-        home.wait_until_up()
 
 
 def test_a_lost_node_is_a_lost_replica_which_comes_back_with_the_node(

@@ -197,7 +197,7 @@ class RayRanks:
         start = self._plan.start
         sites: list[Site] = self._all(
             [
-                warden.prepare.remote(start.stage_address, device)
+                warden.prepare.remote(start.stage_address, device, len(start.devices))
                 for warden, device in zip(self._wardens, start.devices, strict=True)
             ]
         )

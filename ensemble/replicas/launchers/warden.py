@@ -4,8 +4,10 @@ The rank is a process of its own, as on the stage's machine: one that stands sti
 that is not asked how its rank gets on has lost its stage, and ends with its rank.
 """
 
+import contextlib
 import math
 import os
+import random
 import select
 import socket
 import sys
@@ -62,8 +64,8 @@ class Warden:
         self._asked_at = math.inf  # until a rank runs
         threading.Thread(target=self._end_without_stage, name="stage-watch", daemon=True).start()
 
-    def prepare(self, stage_address: str, device: str) -> Site:
-        """Raises ConfigError if no rank could work here."""
+    def prepare(self, stage_address: str, device: str, num_ranks: int) -> Site:
+        """num_ranks: of the replica, all on this node. Raises ConfigError if none could work here."""
         model = Deployment.from_text(self._deployment).model
         if not model.path.is_dir():
             raise ConfigError(f"model.path = {model.path}: there is no such folder, which every node needs")
@@ -72,8 +74,8 @@ class Warden:
             socket.create_connection((stage.hostname, stage.port), timeout=REACH_S).close()
         except OSError as error:
             raise ConfigError(f"the stage at {stage_address} cannot be reached: {error}") from None
-        peer, group = (f"tcp://{self._host}:{port}" for port in _free_ports(self._host, 2))
-        return Site(_device_here(device), peer, group)
+        peer = f"tcp://{self._host}:{_row_of_free_ports(self._host, num_ranks)}"
+        return Site(_device_here(device), peer, f"file://{self._folder.name}/group")
 
     def start(self, arguments: list[str]) -> int:
         """Returns the process id."""
@@ -133,10 +135,11 @@ def _device_here(device: str) -> str:
     return f"cuda:{gpu}"
 
 
-def _free_ports(host: str, count: int) -> list[int]:
-    """Should another process be faster than the rank, that ends, and its next life has others."""
-    sockets = [socket.create_server((host, 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def _row_of_free_ports(host: str, count: int) -> int:
+    """The first of them. Should another process be faster than a rank, that ends, and its next life has others."""
+    while True:
+        first = random.SystemRandom().randrange(20_000, 32_000)  # below those of outgoing connections
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                held.enter_context(socket.create_server((host, port)))
+            return first

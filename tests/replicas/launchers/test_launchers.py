@@ -1,9 +1,12 @@
 """What a stage relies on, whichever launcher starts its workers: the processes are real, but compute nothing."""
 
+import multiprocessing
 import os
+import re
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,19 +34,28 @@ def ray_address() -> Iterator[str]:
     cluster.shutdown()
 
 
-@pytest.fixture(params=["local", "ray"])
-def launcher(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launcher]:
-    program = [sys.executable, str(Path(__file__).parent / "fake_rank.py"), str(tmp_path)]
-    launcher: Launcher
-    if request.param == "local":
-        launcher = LocalLauncher(tmp_path, program)
-    else:
-        monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("ray_address"))
-        from ensemble.replicas.launchers.ray_cluster import RayLauncher
+def make_launcher(kind: str, folder: Path) -> Launcher:
+    program = [sys.executable, str(Path(__file__).parent / "fake_rank.py"), str(folder)]
+    if kind == "local":
+        return LocalLauncher(folder, program)
+    from ensemble.replicas.launchers.ray_cluster import RayLauncher
 
-        devices = {"decode": {"devices": ["cpu"]}}
-        deployment = Deployment.parse({"model": {"path": tmp_path}, "mode": "colocated", **devices})
-        launcher = RayLauncher(deployment, "decode", CurveKey.of(b"a secret"), program)
+    decode = {"devices": ["cpu"]}
+    deployment = Deployment.parse({"model": {"path": folder / "model"}, "mode": "colocated", "decode": decode})
+    return RayLauncher(deployment, "decode", CurveKey.of(b"a secret"), program)
+
+
+@pytest.fixture(params=["local", "ray"])
+def kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "model").mkdir()
+    if request.param == "ray":
+        monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("ray_address"))
+    return str(request.param)
+
+
+@pytest.fixture
+def launcher(kind: str, tmp_path: Path) -> Iterator[Launcher]:
+    launcher = make_launcher(kind, tmp_path)
     yield launcher
     launcher.close(timeout_s=0.0)
 
@@ -57,6 +69,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def has_something_to_read(fd: int) -> bool:
     return bool(select.select([fd], [], [], 0)[0])
+
+
+def be_a_stage(kind: str, folder: Path) -> None:
+    """Starts a rank, and waits to be killed."""
+    launcher = make_launcher(kind, folder)
+    socket = zmq.Context().socket(zmq.ROUTER)
+    start = ReplicaStart(home="decode", replica=3, life=0, devices=("cpu",), stage_address=launcher.bind(socket))
+    launcher.start(start)
+    threading.Event().wait()
 
 
 class Ranks:
@@ -156,3 +177,50 @@ def test_close_ends_all_that_run(launcher: Launcher, start: Start) -> None:
     pids = [ranks.pids[0] for ranks in running]
     launcher.close(timeout_s=0.5)
     assert all(has_ended(pid) for pid in pids)
+
+
+def test_a_rank_does_not_outlive_its_stage(kind: str, tmp_path: Path) -> None:
+    stage = multiprocessing.get_context("spawn").Process(target=be_a_stage, args=(kind, tmp_path))
+    stage.start()
+    rank = tmp_path / "3-0-0"
+    wait_until(rank.exists)
+    stage.kill()
+    stage.join()
+    wait_until(lambda: has_ended(int(rank.read_text().split()[0])))
+
+
+def be_a_warden(folder: Path) -> None:
+    """Starts a rank, is not asked how it gets on, and has little patience."""
+    from ensemble.replicas.launchers import warden
+
+    warden.STAGE_LOST_S = warden.REPORT_S = 0.1
+    program = [sys.executable, str(Path(__file__).parent / "fake_rank.py"), str(folder)]
+    warden.Warden("127.0.0.1", "", "", program).start(["decode", "3", "0", "0", "cpu", "stage", "peers", "group"])
+    threading.Event().wait()
+
+
+def test_a_warden_that_is_not_asked_ends_with_its_rank(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    process = multiprocessing.get_context("spawn").Process(target=be_a_warden, args=(tmp_path,))
+    process.start()
+    process.join(DEADLINE_S)
+    assert process.exitcode == 1
+    rank = tmp_path / "3-0-0"
+    assert not rank.exists() or has_ended(int(rank.read_text().split()[0]))
+
+
+@pytest.mark.parametrize("kind", ["ray"], indirect=True)
+def test_a_node_without_the_model_is_named(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "model").rmdir()
+    reason = start("cpu").end()
+    assert re.fullmatch(
+        rf"node \S+: model.path = {tmp_path}/model: there is no such folder, which every node needs", reason
+    )
+
+
+@pytest.mark.parametrize("kind", ["ray"], indirect=True)
+def test_a_replica_waits_for_a_node_with_room(start: Start) -> None:
+    ranks = start("cpu", "cpu", "cpu")
+    wait_until(lambda: ranks.processes.waits_for == "a node with 3 CPU free")
+    ranks.processes.kill()
+    assert ranks.end() == "it was killed before there was room for it"
