@@ -2,7 +2,7 @@
 #
 #   make demo    PROMPT="The capital of France is" MAX_TOKENS=32 TEMPERATURE=0 MODEL=/path MODE=colocated
 #   make serve   MODEL=/path HOST=0.0.0.0 HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002
-#                OPENAI_PORT=9000 OTLP_ENDPOINT=http://localhost:4318
+#                OPENAI_PORT=9000 OTLP_ENDPOINT=http://localhost:4318 LAUNCHER=ray
 #                PREFILL_DEVICES=cuda:0 DECODE_DEVICES=cuda:1, or MODE=colocated DEVICES=cuda:0,cuda:1,
 #                or DEPLOYMENT=planned.yaml, as tools.plan writes it
 #   make bench   MODEL=/path RATE=1 NUM_PROMPTS=20 INPUT_LEN=64 OUTPUT_LEN=32
@@ -19,7 +19,7 @@ ANY_PYTHON := $(shell for python in python3 python3.12 python3.11 python3.10 /us
 NO_PYTHON = echo "error: no Python 3 here. Run: sudo apt-get install -y python3 python3-venv" >&2; exit 1;
 BOOTSTRAP := @$(if $(ANY_PYTHON),$(ANY_PYTHON) tools/bootstrap.py,$(NO_PYTHON))
 export MODEL HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT OTLP_ENDPOINT PREFILL_DEVICES DECODE_DEVICES PREFILL DECODE MODE DEVICES PROMPT MAX_TOKENS TEMPERATURE \
-       MODES DATASET DATASET_PATH DEPLOYMENT
+       LAUNCHER MODES DATASET DATASET_PATH DEPLOYMENT
 
 .PHONY: help demo serve bench bench-goodput test soak check clean
 
@@ -36,7 +36,7 @@ demo:
 	@$(PYTHON) -m tools.demo
 
 serve:
-	$(BOOTSTRAP) run
+	$(BOOTSTRAP) $(if $(filter ray,$(LAUNCHER)),ray,run)
 	@$(PYTHON) -m tools.serve
 
 bench:

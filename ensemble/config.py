@@ -31,6 +31,7 @@ OnMissedTarget = Literal["serve", "refuse"]
 # When a client gets the first token of a sequence that goes on at another replica: when that has its KV, or at once.
 FirstToken = Literal["held", "at_once"]
 
+LauncherName = Literal["local", "ray"]  # what starts the workers: on this machine, or on the nodes of a Ray cluster
 StageName = Literal["prefill", "decode"]  # the model that is home to a replica's process
 Role = Literal["prefill", "decode", "mixed"]  # what a replica is given: prompts to hand off, sequences, whole requests
 
@@ -180,6 +181,7 @@ class Deployment(_Frozen):
     """
 
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
+    launcher: LauncherName = "local"
     model: ModelConfig
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig
@@ -256,12 +258,16 @@ class Deployment(_Frozen):
     def from_yaml(cls, path: str | Path) -> "Deployment":
         """Reads and validates the file. Raises ConfigError in one line that names the field."""
         try:
-            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            return cls.from_text(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"deployment file {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"deployment file {path}: {' '.join(str(error).split())}") from None
-        return cls.parse(raw)
+
+    @classmethod
+    def from_text(cls, text: str) -> "Deployment":
+        """Of such a file. Raises ConfigError in one line that names the field, or YAMLError."""
+        return cls.parse(yaml.safe_load(text))
 
     @classmethod
     def parse(cls, raw: Any) -> "Deployment":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 _SHORT = reprlib.Repr()  # a client's value may be huge, or nested deeper than repr() follows
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 ERROR_MARK = "distserve: error:"  # in the server's log; tools.serve shows what follows as the reason of a failed start
+NO_RAY = "launcher = ray: Ray is not installed. Run: make serve LAUNCHER=ray, or: pip install -e '.[ray]'"
 ErrorCode = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL", "UNSUPPORTED"]
 
 

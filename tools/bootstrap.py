@@ -1,4 +1,4 @@
-"""Makes .venv ready for a Makefile target: `python3 tools/bootstrap.py run|bench|test|check`.
+"""Makes .venv ready for a Makefile target: `python3 tools/bootstrap.py run|ray|bench|test|check`.
 
 Runs under whatever python3 the machine has, with the standard library alone. It finds a Python that the Triton
 server's stub can use, or says in one line how to install one; says how much it will download; installs. A second
@@ -31,7 +31,7 @@ VENV_PYTHON = VENV / "bin/python"
 CONTAINER = Path("/opt/tritonserver")  # where NVIDIA's images have the server
 SERVER_WHEEL = "nvidia-pytriton==0.7.0"  # installed without its dependencies: of it, the server program is used
 VERSIONS = ((3, 12), (3, 11), (3, 10))
-EXTRAS = {"run": "", "bench": "[bench]", "test": "[test]", "check": "[check]"}
+EXTRAS = {"run": "", "ray": "[ray]", "bench": "[bench]", "test": "[test]", "check": "[check]"}
 MIB = 1 << 20
 
 # Download sizes in MiB, where neither the file system nor the index says them; others are small.
@@ -53,6 +53,7 @@ TYPICAL_MIB = {
     "numpy": 18,
     "transformers": 12,
     "grpcio": 7,
+    "ray": 72,
     "sympy": 6,
     "mypy": 13,
     "ruff": 11,

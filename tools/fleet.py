@@ -115,10 +115,14 @@ def the_server(http_port: int | None) -> Path:
 
 
 def show(fleet: FleetTable) -> None:
+    has_nodes = any(each.node for each in fleet.replicas)
     table = Table("replica", "role", "state", "device", "home", "requests", "KV blocks", "free")
+    if has_nodes:
+        table.add_column("node")
     for each in fleet.replicas:
         numbers = (each.num_requests, each.num_blocks, each.num_free_blocks)
-        table.add_row(str(each.replica), each.role, each.state, each.device, each.home, *map(str, numbers))
+        node = [each.node] if has_nodes else []
+        table.add_row(str(each.replica), each.role, each.state, each.device, each.home, *map(str, numbers), *node)
     Console().print(table)
 
 

@@ -49,6 +49,10 @@ def main(
     max_model_len: Annotated[int | None, Option(help="tokens of a sequence, prompt and output")] = None,
     mode: Annotated[str | None, Option(envvar="MODE", help="disaggregated, or colocated: no prefill replicas")] = None,
     devices: Annotated[str | None, Option(envvar="DEVICES", help=f"colocated: {DEVICES}")] = None,
+    launcher: Annotated[
+        str | None,
+        Option(envvar="LAUNCHER", help="of the workers: local or ray (RAY_ADDRESS; unset: a cluster here)"),
+    ] = None,
     prefill_devices: Annotated[str | None, Option(envvar="PREFILL_DEVICES", help=DEVICES)] = None,
     decode_devices: Annotated[str | None, Option(envvar="DECODE_DEVICES", help=DEVICES)] = None,
     prefill: Annotated[str | None, Option(envvar="PREFILL", help=f"prefill's {DEGREES}")] = None,
@@ -111,6 +115,7 @@ def main(
     model = served or model
     fields: dict[str, object] = {
         "mode": mode,
+        "launcher": launcher,
         "model.path": model,
         "model.load_format": load_format,
         "model.dtype": dtype,

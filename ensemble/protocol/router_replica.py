@@ -205,12 +205,20 @@ class RemoveReplica(_Message, frozen=True, kw_only=True):
 ToStage: TypeAlias = ToReplica | StartReplica | AddReplica | RemoveReplica
 
 
+class ReplicaWaits(_Message, frozen=True, kw_only=True):
+    """A replica that is to start cannot yet."""
+
+    replica: int
+    waits_for: str
+
+
 class ReplicaUp(_Message, frozen=True, kw_only=True):
     """The first that is said of a life; said again to a router that is new, of a new life in the same process."""
 
     replica: int
     life: int
     device: str
+    node: str = ""  # of several machines; empty: its stage's own
     num_blocks: int
     num_host_blocks: int  # 0: it does not swap
     num_places: int  # sequences that it takes to decode: running, waiting and swapped
@@ -234,7 +242,7 @@ class FromReplica(_Message, frozen=True, kw_only=True):
     event: msgspec.Raw
 
 
-FromStage: TypeAlias = ReplicaUp | ReplicaDown | FromReplica
+FromStage: TypeAlias = ReplicaWaits | ReplicaUp | ReplicaDown | FromReplica
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -12,6 +12,7 @@ from ensemble.cache.block_manager import Swap
 from ensemble.cache.swapper import Swapped, Swapper, Way
 from ensemble.engine.batch import Batch
 from ensemble.errors import InternalError, TransferError
+from ensemble.protocol.curve import CurveKey
 from ensemble.protocol.leader_follower import (
     Attached,
     AttachReplica,
@@ -290,8 +291,9 @@ class GroupPeers(Peers):
         device: torch.device,
         layout: PoolLayout,  # of the leader's pool
         followers: Followers,
+        key: CurveKey | None = None,  # for addresses on other machines
     ) -> None:
-        super().__init__(context, device, layout)
+        super().__init__(context, device, layout, key=key)
         self._followers = followers
         self._num_waiting: dict[str, int] = {}  # address |-> followers that have yet to say that they can
 

@@ -16,6 +16,7 @@ import zmq
 from ensemble.cache.kv_pool import KVPool, map_peer_pool
 from ensemble.engine.engine import Engine
 from ensemble.errors import LinkBroken
+from ensemble.protocol.curve import CurveKey, bind, connect
 from ensemble.protocol.replica_replica import (
     AttachPool,
     PeerAnswer,
@@ -35,7 +36,10 @@ ACKNOWLEDGEMENTS = "inproc://acknowledgements"
 
 
 def rank_address(address: str, rank: int) -> str:
-    """Of a rank's PeerServer, in the private directory of one host."""
+    """Of a rank's PeerServer: in the private directory of one host, or at one of a row of ports."""
+    if address.startswith("tcp:"):
+        host, _, port = address.rpartition(":")
+        return f"{host}:{int(port) + rank}"
     return f"{address}.{rank}" if rank else address
 
 
@@ -71,12 +75,13 @@ class PeerServer:
         life: int = 0,
         rank_addresses: Iterable[str] = (),  # of all ranks, the leader's first; none: this one is alone
         token: bytes = b"",
+        key: CurveKey | None = None,  # for an address that other machines reach
     ) -> None:
         self.socket = context.socket(zmq.PULL)
         self.socket.bind(ACKNOWLEDGEMENTS)
         self.life = life  # of the replica; another one may begin in the same process
         self._router = context.socket(zmq.ROUTER)
-        self._router.bind(address)
+        bind(self._router, address, key)
         self._context = context
         self._layout = layout
         self._rank_addresses = list(rank_addresses) or [address]
@@ -156,8 +161,10 @@ class Peers:
         *,
         rank: int = 0,
         token: bytes = b"",
+        key: CurveKey | None = None,  # for addresses on other machines
     ) -> None:
         self._context = context
+        self._key = key
         self._device = device
         self._layout = layout
         self._rank = rank
@@ -227,7 +234,7 @@ class Peers:
 
     def _ask(self, address: str) -> "zmq.Socket[bytes]":
         socket = self._context.socket(zmq.DEALER)
-        socket.connect(address)
+        connect(socket, address, self._key)
         socket.send_multipart([self._token, encode(AttachPool())])
         return socket
 

@@ -29,6 +29,7 @@ from ensemble.engine.timing import time_steps
 from ensemble.errors import ConfigError
 from ensemble.models.fingerprint import fingerprint
 from ensemble.parallel.group import meet
+from ensemble.protocol.curve import CurveKey, connect, guard
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
 from ensemble.replicas.follower import Follower, connect_to_leader
 from ensemble.replicas.followers import Followers, GroupPeers
@@ -49,11 +50,15 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     threading.Thread(target=_exit_with_the_stage, args=(alive_fd,), daemon=True).start()
 
-    context = zmq.Context()
+    context, key = zmq.Context(), CurveKey.from_environment()
+    guard(context, key)
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
     socket.identity = f"{replica}:{life}{f':{rank}' if rank else ''}".encode()
-    socket.connect(stage_address)
+    if key is not None:
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        threading.Thread(target=_exit_without_connection, args=(monitor,), daemon=True).start()
+    connect(socket, stage_address, key)
     deployment = Deployment.from_environment()
     stage_name: StageName = "prefill" if home == "prefill" else "decode"
     stage = deployment.stage(stage_name)
@@ -71,14 +76,18 @@ def main() -> None:
         engine = load_engine(deployment, stage, device, group, on_layer=progress.beat)
         layout = pool_layout(engine, fingerprint(engine.spec, deployment.model))
         addresses = [rank_address(peer_address, each) for each in range(group.size)]
-        server = PeerServer(context, addresses[rank], engine.pool, layout, life=int(life), rank_addresses=addresses)
+        server = PeerServer(
+            context, addresses[rank], engine.pool, layout, life=int(life), rank_addresses=addresses, key=key
+        )
         if rank:
             to_leader = connect_to_leader(context, group_address, rank)
-            peers = Peers(context, device, layout, rank=rank)
+            peers = Peers(context, device, layout, rank=rank, key=key)
             follower = Follower(rank, engine, settings.host_kv_bytes, peers, server, to_leader, progress)
         else:
             peers = (
-                Peers(context, device, layout) if followers is None else GroupPeers(context, device, layout, followers)
+                Peers(context, device, layout, key=key)
+                if followers is None
+                else GroupPeers(context, device, layout, followers, key)
             )
             loop = EngineLoop(engine, peers, settings, peer_address, followers)
     except ConfigError as error:
@@ -184,6 +193,17 @@ def _exit_with_the_stage(alive_fd: int) -> None:
     while os.read(alive_fd, 1):
         pass
     os._exit(0)
+
+
+def _exit_without_connection(monitor: "zmq.Socket[bytes]") -> None:
+    """What was on its way is lost, so another connection would not do."""
+    try:
+        monitor.recv()
+    except zmq.ContextTerminated:
+        monitor.close(linger=0)
+    else:
+        print("distserve: a worker has lost the connection to its stage, and ends", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 loading --ReplicaUp--> up <--> draining --empty, to be removed--> leaving
    ^                    |          |                                 |
    +-----ReplicaDown----+----------+        its next life            +--ReplicaDown--> gone
+   |
+   +--ReplicaWaits--> pending: its next life waits for room
 """
 
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from ensemble.protocol.router_replica import ReplicaUp
 from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.estimator import HandoffEstimator, StepEstimator
 
-State = Literal["loading", "up", "draining", "leaving", "down"]
+State = Literal["loading", "pending", "up", "draining", "leaving", "down"]
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +27,7 @@ class Replica:
     home: StageName  # the model whose stub supervises its process
     device: str
     role: Role
+    node: str = ""  # of its present life, where there are several machines
     state: State = "loading"
     life: int = -1
     peer_address: str = ""
@@ -106,7 +109,7 @@ class Fleet:
         replica.state, replica.life, replica.peer_address = "up", event.life, event.peer_address
         replica.credits, replica.num_free_blocks = Credits(event.num_blocks), event.num_blocks
         replica.num_host_blocks = replica.num_free_host_blocks = event.num_host_blocks
-        replica.num_swapped_seqs, replica.down_reason = 0, ""
+        replica.num_swapped_seqs, replica.down_reason, replica.node = 0, "", event.node
         for step in event.timed:
             replica.estimator.observe(step.shape, step.seconds)
         return replica
@@ -116,8 +119,14 @@ class Fleet:
         replica = self.get(replica_id)
         if replica is None or not replica.is_up or replica.life != life:
             return None
-        replica.state, replica.down_reason, replica.drain_until = "down", reason, None
+        replica.state, replica.down_reason, replica.drain_until, replica.node = "down", reason, None, ""
         return replica
+
+    def waits(self, replica_id: int, waits_for: str) -> None:
+        """The next life of a replica does, unless that is known to be over."""
+        replica = self.get(replica_id)
+        if replica is not None and not replica.is_up:
+            replica.state, replica.down_reason = "pending", f"replica {replica_id} waits for {waits_for}"
 
     def remove(self, replica_id: int) -> None:
         self._replicas.pop(replica_id, None)

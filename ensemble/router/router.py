@@ -37,6 +37,7 @@ from ensemble.protocol.router_replica import (
     RemoveReplica,
     ReplicaDown,
     ReplicaUp,
+    ReplicaWaits,
     StartReplica,
     StepDone,
     SwapReport,
@@ -177,6 +178,8 @@ class Router:
     def receive(self, item: FromStage, now: float) -> None:
         """What a stage tells."""
         match item:
+            case ReplicaWaits(replica=replica_id, waits_for=waits_for):
+                self.fleet.waits(replica_id, waits_for)
             case ReplicaUp():
                 self._replica_up(item, now)
             case ReplicaDown():
@@ -461,7 +464,7 @@ class Router:
         if replica.state == "up":
             replica.state = "draining"
             self._pools_changed(self.dispatch.role_changed(replica))
-        elif is_leaving and replica.state in ("loading", "down"):
+        elif is_leaving and not replica.is_up:
             self._send(replica.home, RemoveReplica(replica=replica.id))
 
     def undrain(self, replica: Replica) -> None:

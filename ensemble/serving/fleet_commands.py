@@ -62,6 +62,7 @@ def table(router: Router) -> FleetTable:
                 each.credits.num_requests if each.is_up else 0,
                 each.credits.num_blocks if each.is_up else 0,
                 each.num_free_blocks if each.is_up else 0,
+                each.node,
             )
             for each in router.fleet
         ]

@@ -20,6 +20,7 @@ class ReplicaRow(msgspec.Struct, frozen=True):
     num_requests: int
     num_blocks: int
     num_free_blocks: int
+    node: str = ""  # where it runs, if there are several machines
 
 
 class FleetTable(msgspec.Struct, frozen=True):

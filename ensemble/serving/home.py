@@ -20,20 +20,24 @@ import msgspec
 import zmq
 
 from ensemble.config import Deployment, StageName
-from ensemble.errors import ERROR_MARK, ConfigError
+from ensemble.errors import ERROR_MARK, NO_RAY, ConfigError
+from ensemble.protocol.curve import guard
 from ensemble.protocol.router_replica import (
     AddReplica,
     FromReplica,
     RemoveReplica,
     ReplicaDown,
     ReplicaUp,
+    ReplicaWaits,
     StartReplica,
     ToReplica,
     ToStage,
 )
+from ensemble.replicas.launchers.base import Launcher
 from ensemble.replicas.launchers.local import LocalLauncher
 from ensemble.replicas.progress import HangWatch
 from ensemble.replicas.supervisor import Supervisor, Worker
+from ensemble.serving import secret
 from ensemble.serving.exchange import ParkedEnd, Reply
 from ensemble.threads import start_vital_thread
 
@@ -50,7 +54,6 @@ class Home:
         if name == "decode":  # ids are unique over the fleet
             replicas, first = deployment.decode.replicas, len(replicas)
         self._run_dir = tempfile.TemporaryDirectory(prefix=f"distserve-{name}-")  # mode 0700
-        launcher = LocalLauncher(Path(self._run_dir.name))
         self._context = zmq.Context()
         self._workers = self._context.socket(zmq.ROUTER)
         self._workers.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -61,17 +64,31 @@ class Home:
         self._up: dict[int, ReplicaUp] = {}  # replica |-> its present life, if that serves
         self._loading: set[int] = set()  # replicas that have never served
         self._removed: set[int] = set()  # that are still to end
+        self._waiting: dict[int, str] = {}  # replica |-> for what, as the router was told
         self._watch = HangWatch(deployment.hang_timeout_s)
         self._watch_at = 0.0  # time.monotonic()
         self._started = threading.Event()  # every replica serves, or one cannot
         self._load_failure: str | None = None
         self._closing = False
+        launcher = self._launcher(deployment)
         self._supervisor = Supervisor(name, launcher.bind(self._workers), launcher)
         for replica, devices in enumerate(replicas, first):
             self._add(replica, devices)
         if not self._loading:  # prefill's, in colocated mode
             self._started.set()
         self._thread = start_vital_thread(self._run, f"{name}-stage")
+
+    def _launcher(self, deployment: Deployment) -> Launcher:
+        """Raises ConfigError if the deployment's cannot be used here."""
+        if deployment.launcher == "local":
+            return LocalLauncher(Path(self._run_dir.name))
+        try:
+            from ensemble.replicas.launchers.ray_cluster import RayLauncher
+        except ImportError:
+            raise ConfigError(NO_RAY) from None
+        key = secret.curve_key()
+        guard(self._context, key)
+        return RayLauncher(deployment, self.name, key)
 
     def wait_until_up(self) -> None:
         """Returns when every replica serves. Raises ConfigError with the reason if one cannot start."""
@@ -125,6 +142,7 @@ class Home:
             self._router.answer()
             if time.monotonic() >= self._watch_at:
                 self._kill_the_hung()
+                self._tell_who_waits()
         while not self._calls.empty():
             self._router.receive(*self._calls.get())
         self._router.end_run("the server is stopping")
@@ -144,6 +162,7 @@ class Home:
 
     def _begin_run(self, is_first: bool) -> None:
         """The replicas that are up begin new lives, in which no request of the run before lives on."""
+        self._waiting.clear()
         for replica, up in list(self._up.items()):  # others have been told nothing in their present life
             if is_first:
                 self._router.send(up)
@@ -228,10 +247,12 @@ class Home:
         except ValueError as error:
             self._supervisor.kill(replica, f"{worker.name} came up unreadably: {error}")
             return
+        up = msgspec.structs.replace(up, node=worker.processes.node)
         self._up[replica] = up
         worker.up_at = worker.up_at or time.monotonic()
         self._loading.discard(replica)
-        self._log(f"replica {replica}: up, {up.num_blocks} KV blocks")
+        where = f" on node {up.node}" if up.node else ""
+        self._log(f"replica {replica}: up{where}, {up.num_blocks} KV blocks")
         self._router.send(up)
         if not self._loading:
             self._started.set()
@@ -248,6 +269,14 @@ class Home:
         }
         for (replica, name, _), seconds in self._watch.hung(progresses, now).items():
             self._supervisor.kill(replica, f"{name} made no progress for {seconds:.1f} s")
+
+    def _tell_who_waits(self) -> None:
+        for replica, worker in self._supervisor.workers.items():
+            waits_for = worker.processes.waits_for
+            if waits_for and self._waiting.get(replica) != waits_for:
+                self._log(f"replica {replica} waits for {waits_for}")
+                self._router.send(ReplicaWaits(replica=replica, waits_for=waits_for))
+            self._waiting[replica] = waits_for
 
     def _ended(self, replica: int, life: int, reason: str) -> None:
         was_up = self._up.pop(replica, None) is not None

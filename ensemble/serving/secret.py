@@ -11,6 +11,7 @@ import os
 import secrets
 
 from ensemble.errors import Forbidden
+from ensemble.protocol.curve import CurveKey
 from ensemble.serving.run_dir import run_dir
 
 _NUM_BYTES = 32
@@ -26,6 +27,11 @@ def open(sealed: bytes) -> bytes:
     if not hmac.compare_digest(sealed[:_NUM_BYTES], _secret()):
         raise Forbidden("calls to this model are the scheduler's alone")
     return sealed[_NUM_BYTES:]
+
+
+def curve_key() -> CurveKey:
+    """Of the run's sockets between machines."""
+    return CurveKey.of(_secret())
 
 
 def sign(text: str) -> str:

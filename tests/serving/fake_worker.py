@@ -11,6 +11,7 @@ import time
 import msgspec
 import zmq
 
+from ensemble.protocol.curve import CurveKey, connect
 from ensemble.protocol.router_replica import ReplicaUp, encode
 from ensemble.replicas.progress import Progress
 
@@ -21,7 +22,7 @@ def main() -> None:
     stage = zmq.Context().socket(zmq.DEALER)
     stage.identity = f"{replica}:{life}".encode()
     stage.rcvhwm = 1
-    stage.connect(stage_address)
+    connect(stage, stage_address, CurveKey.from_environment())
     if device == "cuda:7":
         stage.send_multipart([b"failed", life.encode(), b"cuda:7: this machine has none"])
     if device == "cuda:8":

@@ -1,5 +1,6 @@
 """From flags to a deployment: defaults by the machine's GPUs, and errors that name what is wrong."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,16 @@ def test_errors_name_the_field(
         make_deployment({"model.path": model, **fields})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_devices_of_a_ray_cluster_are_not_looked_for_here(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    fields = {"model.path": model, "launcher": "ray", "prefill.devices": ["cuda:6"], "decode.devices": ["cuda:7"]}
+    assert make_deployment(fields).launcher == "ray"
+
+
+def test_without_ray_one_line_says_what_to_do(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="Ray is not installed"):
+        make_deployment({"model.path": model, "launcher": "ray"})

@@ -1,5 +1,6 @@
 """From an operator's flags to a checked `Deployment`."""
 
+import importlib.util
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from ensemble.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Deployment, StageName
-from ensemble.errors import ConfigError
+from ensemble.errors import NO_RAY, ConfigError
 from ensemble.models.spec import load_model_spec
 from tools.installation.default_model import ensure_default_model
 from tools.installation.model_source import resolve_model
@@ -54,7 +55,10 @@ def make_deployment(
         stage.setdefault("gpu_memory_utilization", GPU_SHARE / num_sharing)
     raw["model"].setdefault("path", "")
     deployment = Deployment.parse(raw)  # before a download that a wrong flag would make useless
-    check_devices(workers, torch.cuda.device_count())
+    if deployment.launcher == "local":
+        check_devices(workers, torch.cuda.device_count())
+    elif importlib.util.find_spec("ray") is None:
+        raise ConfigError(NO_RAY)
     path = raw["model"]["path"]
     raw["model"]["path"] = resolve_model(path) if path else ensure_default_model()
     deployment = Deployment.parse(raw)

@@ -32,6 +32,7 @@ from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.metrics_page import METRICS_VARIABLE
 from ensemble.serving.run_dir import RUN_DIR_VARIABLE
 from tools.installation.server_files import Installation, ServerError, find_libpython
+from tools.server.local_ray import LocalRay
 from tools.server.ports import Ports, free_ports, port_is_free
 from tools.server.processes import end_processes, how_it_ended, spawn
 from tools.server.run_dir import GRACE_S, RunDir, remove_environment_folder, shm_prefix
@@ -89,6 +90,8 @@ class TritonServer:
         self._has_page = page
         self._max_body_bytes = max_body_bytes
         self._allow_client_shm = allow_client_shm
+        self._local_ray: LocalRay | None = None  # a cluster of our own
+        self._ray: subprocess.Popen[bytes] | None = None
         self._own_http = (host, 0)  # where the Triton server itself listens
         self._own_metrics = (host, 0)  # where it has its own metrics, which the scheduler puts before ours
         self._process: subprocess.Popen[bytes] | None = None
@@ -185,6 +188,8 @@ class TritonServer:
         self._own_http = ("127.0.0.1", own_http) if self._has_relay else (self.host, self.ports.http)
         has_scheduler = (self.model_repository / "scheduler").is_dir()  # which serves the metrics port
         self._own_metrics = ("127.0.0.1", own_metrics) if has_scheduler else (self.host, self.ports.metrics)
+        if self.deployment.launcher == "ray" and not os.environ.get("RAY_ADDRESS"):
+            self._local_ray = LocalRay()
         self._run_dir = RunDir()
         try:
             self._fill_run_dir(installation)
@@ -201,6 +206,8 @@ class TritonServer:
         self._log_start = self.log_path.stat().st_size
         self._was_ready = False
         self._run_dir.server_starts()
+        if self._local_ray is not None:
+            self._ray = self._spawn(self._local_ray.command(self.run_dir, self.deployment))
         self._process = self._spawn(self._command(Installation.find()))
         self._watch = StubWatch(self.run_dir)
 
@@ -270,6 +277,8 @@ class TritonServer:
         """Why it can serve no more; None: it goes on. To be called every 0.1 s."""
         if self._server_ended:
             return self._why_it_ended()
+        if self._ray is not None and (status := self._ray.poll()) is not None:
+            return f"the Ray cluster ended: {how_it_ended(status)}"
         for name, process in self._beside.items():
             if (status := process.poll()) is not None:
                 return self._error_line() or f"the {name} ended: {how_it_ended(status)}"
@@ -322,6 +331,7 @@ class TritonServer:
             process.wait()
         self._beside = {}
         if self._run_dir is not None:
+            self._end_ray()
             self._run_dir.remove(grace_s=0.5)
             self._run_dir = None
 
@@ -333,9 +343,17 @@ class TritonServer:
         self._process.kill()
         self._process.wait()
         self._watch.close()
+        self._end_ray()
         end_processes(self.run_dir, 0.0, besides=self.beside_pids)
         self._run_dir.remove_leftovers_of_server()
         self._start_server()
+
+    def _end_ray(self) -> None:
+        """Of a cluster of our own the first process; the others are ended with whatever is left of the run."""
+        if self._ray is not None:
+            self._ray.kill()
+            self._ray.wait()
+            self._ray = None
 
     @property
     def _server_ended(self) -> bool:
@@ -473,6 +491,7 @@ class TritonServer:
             DEPLOYMENT_VARIABLE: str(self.run_dir / "deployment.yaml"),
             RUN_DIR_VARIABLE: str(self.run_dir),
             METRICS_VARIABLE: f"{self.host} {self._ports.metrics} {self._own_metrics[1]}",
+            **(self._local_ray.environment if self._local_ray is not None else {}),
         }
 
 

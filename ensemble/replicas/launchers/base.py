@@ -52,6 +52,14 @@ class RankProcesses(Protocol):
         """As the operator is told of them: "worker process 4711"."""
 
     @property
+    def waits_for(self) -> str:
+        """What they cannot start without: "a node with 1 GPU free"; empty: nothing."""
+
+    @property
+    def node(self) -> str:
+        """Of several machines, the one where they run; empty: they run on the stage's own."""
+
+    @property
     def progress(self) -> list[Beats]:
         """Of each rank."""
 

@@ -64,6 +64,8 @@ class LocalRank:
 class LocalRanks:
     """The processes of a replica."""
 
+    waits_for = node = ""
+
     def __init__(self, ranks: list[LocalRank]) -> None:
         self.ranks = ranks
         self._exits = select.epoll()
