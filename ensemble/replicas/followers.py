@@ -13,6 +13,7 @@ from ensemble.cache.swapper import Swapped, Swapper, Way
 from ensemble.engine.batch import Batch
 from ensemble.errors import InternalError, TransferError
 from ensemble.protocol.leader_follower import (
+    Answer,
     Attached,
     AttachReplica,
     BeginLife,
@@ -70,6 +71,8 @@ class Followers:
             answer = decode_answer(self.socket.recv_multipart()[1])
             if isinstance(answer, Ready):
                 waiting.discard(answer.rank)
+            else:
+                self._take(answer)
 
     def run(self, batch: Batch, num_committed: int) -> None:
         """They launch the step when they have carried out what was said before."""
@@ -181,13 +184,16 @@ class Followers:
 
     def _receive(self) -> None:
         while self.socket.poll(0):
-            answer = decode_answer(self.socket.recv_multipart()[1])
-            if isinstance(answer, Copied):
-                self._copying[answer.copy_id].append(answer)
-            elif isinstance(answer, Attached):
+            self._take(decode_answer(self.socket.recv_multipart()[1]))
+
+    def _take(self, answer: Answer) -> None:
+        match answer:
+            case Copied(copy_id=copy_id):
+                self._copying[copy_id].append(answer)
+            case Attached():
                 self._attached.append(answer)
-            elif isinstance(answer, StepLogProbs):
-                self._log_probs[answer.step] = answer.log_probs
+            case StepLogProbs(step=step, log_probs=log_probs):
+                self._log_probs[step] = log_probs
 
     def _tell(self, order: Order) -> None:
         payload = encode(order)
