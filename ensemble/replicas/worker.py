@@ -69,6 +69,7 @@ def main() -> None:
         settings = loop_settings(deployment, stage_name)
         followers = Followers(context, group_address, group.size - 1) if rank == 0 and group.size > 1 else None
         engine = load_engine(deployment, stage, device, group, on_layer=progress.beat)
+        engine.runner.while_waiting = progress.waiting
         layout = pool_layout(engine, fingerprint(engine.spec, deployment.model))
         addresses = [rank_address(peer_address, each) for each in range(group.size)]
         server = PeerServer(context, addresses[rank], engine.pool, layout, life=int(life), rank_addresses=addresses)
