@@ -39,6 +39,7 @@ from ensemble.transfer.puller import Pull, Puller, Source
 
 ANSWER_TIMEOUT_S = 60.0  # a rank that stands still is noticed before, by its beats
 MAX_UNSENT = 10_000  # orders that a follower has not taken: it hangs
+_UNKNOWN: tuple[None, None, int] = (None, None, 0)
 
 
 class Followers:
@@ -76,21 +77,24 @@ class Followers:
 
     def run(self, batch: Batch, num_committed: int) -> None:
         """They launch the step when they have carried out what was said before."""
+        decodes = [sequence.request_id for sequence in batch.decodes]
+        prompts = [(row.sequence.request_id, row.start, row.length) for row in batch.prefills]
         sequences = [row.sequence for row in batch.prefills] + batch.decodes
         new_sequences, new_blocks = [], []
-        for sequence in sequences:
-            request_id, block_ids = sequence.request_id, sequence.block_ids
-            known, known_ids, num_known = self._known.get(request_id, (None, None, 0))
+        for request_id, sequence in zip([each[0] for each in prompts] + decodes, sequences, strict=True):
+            block_ids = sequence.block_ids
+            known, known_ids, num_known = self._known.get(request_id, _UNKNOWN)
+            if known is sequence and known_ids is block_ids and num_known == len(block_ids):
+                continue
             if known is not sequence:
                 new_sequences.append(NewSequence(sequence.request, list(sequence.output_token_ids)))
             first = num_known if known is sequence and known_ids is block_ids else 0  # a swap makes another list
-            if known is not sequence or first < len(block_ids):
-                new_blocks.append(NewBlocks(request_id, first, block_ids[first:]))
+            new_blocks.append(NewBlocks(request_id, first, block_ids[first:]))
             self._known[request_id] = sequence, block_ids, len(block_ids)
         self._tell(
             RunStep(
-                prompts=[(row.sequence.request_id, row.start, row.length) for row in batch.prefills],
-                decodes=[sequence.request_id for sequence in batch.decodes],
+                prompts=prompts,
+                decodes=decodes,
                 new_sequences=new_sequences,
                 new_blocks=new_blocks,
                 gone=self._gone,
