@@ -24,7 +24,6 @@ from ensemble.protocol.leader_follower import (
     StepLogProbs,
     decode_order,
     encode,
-    orders_address,
 )
 from ensemble.replicas.peers import Peers, PeerServer
 from ensemble.replicas.progress import Progress
@@ -38,7 +37,7 @@ COPY_POLL_S = 1e-3  # while a copy is under way
 def connect_to_leader(context: "zmq.Context[zmq.Socket[bytes]]", address: str, rank: int) -> "zmq.Socket[bytes]":
     socket = context.socket(zmq.DEALER)
     socket.identity = b"%d" % rank
-    socket.connect(orders_address(address))
+    socket.connect(address)
     return socket
 
 

@@ -30,7 +30,6 @@ from ensemble.protocol.leader_follower import (
     StepLogProbs,
     decode_answer,
     encode,
-    orders_address,
 )
 from ensemble.protocol.replica_replica import PoolLayout
 from ensemble.replicas.peers import Peers
@@ -43,13 +42,14 @@ _UNKNOWN: tuple[None, None, int] = (None, None, 0)
 
 
 class Followers:
-    """The leader's end. Raises InternalError for a follower that is gone, or takes no orders."""
+    """The leader's end; `address` is where followers connect. Raises InternalError for one that takes no orders."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", group_address: str, num_followers: int) -> None:
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, num_followers: int) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.bind(orders_address(group_address))
+        self.socket.bind(address)
+        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._ranks = [b"%d" % rank for rank in range(1, num_followers + 1)]
         self._known: dict[int, tuple[Sequence, list[int], int]] = {}  # request_id |-> it, its blocks, how many
         self._gone: list[int] = []

@@ -29,6 +29,7 @@ from ensemble.engine.timing import time_steps
 from ensemble.errors import ConfigError
 from ensemble.models.fingerprint import fingerprint
 from ensemble.parallel.group import meet
+from ensemble.protocol.leader_follower import orders_address
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
 from ensemble.replicas.follower import Follower, connect_to_leader
 from ensemble.replicas.followers import Followers, GroupPeers
@@ -39,6 +40,7 @@ from ensemble.replicas.progress import Progress
 GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
 IDLE_POLL_MS = 500  # between two beats of an idle loop
 MAX_UNSENT = 100_000  # events that the stage has not taken: it hangs
+ORDERS = "orders"  # by this name the leader publishes where it gives them
 LOAD_TIMEOUT_S = 1800.0  # of a rank, after the first one
 
 
@@ -67,14 +69,17 @@ def main() -> None:
         use_device(device)
         group = meet(group_address, rank, stage.tensor_parallel_size, stage.pipeline_parallel_size, device)
         settings = loop_settings(deployment, stage_name)
-        followers = Followers(context, group_address, group.size - 1) if rank == 0 and group.size > 1 else None
+        followers = None
+        if rank == 0 and group.size > 1:
+            followers = Followers(context, orders_address(group_address), group.size - 1)
+            group.publish(ORDERS, followers.address)
         engine = load_engine(deployment, stage, device, group, on_layer=progress.beat)
         engine.runner.while_waiting = progress.waiting
         layout = pool_layout(engine, fingerprint(engine.spec, deployment.model))
         addresses = [rank_address(peer_address, each) for each in range(group.size)]
         server = PeerServer(context, addresses[rank], engine.pool, layout, life=int(life), rank_addresses=addresses)
         if rank:
-            to_leader = connect_to_leader(context, group_address, rank)
+            to_leader = connect_to_leader(context, group.look_up(ORDERS), rank)
             peers = Peers(context, device, layout, rank=rank)
             follower = Follower(rank, engine, settings.host_kv_bytes, peers, server, to_leader, progress)
         else:
