@@ -54,6 +54,13 @@ class Group:
             reason = " ".join(str(error).split())
             raise InternalError(f"rank {self.rank} of {self.size}: {name} is not to be found: {reason}") from None
 
+    def all_of(self, name: str, value: str) -> list[str]:
+        """Every rank's value of that name, this one's among them, by rank."""
+        if self.store is None:
+            return [value]
+        self.publish(f"{name}-{self.rank}", value)
+        return [self.look_up(f"{name}-{rank}") for rank in range(self.size)]
+
 
 ALONE = Group()
 
