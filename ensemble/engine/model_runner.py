@@ -1,6 +1,7 @@
 """`ModelRunner`: runs batches on one device. It reads sequences and never changes them; the engine commits tokens."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -101,18 +102,16 @@ class StepHandle:
 
     @property
     def is_done(self) -> bool:
-        """Whether the step has run, at every place."""
-        if self._copied is not None:
-            has_run: bool = self._copied.query()
-            return has_run
-        return self._between.coming is None or self._between.coming.has_come
+        """Whether the step has run, at every place. True on a CPU, where waiting alone would tell: gloo does not."""
+        return self._copied is None or bool(self._copied.query())
 
     def token_ids(self) -> list[int]:
         """Waits for the step. One token id for each of `batch.sampled`."""
         if self._copied is not None:
             self._copied.synchronize()
         elif self._between.coming is not None:
-            self._between.coming.wait()
+            with self._between.while_waiting():
+                self._between.coming.wait()
         for each in self._between.sent:
             each.wait()
         self.is_read = True
@@ -131,6 +130,7 @@ class BetweenPlaces:
     sent: list[InFlight] = field(default_factory=list)
     coming: InFlight | None = None  # the tokens, where another place samples
     token_stream: "torch.cuda.Stream | None" = None  # on which they come: the next step need not wait for them
+    while_waiting: Callable[[], AbstractContextManager[None]] = nullcontext  # the host, for another place
 
 
 class ModelRunner:
@@ -145,6 +145,7 @@ class ModelRunner:
         self._group = group
         self._pipeline = group.pipeline
         self._num_steps = 0
+        self.while_waiting: Callable[[], AbstractContextManager[None]] = nullcontext  # on a CPU, for another place
         self._token_stream = None
         if kv_pool.is_cuda and not self._pipeline.is_last:
             self._token_stream = torch.cuda.Stream(kv_pool.device)
@@ -220,7 +221,9 @@ class ModelRunner:
         num_tokens = sum(row.length for row in batch.prefills) + len(batch.decodes)
         dtype, device = self.kv_pool.dtype, self.kv_pool.device
         hidden = torch.empty(num_tokens, self.model.spec.hidden_size, dtype=dtype, device=device)
-        return self._pipeline.receive_hidden(hidden, self._num_steps).wait()
+        coming = self._pipeline.receive_hidden(hidden, self._num_steps)
+        with self.while_waiting():
+            return coming.wait()
 
     def _launch_for_next_place(self, batch: Batch, hidden_in: Tensor | None, staging: Staging) -> StepHandle:
         decode_graphs, prefill_graphs = self._decode_graphs, self._prefill_graphs
@@ -235,7 +238,9 @@ class ModelRunner:
             hidden = self._forward(step, None, hidden_in)
         sent, sampled = [self._pipeline.send_hidden(hidden, self._num_steps)], self._no_tokens(batch)
         coming = self._pipeline.receive_tokens(sampled, self._num_steps)
-        return StepHandle(sampled, batch.sampled, staging, None, BetweenPlaces(sent, coming, self._token_stream))
+        return StepHandle(
+            sampled, batch.sampled, staging, None, BetweenPlaces(sent, coming, self._token_stream, self.while_waiting)
+        )
 
     def _forward(self, step: StepInput, sampled_before: Tensor | None, hidden_in: Tensor | None) -> Tensor:
         """Hidden states of all tokens."""

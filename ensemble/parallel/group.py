@@ -40,6 +40,27 @@ class Group:
         """Of all ranks' values; waits for the device."""
         return self.pipeline.smallest(self.tensor.smallest(value), self.tensor.device_type)
 
+    def publish(self, name: str, value: str) -> None:
+        """For the other ranks to `look_up`."""
+        assert self.store is not None
+        self.store.set(name, value)
+
+    def look_up(self, name: str) -> str:
+        """Waits until a rank has published it. Raises InternalError where none does, in the store's time."""
+        assert self.store is not None
+        try:
+            return self.store.get(name).decode()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise InternalError(f"rank {self.rank} of {self.size}: {name} is not to be found: {reason}") from None
+
+    def all_of(self, name: str, value: str) -> list[str]:
+        """Every rank's value of that name, this one's among them, by rank."""
+        if self.store is None:
+            return [value]
+        self.publish(f"{name}-{self.rank}", value)
+        return [self.look_up(f"{name}-{rank}") for rank in range(self.size)]
+
 
 ALONE = Group()
 

@@ -36,10 +36,6 @@ class InFlight:
     works: list[dist.Work]  # each is waited for once: gloo would wait for another message
     where: str
 
-    @property
-    def has_come(self) -> bool:
-        return all(work.is_completed() for work in self.works)
-
     def wait(self) -> Tensor:
         """On a GPU the current stream waits, not the host. Raises InternalError where the other place is gone."""
         try:

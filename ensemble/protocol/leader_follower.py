@@ -135,5 +135,7 @@ decode_answer = msgspec.msgpack.Decoder(Answer).decode
 
 
 def orders_address(group_address: str) -> str:
-    """Where the leader speaks: beside the file at which the ranks meet."""
-    return f"ipc://{group_address.removeprefix('file://')}.orders"
+    """Where the leader is to listen: beside the file at which the ranks meet, or on a free port of the same host."""
+    if group_address.startswith("file://"):
+        return f"ipc://{group_address.removeprefix('file://')}.orders"
+    return f"{group_address.rpartition(':')[0]}:*"

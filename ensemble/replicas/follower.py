@@ -8,6 +8,7 @@ from ensemble.cache.block_manager import Swap
 from ensemble.cache.swapper import Swapper, make_host_pool
 from ensemble.engine.batch import Batch, PrefillRow
 from ensemble.engine.engine import Engine, Launched
+from ensemble.protocol.curve import CurveKey, connect
 from ensemble.protocol.leader_follower import (
     Answer,
     Attached,
@@ -24,7 +25,6 @@ from ensemble.protocol.leader_follower import (
     StepLogProbs,
     decode_order,
     encode,
-    orders_address,
 )
 from ensemble.replicas.peers import Peers, PeerServer
 from ensemble.replicas.progress import Progress
@@ -35,10 +35,12 @@ IDLE_POLL_S = 0.5  # between two beats
 COPY_POLL_S = 1e-3  # while a copy is under way
 
 
-def connect_to_leader(context: "zmq.Context[zmq.Socket[bytes]]", address: str, rank: int) -> "zmq.Socket[bytes]":
+def connect_to_leader(
+    context: "zmq.Context[zmq.Socket[bytes]]", address: str, rank: int, key: CurveKey | None = None
+) -> "zmq.Socket[bytes]":
     socket = context.socket(zmq.DEALER)
     socket.identity = b"%d" % rank
-    socket.connect(orders_address(address))
+    connect(socket, address, key)
     return socket
 
 

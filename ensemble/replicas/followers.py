@@ -12,8 +12,9 @@ from ensemble.cache.block_manager import Swap
 from ensemble.cache.swapper import Swapped, Swapper, Way
 from ensemble.engine.batch import Batch
 from ensemble.errors import InternalError, TransferError
-from ensemble.protocol.curve import CurveKey
+from ensemble.protocol.curve import CurveKey, bind
 from ensemble.protocol.leader_follower import (
+    Answer,
     Attached,
     AttachReplica,
     BeginLife,
@@ -30,7 +31,6 @@ from ensemble.protocol.leader_follower import (
     StepLogProbs,
     decode_answer,
     encode,
-    orders_address,
 )
 from ensemble.protocol.replica_replica import PoolLayout
 from ensemble.replicas.peers import Peers
@@ -39,16 +39,23 @@ from ensemble.transfer.puller import Pull, Puller, Source
 
 ANSWER_TIMEOUT_S = 60.0  # a rank that stands still is noticed before, by its beats
 MAX_UNSENT = 10_000  # orders that a follower has not taken: it hangs
+_UNKNOWN: tuple[None, None, int] = (None, None, 0)
 
 
 class Followers:
-    """The leader's end. Raises InternalError for a follower that is gone, or takes no orders."""
+    """The leader's end; `address` is where followers connect. Raises InternalError for one that takes no orders."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", group_address: str, num_followers: int) -> None:
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        address: str,
+        num_followers: int,
+        key: CurveKey | None = None,  # for an address on other machines
+    ) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.bind(orders_address(group_address))
+        self.address = bind(self.socket, address, key)
         self._ranks = [b"%d" % rank for rank in range(1, num_followers + 1)]
         self._known: dict[int, tuple[Sequence, list[int], int]] = {}  # request_id |-> it, its blocks, how many
         self._gone: list[int] = []
@@ -71,24 +78,29 @@ class Followers:
             answer = decode_answer(self.socket.recv_multipart()[1])
             if isinstance(answer, Ready):
                 waiting.discard(answer.rank)
+            else:
+                self._take(answer)
 
     def run(self, batch: Batch, num_committed: int) -> None:
         """They launch the step when they have carried out what was said before."""
+        decodes = [sequence.request_id for sequence in batch.decodes]
+        prompts = [(row.sequence.request_id, row.start, row.length) for row in batch.prefills]
         sequences = [row.sequence for row in batch.prefills] + batch.decodes
         new_sequences, new_blocks = [], []
-        for sequence in sequences:
-            request_id, block_ids = sequence.request_id, sequence.block_ids
-            known, known_ids, num_known = self._known.get(request_id, (None, None, 0))
+        for request_id, sequence in zip([each[0] for each in prompts] + decodes, sequences, strict=True):
+            block_ids = sequence.block_ids
+            known, known_ids, num_known = self._known.get(request_id, _UNKNOWN)
+            if known is sequence and known_ids is block_ids and num_known == len(block_ids):
+                continue
             if known is not sequence:
                 new_sequences.append(NewSequence(sequence.request, list(sequence.output_token_ids)))
             first = num_known if known is sequence and known_ids is block_ids else 0  # a swap makes another list
-            if known is not sequence or first < len(block_ids):
-                new_blocks.append(NewBlocks(request_id, first, block_ids[first:]))
+            new_blocks.append(NewBlocks(request_id, first, block_ids[first:]))
             self._known[request_id] = sequence, block_ids, len(block_ids)
         self._tell(
             RunStep(
-                prompts=[(row.sequence.request_id, row.start, row.length) for row in batch.prefills],
-                decodes=[sequence.request_id for sequence in batch.decodes],
+                prompts=prompts,
+                decodes=decodes,
                 new_sequences=new_sequences,
                 new_blocks=new_blocks,
                 gone=self._gone,
@@ -182,13 +194,16 @@ class Followers:
 
     def _receive(self) -> None:
         while self.socket.poll(0):
-            answer = decode_answer(self.socket.recv_multipart()[1])
-            if isinstance(answer, Copied):
-                self._copying[answer.copy_id].append(answer)
-            elif isinstance(answer, Attached):
+            self._take(decode_answer(self.socket.recv_multipart()[1]))
+
+    def _take(self, answer: Answer) -> None:
+        match answer:
+            case Copied(copy_id=copy_id):
+                self._copying[copy_id].append(answer)
+            case Attached():
                 self._attached.append(answer)
-            elif isinstance(answer, StepLogProbs):
-                self._log_probs[answer.step] = answer.log_probs
+            case StepLogProbs(step=step, log_probs=log_probs):
+                self._log_probs[step] = log_probs
 
     def _tell(self, order: Order) -> None:
         payload = encode(order)

@@ -5,11 +5,15 @@ Beats can be read while the process that counts them stands still, and cost a st
 
 import mmap
 import os
-from collections.abc import Hashable, Mapping
+import threading
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 SIZE = 64  # bytes: beats, u64; step_s, f64; the rest is free
 SLOW_STEPS = 10  # a step may take that many times what steps took lately
+WAITING_BEAT_S = 0.5  # between beats while another process is waited for
 STEP_DECAY = 0.9  # by step, of a long one's weight
 MAX_LATE_S = 1.0  # a watcher that looks less often has stood still itself
 
@@ -29,7 +33,7 @@ class Beats(Protocol):
 
 
 class Progress:
-    """Counted by one thread of one process, read by another process.
+    """Counted by one process, read by another.
 
     Without `fd` the memory is new, and `fd` is to be passed to the process that counts; with it, it is that memory.
     """
@@ -42,10 +46,30 @@ class Progress:
         memory = memoryview(mmap.mmap(fd, SIZE))
         self._beats = memory[:8].cast("Q")
         self._step_s = memory[8:16].cast("d")
+        self._waits = False
+        self._waiter: threading.Thread | None = None
 
     def beat(self) -> None:
         """The loop goes on. At least once a second, also where there is nothing to do."""
         self._beats[0] += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While another process is waited for, which is judged itself: beats come from another thread meanwhile."""
+        if self._waiter is None:
+            self._waiter = threading.Thread(target=self._beat_while_waiting, name="waiting", daemon=True)
+            self._waiter.start()
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def _beat_while_waiting(self) -> None:
+        while True:
+            time.sleep(WAITING_BEAT_S)
+            if self._waits:
+                self.beat()
 
     def step_took(self, seconds: float) -> None:
         self._step_s[0] = max(seconds, STEP_DECAY * self._step_s[0])

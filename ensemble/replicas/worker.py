@@ -4,9 +4,9 @@ goes away.
     python -m ensemble.replicas.worker HOME REPLICA LIFE RANK DEVICES STAGE_ADDRESS PEER_ADDRESS GROUP_ADDRESS \
         ALIVE_FD PROGRESS_FD
 
-DEVICES are those of all ranks, by commas. GROUP_ADDRESS is where the ranks meet. The deployment file is named by the
-environment. ALIVE_FD is a pipe that whoever started the worker holds open: its end means that the stage is gone,
-whichever way it went, and the worker must not outlive it.
+DEVICES are those of all ranks, by commas. PEER_ADDRESS is where other replicas find the first, GROUP_ADDRESS where the
+ranks meet. The deployment file is named by the environment. ALIVE_FD is a pipe that whoever started the
+worker holds open: its end means that the stage is gone, whichever way it went, and the worker must not outlive it.
 
     stage -> worker   [b"command", Command]   [b"reset", life]
     worker -> stage   [b"up", life, ReplicaUp]   [b"failed", life, reason]   [b"event", life, Event]
@@ -30,6 +30,7 @@ from ensemble.errors import ConfigError
 from ensemble.models.fingerprint import fingerprint
 from ensemble.parallel.group import meet
 from ensemble.protocol.curve import CurveKey, connect, guard
+from ensemble.protocol.leader_follower import orders_address
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
 from ensemble.replicas.follower import Follower, connect_to_leader
 from ensemble.replicas.followers import Followers, GroupPeers
@@ -40,6 +41,7 @@ from ensemble.replicas.progress import Progress
 GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
 IDLE_POLL_MS = 500  # between two beats of an idle loop
 MAX_UNSENT = 100_000  # events that the stage has not taken: it hangs
+ORDERS = "orders"  # by this name the leader publishes where it gives them
 LOAD_TIMEOUT_S = 1800.0  # of a rank, after the first one
 
 
@@ -72,15 +74,20 @@ def main() -> None:
         use_device(device)
         group = meet(group_address, rank, stage.tensor_parallel_size, stage.pipeline_parallel_size, device)
         settings = loop_settings(deployment, stage_name)
-        followers = Followers(context, group_address, group.size - 1) if rank == 0 and group.size > 1 else None
+        followers = None
+        if rank == 0 and group.size > 1:
+            followers = Followers(context, orders_address(group_address), group.size - 1, key)
+            group.publish(ORDERS, followers.address)
         engine = load_engine(deployment, stage, device, group, on_layer=progress.beat)
+        engine.runner.while_waiting = progress.waiting
         layout = pool_layout(engine, fingerprint(engine.spec, deployment.model))
-        addresses = [rank_address(peer_address, each) for each in range(group.size)]
+        own_address = rank_address(peer_address, rank)
+        addresses = group.all_of("peer", own_address)
         server = PeerServer(
-            context, addresses[rank], engine.pool, layout, life=int(life), rank_addresses=addresses, key=key
+            context, own_address, engine.pool, layout, life=int(life), rank_addresses=addresses, key=key
         )
         if rank:
-            to_leader = connect_to_leader(context, group_address, rank)
+            to_leader = connect_to_leader(context, group.look_up(ORDERS), rank, key)
             peers = Peers(context, device, layout, rank=rank, key=key)
             follower = Follower(rank, engine, settings.host_kv_bytes, peers, server, to_leader, progress)
         else:

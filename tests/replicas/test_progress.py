@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -77,3 +78,12 @@ def test_a_new_process_is_not_judged_by_the_clock_of_the_one_before() -> None:
     for half_seconds in range(18):
         watch.hung({(0, 0): Progress()}, half_seconds / 2)
     assert look(watch, Progress(), 9, 18) == {}
+
+
+def test_who_waits_for_another_process_beats_meanwhile_and_no_longer(progress: Progress) -> None:
+    deadline = time.monotonic() + 20
+    with progress.waiting():
+        while progress.beats < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert progress.beats >= 2
+    assert not progress._waits

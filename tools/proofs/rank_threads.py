@@ -29,7 +29,7 @@ class RankThreads:
         self._deployment, self._home, self._address = deployment, home, address
         self._stage = deployment.stage(home)
         self._size = self._stage.num_ranks
-        self._group_address = f"file://{address.removeprefix('ipc://')}.group"
+        self._orders_address = f"{address}.orders"
         self._store = dist.HashStore()  # type: ignore[attr-defined]
         self._ends = threading.Event()
         self._errors: list[BaseException] = []
@@ -39,7 +39,7 @@ class RankThreads:
         for thread in self._threads:
             thread.start()
         self.context = zmq.Context()
-        self._followers = Followers(self.context, self._group_address, self._size - 1) if self._threads else None
+        self._followers = Followers(self.context, self._orders_address, self._size - 1) if self._threads else None
         self.engine = self._load(0)
         self.server, layout = self._serve(self.context, self.engine)
         self.peers = Peers(self.context, CPU, layout)
@@ -82,7 +82,7 @@ class RankThreads:
             engine = self._load(rank)
             server, layout = self._serve(context, engine)
             peers = Peers(context, CPU, layout, rank=rank)
-            socket = connect_to_leader(context, self._group_address, rank)
+            socket = connect_to_leader(context, self._orders_address, rank)
             host_kv_bytes = loop_settings(self._deployment, self._home).host_kv_bytes
             follower = Follower(rank, engine, host_kv_bytes, peers, server, socket, Progress())
             follower.start()
