@@ -21,11 +21,12 @@ FILES = {"/": "index.html", "/page/page.js": "page.js", "/page/page.css": "page.
 # What the page shows: its name for it |-> the metric's. Those of all labels are added up.
 NUMBERS = {
     "waiting": "vllm:num_requests_waiting",
+    "waiting_tokens": "distserve:num_tokens_waiting",
     "running": "vllm:num_requests_running",
     "bridge": "distserve:num_requests_bridge",
     "swapped": "vllm:num_requests_swapped",
     "prompt_tokens": "vllm:prompt_tokens_total",
-    "generation_tokens": "vllm:generation_tokens_total",
+    "later_tokens": "vllm:inter_token_latency_seconds_count",  # as they come; other counters know what has ended
     "answers": "vllm:request_success_total",
     "errors": "distserve:request_errors_total",
     "preemptions": "vllm:num_preemptions_total",
@@ -34,7 +35,7 @@ NUMBERS = {
 }
 TIMES = {  # histograms, in seconds
     "ttft": "vllm:time_to_first_token_seconds",
-    "tpot": "vllm:request_time_per_output_token_seconds",
+    "itl": "vllm:inter_token_latency_seconds",
     "e2e": "vllm:e2e_request_latency_seconds",
     "queue": "vllm:request_queue_time_seconds",
     "transfer": "distserve:kv_transfer_time_seconds",

@@ -188,14 +188,14 @@ function showState(state) {
   const { numbers, replicas } = state;
   const booked = (roles) => replicas.filter((each) => roles.includes(each.role)).reduce((sum, each) => sum + each.num_requests, 0);
   put("waiting", numbers.waiting);
-  put("queue-time", `waited ${time(mean("queue"))}`);
+  put("queue-time", numbers.waiting ? `${numbers.waiting_tokens} tokens` : `waited ${time(mean("queue"))}`);
   put("in-prefill", booked(["prefill"]));
   put("prompt-rate", `${rate("prompt_tokens").toFixed(0)} tokens/s`);
   put("bridge", numbers.bridge);
   put("transfer", `${rate("transfers").toFixed(1)}/s, ${time(mean("transfer"))}`);
   put("in-decode", booked(["decode", "mixed"]));
-  put("generation-rate", numbers.swapped ? `${numbers.swapped} swapped` : `${time(mean("tpot"))}/token`);
-  const outputRate = rate("generation_tokens");
+  put("generation-rate", numbers.swapped ? `${numbers.swapped} swapped` : `${time(mean("itl"))}/token`);
+  const outputRate = rate("later_tokens");
   draw("rate", outputRate, outputRate.toFixed(0));
   draw("running", numbers.running, numbers.running);
   const total = replicas.reduce((sum, each) => sum + each.num_blocks, 0);
@@ -203,7 +203,7 @@ function showState(state) {
   const usage = total ? (100 * (total - free)) / total : 0;
   draw("kv", usage, `${usage.toFixed(0)} %`, 10);
   byId("replicas").replaceChildren(...replicas.map(replicaRow));
-  for (const name of ["ttft", "tpot", "e2e"]) put(name, time(mean(name)));
+  for (const name of ["ttft", "itl", "e2e"]) put(name, time(mean(name)));
   put("answers", `${rate("answers").toFixed(1)}/s, ${numbers.answers} in all`);
   put("errors", `${numbers.errors} in all`);
   put("troubles", `${numbers.preemptions}, ${numbers.recoveries} in all`);
