@@ -5,7 +5,7 @@ distserve:   what it has not
 
 Each family has its samples from the start, so that a rate is never of a metric that is not there yet. They are kept
 here and not by the Triton server's metrics API, which takes one value at a time, a round trip each: with the gap after
-every token that would be more than all else the scheduler does. `metrics_page.py` puts the server's own metrics first.
+every token those would be thousands a second. `metrics_page.py` puts the server's own metrics first.
 """
 
 import threading
