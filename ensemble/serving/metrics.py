@@ -64,7 +64,10 @@ METRIC_DESCRIPTIONS: dict[str, tuple[Kind, str]] = {
         "The same, by what became of them: swap to the host pool, or recompute from their tokens",
     ),
     "distserve:swap_bytes_total": ("counter", "KV moved between device and host pools, by direction"),
-    "vllm:prefix_cache_queries_total": ("counter", "Prompt tokens looked up in the prefill replicas' prefix caches"),
+    "vllm:prefix_cache_queries_total": (
+        "counter",
+        "Prompt tokens looked up in the prefix caches of the replicas that compute them",
+    ),
     "vllm:prefix_cache_hits_total": ("counter", "Prompt tokens found there, and not computed again"),
     "distserve:num_requests_bridge": ("gauge", "Prefilled requests that wait for a decode replica"),
     "distserve:kv_blocks": ("gauge", "Blocks of a replica's KV pool"),
