@@ -298,6 +298,7 @@ class EngineLoop:
             smallest(targets, settings.itl_target_s),
             settings.stretch,
             settings.max_num_prompt_tokens_beside,
+            self._prompts.num_waiting_tokens,
         )
 
     def _plan(self, now: float, prompts: PromptStep) -> DecodePlan:
