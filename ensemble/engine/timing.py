@@ -20,7 +20,7 @@ def time_steps(
 
     To be called in every rank of the engine's group, which all run the same steps.
     """
-    deadline = time.monotonic() + (budget_s or (GPU_BUDGET_S if engine.runs_ahead else CPU_BUDGET_S))
+    deadline = time.monotonic() + (budget_s or (GPU_BUDGET_S if engine.pool.tensor.is_cuda else CPU_BUDGET_S))
     longest = max(1, min(max_model_len, engine.pool.num_blocks * engine.pool.layout.block_size) - 2)
     steps: list[TimedStep] = []
     for chunk, rows in _kinds(max_num_prompt_tokens, max_num_seqs, longest):

@@ -4,9 +4,9 @@ goes away.
     python -m ensemble.replicas.worker HOME REPLICA LIFE RANK DEVICES STAGE_ADDRESS PEER_ADDRESS GROUP_ADDRESS \
         ALIVE_FD PROGRESS_FD
 
-DEVICES are those of all ranks, by commas. PEER_ADDRESS is where other replicas find the first, GROUP_ADDRESS where the
-ranks meet. The deployment file is named by the environment. ALIVE_FD is a pipe that whoever started the
-worker holds open: its end means that the stage is gone, whichever way it went, and the worker must not outlive it.
+DEVICES are those of all ranks, by commas. PEER_ADDRESS is where other replicas find this one, GROUP_ADDRESS where the
+ranks meet. The deployment file is named by the environment. ALIVE_FD is a pipe that whoever started the worker holds
+open: its end means that the stage is gone, whichever way it went, and the worker must not outlive it.
 
     stage -> worker   [b"command", Command]   [b"reset", life]
     worker -> stage   [b"up", life, ReplicaUp]   [b"failed", life, reason]   [b"event", life, Event]
@@ -35,7 +35,7 @@ from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, e
 from ensemble.replicas.follower import Follower, connect_to_leader
 from ensemble.replicas.followers import Followers, GroupPeers
 from ensemble.replicas.loop import EngineLoop, loop_settings
-from ensemble.replicas.peers import Peers, PeerServer, pool_layout, rank_address
+from ensemble.replicas.peers import Peers, PeerServer, pool_layout
 from ensemble.replicas.progress import Progress
 
 GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
@@ -81,10 +81,9 @@ def main() -> None:
         engine = load_engine(deployment, stage, device, group, on_layer=progress.beat)
         engine.runner.while_waiting = progress.waiting
         layout = pool_layout(engine, fingerprint(engine.spec, deployment.model))
-        own_address = rank_address(peer_address, rank)
-        addresses = group.all_of("peer", own_address)
+        addresses = group.all_of("peer", peer_address)
         server = PeerServer(
-            context, own_address, engine.pool, layout, life=int(life), rank_addresses=addresses, key=key
+            context, peer_address, engine.pool, layout, life=int(life), rank_addresses=addresses, key=key
         )
         if rank:
             to_leader = connect_to_leader(context, group.look_up(ORDERS), rank, key)

@@ -34,7 +34,7 @@ class ReplicaStart:
 def rank_arguments(start: ReplicaStart, rank: int, peer_address: str, group_address: str) -> list[str]:
     """Of ensemble.replicas.worker, but for the descriptors at their end.
 
-    peer_address: where other replicas find rank 0. group_address: where the ranks meet, as an `init_method` of torch.
+    peer_address: where other replicas find this rank. group_address: where the ranks meet, as torch's `init_method`.
     """
     arguments = [start.home, str(start.replica), str(start.life), str(rank), ",".join(start.devices)]
     return [*arguments, start.stage_address, peer_address, group_address]

@@ -126,10 +126,10 @@ class LocalLauncher:
         program = self._program or [shutil.which("python3") or "python3", *WORKER]
         peer_address = f"ipc://{self._run_dir}/{start.name}.peer"
         group_address = f"file://{self._run_dir}/{start.name}.group"
-        ranks = [
-            LocalRank.start(program, rank_arguments(start, rank, peer_address, group_address), self._alive_fds[0])
-            for rank in range(len(start.devices))
-        ]
+        ranks = []
+        for rank in range(len(start.devices)):
+            arguments = rank_arguments(start, rank, f"{peer_address}.{rank}" if rank else peer_address, group_address)
+            ranks.append(LocalRank.start(program, arguments, self._alive_fds[0]))
         processes = LocalRanks(ranks)
         self._started = [each for each in self._started if not each.is_collected] + [processes]
         return processes

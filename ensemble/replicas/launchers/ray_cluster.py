@@ -202,11 +202,11 @@ class RayRanks:
             ]
         )
         start = replace(start, devices=tuple(site.device for site in sites))
-        peer, group_address = sites[0].peer_address, sites[0].group_address
+        group_address = sites[0].group_address
         self._pids = self._all(
             [
-                warden.start.remote(rank_arguments(start, rank, peer, group_address))
-                for rank, warden in enumerate(self._wardens)
+                warden.start.remote(rank_arguments(start, rank, site.peer_address, group_address))
+                for rank, (warden, site) in enumerate(zip(self._wardens, sites, strict=True))
             ]
         )
 

@@ -119,7 +119,9 @@ def test_every_rank_is_told_who_it_is_and_where_the_others_meet(start: Start) ->
     ranks = start("cpu", "cpu", life=5)
     calls = [ranks.called(rank)[1:] for rank in range(2)]
     assert [call[:5] for call in calls] == [["decode", "3", "5", str(rank), "cpu,cpu"] for rank in range(2)]
-    assert calls[0][5:] == calls[1][5:] and len(set(calls[0][5:])) == 3, "stage, peers, ranks"
+    (stage, peer, group), (same_stage, other_peer, same_group) = calls[0][5:], calls[1][5:]
+    assert (stage, group) == (same_stage, same_group)
+    assert len({stage, peer, other_peer, group}) == 4
 
 
 def test_progress_is_that_of_each_rank(start: Start) -> None:
