@@ -114,7 +114,7 @@ class PrefillConfig(StageConfig):
     max_num_batched_tokens: int = Field(default=2048, ge=16)  # token budget of a batch
     # No prompt is started that, when it is computed, would wait longer for room in decode.
     max_bridge_wait_s: float = Field(default=0.5, ge=0)
-    prefix_cache: bool = False  # keeps the blocks of prompts, for prompts that begin alike
+    prefix_cache: bool = True  # every replica keeps the blocks of ended sequences, for prompts that begin alike
     # Of a batch, for prompts longer than that while shorter ones wait: a long one holds them up for no whole batch.
     max_long_tokens: int | None = Field(default=None, ge=16)
 

@@ -62,7 +62,9 @@ def main(
     gpu_memory_utilization: Annotated[float | None, Option(help="share of its device, for each worker")] = None,
     max_num_batched_tokens: Annotated[int | None, Option(help="token budget of a prefill batch")] = None,
     max_num_seqs: Annotated[int | None, Option(help="sequences in a batch")] = None,
-    enable_prefix_caching: Annotated[bool, Option("--enable-prefix-caching", help="in prefill replicas")] = False,
+    enable_prefix_caching: Annotated[
+        bool | None, Option(help="every replica keeps the KV of what has ended, for prompts that begin alike")
+    ] = None,
     roles: Annotated[
         str | None, Option(help="fixed, or auto: chosen by predicted times, the default with two GPUs and more")
     ] = None,
@@ -123,7 +125,7 @@ def main(
         "prefill.devices": prefill_devices and prefill_devices.split(","),
         "decode.devices": decode_devices and decode_devices.split(","),
         "prefill.max_num_batched_tokens": max_num_batched_tokens,
-        "prefill.prefix_cache": enable_prefix_caching or None,
+        "prefill.prefix_cache": enable_prefix_caching,
         "scheduler.policy": prefill_policy,
         "scheduler.roles": roles,
         "scheduler.ttft_target_ms": ttft_target_ms,

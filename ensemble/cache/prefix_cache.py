@@ -6,8 +6,8 @@ Every block has one owner in the block manager, `Owner("prefix", block_id)`; who
                           |                    ^                        |
                           +----free--> free    +-------allocate---------+
 
-A block is cached under a hash of its tokens and all before them, so equal hashes mean equal KV. Only full blocks of
-prompts are cached, and only once their KV has been computed.
+A block is cached under a hash of its tokens and all before them, so equal hashes mean equal KV. Only full blocks are
+cached, and only once their KV is there: those of a prompt as it is computed or arrives, those of its answer at the end.
 """
 
 import hashlib
@@ -23,10 +23,12 @@ _HASH_BYTES = 16
 _NEW = Owner("prefix", -1)  # of a block whose id is not known yet
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int) -> list[bytes]:
-    """One hash for each full block, of its tokens and all before them; the same in every process."""
+def block_hashes(token_ids: Sequence[int], block_size: int, previous: bytes = b"") -> list[bytes]:
+    """One hash for each full block, of its tokens and all before them; the same in every process.
+
+    `previous`: the hash of the block before the first token, if it is not the first of all.
+    """
     hashes = []
-    previous = b""
     tokens = array("q", token_ids)
     for start in range(0, len(tokens) - block_size + 1, block_size):
         block = tokens[start : start + block_size].tobytes()
@@ -52,7 +54,7 @@ class _Prompt:
 
 
 class PrefixCache:
-    """The blocks of a pool, shared between prompts. An operation that raises has changed nothing.
+    """The blocks of a pool, shared between sequences that begin alike. An operation that raises has changed nothing.
 
     Beside `allocate_prompt`, it offers what a BlockManager does.
     """
@@ -135,6 +137,24 @@ class PrefixCache:
         copies = [] if written is None else [(written, new[0])]
         return Allocation(shared + new, num_cached_tokens, copies)
 
+    def allocate_arrival(self, owner: Owner, token_ids: Sequence[int], num_blocks: int) -> int:
+        """Blocks for a sequence whose KV of these tokens comes from elsewhere. Raises OutOfBlocks if too few are free.
+
+        Returns how many of its first blocks are here already, never all: those need not come.
+        """
+        if owner in self._prompts:
+            raise InternalError(f"{owner.kind} {owner.id} already holds blocks")
+        hashes = block_hashes(token_ids, self.blocks.block_size)
+        shared = self._cached_blocks(hashes)[: num_blocks - 1]
+        num_available_blocks = self.num_free_blocks - sum(block_id in self._idle for block_id in shared)
+        if num_blocks - len(shared) > num_available_blocks:
+            raise OutOfBlocks(owner, num_blocks - len(shared), num_available_blocks)
+        for block_id in shared:
+            self._use(block_id)
+        new = [self._take() for _ in range(num_blocks - len(shared))]
+        self._prompts[owner] = _Prompt([*shared, *new], hashes, len(shared))
+        return len(shared)
+
     def extend(self, owner: Owner, num_blocks: int) -> list[int]:
         """Appends blocks to what the owner holds and returns the new ones. Raises OutOfBlocks if too few are free."""
         prompt = self._prompt(owner)
@@ -155,6 +175,13 @@ class PrefixCache:
                 self._hash_of[block_id] = block_hash
                 self._stored.append(block_hash)
         prompt.num_committed_blocks = max(prompt.num_committed_blocks, num_blocks)
+
+    def store(self, owner: Owner, token_ids: Sequence[int]) -> None:
+        """KV of all these tokens, prompt and answer, is in the owner's blocks: the full ones can be shared."""
+        prompt, block_size = self._prompt(owner), self.blocks.block_size
+        rest = token_ids[len(prompt.hashes) * block_size :]
+        prompt.hashes += block_hashes(rest, block_size, prompt.hashes[-1] if prompt.hashes else b"")
+        self.commit(owner, len(token_ids))
 
     def blocks_of(self, owner: Owner) -> Sequence[int]:
         """The owner's blocks in the order of its tokens; empty for an unknown owner."""

@@ -81,11 +81,22 @@ class Arrivals:
                 self.num_wanted_blocks = num_blocks
                 return
             arriving.is_copying = True
-            arriving.sequence.block_ids = self._blocks.allocate(Owner("sequence", request_id), num_blocks)
-            target_block_ids = list(arriving.sequence.block_ids)
+            num_here = self._allocate(arriving.sequence, num_blocks)
+            target_block_ids = arriving.sequence.block_ids[num_here:]
             self._puller.start(
-                Pull(request_id, source, handoff.block_ids[:num_blocks], target_block_ids, arriving.arrived_at)
+                Pull(request_id, source, handoff.block_ids[num_here:num_blocks], target_block_ids, arriving.arrived_at)
             )
+
+    def _allocate(self, sequence: Sequence, num_blocks: int) -> int:
+        """Returns how many of the blocks are here already."""
+        owner, num_here = Owner("sequence", sequence.request_id), 0
+        if isinstance(self._blocks, PrefixCache):
+            token_ids = sequence.token_ids(0, sequence.num_computed_tokens)
+            num_here = self._blocks.allocate_arrival(owner, token_ids, num_blocks)
+        else:
+            self._blocks.allocate(owner, num_blocks)
+        sequence.block_ids = list(self._blocks.blocks_of(owner))
+        return num_here
 
     def ended(self) -> Ended:
         """What has come of copies since the last call. The blocks of those that did not arrive are free."""

@@ -388,6 +388,8 @@ class EngineLoop:
     def _join(self) -> list[Event]:
         ended = self._arrivals.ended()
         for sequence, pull in ended.arrived:
+            if self.cache is not None:
+                self.cache.commit(Owner("sequence", sequence.request_id), sequence.num_computed_tokens)
             self._add(sequence, 0, pull.seconds + self._swapper.swap_in_s(len(pull.target_block_ids)))
         events: list[Event] = []
         if ended.arrived:
@@ -568,12 +570,19 @@ class EngineLoop:
             self._prompts.take(request_id)
             self._device_blocks.free(Owner("sequence", request_id))
             return True
-        del self._running[request_id]
+        self._keep(self._running.pop(request_id))
         return self._scheduler.remove(request_id)
 
     def _runs_no_more(self, request_id: int) -> None:
         if self._followers is not None:
             self._followers.forget(request_id)
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Its blocks can be shared when they are free: the next turn of a conversation begins with them."""
+        owner = Owner("sequence", sequence.request_id)
+        if self.cache is not None and self.blocks.place_of(owner) == "device":
+            num_tokens = min(sequence.num_computed_tokens, sequence.num_tokens)
+            self.cache.store(owner, sequence.token_ids(0, num_tokens))
 
     def _released(self, request_ids: list[int]) -> list[Event]:
         if not request_ids:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import msgspec
 
@@ -88,7 +89,7 @@ class Dispatch:
             policy=QueuePolicy(queue.policy, queue.max_wait_s, queue.aging_s, queue.ttft_target_s or DEFAULT_TTFT_S),
             max_long_tokens=deployment.prefill.max_long_tokens,
             num_cached_tokens=self._num_cached_tokens,
-            max_batch_len=self._chunk_len,
+            limits_now=self._limits_now,
         )
         self.admission = DecodeAdmission(
             block_size=deployment.block_size,
@@ -134,7 +135,7 @@ class Dispatch:
         self._send(replica.home, item)
 
     def _is_spare(self, replica: Replica) -> bool:
-        """Whether it decodes what it has computed where the others have no room for it."""
+        """Whether it may decode what it has computed, though its role is to hand off."""
         return self._is_auto and replica.takes_prompts and replica.role == "prefill"
 
     def _prompt_limits(self, replica: Replica) -> Limits | None:
@@ -167,7 +168,14 @@ class Dispatch:
         if self.prefixes is not None:
             token_ids = request.prompt_token_ids + request.resumed_token_ids
             life.hashes = block_hashes(token_ids, self.prefixes.block_size)
-            num_cached_tokens = self.prefixes.best(life.hashes, request.prefill_len)
+            num_cached_tokens = max(
+                (
+                    self.prefixes.num_cached_tokens(replica.id, life.hashes, request.prefill_len)
+                    for replica in self._fleet.up_ones()
+                    if self._prompt_limits(replica) is not None
+                ),
+                default=0,
+            )
             hints = Hints(hints.priority, hints.tenant, hints.ttft_target_s, num_cached_tokens)
         self.prefill.add(request, now, hints, is_again=is_again)
         if life.is_alone:
@@ -232,6 +240,7 @@ class Dispatch:
             life.phase, life.handoff, life.decode_replica = "decode", None, replica_id
             timeline = life.client.timeline
             timeline.decode_submitted_ns, timeline.decode_replica = time_ns, replica_id
+            life.submitted_s = self._now
         self.command(replica, Join(arrivals=arrivals))
 
     # ---- which way a request takes
@@ -280,7 +289,7 @@ class Dispatch:
             if self._alone and not self._may_share(replica.id, life):
                 continue
             site, work = self._site(replica), self._work(replica, life)
-            if limits.stays and self.admission.may_start_at(replica.id, request):
+            if (limits.stays or self._is_spare(replica)) and self.admission.may_start_at(replica.id, request):
                 yield stay(site, work)
             if replica.role == "decode" or not may_promise or not replica.credits.fits(num_blocks):
                 continue
@@ -295,15 +304,29 @@ class Dispatch:
         for replica in self._fleet.up_ones():
             is_taker = replica.takes_sequences and replica.id != source.id
             if is_taker and (source.role == "prefill" or replica.role == "decode"):
-                handoff_s = replica.handoffs.seconds(round(request.prefill_len * replica.kv_token_bytes))
+                num_tokens = request.prefill_len - self._num_cached_tokens(
+                    replica.id, request
+                )  # those that are not there yet
+                handoff_s = replica.handoffs.seconds(round(num_tokens * replica.kv_token_bytes))
                 yield Reader(self._site(replica), handoff_s, wait_s)
         if self._is_spare(source):
             yield Reader(self._site(source), 0.0, wait_s)
 
     def _site(self, replica: Replica) -> Site:
         num_tokens, num_keys = self.prefill.backlog(replica.id)
-        rows = self._rows(replica)
-        return Site(replica.id, replica.estimator, self._chunk_len(replica.id), num_tokens, num_keys, rows)
+        rows, target_s = self._rows(replica), self._target_of(replica)
+        one_more = StepShape(0, 0, rows.num_rows + 1, rows.num_row_keys)
+        return Site(
+            replica.id,
+            replica.estimator,
+            self._chunk_len(replica, rows, target_s),
+            self._chunk_len(replica, one_more, target_s),
+            num_tokens,
+            num_keys,
+            rows,
+            target_s if rows.num_rows else None,
+            replica.role != "decode" and self.prefill.num_waiting > 1,
+        )
 
     def _work(self, replica: Replica, life: Life) -> Work:
         request = life.attempt
@@ -319,17 +342,30 @@ class Dispatch:
         num_rows = max(0, min(num_seqs, self._deployment.stage(replica.home).max_num_seqs))
         return StepShape(0, 0, num_rows, round(num_rows * replica.mean_context_len))
 
-    def _chunk_len(self, replica_id: int) -> int:
-        """Prompt tokens that the replica's next steps take, as its loop will find too."""
-        replica, deployment = self._fleet.get(replica_id), self._deployment
-        if replica is None or not (rows := self._rows(replica)).num_rows:
-            return deployment.prefill.max_num_batched_tokens
-        lives = (self._lives.of_attempt(attempt_id) for attempt_id in self.admission.request_ids(replica_id))
-        target_s = smallest(
-            (life.attempt.itl_target_s for life in lives if life is not None), deployment.scheduler.itl_target_s
-        )
+    def _target_of(self, replica: Replica) -> float | None:
+        """The smallest ITL target among its sequences, or where it has none the deployment's."""
+        lives = (self._lives.of_attempt(attempt_id) for attempt_id in self.admission.request_ids(replica.id))
+        targets = [life.attempt.itl_target_s for life in lives if life is not None]
+        return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
+
+    def _chunk_len(self, replica: Replica, rows: StepShape, target_s: float | None) -> int:
+        """Prompt tokens that the replica's steps take beside these sequences, as its loop will find too."""
+        if not rows.num_rows:
+            return self._deployment.prefill.max_num_batched_tokens
         stretch = STRETCH if self._is_auto else None
-        return chunk_beside(replica.estimator, rows, 0, target_s, stretch, deployment.num_prompt_tokens_beside)
+        return chunk_beside(replica.estimator, rows, 0, target_s, stretch, self._deployment.num_prompt_tokens_beside)
+
+    def _limits_now(self, replica_id: int, limits: Limits) -> Limits:
+        """A batch is what a step takes; beside running sequences one more is under way."""
+        replica = self._fleet.get(replica_id)
+        if replica is None or not (rows := self._rows(replica)).num_rows:
+            return limits
+        chunk_len = self._chunk_len(replica, rows, self._target_of(replica))
+        return replace(
+            limits,
+            max_num_batched_tokens=min(limits.max_num_batched_tokens, chunk_len),
+            max_batches_in_flight=MAX_BATCHES_BESIDE,
+        )
 
     def _wait_for_blocks_s(self, num_blocks: int) -> float:
         """Until the replicas that decode have freed so many: outputs end evenly, as many as there are in their time."""

@@ -97,6 +97,7 @@ class Life:
     prefill_replica: int | None = None  # of this attempt
     decode_replica: int | None = None  # of this attempt
     handoff: KVHandoff | None = None  # while it is in the bridge
+    submitted_s: float = 0.0  # to decode; by time.monotonic()
     hashes: list[bytes] = field(default_factory=list)  # of the blocks to prefill, where there is a prefix cache
     num_deaths: int = 0  # of replicas that had it, in a row
     num_alone_deaths: int = 0

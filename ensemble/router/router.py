@@ -198,7 +198,7 @@ class Router:
                 self.dispatch.prefill.released(replica.id, request_ids)
                 self.dispatch.admission.released(replica.id, request_ids)
             case Joined():
-                self._joined(event)
+                self._joined(event, now)
             case Preempted():
                 self._preempted(replica, event, now)
             case SwapReport():
@@ -274,7 +274,7 @@ class Router:
         self.dispatch.admission.arrive(life.attempt_id, replica.id)
         self._fail_unreachable(replica)
 
-    def _joined(self, event: Joined) -> None:
+    def _joined(self, event: Joined, now: float) -> None:
         time_ns = time.time_ns()
         transports = event.transports or [""] * len(event.request_ids)
         for attempt_id, seconds, num_bytes, transport in zip(
@@ -291,8 +291,9 @@ class Router:
                 timeline.decode_joined_ns = time_ns
                 timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
                 if num_bytes and (reader := self.fleet.get(timeline.decode_replica)) is not None:
-                    reader.handoffs.observe(num_bytes, (time_ns - timeline.decode_submitted_ns) / 1e9)
-                    reader.kv_token_bytes = num_bytes / life.attempt.prefill_len
+                    reader.handoffs.observe(num_bytes, now - life.submitted_s)
+                    # Blocks that were there already did not come.
+                    reader.kv_token_bytes = max(reader.kv_token_bytes, num_bytes / life.attempt.prefill_len)
                 life.deliver()
 
     def _replica_up(self, up: ReplicaUp, now: float) -> None:

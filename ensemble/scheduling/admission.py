@@ -103,7 +103,7 @@ class DecodeAdmission:
     every sequence can be brought to its end, by swapping where the host pool is filled too. A request that is `alone`
     shares its replica with no other sequence.
 
-    A `spare` replica takes only what it has computed itself, in place, and only what would wait for others too long.
+    A `spare` replica takes of the bridge only what it has computed itself and what would wait for others too long.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class DecodeAdmission:
         waits in the bridge.
         """
         state, need = self._replicas.get(replica), self._need(request)
-        if state is None or state.is_spare or self._bridge or not self._fits(state, request.request_id, need):
+        if state is None or self._bridge or not self._fits(state, request.request_id, need):
             return False
         return not self._promised or self._num_promised_blocks + need.expected <= self.num_free_blocks
 

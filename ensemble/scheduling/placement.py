@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape
 
 MIN_CHUNK_LEN = 16  # tokens, so that prompts get on where steps are too long already
+AIM = 0.9  # of an ITL target: predictions err, and the longest gap of an answer counts
 LEAST_STRETCH = 1.1  # of a step by the chunk in it, where it misses its target without any
 STRETCH = 1.5  # of a step by the chunk in it, where nobody has a target and replicas share the prompts
 
@@ -33,10 +34,13 @@ class Site:
 
     replica: int
     steps: StepEstimator
-    chunk_len: int  # prompt tokens of its steps
+    chunk_len: int  # prompt tokens of its steps now
+    beside_len: int  # prompt tokens of its steps beside its sequences and one more
     num_backlog_tokens: int = 0  # of prompts that it has been sent
     num_backlog_keys: int = 0
     rows: StepShape = NO_STEP  # its running sequences
+    target_s: float | None = None  # the smallest ITL target among them
+    has_prompts_coming: bool = False
 
     def until_computed(self, work: Work) -> float:
         """Seconds until the last token of the prompt is computed, behind those that are there."""
@@ -54,10 +58,8 @@ class Site:
     def itl(self, work: Work) -> float:
         """Seconds between two tokens of the answer, if it decodes here: with chunks of prompts where there are some."""
         rows = StepShape(0, 0, self.rows.num_rows + 1, self.rows.num_row_keys + work.context_len)
-        if self.num_backlog_tokens:
-            keys_per_token = self.num_backlog_keys / self.num_backlog_tokens
-            length = min(self.chunk_len, self.num_backlog_tokens)
-            rows = StepShape(length, round(keys_per_token * length), rows.num_rows, rows.num_row_keys)
+        if self.num_backlog_tokens or self.has_prompts_coming:
+            rows = rows.with_chunk(0, self.beside_len)
         return self.steps.seconds(rows)
 
 
@@ -77,11 +79,13 @@ class Way(NamedTuple):
     ttft_s: float  # from now
     itl_s: float
     cost_s: float
+    others_target_s: float | None = None  # the smallest ITL target of those that it would decode with
 
 
 def stay(site: Site, work: Work) -> Way:
     computed_s, itl_s = site.until_computed(work), site.itl(work)
-    return Way(site.replica, True, computed_s, itl_s, computed_s + site.delay(work) + work.num_output_tokens * itl_s)
+    cost_s = computed_s + site.delay(work) + work.num_output_tokens * itl_s
+    return Way(site.replica, True, computed_s, itl_s, cost_s, site.target_s)
 
 
 def hand_off(site: Site, work: Work, readers: Iterable[Reader]) -> Way | None:
@@ -91,7 +95,8 @@ def hand_off(site: Site, work: Work, readers: Iterable[Reader]) -> Way | None:
     def via(reader: Reader) -> Way:
         itl_s = reader.site.itl(work)
         ttft_s = max(computed_s, reader.wait_s) + reader.handoff_s
-        return Way(site.replica, False, ttft_s, itl_s, ttft_s + site.delay(work) + work.num_output_tokens * itl_s)
+        cost_s = ttft_s + site.delay(work) + work.num_output_tokens * itl_s
+        return Way(site.replica, False, ttft_s, itl_s, cost_s, reader.site.target_s)
 
     return min((via(reader) for reader in readers), key=lambda way: way.cost_s, default=None)
 
@@ -106,7 +111,8 @@ def best(ways: Iterable[Way], left_s: float | None, itl_target_s: float | None) 
 
 def num_missed(way: Way, left_s: float | None, itl_target_s: float | None) -> int:
     misses_ttft = left_s is not None and way.ttft_s > left_s
-    return misses_ttft + (itl_target_s is not None and way.itl_s > itl_target_s)
+    smallest_s = smallest([itl_target_s, way.others_target_s], None)
+    return misses_ttft + (smallest_s is not None and way.itl_s > smallest_s)
 
 
 def smallest(targets: Iterable[float | None], default: float | None) -> float | None:
@@ -123,5 +129,10 @@ def chunk_beside(
     if not rows.num_rows or (target_s is None and stretch is None):
         return max_len
     bare_s = steps.seconds(rows)
-    limit_s = max(target_s, LEAST_STRETCH * bare_s) if target_s is not None else (stretch or 1.0) * bare_s
+    if target_s is None:
+        limit_s = (stretch or 1.0) * bare_s
+    elif bare_s > target_s:
+        limit_s = LEAST_STRETCH * bare_s
+    else:
+        limit_s = AIM * target_s if bare_s < AIM * target_s else target_s
     return max(min(MIN_CHUNK_LEN, max_len), steps.max_chunk_len(limit_s, rows, start, max_len))

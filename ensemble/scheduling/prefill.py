@@ -109,19 +109,19 @@ class PrefillScheduler:
         policy: QueuePolicy | None = None,
         max_long_tokens: int | None = None,
         num_cached_tokens: Callable[[int, Request], int] = lambda replica, request: 0,
-        max_batch_len: Callable[[int], int | None] = lambda replica: None,
+        limits_now: Callable[[int, Limits], Limits] = lambda replica, limits: limits,
     ) -> None:
         """`num_cached_tokens(replica, request)`: how much of a prompt, never all, the replica is taken to have cached.
 
         The first chunk starts there; a replica that finds less computes the difference with it.
-        `max_batch_len(replica)`: tokens of a batch there at the moment, where its limits allow more.
+        `limits_now(replica, limits)`: what of its limits holds at the moment.
         """
         self.block_size = block_size
         self.limits = Limits(max_num_batched_tokens, max_batches_in_flight)  # of replicas that hand all off
         self.max_num_seqs = max_num_seqs  # chunks in a batch
         self.max_long_tokens = max_long_tokens  # of a batch, for prompts longer than that while shorter ones wait
         self._num_cached_tokens = num_cached_tokens
-        self._max_batch_len = max_batch_len
+        self._limits_now = limits_now
         self._waiting = WaitingQueue(max_queue_requests, max_queue_tokens, policy, max_long_tokens)
         self._replicas: dict[int, _Replica] = {}
         self._max_prompt_lens: dict[int, int] = {}  # replica |-> longest prompt it takes, kept while it is down
@@ -208,7 +208,7 @@ class PrefillScheduler:
 
         for replica in sorted(self._replicas, key=load):
             state = self._replicas[replica]
-            limits = state.limits or self.limits  # what has begun goes on
+            limits = self._limits_now(replica, state.limits or self.limits)  # what has begun goes on
             if len(state.batches) >= limits.max_batches_in_flight:
                 continue
             chunks = self._chunks(replica, state, limits, now, may_start)
@@ -289,8 +289,7 @@ class PrefillScheduler:
 
     def _chunks(self, replica: int, state: _Replica, limits: Limits, now: float, may_start: MayStart) -> list[Chunk]:
         lengths: dict[int, int] = {}  # request_id |-> tokens in this batch
-        now_at_most = self._max_batch_len(replica)
-        num_left_tokens = min(limits.max_num_batched_tokens, now_at_most or limits.max_num_batched_tokens)
+        num_left_tokens = limits.max_num_batched_tokens
 
         def fill(max_long_tokens: int) -> None:
             """Gives the tokens that are left to prompts, at most `max_long_tokens` of them to long ones."""

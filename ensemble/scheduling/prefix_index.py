@@ -1,4 +1,4 @@
-"""What the prefill replicas' prefix caches hold, as far as their events have told: a guess that the engine confirms."""
+"""What the replicas' prefix caches hold, as far as their events have told: a guess that the engine confirms."""
 
 from collections.abc import Iterable, Sequence, Set
 
@@ -29,7 +29,3 @@ class PrefixIndex:
         known: Set[bytes] = self._hashes.get(replica, frozenset())
         num_blocks = next((index for index, each in enumerate(hashes) if each not in known), len(hashes))
         return min(num_blocks * self.block_size, prompt_len - 1)
-
-    def best(self, hashes: Sequence[bytes], prompt_len: int) -> int:
-        """The most tokens of a prompt that any replica has: what `Hints.num_cached_tokens` is to say."""
-        return max((self.num_cached_tokens(replica, hashes, prompt_len) for replica in self._hashes), default=0)

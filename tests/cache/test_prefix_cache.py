@@ -160,6 +160,37 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             self.pool[destination] = list(self.pool[source])
         self.prompts[owner] = [tokens, allocation.block_ids, allocation.num_cached_tokens]
 
+    @rule(tokens=st.lists(st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=20))
+    def arrive(self, tokens):
+        """Of the blocks of a hand-off those are copied, by `compute`, that are not here."""
+        owner, num_blocks = sequence(self.num_requests), self.cache.blocks.blocks_for(len(tokens))
+        num_free_blocks = self.cache.num_free_blocks
+        try:
+            num_here = self.cache.allocate_arrival(owner, tokens, num_blocks)
+        except OutOfBlocks:
+            assert num_free_blocks < num_blocks and self.cache.num_free_blocks == num_free_blocks
+            return
+        self.num_requests += 1
+        block_ids = list(self.cache.blocks_of(owner))
+        assert num_here < len(block_ids) == num_blocks
+        self.prompts[owner] = [tokens, block_ids, num_here * B]
+
+    @precondition(lambda self: self.prompts)
+    @rule(data=st.data(), token=st.sampled_from([1, 1, 2]))
+    def answer(self, data, token):
+        """A sequence that has its prompt decodes as far as its blocks reach, and ends."""
+        owner = self.draw_owner(data)
+        tokens, block_ids, num_computed = self.prompts[owner]
+        if num_computed < len(tokens):
+            return
+        for position in range(len(tokens), len(block_ids) * B):
+            tokens = [*tokens, token]
+            self.pool[block_ids[position // B]][position % B] = tuple(tokens)
+        self.cache.store(owner, tokens)
+        self.cache.free(owner)
+        del self.prompts[owner]
+        assert self.cache.num_cached_tokens([*tokens, 3]) >= min(1, len(tokens) // B) * B
+
     @rule(num_blocks=st.integers(0, 4))
     def allocate_unshared(self, num_blocks):
         """For what is no prompt: a sequence that arrives, or comes back from the host pool."""

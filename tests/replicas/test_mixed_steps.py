@@ -20,6 +20,7 @@ from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
 from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.estimator import StepEstimator, StepShape
+from ensemble.scheduling.placement import AIM
 from ensemble.scheduling.prefill import Limits, PrefillScheduler, PromptBatch
 from tests.checkpoints import make_tiny_llama
 from tests.replicas.pair import CPU, Replica, released_in, swaps_in, tokens_of
@@ -255,7 +256,9 @@ def test_a_step_takes_no_more_of_the_prompts_than_its_budget(model: Path, addres
     colocated.replica.close()
 
 
-@pytest.mark.parametrize(("targets_s", "length"), [([None, None], 24), ([None, 3.1e-3], 20), ([3.3e-3, 3.1e-3], 20)])
+@pytest.mark.parametrize(
+    ("targets_s", "length"), [([None, None], 24), ([None, 3.1e-3 / AIM], 20), ([3.3e-3 / AIM, 3.1e-3 / AIM], 20)]
+)
 def test_beside_sequences_prompts_take_what_the_smallest_itl_target_leaves(
     model: Path, address: str, monkeypatch: pytest.MonkeyPatch, targets_s: list[float | None], length: int
 ) -> None:

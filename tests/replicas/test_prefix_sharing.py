@@ -8,10 +8,18 @@ import pytest
 
 from ensemble.config import Deployment
 from ensemble.engine.engine import Engine, load_engine
-from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts
+from ensemble.protocol.router_replica import (
+    CancelRequests,
+    Event,
+    Joined,
+    PrefixReport,
+    PromptChunk,
+    RunPrompts,
+    StepDone,
+)
 from ensemble.request import Request, SamplingParams
 from tests.checkpoints import make_tiny_llama
-from tests.replicas.pair import CPU, Pair, join, tokens_of
+from tests.replicas.pair import CPU, Pair, join, tokens_of, whole_prompts
 from tools.offline import generate
 
 BLOCK_SIZE = 4
@@ -89,6 +97,7 @@ def test_shared_prefixes_in_chunks_with_cancels(
     cache = pair.prefill.loop.cache
     assert cache is not None
     events: list[Event] = []
+    decode_events: list[Event] = []
     cancelled: set[int] = set()
     num_batches = 0
     for first in range(0, len(requests), 4):
@@ -111,13 +120,13 @@ def test_shared_prefixes_in_chunks_with_cancels(
         events += pair.prefill.run()
         going_on = [request for request in requests[first : first + 4] if request.request_id not in cancelled]
         pair.decode.handle(join(events, going_on))
-        events += pair.decode.run()
+        decode_events += pair.decode.run()
         while pair.prefill.loop.leases:
             events += pair.prefill.acknowledged()
 
     deployment = deploy(model, 512)
     alone = generate(load_engine(deployment, deployment.decode, CPU), requests)
-    tokens = tokens_of(events)
+    tokens = tokens_of(events + decode_events)
     for request_id, sequence in alone.items():
         if request_id in cancelled:
             assert tokens.get(request_id, []) == sequence.output_token_ids[: len(tokens.get(request_id, []))]
@@ -134,3 +143,44 @@ def test_shared_prefixes_in_chunks_with_cancels(
         stored = (stored - set(report.evicted)) | set(report.stored)
     assert len(stored) == num_blocks - pair.prefill.engine.blocks.num_free_blocks  # the index knows what is cached
     assert any(report.evicted for report in reports) == (num_blocks == 44)
+    joined = [event for event in decode_events if isinstance(event, Joined)]
+    handed_off = {request_id for event in joined for request_id in event.request_ids}
+    num_blocks_of_prompts = sum(-(-requests[each].prompt_len // BLOCK_SIZE) for each in handed_off)
+    num_copied_blocks = sum(num_bytes // BLOCK_BYTES for event in joined for num_bytes in event.transfer_bytes)
+    assert 0 < num_copied_blocks < 0.6 * num_blocks_of_prompts  # the rest was there
+
+
+@pytest.mark.parametrize("second_turn_at", ["decode", "prefill"])
+def test_a_second_turn_finds_the_first_one_where_it_was_decoded(
+    model: Path, make_pair: Callable[[Deployment], Pair], second_turn_at: str
+) -> None:
+    """340 tokens that both turns begin with, of which 40 are the first answer: nothing of it comes twice."""
+    rng = random.Random(11)
+    sampling = SamplingParams(max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)
+    first = Request(request_id=1, prompt_token_ids=[rng.randrange(3, 380) for _ in range(300)], sampling=sampling)
+    deployment = deploy(model, 400)
+    alone = load_engine(deployment, deployment.decode, CPU)
+    answer = generate(alone, [first])[1].output_token_ids
+    question = [rng.randrange(3, 380) for _ in range(61)]
+    second = Request(request_id=2, prompt_token_ids=first.prompt_token_ids + answer + question, sampling=sampling)
+    pair = make_pair(deployment)
+    pair.prefill.handle(whole_prompts([first]))
+    events = pair.prefill.run()
+    pair.decode.handle(join(events, [first]))
+    events += pair.decode.run()
+    pair.prefill.acknowledged()
+    at = pair.decode if second_turn_at == "decode" else pair.prefill
+    at.handle(whole_prompts([second], stays=second_turn_at == "decode"))
+    turn = at.run()
+    pair.decode.handle(join(turn, [second]))
+    num_computed = sum(each.timed.shape.num_prompt_tokens for each in turn if isinstance(each, StepDone) and each.timed)
+    turn += pair.decode.run()
+    assert tokens_of(events)[1] == answer
+    assert tokens_of(turn)[2] == generate(alone, [second])[2].output_token_ids
+    num_new = len(question) + (len(answer) if second_turn_at == "prefill" else 0)  # there it was not decoded
+    assert num_computed <= 1.1 * num_new
+    moved = [num_bytes for event in turn if isinstance(event, Joined) for num_bytes in event.transfer_bytes]
+    if second_turn_at == "prefill":
+        assert sum(moved) <= (len(question) // BLOCK_SIZE + 2) * BLOCK_BYTES  # the ends are not whole blocks
+        pair.prefill.acknowledged()
+    pair.assert_empty()

@@ -23,9 +23,11 @@ def test_a_common_beginning_is_computed_once_and_changes_no_output(
         {"input_ids": SYSTEM_PROMPT[: 200 - index % 3] + [7 + index] * (index % 5), "seed": index, **COMMON}
         for index in range(40)
     ]
-    expected = run_streams(tiny_server.grpc_url, requests, 8)  # a server without the cache
-    prefill = {"prefix_cache": True, "max_num_batched_tokens": 64}
-    with TritonServer(deploy(tiny_llama, prefill=prefill), log_path=tmp_path / "log") as server:
+    first_alone = [run_streams(tiny_server.grpc_url, [each], 1)[0] for each in requests[:3]]
+    expected = run_streams(tiny_server.grpc_url, requests, 8)
+    assert [answer.output_ids for answer in expected[:3]] == [answer.output_ids for answer in first_alone]
+    deployment = deploy(tiny_llama, prefill={"max_num_batched_tokens": 64}, scheduler={"roles": "auto"})
+    with TritonServer(deployment, log_path=tmp_path / "log") as server:
         server.wait_ready(timeout_s=120)
         answers = run_streams(server.grpc_url, requests, 8)
         num_tokens = sum(len(request["input_ids"]) for request in requests)
