@@ -338,6 +338,7 @@ class EngineLoop:
             smallest(targets, settings.itl_target_s),
             settings.stretch,
             settings.max_num_prompt_tokens_beside,
+            self._prompts.num_waiting_tokens,
         )
         if self.engine.runs_ahead and num_tokens > STEP_TILE:
             num_tokens -= (num_tokens + num_rows) % STEP_TILE

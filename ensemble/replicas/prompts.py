@@ -56,7 +56,18 @@ class Prompts:
     @property
     def next_start(self) -> int:
         """Where the next chunk begins in its prompt."""
-        sequence = self._sequences.get(self._chunks[0].chunk.request_id) if self._chunks else None
+        return self._num_computed(self._chunks[0].chunk.request_id) if self._chunks else 0
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Of the chunks that are here, as far as the router knew what is cached."""
+        ends: dict[int, int] = {}
+        for each in self._chunks:
+            ends[each.chunk.request_id] = each.chunk.end
+        return sum(end - self._num_computed(request_id) for request_id, end in ends.items())
+
+    def _num_computed(self, request_id: int) -> int:
+        sequence = self._sequences.get(request_id)
         return sequence.num_computed_tokens if sequence is not None else 0
 
     @property

@@ -288,7 +288,8 @@ class Dispatch:
                 continue
             if self._alone and not self._may_share(replica.id, life):
                 continue
-            site, work = self._site(replica), self._work(replica, life)
+            work = self._work(replica, life)
+            site = self._site(replica, work.num_tokens)
             if (limits.stays or self._is_spare(replica)) and self.admission.may_start_at(replica.id, request):
                 yield stay(site, work)
             if replica.role == "decode" or not may_promise or not replica.credits.fits(num_blocks):
@@ -300,33 +301,49 @@ class Dispatch:
 
     def _readers(self, source: Replica, request: Request) -> Iterator[Reader]:
         """Who may decode what the replica computes; a mixed one hands off only to those that do nothing but decode."""
-        wait_s = self._wait_for_blocks_s(self.admission.num_lacking_blocks(request))
-        for replica in self._fleet.up_ones():
-            is_taker = replica.takes_sequences and replica.id != source.id
-            if is_taker and (source.role == "prefill" or replica.role == "decode"):
-                num_tokens = request.prefill_len - self._num_cached_tokens(
-                    replica.id, request
-                )  # those that are not there yet
-                handoff_s = replica.handoffs.seconds(round(num_tokens * replica.kv_token_bytes))
-                yield Reader(self._site(replica), handoff_s, wait_s)
-        if self._is_spare(source):
+        wait_s = self._wait_for_blocks_s(self.admission.num_lacking_blocks(request, without_spare=True))
+        takers = [
+            replica
+            for replica in self._fleet.up_ones()
+            if replica.takes_sequences and replica.id != source.id
+            if source.role == "prefill" or replica.role == "decode"
+        ]
+        for replica in takers:
+            num_tokens = request.prefill_len - self._num_cached_tokens(
+                replica.id, request
+            )  # those that are not there yet
+            handoff_s = replica.handoffs.seconds(round(num_tokens * replica.kv_token_bytes))
+            num_promised = self.admission.num_promised_seqs / len(takers)
+            yield Reader(self._site(replica).with_rows(num_promised, request.prefill_len), handoff_s, wait_s)
+        if self._is_spare(source) and not takers:
             yield Reader(self._site(source), 0.0, wait_s)
 
-    def _site(self, replica: Replica) -> Site:
+    def _site(self, replica: Replica, num_more_tokens: int = 0) -> Site:
+        """As it is, if so many tokens of prompts come to those that it has."""
         num_tokens, num_keys = self.prefill.backlog(replica.id)
         rows, target_s = self._rows(replica), self._target_of(replica)
         one_more = StepShape(0, 0, rows.num_rows + 1, rows.num_row_keys)
         return Site(
             replica.id,
             replica.estimator,
-            self._chunk_len(replica, rows, target_s),
-            self._chunk_len(replica, one_more, target_s),
+            self._chunk_len(replica, rows, target_s, num_tokens + num_more_tokens),
+            self._chunk_len(replica, one_more, target_s, num_tokens + num_more_tokens),
             num_tokens,
             num_keys,
             rows,
             target_s if rows.num_rows else None,
-            replica.role != "decode" and self.prefill.num_waiting > 1,
+            self._prompt_load(replica),
+            self._deployment.prefill.max_num_batched_tokens if replica.role == "prefill" else 0,
         )
+
+    def _prompt_load(self, replica: Replica) -> float:
+        """Share of the replica's time that prompts would take, did those replicas alone compute them that are to."""
+        if replica.role == "decode":
+            return 0.0
+        num_sharing = sum(each.takes_prompts for each in self._fleet.up_ones())
+        full_len = self._deployment.prefill.max_num_batched_tokens
+        step_s = replica.estimator.seconds(StepShape().with_chunk(0, full_len))
+        return min(1.0, self.prefill.tokens_per_s(self._now) / max(1, num_sharing) * step_s / full_len)
 
     def _work(self, replica: Replica, life: Life) -> Work:
         request = life.attempt
@@ -348,12 +365,22 @@ class Dispatch:
         targets = [life.attempt.itl_target_s for life in lives if life is not None]
         return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
 
-    def _chunk_len(self, replica: Replica, rows: StepShape, target_s: float | None) -> int:
+    def _chunk_len(
+        self, replica: Replica, rows: StepShape, target_s: float | None, num_waiting_tokens: int | None = None
+    ) -> int:
         """Prompt tokens that the replica's steps take beside these sequences, as its loop will find too."""
         if not rows.num_rows:
             return self._deployment.prefill.max_num_batched_tokens
         stretch = STRETCH if self._is_auto else None
-        return chunk_beside(replica.estimator, rows, 0, target_s, stretch, self._deployment.num_prompt_tokens_beside)
+        return chunk_beside(
+            replica.estimator,
+            rows,
+            0,
+            target_s,
+            stretch,
+            self._deployment.num_prompt_tokens_beside,
+            num_waiting_tokens,
+        )
 
     def _limits_now(self, replica_id: int, limits: Limits) -> Limits:
         """A batch is what a step takes; beside running sequences one more is under way."""

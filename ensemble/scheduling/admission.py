@@ -217,11 +217,12 @@ class DecodeAdmission:
         state = self._replicas.get(replica)
         return [] if state is None else list(state.prices)
 
-    def num_lacking_blocks(self, request: Request) -> int:
+    def num_lacking_blocks(self, request: Request, *, without_spare: bool = False) -> int:
         """Blocks that decode has to free before it has room for the request beside all that is promised; 0: it has."""
-        num_free_seqs = sum(replica.num_free_seqs for replica in self._replicas.values() if replica.is_open)
+        states = [each for each in self._replicas.values() if each.is_open and not (without_spare and each.is_spare)]
         need = self._need(request).expected
-        num_lacking = self._num_promised_blocks + need - self.num_free_blocks
+        num_lacking = self._num_promised_blocks + need - sum(each.num_free_blocks for each in states)
+        num_free_seqs = sum(each.num_free_seqs for each in states)
         if self.num_promised_seqs >= num_free_seqs:  # as many as so many sequences hold
             num_lacking = max(num_lacking, need * (self.num_promised_seqs + 1 - num_free_seqs))
         return max(0, num_lacking)
@@ -254,10 +255,10 @@ class DecodeAdmission:
         """Whether a replica may compute this prompt and decode it.
 
         It may if it has room for the request's whole way, beside it there is room for all that is promised, and nobody
-        waits in the bridge.
+        waits in the bridge, who might go there.
         """
         state, need = self._replicas.get(replica), self._need(request)
-        if state is None or self._bridge or not self._fits(state, request.request_id, need):
+        if state is None or (self._bridge and not state.is_spare) or not self._fits(state, request.request_id, need):
             return False
         return not self._promised or self._num_promised_blocks + need.expected <= self.num_free_blocks
 

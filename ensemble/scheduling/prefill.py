@@ -136,6 +136,10 @@ class PrefillScheduler:
     def num_waiting_tokens(self) -> int:
         return self._waiting.num_tokens
 
+    def tokens_per_s(self, now: float) -> float:
+        """Of the prompts that were started lately."""
+        return self._waiting.tokens_per_s(now)
+
     @property
     def max_prompt_len(self) -> int | None:
         """Tokens of the longest prompt that any replica takes; None as long as no replica was ever up."""

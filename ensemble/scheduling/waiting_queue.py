@@ -107,6 +107,10 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def tokens_per_s(self, now: float) -> float:
+        """Of the prompts that were started lately."""
+        return self._drained_tokens.per_s(now)
+
     def is_long(self, request: Request) -> bool:
         return self.long_prompt_len is not None and request.prefill_len > self.long_prompt_len
 
