@@ -570,6 +570,7 @@ class AnyFleet(RuleBasedStateMachine):
         self.fleet.tick()
         self.fleet.run(2000)
         self.fleet.now += 100
+        self.fleet.tick()  # all that serve may have been removed: nothing else moves then
         self.fleet.run(2000)
         for request, client in self.asked:
             if client.error is None:
