@@ -29,6 +29,7 @@ from ensemble.scheduling.decode_policies import DecodePolicySettings
 from ensemble.scheduling.estimates import OutputEstimate
 from ensemble.scheduling.estimator import StepShape, prompt_keys
 from ensemble.scheduling.placement import (
+    NO_WORK,
     STRETCH,
     Reader,
     Site,
@@ -289,7 +290,7 @@ class Dispatch:
             if self._alone and not self._may_share(replica.id, life):
                 continue
             work = self._work(replica, life)
-            site = self._site(replica, work.num_tokens)
+            site = self._site(replica, work)
             if (limits.stays or self._is_spare(replica)) and self.admission.may_start_at(replica.id, request):
                 yield stay(site, work)
             if replica.role == "decode" or not may_promise or not replica.credits.fits(num_blocks):
@@ -318,16 +319,19 @@ class Dispatch:
         if self._is_spare(source) and not takers:
             yield Reader(self._site(source), 0.0, wait_s)
 
-    def _site(self, replica: Replica, num_more_tokens: int = 0) -> Site:
-        """As it is, if so many tokens of prompts come to those that it has."""
+    def _site(self, replica: Replica, work: Work = NO_WORK) -> Site:
+        """As it is, if this prompt comes to those that it has."""
         num_tokens, num_keys = self.prefill.backlog(replica.id)
+        num_waiting_tokens = num_tokens + work.num_tokens
+        start = (num_keys + work.num_keys) // max(1, num_waiting_tokens)
         rows, target_s = self._rows(replica), self._target_of(replica)
         one_more = StepShape(0, 0, rows.num_rows + 1, rows.num_row_keys)
         return Site(
             replica.id,
             replica.estimator,
-            self._chunk_len(replica, rows, target_s, num_tokens + num_more_tokens),
-            self._chunk_len(replica, one_more, target_s, num_tokens + num_more_tokens),
+            self._chunk_len(replica, rows, target_s, start, num_waiting_tokens),
+            self._chunk_len(replica, one_more, target_s, start, num_waiting_tokens),
+            start,
             num_tokens,
             num_keys,
             rows,
@@ -366,21 +370,18 @@ class Dispatch:
         return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
 
     def _chunk_len(
-        self, replica: Replica, rows: StepShape, target_s: float | None, num_waiting_tokens: int | None = None
+        self,
+        replica: Replica,
+        rows: StepShape,
+        target_s: float | None,
+        start: int = 0,
+        num_waiting_tokens: int | None = None,
     ) -> int:
         """Prompt tokens that the replica's steps take beside these sequences, as its loop will find too."""
         if not rows.num_rows:
             return self._deployment.prefill.max_num_batched_tokens
-        stretch = STRETCH if self._is_auto else None
-        return chunk_beside(
-            replica.estimator,
-            rows,
-            0,
-            target_s,
-            stretch,
-            self._deployment.num_prompt_tokens_beside,
-            num_waiting_tokens,
-        )
+        stretch, max_len = STRETCH if self._is_auto else None, self._deployment.num_prompt_tokens_beside
+        return chunk_beside(replica.estimator, rows, start, target_s, stretch, max_len, num_waiting_tokens)
 
     def _limits_now(self, replica_id: int, limits: Limits) -> Limits:
         """A batch is what a step takes; beside running sequences one more is under way."""
@@ -415,7 +416,7 @@ class Dispatch:
         """What each side bears: the wait of a prompt that came now over its target, and decode's KV and step times."""
         scheduler = self._deployment.scheduler
         prefilling = [replica for replica in self._fleet.up_ones() if replica.takes_prompts]
-        waits_s = [self._site(replica).until_computed(Work(0, 0, 0, 0)) for replica in prefilling]
+        waits_s = [self._site(replica).until_computed(NO_WORK) for replica in prefilling]
         prefill = (self._queue_s() + min(waits_s, default=0.0)) / (scheduler.ttft_target_s or DEFAULT_TTFT_S)
         decoding = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
         num_blocks = sum(replica.credits.num_blocks for replica in decoding)
