@@ -71,6 +71,7 @@ class Dispatch:
         self._send = send
         self._fail = fail
         self._is_auto = deployment.scheduler.roles == "auto"
+        self._has_targets = False  # whether a request ever came with an ITL target of its own
         self._now = 0.0
         self._way: tuple[int, Way | None] | None = None  # of the attempt that was asked of last, as long as it holds
         self._refused: list[tuple[Life, TargetOutOfReach]] = []
@@ -164,6 +165,7 @@ class Dispatch:
         """Raises Overloaded, or InvalidRequest where no pool could ever hold it."""
         request, hints = life.attempt, life.client.hints
         self.admission.check(request)
+        self._has_targets = self._has_targets or request.itl_target_s is not None
         if not is_again:
             self._check_targets(life, now)
         if self.prefixes is not None:
@@ -283,6 +285,7 @@ class Dispatch:
         order = {"prefill": 0, "mixed": 1, "decode": 2}
         num_blocks = -(-request.prefill_len // self._deployment.block_size)
         may_promise = self.admission.may_start(request)
+        readers = self._readers(request) if may_promise and request.sampling.max_tokens > 1 else []
         for replica in sorted(self._fleet.up_ones(), key=lambda replica: order[replica.role]):
             limits = self._prompt_limits(replica)
             if limits is None or (limits.max_prompt_len or request.prefill_len) < request.prefill_len:
@@ -297,27 +300,32 @@ class Dispatch:
                 continue
             if request.sampling.max_tokens == 1:
                 yield stay(site, work)._replace(stays=False)
-            elif way := hand_off(site, work, self._readers(replica, request)):
+            elif way := hand_off(site, work, self._readers_of(replica, readers, site)):
                 yield way
 
-    def _readers(self, source: Replica, request: Request) -> Iterator[Reader]:
-        """Who may decode what the replica computes; a mixed one hands off only to those that do nothing but decode."""
+    def _readers(self, request: Request) -> list[tuple[Replica, Reader]]:
+        """Who may decode what others compute."""
         wait_s = self._wait_for_blocks_s(self.admission.num_lacking_blocks(request, without_spare=True))
-        takers = [
-            replica
-            for replica in self._fleet.up_ones()
-            if replica.takes_sequences and replica.id != source.id
-            if source.role == "prefill" or replica.role == "decode"
-        ]
+        takers = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        readers = []
         for replica in takers:
             num_tokens = request.prefill_len - self._num_cached_tokens(
                 replica.id, request
             )  # those that are not there yet
             handoff_s = replica.handoffs.seconds(round(num_tokens * replica.kv_token_bytes))
             num_promised = self.admission.num_promised_seqs / len(takers)
-            yield Reader(self._site(replica).with_rows(num_promised, request.prefill_len), handoff_s, wait_s)
-        if self._is_spare(source) and not takers:
-            yield Reader(self._site(source), 0.0, wait_s)
+            site = self._site(replica).with_rows(num_promised, request.prefill_len)
+            readers.append((replica, Reader(site, handoff_s, wait_s)))
+        return readers
+
+    def _readers_of(self, source: Replica, readers: list[tuple[Replica, Reader]], site: Site) -> list[Reader]:
+        """A mixed replica hands off only to those that do nothing but decode; itself, if there is nobody else."""
+        others = [
+            reader
+            for replica, reader in readers
+            if replica.id != source.id and (source.role == "prefill" or replica.role == "decode")
+        ]
+        return others or ([Reader(site, 0.0)] if self._is_spare(source) else [])
 
     def _site(self, replica: Replica, work: Work = NO_WORK) -> Site:
         """As it is, if this prompt comes to those that it has."""
@@ -365,6 +373,8 @@ class Dispatch:
 
     def _target_of(self, replica: Replica) -> float | None:
         """The smallest ITL target among its sequences, or where it has none the deployment's."""
+        if not self._has_targets:
+            return self._deployment.scheduler.itl_target_s
         lives = (self._lives.of_attempt(attempt_id) for attempt_id in self.admission.request_ids(replica.id))
         targets = [life.attempt.itl_target_s for life in lives if life is not None]
         return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
