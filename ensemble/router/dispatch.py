@@ -29,6 +29,7 @@ from ensemble.scheduling.decode_policies import DecodePolicySettings
 from ensemble.scheduling.estimates import OutputEstimate
 from ensemble.scheduling.estimator import StepShape, prompt_keys
 from ensemble.scheduling.placement import (
+    NO_WORK,
     STRETCH,
     Reader,
     Site,
@@ -70,6 +71,7 @@ class Dispatch:
         self._send = send
         self._fail = fail
         self._is_auto = deployment.scheduler.roles == "auto"
+        self._has_targets = False  # whether a request ever came with an ITL target of its own
         self._now = 0.0
         self._way: tuple[int, Way | None] | None = None  # of the attempt that was asked of last, as long as it holds
         self._refused: list[tuple[Life, TargetOutOfReach]] = []
@@ -163,6 +165,7 @@ class Dispatch:
         """Raises Overloaded, or InvalidRequest where no pool could ever hold it."""
         request, hints = life.attempt, life.client.hints
         self.admission.check(request)
+        self._has_targets = self._has_targets or request.itl_target_s is not None
         if not is_again:
             self._check_targets(life, now)
         if self.prefixes is not None:
@@ -282,6 +285,7 @@ class Dispatch:
         order = {"prefill": 0, "mixed": 1, "decode": 2}
         num_blocks = -(-request.prefill_len // self._deployment.block_size)
         may_promise = self.admission.may_start(request)
+        readers = self._readers(request) if may_promise and request.sampling.max_tokens > 1 else []
         for replica in sorted(self._fleet.up_ones(), key=lambda replica: order[replica.role]):
             limits = self._prompt_limits(replica)
             if limits is None or (limits.max_prompt_len or request.prefill_len) < request.prefill_len:
@@ -289,45 +293,53 @@ class Dispatch:
             if self._alone and not self._may_share(replica.id, life):
                 continue
             work = self._work(replica, life)
-            site = self._site(replica, work.num_tokens)
+            site = self._site(replica, work)
             if (limits.stays or self._is_spare(replica)) and self.admission.may_start_at(replica.id, request):
                 yield stay(site, work)
             if replica.role == "decode" or not may_promise or not replica.credits.fits(num_blocks):
                 continue
             if request.sampling.max_tokens == 1:
                 yield stay(site, work)._replace(stays=False)
-            elif way := hand_off(site, work, self._readers(replica, request)):
+            elif way := hand_off(site, work, self._readers_of(replica, readers, site)):
                 yield way
 
-    def _readers(self, source: Replica, request: Request) -> Iterator[Reader]:
-        """Who may decode what the replica computes; a mixed one hands off only to those that do nothing but decode."""
+    def _readers(self, request: Request) -> list[tuple[Replica, Reader]]:
+        """Who may decode what others compute."""
         wait_s = self._wait_for_blocks_s(self.admission.num_lacking_blocks(request, without_spare=True))
-        takers = [
-            replica
-            for replica in self._fleet.up_ones()
-            if replica.takes_sequences and replica.id != source.id
-            if source.role == "prefill" or replica.role == "decode"
-        ]
+        takers = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        readers = []
         for replica in takers:
             num_tokens = request.prefill_len - self._num_cached_tokens(
                 replica.id, request
             )  # those that are not there yet
             handoff_s = replica.handoffs.seconds(round(num_tokens * replica.kv_token_bytes))
             num_promised = self.admission.num_promised_seqs / len(takers)
-            yield Reader(self._site(replica).with_rows(num_promised, request.prefill_len), handoff_s, wait_s)
-        if self._is_spare(source) and not takers:
-            yield Reader(self._site(source), 0.0, wait_s)
+            site = self._site(replica).with_rows(num_promised, request.prefill_len)
+            readers.append((replica, Reader(site, handoff_s, wait_s)))
+        return readers
 
-    def _site(self, replica: Replica, num_more_tokens: int = 0) -> Site:
-        """As it is, if so many tokens of prompts come to those that it has."""
+    def _readers_of(self, source: Replica, readers: list[tuple[Replica, Reader]], site: Site) -> list[Reader]:
+        """A mixed replica hands off only to those that do nothing but decode; itself, if there is nobody else."""
+        others = [
+            reader
+            for replica, reader in readers
+            if replica.id != source.id and (source.role == "prefill" or replica.role == "decode")
+        ]
+        return others or ([Reader(site, 0.0)] if self._is_spare(source) else [])
+
+    def _site(self, replica: Replica, work: Work = NO_WORK) -> Site:
+        """As it is, if this prompt comes to those that it has."""
         num_tokens, num_keys = self.prefill.backlog(replica.id)
+        num_waiting_tokens = num_tokens + work.num_tokens
+        start = (num_keys + work.num_keys) // max(1, num_waiting_tokens)
         rows, target_s = self._rows(replica), self._target_of(replica)
         one_more = StepShape(0, 0, rows.num_rows + 1, rows.num_row_keys)
         return Site(
             replica.id,
             replica.estimator,
-            self._chunk_len(replica, rows, target_s, num_tokens + num_more_tokens),
-            self._chunk_len(replica, one_more, target_s, num_tokens + num_more_tokens),
+            self._chunk_len(replica, rows, target_s, start, num_waiting_tokens),
+            self._chunk_len(replica, one_more, target_s, start, num_waiting_tokens),
+            start,
             num_tokens,
             num_keys,
             rows,
@@ -361,26 +373,25 @@ class Dispatch:
 
     def _target_of(self, replica: Replica) -> float | None:
         """The smallest ITL target among its sequences, or where it has none the deployment's."""
+        if not self._has_targets:
+            return self._deployment.scheduler.itl_target_s
         lives = (self._lives.of_attempt(attempt_id) for attempt_id in self.admission.request_ids(replica.id))
         targets = [life.attempt.itl_target_s for life in lives if life is not None]
         return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
 
     def _chunk_len(
-        self, replica: Replica, rows: StepShape, target_s: float | None, num_waiting_tokens: int | None = None
+        self,
+        replica: Replica,
+        rows: StepShape,
+        target_s: float | None,
+        start: int = 0,
+        num_waiting_tokens: int | None = None,
     ) -> int:
         """Prompt tokens that the replica's steps take beside these sequences, as its loop will find too."""
         if not rows.num_rows:
             return self._deployment.prefill.max_num_batched_tokens
-        stretch = STRETCH if self._is_auto else None
-        return chunk_beside(
-            replica.estimator,
-            rows,
-            0,
-            target_s,
-            stretch,
-            self._deployment.num_prompt_tokens_beside,
-            num_waiting_tokens,
-        )
+        stretch, max_len = STRETCH if self._is_auto else None, self._deployment.num_prompt_tokens_beside
+        return chunk_beside(replica.estimator, rows, start, target_s, stretch, max_len, num_waiting_tokens)
 
     def _limits_now(self, replica_id: int, limits: Limits) -> Limits:
         """A batch is what a step takes; beside running sequences one more is under way."""
@@ -415,7 +426,7 @@ class Dispatch:
         """What each side bears: the wait of a prompt that came now over its target, and decode's KV and step times."""
         scheduler = self._deployment.scheduler
         prefilling = [replica for replica in self._fleet.up_ones() if replica.takes_prompts]
-        waits_s = [self._site(replica).until_computed(Work(0, 0, 0, 0)) for replica in prefilling]
+        waits_s = [self._site(replica).until_computed(NO_WORK) for replica in prefilling]
         prefill = (self._queue_s() + min(waits_s, default=0.0)) / (scheduler.ttft_target_s or DEFAULT_TTFT_S)
         decoding = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
         num_blocks = sum(replica.credits.num_blocks for replica in decoding)

@@ -31,6 +31,9 @@ class Work(NamedTuple):
     num_output_tokens: float  # as expected
 
 
+NO_WORK = Work(0, 0, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """A replica that may compute the prompt."""
@@ -39,6 +42,7 @@ class Site:
     steps: StepEstimator
     chunk_len: int  # prompt tokens of its steps now
     beside_len: int  # prompt tokens of its steps beside its sequences and one more
+    mean_start: int = 0  # of the chunks
     num_backlog_tokens: int = 0  # of prompts that it has been sent
     num_backlog_keys: int = 0
     rows: StepShape = NO_STEP  # its running sequences
@@ -67,7 +71,10 @@ class Site:
     def itl(self, work: Work) -> float:
         """Seconds between two tokens of the answer, if it decodes here: with chunks of prompts where there are some."""
         rows = StepShape(0, 0, self.rows.num_rows + 1, self.rows.num_row_keys + work.context_len)
-        bare_s, mixed_s = self.steps.seconds(rows), self.steps.seconds(rows.with_chunk(0, self.beside_len))
+        bare_s, mixed_s = (
+            self.steps.seconds(rows),
+            self.steps.seconds(rows.with_chunk(self.mean_start, self.beside_len)),
+        )
         return mixed_s if self.num_backlog_tokens else bare_s + self.prompt_load * (mixed_s - bare_s)
 
     def lost(self, output_s: float) -> float:
@@ -75,8 +82,8 @@ class Site:
         if not self.full_len:
             return 0.0
         one_more = StepShape(0, 0, self.rows.num_rows + 1, self.rows.num_row_keys)
-        beside_s = self.steps.seconds(one_more.with_chunk(0, self.beside_len)) / self.beside_len
-        full_s = self.steps.seconds(NO_STEP.with_chunk(0, self.full_len)) / self.full_len
+        beside_s = self.steps.seconds(one_more.with_chunk(self.mean_start, self.beside_len)) / self.beside_len
+        full_s = self.steps.seconds(NO_STEP.with_chunk(self.mean_start, self.full_len)) / self.full_len
         if not beside_s:
             return 0.0
         later_s = output_s / (self.rows.num_rows + 1)  # by which the last sequence ends later, where all are alike

@@ -212,6 +212,8 @@ class PrefillScheduler:
 
         for replica in sorted(self._replicas, key=load):
             state = self._replicas[replica]
+            if head is None and not state.prompts:
+                continue
             limits = self._limits_now(replica, state.limits or self.limits)  # what has begun goes on
             if len(state.batches) >= limits.max_batches_in_flight:
                 continue

@@ -36,7 +36,7 @@ PROMPT = Work(2000, prompt_keys(0, 2000), 2000, 20)
 
 
 def site(replica: int, backlog: int = 0, rows: StepShape = NO_STEP, chunk_len: int = 2048) -> Site:
-    return Site(replica, STEPS, chunk_len, chunk_len, backlog, prompt_keys(0, backlog), rows)
+    return Site(replica, STEPS, chunk_len, chunk_len, 0, backlog, prompt_keys(0, backlog), rows)
 
 
 def choose(prefill_backlog: int, decode_chunk_len: int, handoff_s: float = 0.02) -> Way:
