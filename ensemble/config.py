@@ -32,6 +32,11 @@ OnMissedTarget = Literal["serve", "refuse"]
 FirstToken = Literal["held", "at_once"]
 
 LauncherName = Literal["local", "ray"]  # what starts the workers: on this machine, or on the nodes of a Ray cluster
+
+# How KV goes from replica to replica: read where it lies (CUDA IPC; between CPUs of one host shared memory), through
+# page-locked host memory, or by NCCL (between CPUs gloo). auto: the first that works, of the first two.
+Transport = Literal["auto", "cuda_ipc", "host", "nccl"]
+
 StageName = Literal["prefill", "decode"]  # the model that is home to a replica's process
 Role = Literal["prefill", "decode", "mixed"]  # what a replica is given: prompts to hand off, sequences, whole requests
 
@@ -174,6 +179,13 @@ class SchedulerConfig(_Frozen):
         return min(given) / 1e3 if given else None
 
 
+class TransferConfig(_Frozen):
+    """KV between replicas."""
+
+    transport: Transport = "auto"
+    timeout_s: float = Field(default=10.0, gt=0)  # without an answer from the source, then the link counts as broken
+
+
 class Deployment(_Frozen):
     """Everything the three models need to know.
 
@@ -186,6 +198,7 @@ class Deployment(_Frozen):
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig
     scheduler: SchedulerConfig = SchedulerConfig()
+    transfer: TransferConfig = TransferConfig()
     block_size: int = Field(default=16, ge=1, le=256)
     otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^/]+")  # of a collector of spans (HTTP)
     # A worker without progress for so long, or for ten steps where steps are longer, is killed and started again. One

@@ -86,6 +86,9 @@ def main(
     ] = None,
     batching: Annotated[str | None, Option(help="of prompts computed in decode: mixed or prefill-first")] = None,
     local_prefill_tokens: Annotated[int | None, Option(help="prompt tokens in a decode replica's step")] = None,
+    transfer_transport: Annotated[
+        str | None, Option(help="of KV between replicas: auto, cuda_ipc, host (memory) or nccl")
+    ] = None,
     host: Annotated[str, Option(envvar="HOST", help="address to listen on; 0.0.0.0: all, ::: IPv6 too")] = "127.0.0.1",
     http_port: Annotated[int, Option(envvar="HTTP_PORT", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, Option(envvar="GRPC_PORT", min=1, max=65535)] = 8001,
@@ -139,6 +142,7 @@ def main(
         "decode.max_num_resident_seqs": max_num_resident_seqs,
         "decode.batching": batching,
         "decode.local_prefill_tokens": local_prefill_tokens,
+        "transfer.transport": transfer_transport,
         "block_size": block_size,
         "otlp_endpoint": otlp_endpoint,
     }

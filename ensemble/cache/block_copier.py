@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TypeAlias
 
 import torch
@@ -99,12 +100,13 @@ class StreamCopier:
     def start_pieces(self, pieces: Pieces, source_ids: list[int], target_ids: list[int]) -> Copy:
         """Starts target[target_ids] = source[source_ids] of every piece."""
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        runs = list(runs_of(source_ids, target_ids))
+        pools = [pool for piece in pieces for pool in piece]
+        are_whole, are_contiguous = (all(pool[:n].is_contiguous() for pool in pools) for n in (2, 1))
+        runs = list(runs_of(source_ids, target_ids)) if are_whole else list(zip(source_ids, target_ids, repeat(1)))
         num_bytes = len(source_ids) * sum(source[0].nbytes for source, _ in pieces)
         are_long = num_bytes >= self._min_run_bytes * len(runs) * len(pieces)
-        are_whole = all(pool[:2].is_contiguous() for piece in pieces for pool in piece)
         with torch.cuda.stream(self._stream):
-            if are_whole and (are_long or len(runs) * len(pieces) <= NUM_CHEAP_RUNS):
+            if are_contiguous and (are_long or len(runs) * len(pieces) <= NUM_CHEAP_RUNS):
                 began.record()
                 for source, target in pieces:
                     copy_runs(source, target, runs)

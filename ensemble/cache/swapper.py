@@ -7,8 +7,6 @@ Only a copy that has completed, never one that was merely enqueued, is returned 
 side's blocks may be reused, and a sequence that comes in may not run.
 """
 
-import mmap
-import sys
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -17,6 +15,7 @@ import torch
 
 from ensemble.cache.block_copier import Copy, make_copier, wait_for_any
 from ensemble.cache.block_manager import Swap
+from ensemble.cache.host_memory import host_memory
 from ensemble.cache.kv_pool import KVLayout
 from ensemble.errors import ConfigError
 
@@ -44,29 +43,11 @@ def make_host_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> t
     try:
         if device.type == "cpu" or not num_blocks:
             return torch.empty((num_blocks, *layout.block_shape), dtype=layout.dtype)
-        # Not `pin_memory=True`, which takes the next power of two of bytes. Pages of its own, so that nothing else
-        # comes to lie in what is registered.
-        memory = _RegisteredMemory(-1, num_blocks * layout.block_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pool = torch.frombuffer(memory, dtype=layout.dtype).view(num_blocks, *layout.block_shape)
-        memory.register(pool)
-        return pool
+        memory = host_memory(num_blocks * layout.block_bytes, device)
+        return memory.view(layout.dtype).view(num_blocks, *layout.block_shape)
     except (RuntimeError, MemoryError, OSError) as error:
         num_bytes = num_blocks * layout.block_bytes
         raise ConfigError(f"host_kv_bytes: the host has no {num_bytes >> 20} MiB for the KV pool: {error}") from None
-
-
-class _RegisteredMemory(mmap.mmap):
-    """Page-locked until just before it is unmapped."""
-
-    address: int | None = None
-
-    def register(self, pool: torch.Tensor) -> None:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), pool.nbytes, 0))
-        self.address = pool.data_ptr()
-
-    def __del__(self) -> None:
-        if self.address is not None and not sys.is_finalizing():
-            torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
 class Swapper:

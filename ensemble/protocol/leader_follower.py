@@ -111,6 +111,7 @@ class Copied(_Message, frozen=True, kw_only=True):
     seconds: float
     num_bytes: int
     error: str | None = None  # it failed
+    is_broken: bool = False  # so would others from there
 
 
 class Attached(_Message, frozen=True, kw_only=True):

@@ -1,7 +1,6 @@
 """Between replicas, rank to rank: the source of KV offers its pool and hears when its blocks are read no more.
 
-Every message is one frame behind a frame with the token of the deployment, which is empty within one host's private
-directory. A call that cannot be read, or has the wrong token, is answered by Refused, and harms nobody.
+A call that cannot be read is answered by Refused, and harms nobody.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -70,8 +69,76 @@ class TransferDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_ids: list[int]
 
 
-PeerCall: TypeAlias = AttachPool | TransferDone
-PeerAnswer: TypeAlias = PoolOffer | Refused
+# ---- links: KV as packed chunks through a few slots, for pools that are not mapped. A call's answers are to the socket
+# that it came from, which is one link's alone.
+
+Carrier: TypeAlias = Literal["shared", "frames", "pair"]
+
+
+class OpenLink(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks for a link; answered by LinkOpened, when the source has slots for it, or by Refused.
+
+    A slot's bytes come in memory that both map (`shared`), in a frame behind ChunkReady (`frames`), or by a send to the
+    reader's receive (`pair`: NCCL's, or gloo's between CPUs).
+    """
+
+    carrier: Carrier
+    num_slots: int
+    slot_bytes: int
+    memory: str = ""  # shared: path and name of the reader's memory file
+
+
+class LinkOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    rendezvous: bytes = b""  # pair: where the two meet
+
+
+class ReadProbe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks for the beginning of a slot full of a byte, as a chunk is asked for."""
+
+    chunk: int
+    slot: int
+    byte: int
+
+
+class ReadChunk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks for some layers and heads of blocks, packed into a slot; answered by ChunkReady or ChunkRefused."""
+
+    chunk: int  # number, of one link
+    slot: int
+    life: int  # of the replica that is asked
+    request_id: int  # whose lease the blocks are in
+    first_layer: int  # of the pool's
+    num_layers: int
+    first_head: int
+    num_heads: int
+    block_ids: list[int]
+
+
+class ChunkReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The slot has the bytes; of a pair: its source is ready to send them, and waits for SendChunks."""
+
+    chunk: int
+
+
+class ChunkRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    chunk: int
+    reason: str
+
+
+class SendChunks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The reader receives these now, in this order, in one group. Pair only; not answered."""
+
+    chunks: list[int]
+
+
+class CloseLink(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Not answered."""
+
+
+LinkCall: TypeAlias = OpenLink | ReadProbe | ReadChunk | SendChunks | CloseLink
+LinkAnswer: TypeAlias = LinkOpened | ChunkReady | ChunkRefused | Refused
+PeerCall: TypeAlias = AttachPool | TransferDone | LinkCall
+PeerAnswer: TypeAlias = PoolOffer | LinkAnswer
 
 encode = msgspec.msgpack.Encoder().encode
 decode_peer_call = msgspec.msgpack.Decoder(PeerCall).decode

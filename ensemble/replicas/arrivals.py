@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
+from ensemble.errors import LinkBroken
 from ensemble.protocol.router_replica import Arrival, KVHandoff
 from ensemble.replicas.followers import GroupPuller
 from ensemble.replicas.peers import Peers
@@ -34,6 +35,7 @@ class Ended:
     arrived: list[tuple[Sequence, Pull]] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)  # request ids
     failed: dict[int, str] = field(default_factory=dict)  # request_id |-> reason
+    broken: list[tuple[Source, str]] = field(default_factory=list)  # whose links do not work, and why
 
 
 class Arrivals:
@@ -109,6 +111,8 @@ class Arrivals:
                 ended.arrived.append((arriving.sequence, pull))
                 continue
             self._blocks.free(Owner("sequence", pull.request_id))
+            if isinstance(pull.error, LinkBroken):
+                ended.broken.append((pull.source, str(pull.error)))
             if arriving.is_cancelled:
                 ended.cancelled.append(pull.request_id)
             else:

@@ -8,6 +8,7 @@ from ensemble.cache.block_manager import Swap
 from ensemble.cache.swapper import Swapper, make_host_pool
 from ensemble.engine.batch import Batch, PrefillRow
 from ensemble.engine.engine import Engine, Launched
+from ensemble.errors import LinkBroken
 from ensemble.protocol.curve import CurveKey, connect
 from ensemble.protocol.leader_follower import (
     Answer,
@@ -26,7 +27,8 @@ from ensemble.protocol.leader_follower import (
     decode_order,
     encode,
 )
-from ensemble.replicas.peers import Peers, PeerServer
+from ensemble.replicas.peer_server import PeerServer
+from ensemble.replicas.peers import Peers
 from ensemble.replicas.progress import Progress
 from ensemble.request import Sequence
 from ensemble.transfer.puller import Pull, Puller
@@ -147,7 +149,16 @@ class Follower:
         for pull in self._puller.completed():
             copy_id, error = self._copies.pop(("pull", pull.request_id)), pull.error
             reason = None if error is None else str(error)
-            self._tell(Copied(copy_id=copy_id, seconds=pull.seconds, num_bytes=pull.num_bytes, error=reason))
+            is_broken = isinstance(error, LinkBroken)
+            self._tell(
+                Copied(
+                    copy_id=copy_id,
+                    seconds=pull.seconds,
+                    num_bytes=pull.num_bytes,
+                    error=reason,
+                    is_broken=is_broken,
+                )
+            )
 
     def _tell(self, answer: Answer) -> None:
         """Raises zmq.Again when the leader takes nothing for too long: it hangs, and the process ends."""

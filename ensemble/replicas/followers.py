@@ -10,8 +10,9 @@ import zmq
 
 from ensemble.cache.block_manager import Swap
 from ensemble.cache.swapper import Swapped, Swapper, Way
+from ensemble.config import TransferConfig
 from ensemble.engine.batch import Batch
-from ensemble.errors import InternalError, TransferError
+from ensemble.errors import InternalError, LinkBroken, PullRefused
 from ensemble.protocol.curve import CurveKey, bind
 from ensemble.protocol.leader_follower import (
     Answer,
@@ -33,9 +34,10 @@ from ensemble.protocol.leader_follower import (
     encode,
 )
 from ensemble.protocol.replica_replica import PoolLayout
-from ensemble.replicas.peers import Peers
+from ensemble.replicas.peers import Peer, Peers
 from ensemble.request import Sequence, TokenLogProbs
 from ensemble.transfer.puller import Pull, Puller, Source
+from ensemble.transfer.wakeup import Wakeup
 
 ANSWER_TIMEOUT_S = 60.0  # a rank that stands still is noticed before, by its beats
 MAX_UNSENT = 10_000  # orders that a follower has not taken: it hangs
@@ -283,9 +285,10 @@ class GroupPuller:
             pull.seconds = max([pull.seconds, *(end.seconds for end in ends)])
             pull.waited_s = max(0.0, time.monotonic() - pull.began - pull.seconds)
             pull.num_bytes += sum(end.num_bytes for end in ends)
-            errors = [end.error for end in ends if end.error is not None]
-            if pull.error is None and errors:
-                pull.error = TransferError(errors[0])
+            failed = [end for end in ends if end.error is not None]
+            if failed and not isinstance(pull.error, LinkBroken):
+                first = next((end for end in failed if end.is_broken), failed[0])
+                pull.error = (LinkBroken if first.is_broken else PullRefused)(first.error)
             done.append(pull)
         return done
 
@@ -303,24 +306,32 @@ class GroupPeers(Peers):
     def __init__(
         self,
         context: "zmq.Context[zmq.Socket[bytes]]",
-        device: torch.device,
-        layout: PoolLayout,  # of the leader's pool
+        pool: torch.Tensor,  # the leader's
+        layout: PoolLayout,  # of it
+        config: TransferConfig,
         followers: Followers,
         key: CurveKey | None = None,  # for addresses on other machines
     ) -> None:
-        super().__init__(context, device, layout, key=key)
+        super().__init__(context, pool, layout, config, key=key)
         self._followers = followers
         self._num_waiting: dict[str, int] = {}  # address |-> followers that have yet to say that they can
 
     @property
-    def attaching(self) -> list["zmq.Socket[bytes]"]:
+    def attaching(self) -> "list[zmq.Socket[bytes] | Wakeup]":
         return super().attaching + ([self._followers.socket] if self._num_waiting else [])
 
     def attach(self, address: str) -> None:
         if address not in self._peers:
-            self._num_waiting[address] = self._followers.num_followers
-            self._followers.attach(address)
+            self._attach_followers(address)
         super().attach(address)
+
+    def _attach_followers(self, address: str) -> None:
+        self._num_waiting[address] = self._followers.num_followers
+        self._followers.attach(address)
+
+    def _attach_anew(self, address: str, peer: Peer) -> None:
+        super()._attach_anew(address, peer)
+        self._attach_followers(address)
 
     def receive_handles(self) -> list[tuple[str, str | None]]:
         received: list[tuple[str, str | None]] = []
@@ -344,8 +355,12 @@ class GroupPeers(Peers):
     def source(self, address: str) -> Source | None:
         return None if address in self._num_waiting else super().source(address)
 
-    def detach(self, address: str) -> None:
+    def end_links(self, address: str) -> None:
+        """A follower's copies that are under way keep what they read mapped until they have ended."""
         if address in self._peers:
             self._followers.detach(address)
+        super().end_links(address)
+
+    def detach(self, address: str) -> None:
         self._num_waiting.pop(address, None)
         super().detach(address)

@@ -132,6 +132,7 @@ class EngineLoop:
         address: str,
         followers: Followers | None = None,
         *,
+        leases: Leases | None = None,  # its own, where others look at them
         puller: Puller | None = None,
         swapper: Swapper | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -157,7 +158,7 @@ class EngineLoop:
         self._arrivals = Arrivals(
             self._device_blocks, peers, puller if followers is None else GroupPuller(puller, followers)
         )
-        self.leases = Leases()
+        self.leases = Leases() if leases is None else leases
         self._swapper = swapper if followers is None else GroupSwapper(swapper, followers)
         self._scheduler = PreemptiveDecodeScheduler(
             self.blocks,
@@ -407,6 +408,10 @@ class EngineLoop:
         events += self._released([*ended.cancelled, *ended.failed])
         if ended.failed:
             events.append(PullsFailed(reasons=ended.failed))
+        for source, reason in ended.broken:
+            if not self.peers.renew(source, reason):
+                events.append(AttachFailed(address=source.address, reason=reason, request_ids=[]))
+                events += self._give_up_unmappable({source.address})
         return events
 
     def _start_swaps(self, plan: DecodePlan) -> None:
@@ -553,6 +558,7 @@ class EngineLoop:
         """Gives up what has not arrived from a dead source, lets its copies end, and closes the mapping."""
         lost = self._arrivals.from_source(address)
         events = self._cancel(lost)
+        self.peers.end_links(address)
         while any(request_id in self._arrivals for request_id in lost):
             self._arrivals.wait(1e-3)
             events += self._join()

@@ -1,208 +1,125 @@
-"""Replica to replica: each rank of the source offers its pool, and the leader hears acknowledgements; each reading rank
-attaches, and the leader acknowledges each copy.
+"""The replicas whose KV a rank reads: it attaches each rank of theirs, by the transport that works, and its leader
+acknowledges each copy.
+
+    attach --> offers of all ranks --> plan --> a way to each rank that the plan needs --> source(address)
+                                                mapped at once, or a link, which opens meanwhile
 """
 
 import contextlib
-import hmac
 import sys
-import threading
-from collections.abc import Iterable
+import time
 from dataclasses import dataclass, field
 
 import msgspec
 import torch
 import zmq
 
-from ensemble.cache.kv_pool import KVPool, map_peer_pool
-from ensemble.engine.engine import Engine
+from ensemble.cache.block_copier import make_copier
+from ensemble.cache.kv_pool import map_peer_pool
+from ensemble.config import TransferConfig
 from ensemble.errors import LinkBroken
-from ensemble.protocol.curve import CurveKey, bind, connect
+from ensemble.protocol.curve import CurveKey, connect
 from ensemble.protocol.replica_replica import (
     AttachPool,
-    PeerAnswer,
+    Carrier,
+    PeerCall,
     PoolLayout,
     PoolOffer,
     Refused,
     TransferDone,
     decode_peer_answer,
-    decode_peer_call,
     encode,
 )
 from ensemble.protocol.router_replica import KVHandoff
+from ensemble.transfer import nccl
+from ensemble.transfer.link import Link
+from ensemble.transfer.link_server import COPY_ENGINE_RUN_BYTES
 from ensemble.transfer.plan import make_plan, misfit
 from ensemble.transfer.puller import Source
+from ensemble.transfer.wakeup import Wakeup
 
-ACKNOWLEDGEMENTS = "inproc://acknowledgements"
-
-
-def rank_address(address: str, rank: int) -> str:
-    """Of a rank's PeerServer: in the private directory of one host, or at one of a row of ports."""
-    if address.startswith("tcp:"):
-        host, _, port = address.rpartition(":")
-        return f"{host}:{int(port) + rank}"
-    return f"{address}.{rank}" if rank else address
-
-
-def pool_layout(
-    engine: Engine,
-    model: str,  # its fingerprint
-) -> PoolLayout:
-    layout = engine.pool.layout
-    return PoolLayout(
-        model=model,
-        dtype=str(layout.dtype).removeprefix("torch."),
-        block_size=layout.block_size,
-        head_dim=layout.head_dim,
-        layers=(layout.first_layer, layout.first_layer + layout.num_layers),
-        kv_heads=layout.kv_heads or tuple(range(layout.num_kv_heads)),
-        num_blocks=engine.pool.num_blocks,
-    )
-
-
-class PeerServer:
-    """Answers peers from a thread of its own, so that a long batch does not hold up a first attach.
-
-    Acknowledgements go on to `socket`, which the engine's thread reads between batches.
-    """
-
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        address: str,  # this rank's
-        pool: KVPool,
-        layout: PoolLayout,
-        *,
-        life: int = 0,
-        rank_addresses: Iterable[str] = (),  # of all ranks, the leader's first; none: this one is alone
-        token: bytes = b"",
-        key: CurveKey | None = None,  # for an address that other machines reach
-    ) -> None:
-        self.socket = context.socket(zmq.PULL)
-        self.socket.bind(ACKNOWLEDGEMENTS)
-        self.life = life  # of the replica; another one may begin in the same process
-        self._router = context.socket(zmq.ROUTER)
-        bind(self._router, address, key)
-        self._context = context
-        self._layout = layout
-        self._rank_addresses = list(rank_addresses) or [address]
-        self._handle = pool.export()
-        self._token = token
-        threading.Thread(target=self._serve, name="peer-server", daemon=True).start()
-
-    def acknowledged(self) -> list[int]:
-        """Request ids of leases whose readers have acknowledged since the last call."""
-        request_ids: list[int] = []
-        while self.socket.poll(0):
-            call = decode_peer_call(self.socket.recv())
-            if isinstance(call, TransferDone):
-                request_ids += call.request_ids
-        return request_ids
-
-    def close(self) -> None:
-        """Closes the engine's socket; the thread ends with the ZeroMQ context."""
-        self.socket.close(linger=0)
-
-    def _serve(self) -> None:
-        forward = self._context.socket(zmq.PUSH)
-        forward.connect(ACKNOWLEDGEMENTS)
-        try:
-            while True:
-                identity, *frames = self._router.recv_multipart()
-                answer = self._answer(frames, forward)
-                if answer is not None:  # dropped where its reader takes none
-                    self._router.send_multipart([identity, encode(answer)])
-        except zmq.ContextTerminated:
-            forward.close(linger=0)
-            self._router.close(linger=0)
-
-    def _answer(self, frames: list[bytes], forward: "zmq.Socket[bytes]") -> PeerAnswer | None:
-        if len(frames) != 2 or not hmac.compare_digest(frames[0], self._token):
-            return Refused(reason="token: that of this deployment is wanted")
-        try:
-            call = decode_peer_call(frames[1])
-        except msgspec.DecodeError as error:
-            return Refused(reason=f"call: {error}")
-        match call:
-            case AttachPool():
-                return PoolOffer(
-                    life=self.life, rank_addresses=self._rank_addresses, layout=self._layout, handle=self._handle
-                )
-            case TransferDone():
-                with contextlib.suppress(zmq.Again):  # the engine's thread hangs, and will be killed
-                    forward.send(frames[1], zmq.NOBLOCK)
-        return None
+MAX_BREAKS, BREAKS_WITHIN_S = 3, 60.0  # of links to a replica; one more, and it counts as one that cannot be read
 
 
 @dataclass(slots=True, eq=False)
-class _Peer:
+class Peer:
     """A replica, from the first call to it on."""
 
     sockets: "list[zmq.Socket[bytes]]"  # to its ranks, the leader's first
     offers: dict[int, PoolOffer] = field(default_factory=dict)  # by rank
-    source: Source | None = None  # once all have answered
+    opening: Source | None = None  # once all have answered
+    source: Source | None = None  # once all ways are open
     why_not: str | None = None  # it cannot be read
+    broke_at: list[float] = field(default_factory=list)  # time.monotonic() of the last times that a link broke
 
     @property
-    def awaited(self) -> "list[zmq.Socket[bytes]]":
-        """Sockets on which an answer is still to come."""
-        if self.source is not None or self.why_not is not None:
-            return []
-        return [socket for rank, socket in enumerate(self.sockets) if rank not in self.offers]
+    def is_settled(self) -> bool:
+        return self.source is not None or self.why_not is not None
+
+    @property
+    def links(self) -> list[Link]:
+        return list(self.opening.links.values()) if self.opening is not None else []
 
 
 class Peers:
-    """The replicas whose KV this rank reads, by the address of their leader."""
+    """By the address of their leader."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        device: torch.device,
-        layout: PoolLayout,  # of this rank's pool
+        pool: torch.Tensor,  # own: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        layout: PoolLayout,  # of it
+        config: TransferConfig | None = None,
         *,
         rank: int = 0,
-        token: bytes = b"",
         key: CurveKey | None = None,  # for addresses on other machines
     ) -> None:
         self._context = context
-        self._key = key
-        self._device = device
+        self._pool = pool
+        self._device = pool.device
         self._layout = layout
+        self._config = config or TransferConfig()
         self._rank = rank
-        self._token = token
-        self._peers: dict[str, _Peer] = {}
+        self._key = key
+        self._copier = make_copier(pool.device, COPY_ENGINE_RUN_BYTES)  # of links
+        self._opened = Wakeup()
+        self._peers: dict[str, Peer] = {}
 
     @property
-    def attaching(self) -> "list[zmq.Socket[bytes]]":
-        """Sockets on which an offer is awaited."""
-        return [socket for peer in self._peers.values() for socket in peer.awaited]
+    def attaching(self) -> "list[zmq.Socket[bytes] | Wakeup]":
+        """What is readable when there is something for `receive_handles`; empty: nothing is on its way."""
+        waiting: list[zmq.Socket[bytes] | Wakeup] = []
+        for peer in self._peers.values():
+            if not peer.is_settled and peer.opening is not None:
+                waiting.append(self._opened)
+            elif not peer.is_settled:
+                waiting += [socket for rank, socket in enumerate(peer.sockets) if rank not in peer.offers]
+        return waiting
 
     def attach(self, address: str) -> None:
         """Asks each rank of the source for its pool, once."""
         if address not in self._peers:
-            self._peers[address] = _Peer([self._ask(address)])
+            self._peers[address] = Peer([self._ask(address)])
 
     def receive_handles(self) -> list[tuple[str, str | None]]:
-        """Maps the pools whose offers have come: (address, None), or (address, why it cannot be read)."""
+        """Goes on with what is attached: (address, None) for what can be read now, (address, why not) for the rest."""
         received: list[tuple[str, str | None]] = []
+        self._opened.clear()
         for address, peer in self._peers.items():
-            if not peer.awaited:
+            if peer.is_settled:
                 continue
             try:
                 self._receive_offers(peer)
-                if not peer.awaited:
-                    peer.source = self._open(address, peer)
+                if peer.opening is None and len(peer.offers) == len(peer.sockets):
+                    peer.opening = self._open(address, peer)
+                if peer.opening is not None and all(self._is_open(link) for link in peer.links):
+                    peer.source = peer.opening
+                    if peer.links:
+                        self._tell_transport(peer.source)
                     received.append((address, None))
             except (OSError, RuntimeError, LinkBroken) as error:
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)  # raises where it is this process whose GPU has failed
-                peer.why_not = " ".join(str(error).split())
-                print(f"the KV pool of {address} cannot be read: {peer.why_not}", file=sys.stderr, flush=True)
-                received.append((address, peer.why_not))
+                received.append((address, self._give_up(address, peer, " ".join(str(error).split()))))
         return received
-
-    def give_up(self, address: str, reason: str) -> None:
-        """Nothing is read from there."""
-        self._peers[address].source, self._peers[address].why_not = None, reason
 
     def why_unmappable(self, address: str) -> str | None:
         return self._peers[address].why_not if address in self._peers else None
@@ -218,11 +135,43 @@ class Peers:
         peer = self._peers.get(handoff.source)
         if peer is not None:  # else the source is dead, and its leases with it
             with contextlib.suppress(zmq.Again):  # it takes none: it hangs, and will be killed
-                call = encode(TransferDone(request_ids=[handoff.request_id]))
-                peer.sockets[0].send_multipart([self._token, call], zmq.NOBLOCK)
+                self._call(peer.sockets[0], TransferDone(request_ids=[handoff.request_id]))
+
+    def give_up(self, address: str, reason: str) -> None:
+        """Nothing is read from there."""
+        self._peers[address].source, self._peers[address].why_not = None, reason
+
+    def renew(self, source: Source, reason: str) -> bool:
+        """A link of it is broken: it is attached anew. False if that has been too often, and it is given up."""
+        peer = self._peers.get(source.address)
+        if peer is None or peer.source is not source:
+            return True  # it is, already
+        now = time.monotonic()
+        peer.broke_at = [*(at for at in peer.broke_at if at > now - BREAKS_WITHIN_S), now]
+        if len(peer.broke_at) > MAX_BREAKS:
+            self._give_up(source.address, peer, reason)
+            return False
+        self._attach_anew(source.address, peer)
+        return True
+
+    def _attach_anew(self, address: str, peer: Peer) -> None:
+        self.end_links(address)
+        for socket in peer.sockets[1:]:
+            socket.close(linger=0)
+        del peer.sockets[1:]
+        peer.offers.clear()
+        peer.opening = peer.source = None
+        with contextlib.suppress(zmq.Again):
+            self._call(peer.sockets[0], AttachPool())
+
+    def end_links(self, address: str) -> None:
+        """What comes from there over links ends soon, without having come."""
+        for link in self._peers[address].links if address in self._peers else []:
+            link.close()
 
     def detach(self, address: str) -> None:
         """Forgets a source, and closes the mapping of its pool: the caller holds no view of it any more."""
+        self.end_links(address)
         peer = self._peers.pop(address, None)
         for socket in peer.sockets if peer is not None else []:
             socket.close(linger=0)
@@ -235,10 +184,13 @@ class Peers:
     def _ask(self, address: str) -> "zmq.Socket[bytes]":
         socket = self._context.socket(zmq.DEALER)
         connect(socket, address, self._key)
-        socket.send_multipart([self._token, encode(AttachPool())])
+        self._call(socket, AttachPool())
         return socket
 
-    def _receive_offers(self, peer: _Peer) -> None:
+    def _call(self, socket: "zmq.Socket[bytes]", call: PeerCall) -> None:
+        socket.send(encode(call), zmq.NOBLOCK)
+
+    def _receive_offers(self, peer: Peer) -> None:
         for rank, socket in enumerate(list(peer.sockets)):
             if rank in peer.offers or not socket.poll(0):
                 continue
@@ -248,12 +200,13 @@ class Peers:
                 raise LinkBroken(f"rank {rank} answers unreadably: {error}") from None
             if isinstance(answer, Refused):
                 raise LinkBroken(f"rank {rank} refuses: {answer.reason}")
-            peer.offers[rank] = answer
-            if rank == 0:
-                peer.sockets += [self._ask(each) for each in answer.rank_addresses[1:]]
+            if isinstance(answer, PoolOffer):
+                peer.offers[rank] = answer
+                if rank == 0:
+                    peer.sockets += [self._ask(each) for each in answer.rank_addresses[1:]]
 
-    def _open(self, address: str, peer: _Peer) -> Source:
-        """Raises LinkBroken where pools do not fit; OSError or RuntimeError where one cannot be mapped."""
+    def _open(self, address: str, peer: Peer) -> Source:
+        """Raises LinkBroken where pools do not fit; OSError or RuntimeError where one cannot be mapped, but has to."""
         offers = [peer.offers[rank] for rank in range(len(peer.sockets))]
         for rank, offer in enumerate(offers):
             if offer.life != offers[0].life:
@@ -264,8 +217,56 @@ class Peers:
             pieces = make_plan(self._layout, [offer.layout for offer in offers], self._rank)
         except ValueError as error:
             raise LinkBroken(str(error)) from None
-        pools = {
-            rank: map_peer_pool(offers[rank].handle, self._device) for rank in {piece.source_rank for piece in pieces}
-        }
         num_blocks = min(offer.layout.num_blocks for offer in offers)
-        return Source(pieces, pools, address, offers[0].life, num_blocks)
+        source = Source(pieces, {}, {}, address, offers[0].life, num_blocks)
+        addresses = [address, *offers[0].rank_addresses[1:]]
+        for rank in sorted({piece.source_rank for piece in pieces}):
+            self._find_way(source, rank, addresses[rank], offers[rank])
+        return source
+
+    def _find_way(self, source: Source, rank: int, address: str, offer: PoolOffer) -> None:
+        transport = self._config.transport
+        if transport in ("auto", "cuda_ipc"):
+            try:
+                source.pools[rank] = map_peer_pool(offer.handle, self._device)
+                return
+            except (OSError, RuntimeError) as error:
+                self._check_device()
+                if transport == "cuda_ipc":
+                    raise
+                print(f"distserve: {address} is not mapped: {error}", file=sys.stderr, flush=True)
+        carriers: list[Carrier] = ["pair"] if transport == "nccl" else ["shared", "frames"]
+        source.links[rank] = Link(
+            self._context,
+            address,
+            self._pool,
+            self._copier,
+            opened=self._opened,
+            carriers=carriers,
+            timeout_s=self._config.timeout_s,
+            key=self._key,
+        )
+
+    def _tell_transport(self, source: Source) -> None:
+        uses_nccl = self._device.type == "cuda" and any(link.carrier == "pair" for link in source.links.values())
+        library = f" (NCCL {nccl.version()})" if uses_nccl else ""
+        print(
+            f"distserve: the KV of {source.address} comes by {source.transport}{library}", file=sys.stderr, flush=True
+        )
+
+    def _is_open(self, link: Link) -> bool:
+        if link.error is not None:
+            raise link.error
+        return link.is_open
+
+    def _give_up(self, address: str, peer: Peer, reason: str) -> str:
+        self._check_device()
+        self.end_links(address)
+        peer.why_not, peer.source = f"transfer.transport = {self._config.transport}: {reason}", None
+        print(f"distserve: the KV of {address} cannot be read: {peer.why_not}", file=sys.stderr, flush=True)
+        return peer.why_not
+
+    def _check_device(self) -> None:
+        """Raises where it is this process whose GPU has failed."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

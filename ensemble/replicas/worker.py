@@ -35,8 +35,10 @@ from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, e
 from ensemble.replicas.follower import Follower, connect_to_leader
 from ensemble.replicas.followers import Followers, GroupPeers
 from ensemble.replicas.loop import EngineLoop, loop_settings
-from ensemble.replicas.peers import Peers, PeerServer, pool_layout
+from ensemble.replicas.peer_server import PeerServer, pool_layout
+from ensemble.replicas.peers import Peers
 from ensemble.replicas.progress import Progress
+from ensemble.transfer.leases import Leases
 
 GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
 IDLE_POLL_MS = 500  # between two beats of an idle loop
@@ -82,20 +84,28 @@ def main() -> None:
         engine.runner.while_waiting = progress.waiting
         layout = pool_layout(engine, fingerprint(engine.spec, deployment.model))
         addresses = group.all_of("peer", peer_address)
+        pool, transfer, leases = engine.pool.tensor, deployment.transfer, Leases()
         server = PeerServer(
-            context, peer_address, engine.pool, layout, life=int(life), rank_addresses=addresses, key=key
+            context,
+            peer_address,
+            engine.pool,
+            layout,
+            life=int(life),
+            rank_addresses=addresses,
+            key=key,
+            leases=None if rank else leases,
+            timeout_s=transfer.timeout_s,
         )
         if rank:
             to_leader = connect_to_leader(context, group.look_up(ORDERS), rank, key)
-            peers = Peers(context, device, layout, rank=rank, key=key)
+            peers = Peers(context, pool, layout, transfer, rank=rank, key=key)
             follower = Follower(rank, engine, settings.host_kv_bytes, peers, server, to_leader, progress)
         else:
-            peers = (
-                Peers(context, device, layout, key=key)
-                if followers is None
-                else GroupPeers(context, device, layout, followers, key)
-            )
-            loop = EngineLoop(engine, peers, settings, peer_address, followers)
+            if followers is None:
+                peers = Peers(context, pool, layout, transfer, key=key)
+            else:
+                peers = GroupPeers(context, pool, layout, transfer, followers, key)
+            loop = EngineLoop(engine, peers, settings, peer_address, followers, leases=leases)
     except ConfigError as error:
         socket.send_multipart([b"failed", life.encode(), str(error).encode()])
         socket.close()

@@ -261,6 +261,7 @@ class Router:
         if output.finish_reason is not None:
             self.dispatch.admission.withdraw(life.attempt_id)
             self.dispatch.ended(life.attempt_id)
+            self._end_lost_lease(life)
             self.lives.end_attempt(life)
             self._deadlines.remove(life.request_id)
             is_only = len(life.output_token_ids) == 1
@@ -268,6 +269,14 @@ class Router:
         life.held.append(output)
         if not is_held:
             life.deliver()
+
+    def _end_lost_lease(self, life: Life) -> None:
+        """It ended where it joined; its reader's word of that to the source is late, or lost."""
+        if life.prefill_replica is not None or life.decode_replica is None:
+            return
+        for replica in self.fleet.up_ones():
+            if replica.id != life.decode_replica and life.attempt_id in replica.credits:
+                self.dispatch.command(replica, CancelRequests(request_ids=[life.attempt_id]))
 
     def _prefilled(self, life: Life, replica: Replica, handoff: KVHandoff) -> None:
         life.phase, life.handoff = "bridge", handoff
@@ -277,14 +286,16 @@ class Router:
     def _joined(self, event: Joined, now: float) -> None:
         time_ns = time.time_ns()
         transports = event.transports or [""] * len(event.request_ids)
-        for attempt_id, seconds, num_bytes, transport in zip(
-            event.request_ids, event.transfer_s, event.transfer_bytes, transports, strict=True
+        waits = event.waited_s or [0.0] * len(event.request_ids)
+        for attempt_id, seconds, num_bytes, transport, waited_s in zip(
+            event.request_ids, event.transfer_s, event.transfer_bytes, transports, waits, strict=True
         ):
             life = self.lives.of_attempt(attempt_id)
             if life is not None and transport:
                 labels = (("transport", transport),)
                 self._totals["distserve:kv_transfer_bytes_total", labels] += num_bytes
                 self._observe("distserve:kv_transfer_time_seconds", [seconds], labels)
+                self._observe("distserve:kv_transfer_wait_seconds", [waited_s], labels)
             if life is not None:
                 life.prefill_replica = None  # nothing of it is there any more
                 timeline = life.client.timeline

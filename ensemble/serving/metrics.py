@@ -54,7 +54,7 @@ class Family:
 
 
 _OF_REPLICAS: tuple[Labels, ...] = ()  # each has them from when it is known
-_TRANSPORTS = _by("transport", "cuda_ipc")
+_TRANSPORTS = _by("transport", "cuda_ipc", "host", "nccl")
 _ROLES = tuple((("role", role), ("state", state)) for role in get_args(Role) for state in get_args(State))
 
 FAMILIES: dict[str, Family] = {
@@ -89,6 +89,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "distserve:kv_transfer_time_seconds": Family(
         "histogram", "The copy of a sequence's KV to the replica where it decodes", _TRANSPORTS, _COPY_S
+    ),
+    "distserve:kv_transfer_wait_seconds": Family(
+        "histogram", "A sequence's arrival at that replica to its last byte, less the copy", _TRANSPORTS, _PHASE_S
     ),
     "distserve:kv_transfer_bytes_total": Family("counter", "KV copied so", _TRANSPORTS),
     "distserve:swap_time_seconds": Family(

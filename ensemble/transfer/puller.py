@@ -11,6 +11,7 @@ import torch
 
 from ensemble.cache.block_copier import Copy, Pieces, make_copier, wait_for_any
 from ensemble.errors import TransferError
+from ensemble.transfer.link import Link
 from ensemble.transfer.plan import Part, Piece
 
 # Over NVLink the copy engine takes 3.6 us for a call beside its bytes, the time of 1.4 MB: pieces of 16 MiB and more
@@ -24,13 +25,16 @@ class Source:
 
     pieces: list[Piece]
     pools: dict[int, torch.Tensor]  # source rank |-> its pool, mapped here
+    links: dict[int, Link] = field(default_factory=dict)  # source rank |-> the way to one that is not
     address: str = ""
     life: int = 0
     num_blocks: int = 0
 
     @property
     def transport(self) -> str:
-        return "cuda_ipc"
+        """By which KV comes; several where ranks are reached by different ones."""
+        names = {"nccl" if link.carrier == "pair" else "host" for link in self.links.values()}
+        return "+".join(sorted(names | ({"cuda_ipc"} if self.pools else set())))
 
 
 def mapped_source(pool: torch.Tensor) -> Source:
@@ -71,11 +75,23 @@ class Puller:
         self._in_flight.append((pull, self._start_copy(pull)))
 
     def _start_copy(self, pull: Pull) -> Copy:
-        source = pull.source
+        """Of all pieces: done when nothing writes into the target's blocks any more."""
+        source, copies = pull.source, []
         mapped: Pieces = [
-            (piece.source.of(source.pools[piece.source_rank]), piece.target.of(self._pool)) for piece in source.pieces
+            (piece.source.of(source.pools[piece.source_rank]), piece.target.of(self._pool))
+            for piece in source.pieces
+            if piece.source_rank in source.pools
         ]
-        return self._copier.start_pieces(mapped, pull.source_block_ids, pull.target_block_ids)
+        if mapped:
+            copies.append(self._copier.start_pieces(mapped, pull.source_block_ids, pull.target_block_ids))
+        for rank, link in source.links.items():
+            pieces = [piece for piece in source.pieces if piece.source_rank == rank]
+            copies.append(
+                link.start(source.life, pull.request_id, pieces, pull.source_block_ids, pull.target_block_ids)
+            )
+        if len(copies) == 1:
+            return copies[0]
+        return Copy(lambda: all(copy.is_done() for copy in copies), lambda: max([copy.seconds() for copy in copies]))
 
     def completed(self) -> list[Pull]:
         """Pulls whose copies have ended since the last call."""

@@ -22,7 +22,8 @@ from ensemble.protocol.router_replica import (
     SwapReport,
 )
 from ensemble.replicas.loop import EngineLoop, loop_settings
-from ensemble.replicas.peers import Peers, PeerServer, _Peer, pool_layout
+from ensemble.replicas.peer_server import PeerServer, pool_layout
+from ensemble.replicas.peers import Peer, Peers
 from ensemble.request import Request
 from ensemble.transfer.puller import mapped_source
 
@@ -37,9 +38,9 @@ class Replica:
         self.address = address
         self.context = zmq.Context()
         layout = pool_layout(self.engine, fingerprint(self.engine.spec, deployment.model))
-        self.server = PeerServer(self.context, address, self.engine.pool, layout)
-        self.peers = Peers(self.context, device, layout)
+        self.peers = Peers(self.context, self.engine.pool.tensor, layout, deployment.transfer)
         self.loop = EngineLoop(self.engine, self.peers, loop_settings(deployment, home), address)
+        self.server = PeerServer(self.context, address, self.engine.pool, layout, leases=self.loop.leases)
 
     def handle(self, command: Command) -> list[Event]:
         return self.loop.handle(command)
@@ -88,7 +89,7 @@ class Pair:
         if device.type == "cuda":  # CUDA opens no handle of the process that made it
             for reader, source in ((self.prefill, self.decode), (self.decode, self.prefill)):
                 mapped = replace(mapped_source(source.engine.pool.tensor), address=source.address)
-                reader.peers._peers[source.address] = _Peer([reader.peers._ask(source.address)], source=mapped)
+                reader.peers._peers[source.address] = Peer([reader.peers._ask(source.address)], source=mapped)
 
     def close(self) -> None:
         self.prefill.close()

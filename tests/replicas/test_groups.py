@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from ensemble.config import Deployment
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched, load_engine
-from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts
+from ensemble.protocol.router_replica import (
+    CancelRequests,
+    Event,
+    Joined,
+    PrefixReport,
+    PromptChunk,
+    PullsFailed,
+    RunPrompts,
+)
 from ensemble.request import Request, SamplingParams, Sequence
 from tests.checkpoints import make_tiny_llama, make_tiny_opt
 from tests.replicas.pair import CPU, Pair, join, released_in, swaps_in, tokens_of, whole_prompts
@@ -115,6 +124,37 @@ def test_any_degrees_on_either_side(
     while pair.prefill.loop.leases:
         pair.prefill.acknowledged()
     pair.assert_empty()
+
+
+@pytest.mark.parametrize("transport", ["host", "nccl"])
+def test_over_links_and_again_when_they_broke(
+    transport: str, model: Path, make_pair: Callable[[Deployment], Pair]
+) -> None:
+    raw = deploy(model, stage(tp=2), stage(pp=2)).model_dump() | {"transfer": {"transport": transport}}
+    deployment = Deployment.parse(raw)
+    requests = make_requests(8, max_tokens=6)
+    expected = expected_tokens(deployment, requests)
+    pair = make_pair(deployment)
+
+    def hand_off(requests: list[Request]) -> list[Event]:
+        pair.prefill.handle(whole_prompts(requests))
+        events = pair.prefill.run()
+        pair.decode.handle(join(events, requests))
+        events += pair.decode.run()
+        while pair.prefill.loop.leases:
+            pair.prefill.acknowledged()
+        pair.assert_empty()
+        return events
+
+    events = hand_off(requests)
+    assert tokens_of(events) == expected
+    assert {each for event in events if isinstance(event, Joined) for each in event.transports} == {transport}
+    again = [replace(request, request_id=request.request_id + 100) for request in requests]
+    pair.prefill.server._links.close()  # of the leader's pool, which both ranks read
+    failed = {reason for event in hand_off(again) if isinstance(event, PullsFailed) for reason in event.reasons}
+    assert failed
+    later = [replace(request, request_id=request.request_id + 200) for request in requests]
+    assert tokens_of(hand_off(later)) == {request_id + 200: tokens for request_id, tokens in expected.items()}
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True], ids=["step by step", "launched ahead"])

@@ -11,7 +11,10 @@ from msgspec.structs import replace
 from ensemble.config import Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.protocol.router_replica import (
+    AttachFailed,
+    AttachPeer,
     CancelRequests,
+    DetachPeer,
     Join,
     Joined,
     PromptChunk,
@@ -101,6 +104,64 @@ def test_who_joins_is_told_of_before_its_first_step(pair: Pair) -> None:
                 assert joined.issuperset(event.request_ids)
         joined.update(*(event.request_ids for event in events if isinstance(event, Joined)))
     assert joined == {0, 1, 2}
+
+
+def deploy_by(deployment: Deployment, transport: str) -> Deployment:
+    return Deployment.parse(deployment.model_dump() | {"transfer": {"transport": transport}})
+
+
+@pytest.mark.parametrize("transport", ["host", "nccl"])
+def test_tokens_are_the_same_by_every_transport(deployment: Deployment, tmp_path: Path, transport: str) -> None:
+    requests = make_requests(12, 1.0)
+    alone: Engine = load_engine(deployment, deployment.decode, CPU)
+    expected = {request_id: sequence.output_token_ids for request_id, sequence in generate(alone, requests).items()}
+    pair = Pair(deploy_by(deployment, transport), tmp_path)
+    try:
+        pair.prefill.handle(whole_prompts(requests))
+        events = pair.prefill.run()
+        pair.decode.handle(join(events, requests))
+        events += pair.decode.run()
+        assert tokens_of(events) == expected
+        joined = [event for event in events if isinstance(event, Joined)]
+        assert {each for event in joined for each in event.transports} == {transport}
+        while pair.prefill.loop.leases:
+            pair.prefill.acknowledged()
+        pair.assert_empty()
+    finally:
+        pair.close()
+
+
+def test_a_broken_link_costs_its_sequences_a_prefill_and_is_made_anew(deployment: Deployment, tmp_path: Path) -> None:
+    requests = make_long_requests(5)
+    pair = Pair(deploy_by(deployment, "host"), tmp_path)
+    try:
+        for request in requests[:4]:
+            pair.prefill.handle(whole_prompts([request]))
+            events = pair.prefill.run()
+            pair.decode.handle(AttachPeer(address=pair.prefill.address))
+            while pair.decode.peers.attaching:
+                events += pair.decode.serve_once()
+            pair.prefill.server._links.close()  # as a source does of links that it has too many of
+            pair.decode.handle(join(events, [request]))
+            events += pair.decode.run()
+            [failed] = [event for event in events if isinstance(event, PullsFailed)]
+            assert "link: one that is open is wanted" in failed.reasons[request.request_id]
+            assert released_in(events) == [request.request_id]
+            pair.prefill.acknowledged()
+            pair.assert_empty()
+            is_given_up = any(isinstance(event, AttachFailed) for event in events)
+            assert is_given_up == (request.request_id == 3)
+        assert pair.decode.peers.why_unmappable(pair.prefill.address) is not None
+        pair.decode.handle(DetachPeer(address=pair.prefill.address))  # its next life begins
+        pair.prefill.handle(whole_prompts(requests[4:]))
+        events = pair.prefill.run()
+        pair.decode.handle(join(events, requests[4:]))
+        events += pair.decode.run()
+        assert len(tokens_of(events)[4]) == 40
+        pair.prefill.acknowledged()
+        pair.assert_empty()
+    finally:
+        pair.close()
 
 
 def test_source_blocks_stay_until_the_copy_is_acknowledged(pair: Pair) -> None:

@@ -337,6 +337,7 @@ class FakeFleet:
 
     def __init__(self, deployment: Deployment, num_blocks: int = 12, max_num_seqs: int = 4) -> None:
         self.now = 0.0
+        self.loses_acknowledgements = False
         self._is_optimistic = deployment.decode.admission == "optimistic"
         self._num_blocks, self._max_num_seqs = num_blocks, max_num_seqs
         self._num_ids = 0
@@ -374,6 +375,8 @@ class FakeFleet:
             self.waiting.add(replica_id)
 
     def acknowledge(self, handoff: KVHandoff) -> None:
+        if self.loses_acknowledgements:
+            return
         for replica in self.replicas.values():
             if replica.address == handoff.source:
                 replica.end_lease(handoff.request_id)

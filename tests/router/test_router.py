@@ -364,6 +364,15 @@ def test_a_pool_that_nobody_can_map_is_an_error_and_no_wait():
     fleet.assert_empty()
 
 
+def test_a_lost_acknowledgement_keeps_no_block_for_longer_than_the_request():
+    fleet = make_fleet(2, 2)
+    fleet.loses_acknowledgements = True
+    asked = [fleet.arrive(4, max_tokens=4) for _ in range(8)]
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
+    fleet.assert_empty()
+
+
 @pytest.mark.parametrize("num_failing", [1, 3])
 def test_kv_that_does_not_come_is_computed_again(num_failing):
     fleet = make_fleet(1, 1)

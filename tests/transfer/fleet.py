@@ -2,15 +2,20 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 import zmq
 
 from ensemble.cache.kv_pool import KVLayout, KVPool
+from ensemble.config import TransferConfig, Transport
+from ensemble.protocol.curve import CurveKey, guard
 from ensemble.protocol.replica_replica import PoolLayout
-from ensemble.replicas.peers import Peers, PeerServer, rank_address
-from ensemble.transfer.puller import Pull, Puller
+from ensemble.replicas.peer_server import PeerServer, rank_address
+from ensemble.replicas.peers import Peers
+from ensemble.transfer.leases import Leases
+from ensemble.transfer.puller import Pull, Puller, Source
 from tests.transfer.layouts import BLOCK_SIZE, HEAD_DIM
 
 CPU = torch.device("cpu")
@@ -28,24 +33,31 @@ def part_of(model: torch.Tensor, layout: PoolLayout) -> torch.Tensor:
     return model[:, slice(*layout.layers)][:, :, :, list(layout.kv_heads)]
 
 
-def make_pool(layout: PoolLayout) -> KVPool:
-    heads = len(layout.kv_heads)
-    return KVPool(KVLayout(layout.num_layers, heads, BLOCK_SIZE, HEAD_DIM, torch.float32), layout.num_blocks, CPU)
+def make_pool(layout: PoolLayout, device: torch.device = CPU) -> KVPool:
+    shape = KVLayout(layout.num_layers, len(layout.kv_heads), BLOCK_SIZE, HEAD_DIM, torch.float32)
+    return KVPool(shape, layout.num_blocks, device)
 
 
 class SourceRanks:
     """A server a rank, each with its part of `whole_model`."""
 
-    def __init__(self, layouts: list[PoolLayout], run_dir: Path, **settings: object) -> None:
-        self.address = f"ipc://{run_dir}/source"
+    def __init__(
+        self, layouts: list[PoolLayout], run_dir: Path, address: str = "", device: torch.device = CPU, **settings: Any
+    ) -> None:
+        self.address = address or f"ipc://{run_dir}/source"
         addresses = [rank_address(self.address, rank) for rank in range(len(layouts))]
-        self.pools = [make_pool(layout) for layout in layouts]
+        self.pools = [make_pool(layout, device) for layout in layouts]
         model = whole_model(num_kv_heads=1 + max(max(layout.kv_heads) for layout in layouts))
         self.contexts = [zmq.Context() for _ in layouts]
+        self.leases = Leases()
         self.servers = []
+        for context in self.contexts:
+            guard(context, settings.get("key"))
         for layout, pool, context, address in zip(layouts, self.pools, self.contexts, addresses, strict=True):
             pool.tensor.copy_(part_of(model, layout))
-            self.servers.append(PeerServer(context, address, pool, layout, rank_addresses=addresses, **settings))
+            self.servers.append(
+                PeerServer(context, address, pool, layout, rank_addresses=addresses, leases=self.leases, **settings)
+            )
 
     def close(self) -> None:
         for server, context in zip(self.servers, self.contexts, strict=True):
@@ -56,11 +68,20 @@ class SourceRanks:
 class Reader:
     """One reading rank."""
 
-    def __init__(self, layout: PoolLayout, rank: int = 0, **settings: object) -> None:
+    def __init__(
+        self,
+        layout: PoolLayout,
+        rank: int = 0,
+        transport: Transport = "auto",
+        timeout_s: float = WAIT_S,
+        key: CurveKey | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         self.layout = layout
-        self.pool = make_pool(layout)
+        self.pool = make_pool(layout, device)
         self.context = zmq.Context()
-        self.peers = Peers(self.context, CPU, layout, rank=rank, **settings)
+        config = TransferConfig(transport=transport, timeout_s=timeout_s)
+        self.peers = Peers(self.context, self.pool.tensor, layout, config, rank=rank, key=key)
         self.puller = Puller(self.pool.tensor)
 
     def attach(self, address: str) -> list[tuple[str, str | None]]:
@@ -76,10 +97,10 @@ class Reader:
     def pull(self, address: str, source_ids: list[int], target_ids: list[int], request_id: int = 0) -> Pull:
         source = self.peers.source(address)
         assert source is not None
-        self.puller.start(Pull(request_id, source, source_ids, target_ids))
-        return self.pulled()
+        return self.pulled_of(source, source_ids, target_ids, request_id)
 
-    def pulled(self) -> Pull:
+    def pulled_of(self, source: Source, source_ids: list[int], target_ids: list[int], request_id: int) -> Pull:
+        self.puller.start(Pull(request_id, source, source_ids, target_ids))
         deadline = time.monotonic() + WAIT_S
         while not (done := self.puller.completed()):
             assert time.monotonic() < deadline
@@ -90,7 +111,9 @@ class Reader:
     def expected(self, num_kv_heads: int, source_ids: list[int], target_ids: list[int]) -> torch.Tensor:
         """The pool after that pull into an empty one."""
         expected = torch.zeros_like(self.pool.tensor)
-        expected[target_ids] = part_of(whole_model(num_kv_heads=num_kv_heads), self.layout)[source_ids]
+        expected[target_ids] = part_of(whole_model(num_kv_heads=num_kv_heads), self.layout)[source_ids].to(
+            expected.device
+        )
         return expected
 
     def close(self) -> None:

@@ -2,10 +2,9 @@
 
 import msgspec
 import pytest
-import torch
 import zmq
 
-from ensemble.protocol.replica_replica import AttachPool, PoolOffer, Refused, TransferDone, decode_peer_answer, encode
+from ensemble.protocol.replica_replica import AttachPool, PoolOffer, Refused, decode_peer_answer, encode
 from tests.transfer.fleet import NUM_LAYERS, Reader, SourceRanks, changed
 from tests.transfer.layouts import layouts_of
 
@@ -48,29 +47,15 @@ def test_a_rank_in_another_life_than_its_leader_is_refused(tmp_path):
     sources.close()
 
 
-def test_only_who_has_the_token_is_answered(tmp_path):
-    sources = SourceRanks([LAYOUT], tmp_path, token=b"secret")
-    stranger, friend = Reader(LAYOUT), Reader(LAYOUT, token=b"secret")
-    assert "token" in str(stranger.attach(sources.address))
-    assert friend.attach(sources.address) == [(sources.address, None)]
-    stranger.peers._peers[sources.address].sockets[0].send_multipart([b"", encode(TransferDone(request_ids=[1]))])
-    friend.peers._peers[sources.address].sockets[0].send_multipart([b"secret", encode(TransferDone(request_ids=[2]))])
-    assert sources.servers[0].socket.poll(5000)
-    assert sources.servers[0].acknowledged() == [2]
-    stranger.close()
-    friend.close()
-    sources.close()
-
-
 def test_nonsense_is_refused_and_the_next_one_is_served(source):
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.connect(source.address)
-    for frames in ([b""], [b"", b"", b""], [b"", b"\xc1"], [b"", msgspec.msgpack.encode({"type": "Nothing"})]):
+    for frames in ([b""], [b"", b""], [b"\xc1"], [msgspec.msgpack.encode({"type": "Nothing"})]):
         socket.send_multipart(frames)
         assert socket.poll(5000)
         assert isinstance(decode_peer_answer(socket.recv()), Refused)
-    socket.send_multipart([b"", encode(AttachPool())])
+    socket.send(encode(AttachPool()))
     assert socket.poll(5000)
     assert isinstance(decode_peer_answer(socket.recv()), PoolOffer)
     context.destroy(linger=0)
@@ -96,7 +81,6 @@ def test_a_pool_of_another_host_is_not_mistaken_for_a_file_of_this_one(source):
     path, _, name = handle.handle.decode().partition(" ")
     server = source.servers[0]
     server._handle = msgspec.structs.replace(handle, handle=f"{path} {name[:-1]}".encode() + b"x")
-    reader = Reader(LAYOUT)
+    reader = Reader(LAYOUT, transport="cuda_ipc")
     assert "it is on another host" in str(reader.attach(source.address))
     reader.close()
-    assert torch.isfinite(source.pools[0].tensor).all()

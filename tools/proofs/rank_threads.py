@@ -14,7 +14,8 @@ from ensemble.protocol.replica_replica import PoolLayout
 from ensemble.replicas.follower import Follower, connect_to_leader
 from ensemble.replicas.followers import Followers, GroupPeers
 from ensemble.replicas.loop import EngineLoop, loop_settings
-from ensemble.replicas.peers import Peers, PeerServer, pool_layout, rank_address
+from ensemble.replicas.peer_server import PeerServer, pool_layout, rank_address
+from ensemble.replicas.peers import Peers
 from ensemble.replicas.progress import Progress
 
 CPU = torch.device("cpu")
@@ -42,9 +43,10 @@ class RankThreads:
         self._followers = Followers(self.context, self._orders_address, self._size - 1) if self._threads else None
         self.engine = self._load(0)
         self.server, layout = self._serve(self.context, self.engine)
-        self.peers = Peers(self.context, CPU, layout)
+        pool, transfer = self.engine.pool.tensor, deployment.transfer
+        self.peers = Peers(self.context, pool, layout, transfer)
         if self._followers is not None:
-            self.peers = GroupPeers(self.context, CPU, layout, self._followers)
+            self.peers = GroupPeers(self.context, pool, layout, transfer, self._followers)
         settings = loop_settings(deployment, home)
         self.loop = EngineLoop(self.engine, self.peers, settings, address, self._followers)
         if self._followers is not None:
@@ -81,7 +83,7 @@ class RankThreads:
         try:
             engine = self._load(rank)
             server, layout = self._serve(context, engine)
-            peers = Peers(context, CPU, layout, rank=rank)
+            peers = Peers(context, engine.pool.tensor, layout, self._deployment.transfer, rank=rank)
             socket = connect_to_leader(context, self._orders_address, rank)
             host_kv_bytes = loop_settings(self._deployment, self._home).host_kv_bytes
             follower = Follower(rank, engine, host_kv_bytes, peers, server, socket, Progress())

@@ -28,7 +28,7 @@ def make_deployment(
 
     fields: `section.field` or `field` |-> value; None is "not given". Raises ConfigError in one line.
     """
-    raw: dict[str, Any] = {"model": {}, "prefill": {}, "decode": {}, "scheduler": {}}
+    raw: dict[str, Any] = {"model": {}, "prefill": {}, "decode": {}, "scheduler": {}, "transfer": {}}
     if file is not None:
         raw |= Deployment.from_yaml(file).model_dump(mode="json", exclude_unset=True)
     for name, value in fields.items():

@@ -186,6 +186,9 @@ class SimulatedPeers:
     def detach(self, address: str) -> None:
         pass
 
+    def end_links(self, address: str) -> None:
+        pass
+
     def receive_handles(self) -> list[tuple[str, str | None]]:
         return []
 

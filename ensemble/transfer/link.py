@@ -1,0 +1,142 @@
+"""A reading rank's link to a source rank whose pool it does not map: blocks come as packed chunks, through a few slots.
+
+    reader                                  source
+    ReadChunk(slot, blocks, lease) -------> looks at the lease, packs into its side of the slot, looks again
+    <------------------------------------- ChunkReady
+    shared, frames: the bytes are here
+    pair: SendChunks, and receives -------> sends
+    unpacks into its own pool, asks for the next chunk in the slot
+
+As many chunks are under way as there are slots, so packing, wire and unpacking go on at the same time. A thread of the
+link's own does all that: nothing is written into the pool but by it, so what it has given up is not written any more.
+"""
+
+import mmap
+import threading
+from collections.abc import Iterator
+
+import torch
+import zmq
+
+from ensemble.cache.block_copier import Copy
+from ensemble.errors import LinkBroken, PullRefused, TransferError
+from ensemble.protocol.curve import CurveKey
+from ensemble.protocol.replica_replica import Carrier, CloseLink
+from ensemble.transfer.link_session import Chunk, Copier, Job, Session, Shared, as_broken, use_device
+from ensemble.transfer.plan import Part, Piece
+from ensemble.transfer.wakeup import Wakeup
+
+# At least: a layer of a block is not divided. What a chunk costs both hosts beside its bytes is the time of some 8 MiB
+# over PCIe, and of some 64 over NVLink.
+SLOT_BYTES: dict[Carrier, int] = {"shared": 16 << 20, "frames": 8 << 20, "pair": 64 << 20}
+
+
+class Link:
+    """Opens in its own thread, and sets `opened` when that has ended, well or not."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,  # of the source rank
+        pool: torch.Tensor,  # own: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        copier: Copier,
+        *,
+        opened: Wakeup,
+        carriers: list[Carrier],  # to be tried in this order
+        timeout_s: float,  # of an answer
+        key: CurveKey | None = None,  # for an address on another machine
+    ) -> None:
+        self.carrier: Carrier = carriers[0]
+        self.error: TransferError | None = None  # it is broken
+        self.is_open = False
+        self._opened, self._carriers = opened, carriers
+        self._shared = Shared(context, address, key, pool, copier, timeout_s)
+        self._lock = threading.Lock()  # between `start` and the thread's end: no job is left behind
+        self._thread = threading.Thread(target=self._run, name="kv-link", daemon=True)
+        self._thread.start()
+
+    def slot_bytes(self, carrier: Carrier) -> int:
+        wanted = max(SLOT_BYTES[carrier], self._shared.pool[0, 0].nbytes)
+        return -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    # ---- the engine's thread
+
+    def start(
+        self, life: int, request_id: int, pieces: list[Piece], source_ids: list[int], target_ids: list[int]
+    ) -> Copy:
+        """Starts the copy of the pieces of this source rank, once it is open. What it raises is a TransferError."""
+        job = Job()
+        chunks = [
+            Chunk(job, life, request_id, source, target.of(self._shared.pool), source_ids[blocks], target_ids[blocks])
+            for piece in pieces
+            for source, target, blocks in self._chunks_of(piece, len(source_ids))
+        ]
+        job.num_left = len(chunks)
+        with self._lock:
+            if self.error is not None or not chunks:
+                job.future.set_exception(self.error or PullRefused("block_ids: none"))
+            else:
+                self._shared.jobs.put((job, chunks))
+                self._shared.wake.set()
+        return Copy(job.future.done, job.future.result)
+
+    def close(self) -> None:
+        """Soon what is under way has failed. What the source sends from now on goes nowhere."""
+        self._shared.is_closing = True
+        self._shared.wake.set()
+
+    def _chunks_of(self, piece: Piece, num_blocks: int) -> Iterator[tuple[Part, Part, slice]]:
+        """(of the source, of the own pool, which of the blocks); none is larger than a slot."""
+        layer_bytes = Part(0, 1, piece.target.first_head, piece.target.num_heads).of(self._shared.pool)[0].nbytes
+        slot_bytes = self.slot_bytes(self.carrier)
+        num_layers = min(piece.source.num_layers, slot_bytes // layer_bytes)
+        blocks_at_once = max(1, slot_bytes // (layer_bytes * piece.source.num_layers))
+        for first_block in range(0, num_blocks, blocks_at_once):
+            for first in range(0, piece.source.num_layers, num_layers):
+                length = min(num_layers, piece.source.num_layers - first)
+                source, target = (
+                    Part(part.first_layer + first, length, part.first_head, part.num_heads)
+                    for part in (piece.source, piece.target)
+                )
+                yield source, target, slice(first_block, first_block + blocks_at_once)
+
+    # ---- its own thread
+
+    def _run(self) -> None:
+        try:
+            use_device(self._shared.pool.device)
+            error: Exception = self._serve(self._open())
+        except Exception as raised:
+            error = raised
+        with self._lock:
+            self.error = as_broken(error)
+            while not self._shared.jobs.empty():
+                self._shared.jobs.get()[0].future.set_exception(self.error)
+        self._opened.set()
+
+    def _serve(self, session: Session) -> Exception:
+        """Returns what ended it."""
+        self.is_open = True
+        self._opened.set()
+        error: Exception = LinkBroken("the link was closed")
+        try:
+            while not self._shared.is_closing:
+                session.go_on()
+            session.call(CloseLink())
+        except Exception as raised:  # whatever it is, nobody waits for what does not come
+            error = raised
+        session.end(as_broken(error))
+        return error
+
+    def _open(self) -> Session:
+        """With the first carrier by which a probe comes through."""
+        reasons = []
+        for carrier in self._carriers:
+            try:
+                session = Session(self._shared, carrier, self.slot_bytes(carrier))
+            except LinkBroken as error:
+                reasons.append(f"{carrier}: {error}")
+                continue
+            self.carrier = carrier
+            return session
+        raise LinkBroken("; ".join(reasons))

@@ -1,0 +1,172 @@
+"""NCCL between two GPUs, without torch's process groups: their watchdog ends a process whose peer has died.
+
+The communicator does not block: what it does is looked at until it is done, or ended by an abort when it takes longer
+than it may, also before the other side has come. The library is the one that torch has loaded.
+"""
+
+import ctypes
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ensemble.errors import LinkBroken
+
+_SUCCESS, _IN_PROGRESS = 0, 7
+_INT8 = 0
+_CONFIG_MAGIC, _CONFIG_VERSION = 0xCAFEBEEF, 21400  # the fields of 2.14, which later versions take as well
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = (("internal", ctypes.c_char * 128),)
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int),
+    )
+
+
+_POINTER = ctypes.c_void_p
+_FUNCTIONS: dict[str, list[Any]] = {
+    "ncclGetVersion": [ctypes.POINTER(ctypes.c_int)],
+    "ncclGetUniqueId": [ctypes.POINTER(_UniqueId)],
+    "ncclCommInitRankConfig": [
+        ctypes.POINTER(_POINTER),
+        ctypes.c_int,
+        _UniqueId,
+        ctypes.c_int,
+        ctypes.POINTER(_Config),
+    ],
+    "ncclCommGetAsyncError": [_POINTER, ctypes.POINTER(ctypes.c_int)],
+    "ncclCommAbort": [_POINTER],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
+    "ncclSend": [_POINTER, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, _POINTER, _POINTER],
+    "ncclRecv": [_POINTER, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, _POINTER, _POINTER],
+}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
+    try:
+        library = ctypes.CDLL("libnccl.so.2")
+    except OSError as error:
+        raise LinkBroken(f"nccl: {error}") from None
+    for name, arguments in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, ctypes.c_int
+    library.ncclGetErrorString.argtypes = [ctypes.c_int]
+    library.ncclGetErrorString.restype = ctypes.c_char_p
+    return library
+
+
+def version() -> str:
+    """Of the library in use. Raises LinkBroken without one."""
+    number = ctypes.c_int()
+    _call("ncclGetVersion", ctypes.byref(number))
+    return f"{number.value // 10000}.{number.value // 100 % 100}.{number.value % 100}"
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Raises LinkBroken for a failure; what is in progress is none."""
+    library = _library()
+    result = getattr(library, name)(*arguments)
+    if result not in (_SUCCESS, _IN_PROGRESS):
+        raise LinkBroken(f"nccl: {name}: {library.ncclGetErrorString(result).decode()}")
+
+
+class NcclMeeting:
+    def __init__(self, device: torch.device, timeout_s: float) -> None:
+        self._device, self._timeout_s = device, timeout_s
+        unique_id = _UniqueId()
+        with torch.cuda.device(device):
+            _call("ncclGetUniqueId", ctypes.byref(unique_id))
+        self.rendezvous = bytes(unique_id)
+
+    def wait(self) -> "NcclPair":
+        return NcclPair(self.rendezvous, 0, self._device, self._timeout_s)
+
+
+class NcclPair:
+    """Used by one thread at a time."""
+
+    def __init__(
+        self,
+        rendezvous: bytes,
+        rank: int,
+        device: torch.device,
+        timeout_s: float,
+        is_closing: Callable[[], bool] = lambda: False,  # then nothing is waited for any more
+    ) -> None:
+        if len(rendezvous) != ctypes.sizeof(_UniqueId):
+            raise LinkBroken(f"nccl: a unique id has 128 bytes, not {len(rendezvous)}")
+        self._peer, self._device, self._timeout_s = 1 - rank, device, timeout_s
+        self._is_closing = is_closing
+        self._comm: _POINTER | None = _POINTER()
+        config = _Config(ctypes.sizeof(_Config), _CONFIG_MAGIC, _CONFIG_VERSION, 0)
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream(device)
+            unique_id = _UniqueId.from_buffer_copy(rendezvous)
+            deadline = time.monotonic() + timeout_s
+            try:
+                _call("ncclCommInitRankConfig", ctypes.byref(self._comm), 2, unique_id, rank, ctypes.byref(config))
+                self._wait_for(self._has_progressed, deadline)
+            except LinkBroken:
+                self.end()
+                raise
+
+    def send(self, tensors: list[torch.Tensor]) -> None:
+        self._run("ncclSend", tensors)
+
+    def receive(self, tensors: list[torch.Tensor]) -> None:
+        self._run("ncclRecv", tensors)
+
+    def end(self) -> None:
+        """Also what is under way: kernels that wait for the other side return."""
+        comm, self._comm = self._comm, None
+        if comm is not None and comm.value:
+            with torch.cuda.device(self._device):
+                _call("ncclCommAbort", comm)
+
+    def _run(self, name: str, tensors: list[torch.Tensor]) -> None:
+        if self._comm is None:
+            raise LinkBroken("nccl: the pair has ended")
+        deadline = time.monotonic() + self._timeout_s
+        stream = _POINTER(self._stream.cuda_stream)
+        try:
+            with torch.cuda.device(self._device):
+                _call("ncclGroupStart")
+                for tensor in tensors:
+                    _call(name, _POINTER(tensor.data_ptr()), tensor.nbytes, _INT8, self._peer, self._comm, stream)
+                _call("ncclGroupEnd")
+                self._wait_for(self._has_progressed, deadline)  # all is launched
+                done = torch.cuda.Event()
+                done.record(self._stream)
+                self._wait_for(done.query, deadline)
+        except LinkBroken:
+            self.end()
+            raise
+
+    def _has_progressed(self) -> bool:
+        result = ctypes.c_int()
+        _call("ncclCommGetAsyncError", self._comm, ctypes.byref(result))
+        if result.value not in (_SUCCESS, _IN_PROGRESS):
+            raise LinkBroken(f"nccl: {_library().ncclGetErrorString(result.value).decode()}")
+        return result.value == _SUCCESS
+
+    def _wait_for(self, is_done: Callable[[], bool], deadline: float) -> None:
+        while not is_done():
+            if self._is_closing():
+                raise LinkBroken("nccl: the link was closed")
+            if time.monotonic() > deadline:
+                raise LinkBroken(f"nccl: the other side did not come within {self._timeout_s:g} s")
+            self._has_progressed()  # raises when the other side has died, if NCCL has seen it
+            time.sleep(20e-6)

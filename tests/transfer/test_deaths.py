@@ -1,0 +1,121 @@
+"""A process is killed before, in the midst of and after a copy over a link: the other one goes on, with right bytes."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+
+from ensemble.errors import LinkBroken
+from ensemble.transfer import link
+from tests.transfer import fleet
+from tests.transfer.fleet import NUM_LAYERS, Reader, SourceRanks
+from tests.transfer.layouts import layouts_of
+
+[LAYOUT] = layouts_of(12, 4, 1, [0, NUM_LAYERS])
+BLOCK_IDS, REQUEST_ID = [6, 1, 2, 3], 5
+NUM_CHUNKS = 2 * len(BLOCK_IDS)  # of a page: four layers of a block
+BEFORE, IN, AFTER = 0, NUM_CHUNKS // 2, NUM_CHUNKS  # copies of chunks that the killed process has done
+TRANSPORTS = ["host", "nccl"]
+
+PROCESSES = multiprocessing.get_context("forkserver")  # which imports once
+PROCESSES.set_forkserver_preload(["tests.transfer.fleet"])
+
+
+class Mortal:
+    """A copier whose process is killed after so many copies, provably in the midst of a pull."""
+
+    def __init__(self, copier, num_copies):
+        self._copier, self._num_left = copier, num_copies
+
+    def start_pieces(self, *arguments):
+        if self._num_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._num_left -= 1
+        return self._copier.start_pieces(*arguments)
+
+
+def other_process(run, *arguments):
+    is_ready, may_go_on = PROCESSES.Event(), PROCESSES.Event()
+    process = PROCESSES.Process(target=run, args=(*arguments, is_ready, may_go_on))
+    process.start()
+    assert is_ready.wait(fleet.WAIT_S)
+    return process, may_go_on
+
+
+def assert_killed(process):
+    process.join(fleet.WAIT_S)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def assert_pulled(reader, address):
+    reader.pool.tensor.zero_()
+    pull = reader.pull(address, BLOCK_IDS, BLOCK_IDS, REQUEST_ID)
+    assert pull.error is None
+    assert torch.equal(reader.pool.tensor, reader.expected(4, BLOCK_IDS, BLOCK_IDS))
+
+
+@pytest.mark.parametrize("num_copies", [BEFORE, IN, AFTER], ids=["before", "in", "after"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_source_is_killed(monkeypatch, tmp_path, transport, num_copies):
+    monkeypatch.setattr(link, "SLOT_BYTES", dict.fromkeys(link.SLOT_BYTES, 1))
+    process, _ = other_process(be_source, tmp_path, num_copies)
+    reader = Reader(LAYOUT, transport=transport, timeout_s=2.0)
+    address = f"ipc://{tmp_path}/source"
+    assert reader.attach(address) == [(address, None)]
+    if num_copies == AFTER:
+        assert_pulled(reader, address)
+    pull = reader.pull(address, BLOCK_IDS, BLOCK_IDS, REQUEST_ID)
+    assert isinstance(pull.error, LinkBroken)
+    assert_killed(process)
+    strangers = [block_id for block_id in range(8) if block_id not in BLOCK_IDS]
+    assert not reader.pool.tensor[strangers].any()
+    reader.peers.detach(address)
+    successor = SourceRanks([LAYOUT], tmp_path, address=f"ipc://{tmp_path}/next")
+    successor.leases.grant(REQUEST_ID, BLOCK_IDS)
+    reader.attach(successor.address)
+    assert_pulled(reader, successor.address)
+    reader.close()
+    successor.close()
+
+
+@pytest.mark.parametrize("num_copies", [BEFORE, IN, AFTER], ids=["before", "in", "after"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_reader_is_killed(monkeypatch, tmp_path, transport, num_copies):
+    """Its lease stays until the router ends it; others read meanwhile, in the midst of it and when it is dead."""
+    monkeypatch.setattr(link, "SLOT_BYTES", dict.fromkeys(link.SLOT_BYTES, 1))
+    source = SourceRanks([LAYOUT], tmp_path, timeout_s=2.0)
+    source.leases.grant(REQUEST_ID, BLOCK_IDS)
+    process, may_go_on = other_process(be_reader, tmp_path, transport, num_copies)
+    reader = Reader(LAYOUT, transport=transport)
+    reader.attach(source.address)
+    may_go_on.set()
+    assert_pulled(reader, source.address)
+    assert_killed(process)
+    assert_pulled(reader, source.address)
+    assert list(source.leases) == [REQUEST_ID] and source.servers[0].acknowledged() == []
+    expected = fleet.part_of(fleet.whole_model(num_kv_heads=4), LAYOUT)
+    assert torch.equal(source.pools[0].tensor, expected)
+    reader.close()
+    source.close()
+
+
+def be_source(run_dir, num_copies, is_ready, may_go_on):
+    source = SourceRanks([LAYOUT], run_dir)
+    source.leases.grant(REQUEST_ID, BLOCK_IDS)
+    links = source.servers[0]._links
+    links.copier = Mortal(links.copier, num_copies)
+    is_ready.set()
+    may_go_on.wait()
+
+
+def be_reader(run_dir, transport, num_copies, is_ready, may_go_on):
+    link.SLOT_BYTES = dict.fromkeys(link.SLOT_BYTES, 1)
+    reader = Reader(LAYOUT, transport=transport)
+    reader.peers._copier = Mortal(reader.peers._copier, num_copies)
+    reader.attach(f"ipc://{run_dir}/source")
+    is_ready.set()
+    may_go_on.wait()
+    while True:
+        reader.pull(f"ipc://{run_dir}/source", BLOCK_IDS, BLOCK_IDS, REQUEST_ID)

@@ -1,0 +1,299 @@
+"""Links: KV as packed chunks, where no pool is mapped. Whatever one side does, the other has right bytes or none."""
+
+import socket
+import threading
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+from ensemble.cache.block_copier import Copy
+from ensemble.errors import LinkBroken, PullRefused
+from ensemble.protocol.curve import CurveKey
+from ensemble.protocol.replica_replica import (
+    ChunkReady,
+    ChunkRefused,
+    LinkOpened,
+    OpenLink,
+    ReadChunk,
+    ReadProbe,
+    Refused,
+    SendChunks,
+    decode_peer_answer,
+    encode,
+)
+from ensemble.transfer import link, link_server
+from ensemble.transfer.pair import join
+from ensemble.transfer.puller import Pull
+from tests.transfer.fleet import CPU, NUM_LAYERS, WAIT_S, Reader, SourceRanks
+from tests.transfer.layouts import layouts_of
+
+[LAYOUT] = layouts_of(12, 4, 1, [0, NUM_LAYERS])
+SOURCE_IDS, TARGET_IDS, REQUEST_ID = [6, 1, 2, 3], [0, 4, 5, 7], 5
+CARRIERS = {"shared": "host", "frames": "host", "pair": "nccl"}
+
+
+@pytest.fixture
+def source(tmp_path):
+    source = SourceRanks([LAYOUT], tmp_path)
+    source.leases.grant(REQUEST_ID, SOURCE_IDS)
+    yield source
+    source.close()
+
+
+@pytest.fixture(params=CARRIERS)
+def carrier(request, monkeypatch):
+    """Chunks as small as they become: a layer of a block each."""
+    monkeypatch.setattr(link, "SLOT_BYTES", dict.fromkeys(link.SLOT_BYTES, 1))
+    if request.param == "frames":
+        monkeypatch.setattr(link_server, "map_slots", _of_another_host)
+    return request.param
+
+
+def _of_another_host(*_):
+    raise FileNotFoundError("it is on another host")
+
+
+@pytest.fixture
+def reader(carrier, source):
+    reader = Reader(LAYOUT, transport=CARRIERS[carrier])
+    reader.attach(source.address)
+    yield reader
+    reader.close()
+
+
+def assert_pulled(reader, address, target_ids=TARGET_IDS):
+    reader.pool.tensor.zero_()
+    pull = reader.pull(address, SOURCE_IDS, target_ids, REQUEST_ID)
+    assert pull.error is None and pull.seconds > 0
+    assert torch.equal(reader.pool.tensor, reader.expected(4, SOURCE_IDS, target_ids))
+
+
+def test_more_chunks_than_slots(reader, carrier, source):
+    assert_pulled(reader, source.address)
+    [each] = reader.peers.source(source.address).links.values()
+    assert each.carrier == carrier
+    assert_pulled(reader, source.address, [1, 2, 3, 6])
+
+
+def test_several_pulls_at_once_and_source_blocks_reused_at_once(reader, source):
+    """The source overwrites what was read as soon as it is told that it was."""
+    peer = reader.peers.source(source.address)
+    for request_id in range(10, 18):
+        source.leases.grant(request_id, [request_id - 10])
+        reader.puller.start(Pull(request_id, peer, [request_id - 10], [request_id - 10]))
+    done = []
+    while len(done) < 8:
+        reader.puller.wait(1.0)
+        for pull in reader.puller.completed():
+            assert pull.error is None
+            source.leases.end(pull.request_id)
+            source.pools[0].tensor[pull.source_block_ids] = -1
+            done.append(pull.request_id)
+    everything = list(range(8))
+    assert torch.equal(reader.pool.tensor, reader.expected(4, everything, everything))
+
+
+@pytest.mark.parametrize(
+    ("request_id", "block_ids", "reason"),
+    [
+        (4, SOURCE_IDS, "request_id = 4: one with a lease is wanted"),
+        (REQUEST_ID, [6, 0, 2, 3], r"block_ids = \[0\]: blocks of the lease"),
+        (REQUEST_ID, [6, 99, 2, 3], r"block_ids = \[99\]: below 8 are wanted"),
+    ],
+)
+def test_blocks_that_no_lease_keeps_are_refused_by_name(reader, source, request_id, block_ids, reason):
+    pull = reader.pull(source.address, block_ids, TARGET_IDS, request_id)
+    assert isinstance(pull.error, PullRefused)
+    with pytest.raises(PullRefused, match=reason):
+        raise pull.error
+    assert_pulled(reader, source.address)  # the link is as good as before
+
+
+def test_another_life_of_the_source_is_refused_by_name(reader, source):
+    source.servers[0].life = 2
+    pull = reader.pull(source.address, SOURCE_IDS, TARGET_IDS, REQUEST_ID)
+    assert isinstance(pull.error, PullRefused) and "life = 0: 2 is the present one" in str(pull.error)
+
+
+class Copier:
+    """A source's copier that does something before it copies."""
+
+    def __init__(self, server, before):
+        self._copier, self._before, self.num_started = server.copier, before, 0
+        server.copier = self
+
+    def start_pieces(self, *arguments) -> Copy:
+        self.num_started += 1
+        self._before(self.num_started)
+        return self._copier.start_pieces(*arguments)
+
+
+def test_a_lease_that_ends_while_its_blocks_are_packed_gives_nothing(reader, source):
+    Copier(source.servers[0]._links, lambda number: source.leases.end(REQUEST_ID) if number == 3 else None)
+    pull = reader.pull(source.address, SOURCE_IDS, TARGET_IDS, REQUEST_ID)
+    assert isinstance(pull.error, PullRefused) and "a lease is wanted" in str(pull.error)
+
+
+def test_a_source_that_stands_still_breaks_the_link_and_writes_nothing_later(carrier, source):
+    reader = Reader(LAYOUT, transport=CARRIERS[carrier], timeout_s=1.0)
+    reader.attach(source.address)
+    goes_on = threading.Event()
+    Copier(source.servers[0]._links, lambda _: goes_on.wait(WAIT_S))
+    pull = reader.pull(source.address, SOURCE_IDS, TARGET_IDS, REQUEST_ID)
+    assert isinstance(pull.error, LinkBroken) and "did not answer within 1 s" in str(pull.error)
+    reader.pool.tensor.fill_(7.0)  # of others by now
+    goes_on.set()
+    assert reader.peers.renew(reader.peers.source(source.address), str(pull.error))
+    assert reader.attach(source.address) == [(source.address, None)]  # behind what the source had still to do
+    assert bool((reader.pool.tensor == 7.0).all())
+    assert_pulled(reader, source.address)
+    reader.close()
+
+
+def test_links_that_break_again_and_again_are_given_up(reader, source):
+    for _ in range(3):
+        assert reader.peers.renew(reader.peers.source(source.address), "it broke")
+        assert reader.attach(source.address) == [(source.address, None)]
+    stale = reader.peers.source(source.address)
+    assert not reader.peers.renew(stale, "it broke")
+    assert "it broke" in str(reader.peers.why_unmappable(source.address))
+    pull = reader.pulled_of(stale, SOURCE_IDS, TARGET_IDS, REQUEST_ID)
+    assert isinstance(pull.error, LinkBroken)
+
+
+def test_over_tcp_with_the_key_of_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(link_server, "map_slots", _of_another_host)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key, other = CurveKey.of(b"run"), CurveKey.of(b"another")
+    source = SourceRanks([LAYOUT], tmp_path, address=f"tcp://127.0.0.1:{port}", key=key)
+    source.leases.grant(REQUEST_ID, SOURCE_IDS)
+    reader, stranger = Reader(LAYOUT, transport="host", key=key), Reader(LAYOUT, transport="host", key=other)
+    stranger.peers.attach(source.address)
+    assert reader.attach(source.address) == [(source.address, None)]
+    assert_pulled(reader, source.address)
+    assert stranger.peers.receive_handles() == []
+    for each in (reader, stranger, source):
+        each.close()
+
+
+# ---- what is made up
+
+
+class Stranger:
+    """Speaks the protocol as it likes."""
+
+    def __init__(self, address):
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.connect(address)
+
+    def call(self, call):
+        self.socket.send(encode(call))
+
+    def ask(self, call):
+        self.call(call)
+        assert self.socket.poll(int(WAIT_S * 1e3))
+        return decode_peer_answer(self.socket.recv_multipart()[0])
+
+    def close(self):
+        self.context.destroy(linger=0)
+
+
+CHUNK = ReadChunk(
+    chunk=1,
+    slot=0,
+    life=0,
+    request_id=REQUEST_ID,
+    first_layer=0,
+    num_layers=1,
+    first_head=0,
+    num_heads=4,
+    block_ids=[6],
+)
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"first_layer": 7}, "layers = 7 to 8: below 7"),
+        ({"first_layer": -1}, "layers = -1 to 0"),
+        ({"num_layers": 0}, "layers = 0 to 0"),
+        ({"first_head": 3, "num_heads": 2}, "kv_heads = 3 to 5: below 4"),
+        ({"num_heads": 1 << 62}, "kv_heads"),
+        ({"block_ids": []}, "block_ids = []"),
+        ({"block_ids": [-1]}, "block_ids = [-1]"),
+        ({"block_ids": [6] * 1000}, "bytes in a slot of"),
+        ({"slot": 4}, "slot = 4: below 4"),
+        ({"slot": -1}, "slot = -1"),
+    ],
+)
+def test_made_up_chunks_are_refused_by_name(source, lie, reason):
+    stranger = Stranger(source.address)
+    opened = stranger.ask(OpenLink(carrier="frames", num_slots=4, slot_bytes=8192))
+    assert isinstance(opened, LinkOpened)
+    answer = stranger.ask(msgspec.structs.replace(CHUNK, **lie))
+    assert isinstance(answer, ChunkRefused | Refused) and reason in answer.reason
+    stranger.ask(OpenLink(carrier="frames", num_slots=4, slot_bytes=8192))
+    assert isinstance(stranger.ask(CHUNK), ChunkReady)
+    stranger.close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        OpenLink(carrier="frames", num_slots=1 << 40, slot_bytes=1 << 40),
+        OpenLink(carrier="frames", num_slots=-1, slot_bytes=-8),
+        OpenLink(carrier="shared", num_slots=1, slot_bytes=4096, memory="/etc/passwd distserve-kv-slots-passwd"),
+        OpenLink(carrier="shared", num_slots=1, slot_bytes=4096, memory=""),
+        SendChunks(chunks=[1, 2, 3]),
+        ReadProbe(chunk=0, slot=0, byte=1),
+        CHUNK,
+    ],
+    ids=str,
+)
+def test_made_up_calls_harm_nobody(source, call):
+    stranger = Stranger(source.address)
+    assert isinstance(stranger.ask(call), Refused)
+    stranger.close()
+    reader = Reader(LAYOUT, transport="host")
+    reader.attach(source.address)
+    assert_pulled(reader, source.address)
+    reader.close()
+
+
+def test_a_flood_of_calls_is_bounded(source):
+    goes_on = threading.Event()
+    copier = Copier(source.servers[0]._links, lambda _: goes_on.wait(WAIT_S))
+    stranger = Stranger(source.address)
+    stranger.ask(OpenLink(carrier="frames", num_slots=1, slot_bytes=8192))
+    for _ in range(200):
+        stranger.call(CHUNK)
+    answer = decode_peer_answer(stranger.socket.recv_multipart()[0])
+    assert isinstance(answer, Refused) and "at most 64" in answer.reason
+    goes_on.set()
+    stranger.close()
+    assert copier.num_started <= 66
+
+
+@pytest.mark.parametrize("when", ["never joins", "joins, and receives nothing"])
+def test_a_reader_that_lets_its_pair_wait_holds_up_nobody_else(tmp_path, when):
+    source = SourceRanks([LAYOUT], tmp_path, timeout_s=2.0)
+    source.leases.grant(REQUEST_ID, SOURCE_IDS)
+    stranger = Stranger(source.address)
+    opened = stranger.ask(OpenLink(carrier="pair", num_slots=1, slot_bytes=8192))
+    assert isinstance(opened, LinkOpened)
+    if when != "never joins":
+        pair = join(opened.rendezvous, CPU, WAIT_S)
+        assert isinstance(stranger.ask(CHUNK), ChunkReady)
+        stranger.call(SendChunks(chunks=[1]))
+        pair.end()
+    reader = Reader(LAYOUT, transport="nccl")
+    reader.attach(source.address)
+    assert_pulled(reader, source.address)
+    reader.close()
+    stranger.close()
+    source.close()

@@ -1,0 +1,225 @@
+"""Measures how fast a prompt's KV goes from one process to another by each transport, between equal and unequal ranks.
+
+    python -m tools.benchmarks.transports --source cuda:0 --target cuda:1 --output docs/results/transports.json
+
+A process serves the pools of a source's ranks, one or two, as workers do; this one attaches them as a reader of one
+rank does, and pulls the blocks of 512 tokens of LLaMA-2-13B, scattered over both pools. The ceiling is a contiguous
+copy of as many bytes from the source's device, or the slower of those to and from page-locked host memory. On CPUs the
+KV is small.
+"""
+
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, get_args
+
+import torch
+import typer
+import zmq
+
+from ensemble.cache.host_memory import host_memory
+from ensemble.cache.kv_pool import KVLayout, KVPool
+from ensemble.config import TransferConfig, Transport
+from ensemble.protocol.replica_replica import PoolLayout
+from ensemble.replicas.peer_server import PeerServer, rank_address
+from ensemble.replicas.peers import Peers
+from ensemble.transfer import nccl
+from ensemble.transfer.leases import Leases
+from ensemble.transfer.puller import Pull, Puller
+from tools.benchmarks.results import report
+
+LAYOUTS = {  # of the whole model; 512 tokens are 8 and 32 blocks
+    "cuda": (KVLayout(40, 40, 64, 128, torch.float16), 8),
+    "cpu": (KVLayout(8, 8, 16, 64, torch.float16), 32),
+}
+GOALS = {("nccl", 1): 0.75, ("nccl", 2): 0.6, ("host", 1): 0.8}
+REQUEST_ID, REPEATS, ATTACH_S = 1, 15, 60.0
+
+
+def rank_layouts(device: torch.device, num_ranks: int) -> list[PoolLayout]:
+    """Of ranks that share the heads."""
+    layout, num_blocks = LAYOUTS[device.type]
+    heads = layout.num_kv_heads // num_ranks
+    return [
+        PoolLayout(
+            model="benchmark",
+            dtype="float16",
+            block_size=layout.block_size,
+            head_dim=layout.head_dim,
+            layers=(0, layout.num_layers),
+            kv_heads=tuple(range(rank * heads, (rank + 1) * heads)),
+            num_blocks=3 * num_blocks,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def make_pool(layout: PoolLayout, device: torch.device) -> KVPool:
+    shape = KVLayout(layout.num_layers, len(layout.kv_heads), layout.block_size, layout.head_dim, torch.float16)
+    return KVPool(shape, layout.num_blocks, device)
+
+
+def pattern(layout: PoolLayout, device: torch.device) -> torch.Tensor:
+    """[num_blocks, num_layers, 1, num_kv_heads, 1, 1]: what a pool is filled with."""
+    blocks = torch.arange(layout.num_blocks, device=device).view(-1, 1, 1, 1, 1, 1)
+    layers = torch.arange(*layout.layers, device=device).view(1, -1, 1, 1, 1, 1)
+    heads = torch.tensor(layout.kv_heads, device=device).view(1, 1, 1, -1, 1, 1)
+    return ((blocks * 61 + layers * 7 + heads) % 1999).half()
+
+
+def serve(run_dir: Path, device: torch.device, num_ranks: int) -> None:
+    layouts = rank_layouts(device, num_ranks)
+    addresses = [rank_address(f"ipc://{run_dir}/source", rank) for rank in range(num_ranks)]
+    leases = Leases()
+    leases.grant(REQUEST_ID, list(range(layouts[0].num_blocks)))
+    for address, layout in zip(addresses, layouts, strict=True):
+        pool = make_pool(layout, device)
+        pool.tensor.copy_(pattern(layout, device))
+        PeerServer(zmq.Context(), address, pool, layout, rank_addresses=addresses, leases=leases)
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
+@contextmanager
+def source_ranks(device: str, num_ranks: int) -> Iterator[str]:
+    """The address of a source in another process."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        arguments = ["--serve", run_dir, device, str(num_ranks)]
+        command = [sys.executable, "-m", "tools.benchmarks.transports", *arguments]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            yield f"ipc://{run_dir}/source"
+        finally:
+            process.kill()
+            process.communicate()
+
+
+class Reader:
+    """One rank, with the whole model's layers and heads."""
+
+    def __init__(self, device: torch.device, transport: Transport) -> None:
+        [self.layout] = rank_layouts(device, 1)
+        self.pool = make_pool(self.layout, device)
+        self.expected = pattern(self.layout, device)
+        self.context = zmq.Context()
+        config = TransferConfig(transport=transport)
+        self.peers = Peers(self.context, self.pool.tensor, self.layout, config)
+        self.puller = Puller(self.pool.tensor)
+
+    def attach(self, address: str) -> str | None:
+        """None, or why not."""
+        self.peers.attach(address)
+        deadline = time.monotonic() + ATTACH_S
+        while not (received := self.peers.receive_handles()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{address} did not answer within {ATTACH_S:g} s")
+            zmq.select(self.peers.attaching, [], [], 1.0)
+        return received[0][1]
+
+    def pull(self, address: str, num_blocks: int) -> float:
+        """Seconds from its start to its end, as this process sees it. Raises RuntimeError for wrong bytes."""
+        source_ids, target_ids = (random.sample(range(self.layout.num_blocks), num_blocks) for _ in range(2))
+        self.pool.tensor.zero_()
+        synchronize(self.pool.tensor)
+        source = self.peers.source(address)
+        assert source is not None
+        start = time.perf_counter()
+        self.puller.start(Pull(REQUEST_ID, source, source_ids, target_ids))
+        while not (done := self.puller.completed()):
+            self.puller.wait(1.0)
+        seconds = time.perf_counter() - start
+        if done[0].error is not None:
+            raise done[0].error
+        if bool((self.pool.tensor[target_ids] != self.expected[source_ids]).any()):
+            raise RuntimeError("pulled blocks differ from their source")
+        return seconds
+
+    def close(self) -> None:
+        self.peers.close()
+        self.context.term()
+
+
+def synchronize(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def copy_rate(source: torch.Tensor, target: torch.Tensor) -> float:
+    """Bytes a second, of a contiguous copy."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        for each in (source, target):
+            synchronize(each)
+        times.append(time.perf_counter() - start)
+    return source.nbytes / median(times)
+
+
+def ceilings(source: torch.device, target: torch.device, num_bytes: int) -> dict[str, float]:
+    """Transport |-> bytes a second that it cannot pass."""
+    there, here = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for device in (source, target))
+    host = host_memory(num_bytes, target)
+    peer = copy_rate(there, here)
+    return {"cuda_ipc": peer, "nccl": peer, "host": min(copy_rate(there, host), copy_rate(host, here))}
+
+
+def rows_of(source: str, target: torch.device, num_ranks: int) -> Iterator[dict[str, Any]]:
+    layout, num_blocks = LAYOUTS[target.type]
+    num_bytes = num_blocks * layout.block_bytes
+    limits = ceilings(torch.device(source), target, num_bytes)
+    ranks = "equal ranks" if num_ranks == 1 else f"{num_ranks} ranks to one"
+    with source_ranks(source, num_ranks) as address:
+        for transport in (each for each in get_args(Transport) if each != "auto"):
+            reader = Reader(target, transport)
+            name = f"{transport}, {ranks}: {num_bytes >> 20} MiB in {num_blocks} scattered blocks"
+            reason = reader.attach(address)
+            goal = GOALS.get((transport, num_ranks)) if target.type == "cuda" else None
+            if reason is not None:
+                missed = None if goal is None else False
+                yield {"name": name, "value": reason, "unit": "", "goal": goal, "met": missed}
+            else:
+                reader.pull(address, num_blocks)
+                seconds = median(reader.pull(address, num_blocks) for _ in range(REPEATS))
+                ratio = num_bytes / seconds / limits[transport]
+                yield {
+                    "name": name,
+                    "value": round(ratio, 3),
+                    "unit": "of the ceiling",
+                    "goal": goal,
+                    "met": None if goal is None else ratio >= goal,
+                    "pull_GBps": round(num_bytes / seconds / 1e9, 2),
+                    "ceiling_GBps": round(limits[transport] / 1e9, 2),
+                    "pull_ms": round(seconds * 1e3, 2),
+                }
+            reader.close()
+
+
+def main(
+    source: Annotated[str, typer.Option(help="device of the source's ranks")] = "cuda:0",
+    target: Annotated[str, typer.Option(help="device of the reader")] = "cuda:1",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
+) -> None:
+    """Exit status 1 if a goal is missed."""
+    random.seed(0)
+    if target != "cpu":
+        torch.cuda.set_device(torch.device(target))
+        print(f"NCCL {nccl.version()}")
+    report([row for num_ranks in (1, 2) for row in rows_of(source, torch.device(target), num_ranks)], output)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        run_dir, device, num_ranks = sys.argv[2:]
+        if device != "cpu":
+            torch.cuda.set_device(torch.device(device))
+        serve(Path(run_dir), torch.device(device), int(num_ranks))
+    else:
+        typer.run(main)
