@@ -13,7 +13,8 @@ from ensemble.cache.block_manager import BlockManager
 from ensemble.cache.kv_pool import KVLayout, KVPool
 from ensemble.config import Deployment, StageConfig
 from ensemble.engine.batch import Batch
-from ensemble.engine.model_runner import Model, ModelRunner, StepHandle, load_model, resolve_dtype
+from ensemble.engine.model_runner import Model, ModelRunner, load_model, resolve_dtype
+from ensemble.engine.step_handle import StepHandle
 from ensemble.errors import ConfigError
 from ensemble.models.spec import ModelSpec, head_cost, load_model_spec
 from ensemble.parallel.group import ALONE, Group

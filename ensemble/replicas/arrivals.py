@@ -11,7 +11,7 @@ from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.errors import LinkBroken
 from ensemble.protocol.router_replica import Arrival, KVHandoff
-from ensemble.replicas.followers import GroupPuller
+from ensemble.replicas.group_parts import GroupPuller
 from ensemble.replicas.peers import Peers
 from ensemble.request import Sequence
 from ensemble.transfer.puller import Pull, Puller, Source

@@ -48,7 +48,8 @@ from ensemble.protocol.router_replica import (
     SwapReport,
 )
 from ensemble.replicas.arrivals import Arrivals
-from ensemble.replicas.followers import Followers, GroupPuller, GroupSwapper
+from ensemble.replicas.followers import Followers
+from ensemble.replicas.group_parts import GroupPuller, GroupSwapper
 from ensemble.replicas.peers import Peers
 from ensemble.replicas.preemptive_decode import DecodePlan, PreemptiveDecodeScheduler
 from ensemble.replicas.prompts import Prompts, PromptStep

@@ -33,7 +33,8 @@ from ensemble.protocol.curve import CurveKey, connect, guard
 from ensemble.protocol.leader_follower import orders_address
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
 from ensemble.replicas.follower import Follower, connect_to_leader
-from ensemble.replicas.followers import Followers, GroupPeers
+from ensemble.replicas.followers import Followers
+from ensemble.replicas.group_parts import GroupPeers
 from ensemble.replicas.loop import EngineLoop, loop_settings
 from ensemble.replicas.peer_server import PeerServer, pool_layout
 from ensemble.replicas.peers import Peers

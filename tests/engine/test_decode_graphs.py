@@ -11,8 +11,9 @@ from ensemble.cache.block_copier import NUM_PROGRAMS, make_copier
 from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow, prepare_step
 from ensemble.engine.decode_graphs import DecodeInputs, graph_batch_sizes
-from ensemble.engine.model_runner import ModelRunner, StepHandle, load_model
+from ensemble.engine.model_runner import ModelRunner, load_model
 from ensemble.engine.staging import Staging
+from ensemble.engine.step_handle import StepHandle
 from ensemble.models.spec import load_model_spec
 from ensemble.request import Request, SamplingParams, Sequence
 

@@ -8,7 +8,8 @@ import torch
 
 from ensemble.config import GPU_BLOCK_SIZE, ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow
-from ensemble.engine.model_runner import ModelRunner, StepHandle, load_model
+from ensemble.engine.model_runner import ModelRunner, load_model
+from ensemble.engine.step_handle import StepHandle
 from ensemble.models.layers import Linear
 from ensemble.request import Request, SamplingParams, Sequence
 from tools.benchmarks.engine_shapes import SHAPES, load_spec
