@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ensemble.serving.fleet_table import ReplicaRow
-from tests.serving.clients import StreamClient
+from tests.serving.clients import StreamClient, read_metrics, total
 from tests.serving.deployments import deploy
 from tools.proofs.faults import list_fleet
 from tools.server.triton_server import TritonServer
@@ -17,26 +18,48 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = pytest.mark.server
 NODE = {"num_cpus": 2, "object_store_memory": 80 << 20}
 PREFILL, NEAR, FAR = 0, 1, 2  # replicas: two go to one node, for which there is room, and the third to the other
-ASKED = {"input_ids": [5] * 40, "max_tokens": 150, "ignore_eos": True, "stream": True, "return_output_ids": True}
+ASKED: dict[str, Any] = {
+    "input_ids": [5] * 40,
+    "temperature": 0.0,
+    "ignore_eos": True,
+    "stream": True,
+    "return_output_ids": True,
+    "return_perf_metrics": True,
+}
+SHORT, LONG = 50, 2000  # tokens; long ones are under way when a node is lost
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Two nodes on this machine, and a head that takes no rank."""
+
+    cluster: Any
+    by_name: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str) -> None:
+        self.by_name[name] = self.cluster.add_node(**NODE, node_name=name)
+
+    def lose(self, name: str) -> None:
+        self.cluster.remove_node(self.by_name.pop(name))
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Of two nodes on this machine, and a head that takes no rank."""
+def nodes() -> Iterator[Nodes]:
     head = {**NODE, "num_cpus": 0, "include_dashboard": False}
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
-    for name in ("left", "right"):
-        cluster.add_node(**NODE, node_name=name)
-    yield cluster
+    nodes = Nodes(cluster)
+    nodes.add("left")
+    nodes.add("right")
+    yield nodes
     cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
-def server(cluster: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    cpu = {"num_threads": 1, "kv_cache_bytes": 4 << 20}
-    deployment = deploy(tiny_llama, launcher="ray", prefill=cpu, decode={**cpu, "devices": ["cpu", "cpu"]})
+def server(nodes: Nodes, roomy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    cpu = {"num_threads": 1, "kv_cache_bytes": 64 << 20}
+    deployment = deploy(roomy_llama, launcher="ray", prefill=cpu, decode={**cpu, "devices": ["cpu", "cpu"]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", cluster.address)
+        patch.setenv("RAY_ADDRESS", nodes.cluster.address)
         with TritonServer(deployment, log_path=tmp_path_factory.mktemp("ray") / "log") as server:
             server.wait_ready(timeout_s=120)
             yield server
@@ -53,11 +76,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def start(server: TritonServer, count: int) -> StreamClient:
+def start(server: TritonServer, count: int, max_tokens: int) -> StreamClient:
     """So many requests that answer by now."""
     client = StreamClient(server.grpc_url)
     for index in range(count):
-        client.send("scheduler", str(index), **ASKED)
+        client.send("scheduler", str(index), **ASKED, max_tokens=max_tokens)
     wait_until(lambda: all(answer.responses for answer in client.answers.values()))
     return client
 
@@ -71,23 +94,27 @@ def finish(client: StreamClient) -> tuple[set[tuple[int, ...]], set[int]]:
     return {tuple(answer.output_ids) for answer in answers}, at
 
 
+def test_prefill_and_decode_share_a_node_and_kv_goes_to_the_other_one_too(server: TritonServer) -> None:
+    at_node = {replica: row.node for replica, row in replicas(server).items()}
+    assert at_node[PREFILL] == at_node[NEAR]
+    assert {at_node[NEAR], at_node[FAR]} == {"left", "right"}
+    outputs, at = finish(start(server, 6, SHORT))
+    assert len(outputs) == 1 and at == {NEAR, FAR}
+
+
 def test_a_node_that_is_lost_under_load_fails_no_request_and_its_replica_comes_back(
-    cluster: Any, server: TritonServer
+    nodes: Nodes, server: TritonServer
 ) -> None:
-    nodes = {replica: row.node for replica, row in replicas(server).items()}
-    assert nodes[PREFILL] == nodes[NEAR], "prefill and decode of the same number share a node"
-    assert {nodes[NEAR], nodes[FAR]} == {"left", "right"}
-    expected, at = finish(start(server, 6))
-    assert len(expected) == 1 and at == {NEAR, FAR}, "KV goes from node to node"
-
-    running = start(server, 8)
-    [lost] = [node for node in cluster.worker_nodes if node.node_name == nodes[FAR]]
-    cluster.remove_node(lost)
+    expected = finish(start(server, 1, LONG))[0]
+    running = start(server, 6, LONG)
+    nodes.lose(replicas(server)[FAR].node)
     assert finish(running) == (expected, {NEAR})
+    assert total(read_metrics(server.metrics_url), "distserve:recoveries_total", "death") > 0
     wait_until(lambda: replicas(server)[FAR].state == "pending")
-    assert finish(start(server, 2)) == (expected, {NEAR})
+    outputs, at = finish(start(server, 2, SHORT))
+    assert len(outputs) == 1 and at == {NEAR}
 
-    cluster.add_node(**NODE, node_name="new")
+    nodes.add("new")
     wait_until(lambda: replicas(server)[FAR].state == "up")
     assert replicas(server)[FAR].node == "new"
-    assert finish(start(server, 6)) == (expected, {NEAR, FAR})
+    assert finish(start(server, 6, SHORT)) == (outputs, {NEAR, FAR})
