@@ -96,7 +96,9 @@ def map_peer_pool(handle: PoolHandle, device: torch.device) -> torch.Tensor:
     if handle.kind == "cuda_ipc":
         exporter = decode_cuda_ipc(handle.handle)
         with torch.cuda.device(device):
-            storage = torch.UntypedStorage._new_shared_cuda(device.index, *exporter[1:])
+            # Without the exporter's event: who reads has been told that the steps have run, and torch does not look
+            # whether the event could be opened, but waits for what lies on its stack: the process would die of it.
+            storage = torch.UntypedStorage._new_shared_cuda(device.index, *exporter[1:-1], False)
             flat = torch.empty(0, dtype=dtype, device=device).set_(storage)
             flat[:1].clone()  # memory that cannot be reached is found out here
             torch.cuda.synchronize(device)
