@@ -4,6 +4,7 @@ The communicator does not block: what it does is looked at until it is done, or 
 than it may, also before the other side has come. The library is the one that torch has loaded.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -130,10 +131,10 @@ class NcclPair:
         self._run("ncclRecv", tensors)
 
     def end(self) -> None:
-        """Also what is under way: kernels that wait for the other side return."""
+        """Also what is under way: kernels that wait for the other side return. What NCCL says of it is of no use."""
         comm, self._comm = self._comm, None
         if comm is not None and comm.value:
-            with torch.cuda.device(self._device):
+            with torch.cuda.device(self._device), contextlib.suppress(LinkBroken):
                 _call("ncclCommAbort", comm)
 
     def _run(self, name: str, tensors: list[torch.Tensor]) -> None:
@@ -144,9 +145,11 @@ class NcclPair:
         try:
             with torch.cuda.device(self._device):
                 _call("ncclGroupStart")
-                for tensor in tensors:
-                    _call(name, _POINTER(tensor.data_ptr()), tensor.nbytes, _INT8, self._peer, self._comm, stream)
-                _call("ncclGroupEnd")
+                try:
+                    for tensor in tensors:
+                        _call(name, _POINTER(tensor.data_ptr()), tensor.nbytes, _INT8, self._peer, self._comm, stream)
+                finally:
+                    _call("ncclGroupEnd")  # else an abort would become a part of the group, and wait for its end
                 self._wait_for(self._has_progressed, deadline)  # all is launched
                 done = torch.cuda.Event()
                 done.record(self._stream)
