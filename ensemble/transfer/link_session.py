@@ -110,8 +110,9 @@ class Session:
             self._meet(memory)
             self._probe()
         except Exception as error:
-            self.end(as_broken(error))
-            raise
+            broken = as_broken(error)
+            self.end(broken)
+            raise broken from None
 
     def end(self, error: TransferError) -> None:
         """All that is not done has failed, and nothing is written any more."""
