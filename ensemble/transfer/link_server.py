@@ -100,6 +100,7 @@ class _ServedLink:
         self._carrier = ""
         self._slots: Slots | None = None
         self._pair: Pair | None = None
+        self._pair_lock = threading.Lock()  # it is used by one thread at a time
         self._staged: dict[int, torch.Tensor] = {}  # of a pair: chunk |-> its bytes, to be sent
 
     def handle(self, call: LinkCall) -> None:
@@ -117,8 +118,9 @@ class _ServedLink:
     def _end(self) -> None:
         self._slots = None
         self._staged.clear()
-        if self._pair is not None:
-            self._pair.end()
+        with self._pair_lock:  # a send that is under way ends within the time-out
+            if self._pair is not None:
+                self._pair.end()
 
     def _do(self, call: LinkCall) -> None:
         self._queued.release()
@@ -155,7 +157,11 @@ class _ServedLink:
             return
         meeting = meet(device, self._server.timeout_s)
         self._answer(LinkOpened(rendezvous=meeting.rendezvous))
-        self._pair = meeting.wait()
+        pair = meeting.wait()
+        with self._pair_lock:
+            self._pair = pair
+            if self._is_closing:
+                pair.end()  # `_end` may have been before
         self._has_met.set()
 
     def _read_probe(self, call: ReadProbe) -> None:
@@ -194,7 +200,8 @@ class _ServedLink:
         self._has_met.wait(self._server.timeout_s)
         if self._pair is None or not set(chunks) <= self._staged.keys():
             raise LinkBroken(f"chunks = {chunks[:8]}: such as are ready are wanted")
-        self._pair.send([self._staged.pop(chunk) for chunk in chunks])
+        with self._pair_lock:  # the reader has the last bytes of a send a moment before it has ended here
+            self._pair.send([self._staged.pop(chunk) for chunk in chunks])
 
     def _slots_of(self, slot: int) -> Slots:
         if self._slots is None:
