@@ -14,6 +14,7 @@ import os
 import secrets
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 
@@ -79,8 +80,9 @@ class KVPool:
         """The handle by which a peer process maps this pool, for as long as this process lives."""
         shape, dtype = list(self.tensor.shape), str(self.layout.dtype).removeprefix("torch.")
         if self._fd is None:
+            torch.cuda.synchronize(self.tensor.device)  # what the pool has by now is there: peers wait for no event
             shared: tuple[object, ...] = self.tensor.untyped_storage()._share_cuda_()
-            return PoolHandle(kind="cuda_ipc", handle=encode(shared), shape=shape, dtype=dtype)
+            return PoolHandle(kind="cuda_ipc", handle=encode(shared), shape=shape, dtype=dtype, host=_this_host())
         path = f"/proc/{os.getpid()}/fd/{self._fd} {self._name}"
         return PoolHandle(kind="memfd", handle=path.encode(), shape=shape, dtype=dtype)
 
@@ -90,13 +92,18 @@ def map_peer_pool(handle: PoolHandle, device: torch.device) -> torch.Tensor:
 
     A CUDA IPC handle is opened with `device`, the importer's own, current: a Triton kernel may then read the memory;
     opened under the exporter's index the kernel refuses the pointer. Raises OSError or RuntimeError if it cannot be
-    mapped here: another host, another IPC namespace, no peer access, or the process has just died.
+    mapped here: another host, another IPC namespace, no peer access, a CPU's pool for a GPU, or the process has just
+    died.
     """
     dtype = getattr(torch, handle.dtype)
+    if (handle.kind == "cuda_ipc") != (device.type == "cuda"):
+        raise RuntimeError(f"{device} reads no pool of another kind of device")
     if handle.kind == "cuda_ipc":
+        if handle.host != _this_host():
+            raise FileNotFoundError(f"the pool is on another host, {handle.host}")
         exporter = decode_cuda_ipc(handle.handle)
         with torch.cuda.device(device):
-            # Without the exporter's event: who reads has been told that the steps have run, and torch does not look
+            # Without the exporter's event: who reads has been told that the steps have run. And torch does not look
             # whether the event could be opened, but waits for what lies on its stack: the process would die of it.
             storage = torch.UntypedStorage._new_shared_cuda(device.index, *exporter[1:-1], False)
             flat = torch.empty(0, dtype=dtype, device=device).set_(storage)
@@ -112,6 +119,14 @@ def map_peer_pool(handle: PoolHandle, device: torch.device) -> torch.Tensor:
         return _map_file(fd, num_bytes, dtype).view(handle.shape)
     finally:
         os.close(fd)
+
+
+def _this_host() -> str:
+    """Until it is started again; empty where the kernel does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _map_file(fd: int, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
