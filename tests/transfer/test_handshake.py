@@ -2,8 +2,10 @@
 
 import msgspec
 import pytest
+import torch
 import zmq
 
+from ensemble.cache.kv_pool import map_peer_pool
 from ensemble.protocol.replica_replica import AttachPool, PoolOffer, Refused, decode_peer_answer, encode
 from tests.transfer.fleet import NUM_LAYERS, Reader, SourceRanks, changed
 from tests.transfer.layouts import layouts_of
@@ -84,3 +86,14 @@ def test_a_pool_of_another_host_is_not_mistaken_for_a_file_of_this_one(source):
     reader = Reader(LAYOUT, transport="cuda_ipc")
     assert "it is on another host" in str(reader.attach(source.address))
     reader.close()
+
+
+def test_handles_that_this_process_cannot_open_are_refused_before_cuda_is_asked(source):
+    of_a_cpu = source.pools[0].export()
+    with pytest.raises(RuntimeError, match="another kind of device"):
+        map_peer_pool(of_a_cpu, torch.device("cuda", 0))
+    of_a_gpu = msgspec.structs.replace(of_a_cpu, kind="cuda_ipc", host="another")
+    with pytest.raises(RuntimeError, match="another kind of device"):
+        map_peer_pool(of_a_gpu, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="on another host, another"):
+        map_peer_pool(of_a_gpu, torch.device("cuda", 0))
