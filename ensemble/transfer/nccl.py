@@ -16,6 +16,7 @@ import torch
 
 from ensemble.errors import LinkBroken
 
+MEET_TIMEOUT_S = 60.0  # NCCL looks at all GPUs and network cards of the host, and loads its kernels
 _SUCCESS, _IN_PROGRESS = 0, 7
 _INT8 = 0
 _CONFIG_MAGIC, _CONFIG_VERSION = 0xCAFEBEEF, 21400  # the fields of 2.14, which later versions take as well
@@ -116,7 +117,7 @@ class NcclPair:
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device)
             unique_id = _UniqueId.from_buffer_copy(rendezvous)
-            deadline = time.monotonic() + timeout_s
+            deadline = time.monotonic() + max(timeout_s, MEET_TIMEOUT_S)
             try:
                 _call("ncclCommInitRankConfig", ctypes.byref(self._comm), 2, unique_id, rank, ctypes.byref(config))
                 self._wait_for(self._has_progressed, deadline)
@@ -170,6 +171,6 @@ class NcclPair:
             if self._is_closing():
                 raise LinkBroken("nccl: the link was closed")
             if time.monotonic() > deadline:
-                raise LinkBroken(f"nccl: the other side did not come within {self._timeout_s:g} s")
+                raise LinkBroken("nccl: the other side did not come in time")
             self._has_progressed()  # raises when the other side has died, if NCCL has seen it
             time.sleep(20e-6)
