@@ -43,9 +43,13 @@ def shared_slots(num_slots: int, slot_bytes: int, device: torch.device) -> tuple
     """Slots in a memory file, where another process finds it while the descriptor is open, and the descriptor."""
     name = f"distserve-kv-slots-{secrets.token_hex(8)}"
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, num_slots * slot_bytes)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    memory = host_memory(num_slots * slot_bytes, device, fd).view(num_slots, slot_bytes)
+    try:
+        os.ftruncate(fd, num_slots * slot_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        memory = host_memory(num_slots * slot_bytes, device, fd).view(num_slots, slot_bytes)
+    except BaseException:
+        os.close(fd)
+        raise
     return Slots(memory), f"/proc/{os.getpid()}/fd/{fd} {name}", fd
 
 
