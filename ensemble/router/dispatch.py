@@ -220,7 +220,10 @@ class Dispatch:
                 stays = life.decode_replica is not None
                 request = chunk.request if chunk.is_first else None
                 chunks.append(PromptChunk(request_id=chunk.request_id, end=chunk.end, request=request, stays=stays))
-            self.command(replica, RunPrompts(batch_id=batch.batch_id, chunks=chunks))
+            num_behind_tokens = self.prefill.num_behind_tokens(replica.id)
+            self.command(
+                replica, RunPrompts(batch_id=batch.batch_id, chunks=chunks, num_behind_tokens=num_behind_tokens)
+            )
 
     def _started(self, life: Life, replica: Replica, time_ns: int) -> None:
         life.phase, timeline = "prefill", life.client.timeline
