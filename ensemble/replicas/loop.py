@@ -65,6 +65,13 @@ from ensemble.transfer.puller import Puller
 STEP_TILE = 64
 
 
+def whole_tiles(num_tokens: int, num_rows: int) -> int:
+    """So many tokens of prompts, or fewer, that they fill tiles with the rows; at least half of them, so that prompts
+    get on."""
+    num_beyond = (num_tokens + num_rows) % STEP_TILE
+    return num_tokens - num_beyond if 2 * num_beyond <= num_tokens else num_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
     """How a replica fills its steps and its memory."""
@@ -342,9 +349,7 @@ class EngineLoop:
             settings.max_num_prompt_tokens_beside,
             self._prompts.num_waiting_tokens,
         )
-        if self.engine.runs_ahead and num_tokens > STEP_TILE:
-            num_tokens -= (num_tokens + num_rows) % STEP_TILE
-        return num_tokens
+        return whole_tiles(num_tokens, num_rows) if self.engine.runs_ahead else num_tokens
 
     def _plan(self, now: float, prompts: PromptStep) -> DecodePlan:
         if prompts.rows and self._settings.batching == "prefill-first":

@@ -15,6 +15,7 @@ from ensemble.config import Batching, Deployment
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts, StepDone
+from ensemble.replicas.loop import whole_tiles
 from ensemble.replicas.prompts import Prompts
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
@@ -286,6 +287,12 @@ def test_beside_sequences_prompts_take_what_the_smallest_itl_target_leaves(
         assert lengths == [24, 24, 24, 24, 4]
     else:  # the less waits, the less goes beside the sequences, but the least is 16
         assert min(lengths[:-1]) >= 16
+
+
+def test_whole_tiles_leave_prompts_at_least_half_of_what_they_may_take() -> None:
+    assert [whole_tiles(256, 2), whole_tiles(300, 5), whole_tiles(128, 0)] == [254, 251, 128]
+    assert whole_tiles(66, 60) == 66  # 4 would fill a tile
+    assert all(n >= 2 * whole_tiles(n, rows) - n >= 0 for n in range(1, 400) for rows in range(256))
 
 
 def test_cancels_at_any_time_free_everything(model: Path, address: str, runs_ahead: bool) -> None:
