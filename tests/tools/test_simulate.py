@@ -93,6 +93,8 @@ def test_a_shared_prefix_is_computed_once() -> None:
     first, second = Simulation(cached, costs()).run([Ask(0.0, 200, 2, 160, 7), Ask(1.0, 200, 2, 160, 7)])
     assert first.ttft == pytest.approx(0.201, rel=0.02)
     assert second.ttft == pytest.approx(0.041, rel=0.05)
+    again = Simulation(cached, costs()).run([Ask(0.0, 160, 2, 160, 7), Ask(1.0, 160, 2, 160, 7)])[1]
+    assert again.ttft == pytest.approx(0.002, rel=0.05)  # of a prompt that is there whole the last token alone
 
 
 def test_a_simulation_is_the_same_each_time() -> None:
