@@ -258,12 +258,25 @@ def test_a_step_takes_no_more_of_the_prompts_than_its_budget(model: Path, addres
 
 
 @pytest.mark.parametrize(
-    ("targets_s", "length"), [([None, None], 24), ([None, 2.75e-3 / AIM], 17), ([3.3e-3 / AIM, 2.75e-3 / AIM], 17)]
+    ("targets_s", "num_places", "length"),
+    [
+        ([None, None], 1, 24),
+        ([None, 2.75e-3 / AIM], 1, 17),
+        ([3.3e-3 / AIM, 2.75e-3 / AIM], 1, 17),
+        ([None, 5.5e-3 / AIM], 2, 17),
+    ],
 )
 def test_beside_sequences_prompts_take_what_the_smallest_itl_target_leaves(
-    model: Path, address: str, monkeypatch: pytest.MonkeyPatch, targets_s: list[float | None], length: int
+    model: Path,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    targets_s: list[float | None],
+    num_places: int,
+    length: int,
 ) -> None:
-    """A step takes a millisecond, and a tenth for each token of a prompt."""
+    """A step takes a millisecond, and a tenth for each token of a prompt. In a pipeline a token takes several steps."""
+    monkeypatch.setattr(Engine, "is_pipeline", num_places > 1)
+    monkeypatch.setattr(Engine, "max_num_unread", num_places - 1)
     estimator = StepEstimator()
     for start, length_of_chunk in [(0, 0), (0, 4), (0, 16), (0, 64), (100, 16), (100, 64)]:
         for lens in ([], [5], [5, 30]):
