@@ -65,6 +65,13 @@ from ensemble.transfer.puller import Puller
 STEP_TILE = 64
 
 
+def whole_tiles(num_tokens: int, num_rows: int) -> int:
+    """So many tokens of prompts, or fewer, that they fill tiles with the rows; at least half of them, so that prompts
+    get on."""
+    num_beyond = (num_tokens + num_rows) % STEP_TILE
+    return num_tokens - num_beyond if 2 * num_beyond <= num_tokens else num_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
     """How a replica fills its steps and its memory."""
@@ -332,19 +339,21 @@ class EngineLoop:
             return settings.max_num_prompt_tokens
         if not self._prompts.has_work:
             return settings.max_num_prompt_tokens_beside
-        targets = (sequence.request.itl_target_s for sequence in self._running.values())
+        target_s = smallest((each.request.itl_target_s for each in self._running.values()), settings.itl_target_s)
+        if self.engine.is_pipeline:  # a sequence is in one of so many steps, and waits for the others
+            num_parts = self.engine.max_num_unread + 1
+            num_rows = -(-num_rows // num_parts)
+            target_s = None if target_s is None else target_s / num_parts
         num_tokens = chunk_beside(
             self.estimator,
             StepShape(0, 0, num_rows, round(num_rows * self._mean_context_len)),
             self._prompts.next_start,
-            smallest(targets, settings.itl_target_s),
+            target_s,
             settings.stretch,
             settings.max_num_prompt_tokens_beside,
             self._prompts.num_waiting_tokens,
         )
-        if self.engine.runs_ahead and num_tokens > STEP_TILE:
-            num_tokens -= (num_tokens + num_rows) % STEP_TILE
-        return num_tokens
+        return whole_tiles(num_tokens, num_rows) if self.engine.runs_ahead else num_tokens
 
     def _plan(self, now: float, prompts: PromptStep) -> DecodePlan:
         if prompts.rows and self._settings.batching == "prefill-first":

@@ -118,8 +118,7 @@ def main() -> None:
         follower.start()
         while True:
             follower.serve_once()
-    for step in timed:
-        loop.estimator.observe(step.shape, step.seconds)
+    loop.estimator.learn(timed)
     if followers is not None:
         followers.wait_until_ready(LOAD_TIMEOUT_S)
     loop.life = int(life)

@@ -220,7 +220,10 @@ class Dispatch:
                 stays = life.decode_replica is not None
                 request = chunk.request if chunk.is_first else None
                 chunks.append(PromptChunk(request_id=chunk.request_id, end=chunk.end, request=request, stays=stays))
-            self.command(replica, RunPrompts(batch_id=batch.batch_id, chunks=chunks))
+            num_behind_tokens = self.prefill.num_behind_tokens(replica.id)
+            self.command(
+                replica, RunPrompts(batch_id=batch.batch_id, chunks=chunks, num_behind_tokens=num_behind_tokens)
+            )
 
     def _started(self, life: Life, replica: Replica, time_ns: int) -> None:
         life.phase, timeline = "prefill", life.client.timeline
@@ -300,7 +303,7 @@ class Dispatch:
                 continue
             if request.sampling.max_tokens == 1:
                 yield stay(site, work)._replace(stays=False)
-            elif way := hand_off(site, work, self._readers_of(replica, readers, site)):
+            elif way := hand_off(site, work, self._readers_of(replica, readers, site, request)):
                 yield way
 
     def _readers(self, request: Request) -> list[tuple[Replica, Reader]]:
@@ -318,14 +321,20 @@ class Dispatch:
             readers.append((replica, Reader(site, handoff_s, wait_s)))
         return readers
 
-    def _readers_of(self, source: Replica, readers: list[tuple[Replica, Reader]], site: Site) -> list[Reader]:
+    def _readers_of(
+        self, source: Replica, readers: list[tuple[Replica, Reader]], site: Site, request: Request
+    ) -> list[Reader]:
         """A mixed replica hands off only to those that do nothing but decode; itself, if there is nobody else."""
         others = [
-            reader
-            for replica, reader in readers
+            (source.id, replica.id)
+            for replica, _ in readers
             if replica.id != source.id and (source.role == "prefill" or replica.role == "decode")
         ]
-        return others or ([Reader(site, 0.0)] if self._is_spare(source) else [])
+        if self._is_spare(source):
+            others = [pair for pair in others if pair not in self.admission.unreachable]
+            if not others:
+                return [Reader(site, 0.0)] if self.admission.blocks_for(request) <= source.credits.num_blocks else []
+        return [reader for replica, reader in readers if (source.id, replica.id) in others]
 
     def _site(self, replica: Replica, work: Work = NO_WORK) -> Site:
         """As it is, if this prompt comes to those that it has."""

@@ -110,8 +110,7 @@ class Fleet:
         replica.credits, replica.num_free_blocks = Credits(event.num_blocks), event.num_blocks
         replica.num_host_blocks = replica.num_free_host_blocks = event.num_host_blocks
         replica.num_swapped_seqs, replica.down_reason, replica.node = 0, "", event.node
-        for step in event.timed:
-            replica.estimator.observe(step.shape, step.seconds)
+        replica.estimator.learn(event.timed)
         return replica
 
     def down(self, replica_id: int, life: int, reason: str) -> Replica | None:

@@ -197,7 +197,10 @@ class DecodeAdmission:
         self.unreachable.add((source, reader))
 
     def is_reachable_from(self, source: int) -> bool:
-        """Whether a replica that takes sequences may be able to map the source's pool."""
+        """Whether what the source computes can go on: there, or where a replica may be able to map its pool."""
+        state = self._replicas.get(source)
+        if state is not None and state.is_open and state.is_spare:
+            return True
         readers = [replica for replica, state in self._replicas.items() if self._takes_hand_offs(state)]
         return not readers or any((source, reader) not in self.unreachable for reader in readers)
 

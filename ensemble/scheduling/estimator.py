@@ -95,6 +95,14 @@ class StepEstimator:
             if self._samples.add(kind, seconds):
                 self._fit()
 
+    def learn(self, steps: Iterable[TimedStep]) -> None:
+        """Steps have run before the first prediction is asked for: all of them count from now on."""
+        num_samples = self._samples.num_samples
+        for step in steps:
+            self.observe(step.shape, step.seconds)
+        if self._samples.num_samples > num_samples:
+            self._fit()
+
     def seconds(self, shape: StepShape) -> float:
         if not self.has_samples:
             return 0.0

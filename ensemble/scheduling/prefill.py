@@ -232,6 +232,10 @@ class PrefillScheduler:
         parts += [(each.num_dispatched_tokens, each.num_left_tokens) for each in state.prompts.values()]
         return sum(length for _, length in parts), sum(prompt_keys(*part) for part in parts)
 
+    def num_behind_tokens(self, replica: int) -> int:
+        """Prompt tokens that have not been sent to the replica: of what has begun there, and of all that waits."""
+        return self._waiting.num_tokens + sum(each.num_left_tokens for each in self._replicas[replica].prompts.values())
+
     def unfinished(self, replica: int) -> list[int]:
         """Requests whose prompts are being computed there, or have begun."""
         state = self._replicas.get(replica)

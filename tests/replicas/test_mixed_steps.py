@@ -15,6 +15,7 @@ from ensemble.config import Batching, Deployment
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts, StepDone
+from ensemble.replicas.loop import whole_tiles
 from ensemble.replicas.prompts import Prompts
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
@@ -257,12 +258,25 @@ def test_a_step_takes_no_more_of_the_prompts_than_its_budget(model: Path, addres
 
 
 @pytest.mark.parametrize(
-    ("targets_s", "length"), [([None, None], 24), ([None, 2.75e-3 / AIM], 17), ([3.3e-3 / AIM, 2.75e-3 / AIM], 17)]
+    ("targets_s", "num_places", "length"),
+    [
+        ([None, None], 1, 24),
+        ([None, 2.75e-3 / AIM], 1, 17),
+        ([3.3e-3 / AIM, 2.75e-3 / AIM], 1, 17),
+        ([None, 5.5e-3 / AIM], 2, 17),
+    ],
 )
 def test_beside_sequences_prompts_take_what_the_smallest_itl_target_leaves(
-    model: Path, address: str, monkeypatch: pytest.MonkeyPatch, targets_s: list[float | None], length: int
+    model: Path,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    targets_s: list[float | None],
+    num_places: int,
+    length: int,
 ) -> None:
-    """A step takes a millisecond, and a tenth for each token of a prompt."""
+    """A step takes a millisecond, and a tenth for each token of a prompt. In a pipeline a token takes several steps."""
+    monkeypatch.setattr(Engine, "is_pipeline", num_places > 1)
+    monkeypatch.setattr(Engine, "max_num_unread", num_places - 1)
     estimator = StepEstimator()
     for start, length_of_chunk in [(0, 0), (0, 4), (0, 16), (0, 64), (100, 16), (100, 64)]:
         for lens in ([], [5], [5, 30]):
@@ -286,6 +300,12 @@ def test_beside_sequences_prompts_take_what_the_smallest_itl_target_leaves(
         assert lengths == [24, 24, 24, 24, 4]
     else:  # the less waits, the less goes beside the sequences, but the least is 16
         assert min(lengths[:-1]) >= 16
+
+
+def test_whole_tiles_leave_prompts_at_least_half_of_what_they_may_take() -> None:
+    assert [whole_tiles(256, 2), whole_tiles(300, 5), whole_tiles(128, 0)] == [254, 251, 128]
+    assert whole_tiles(66, 60) == 66  # 4 would fill a tile
+    assert all(n >= 2 * whole_tiles(n, rows) - n >= 0 for n in range(1, 400) for rows in range(256))
 
 
 def test_cancels_at_any_time_free_everything(model: Path, address: str, runs_ahead: bool) -> None:

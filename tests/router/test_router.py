@@ -364,6 +364,19 @@ def test_a_pool_that_nobody_can_map_is_an_error_and_no_wait():
     fleet.assert_empty()
 
 
+def test_in_auto_what_nobody_can_map_is_decoded_where_it_was_computed():
+    from ensemble.protocol.router_replica import AttachFailed
+
+    fleet = make_fleet(1, 1, scheduler={"roles": "auto"})
+    early = [fleet.arrive(16, max_tokens=4) for _ in range(4)]
+    fleet.replicas[1].out.append(AttachFailed(address=fleet.replicas[0].address, reason="no", request_ids=[]))
+    late = [fleet.arrive(16, max_tokens=4) for _ in range(8)]
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in early + late)
+    assert {client.timeline.decode_replica for _, client in late} == {0, 1}
+    fleet.assert_empty()
+
+
 def test_a_lost_acknowledgement_keeps_no_block_for_longer_than_the_request():
     fleet = make_fleet(2, 2)
     fleet.loses_acknowledgements = True

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensemble.scheduling.estimator import HandoffEstimator, StepEstimator, StepShape, prompt_keys
+from ensemble.scheduling.estimator import HandoffEstimator, StepEstimator, StepShape, TimedStep, prompt_keys
 
 COUNTS = st.integers(0, 4096)
 SHAPES = st.builds(StepShape, COUNTS, st.integers(0, 1 << 24), st.integers(0, 512), st.integers(0, 1 << 22)).filter(
@@ -52,6 +52,17 @@ def test_it_recovers_what_a_device_takes_in_spite_of_noise_and_steps_that_were_h
         estimator.observe(*device.sample())
     p50, p95 = error_p50_and_p95(estimator, device)
     assert p50 < 0.03 and p95 < 0.08
+
+
+def test_all_steps_that_were_timed_at_start_count_at_once() -> None:
+    """The largest come last; a fit that waits for more samples would not know them."""
+    shapes = [StepShape(0, 0, num_rows, 32 * num_rows) for num_rows in (1, 4, 16, 64)] * 8
+    shapes += [StepShape(length, prompt_keys(0, length)) for length in (256, 512, 1024, 2048)]
+    estimator = StepEstimator()
+    estimator.learn([TimedStep(shape, 0.01 + 1e-4 * shape.num_prompt_tokens) for shape in shapes])
+    assert estimator.seconds(StepShape(2048, prompt_keys(0, 2048))) == pytest.approx(0.2148, rel=0.1)
+    estimator.learn([])
+    assert estimator.has_samples and not StepEstimator().has_samples
 
 
 def test_it_follows_a_device_that_becomes_slower_and_does_not_forget_prompts_meanwhile() -> None:

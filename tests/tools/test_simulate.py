@@ -93,6 +93,8 @@ def test_a_shared_prefix_is_computed_once() -> None:
     first, second = Simulation(cached, costs()).run([Ask(0.0, 200, 2, 160, 7), Ask(1.0, 200, 2, 160, 7)])
     assert first.ttft == pytest.approx(0.201, rel=0.02)
     assert second.ttft == pytest.approx(0.041, rel=0.05)
+    again = Simulation(cached, costs()).run([Ask(0.0, 160, 2, 160, 7), Ask(1.0, 160, 2, 160, 7)])[1]
+    assert again.ttft == pytest.approx(0.002, rel=0.05)  # of a prompt that is there whole the last token alone
 
 
 def test_a_simulation_is_the_same_each_time() -> None:
@@ -151,3 +153,16 @@ def test_a_deployment_file_of_other_devices_is_simulated(tmp_path: Path) -> None
     both = deployment("colocated", decode={"devices": [f"cuda:{index}" for index in range(4)]})
     records = Simulation(both, costs()).run([Ask(0.001 * index, 64, 4) for index in range(8)])
     assert max(record.ttft for record in records) < 3 * 0.065 + 0.05  # two each, not eight in a row
+
+
+def test_under_overload_auto_serves_long_prompts_about_as_fast_as_a_colocated_fleet() -> None:
+    """Chunks beside running sequences are as long as they bear, since a queue waits that the replicas do not see."""
+    steps = predicted_steps(LLAMA_2_13B, GPUS["h100"], 1, 2048, 4096)
+    h100 = Costs(steps=steps, kv_token_bytes=LLAMA_2_13B.kv_token_bytes, num_kv_tokens=56_000)
+    asks = [Ask(0.04 * index, 1949, 128) for index in range(80)]
+    ends = []
+    for each in (deployment(scheduler={"roles": "auto"}), deployment("colocated", decode={"devices": ["cpu"] * 2})):
+        records = Simulation(each, h100).run(asks)
+        assert all(record.is_complete for record in records)
+        ends.append(max(record.times[-1] for record in records))
+    assert ends[0] < 1.18 * ends[1]

@@ -51,11 +51,14 @@ class _Handle:
 
 @dataclass(slots=True)
 class _Pool:
-    """Of no bytes but those that copy-on-write of cached prompts touches."""
+    """Of no bytes: a block copied for a prompt that is cached whole takes no time."""
 
     layout: KVLayout
     num_blocks: int
     tensor: torch.Tensor  # [num_blocks, 1, 1, 1, 1, 1]
+
+    def copy_blocks(self, source_ids: list[int], target_ids: list[int]) -> None:
+        pass
 
 
 class SimulatedEngine:
