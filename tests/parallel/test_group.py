@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from ensemble.errors import ConfigError
 from ensemble.parallel.group import ALONE, Group, meet
 from ensemble.parallel.shares import share_layers
+from ensemble.parallel.tensor_parallel import connect
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,11 @@ def test_one_rank_meets_nobody_and_other_addresses_are_refused() -> None:
     assert meet("nowhere", 0, 1, 1, CPU) is ALONE
     with pytest.raises(ConfigError, match="group address = ipc://x: file:///PATH or tcp://HOST:PORT"):
         meet("ipc://x", 0, 2, 1, CPU)
+
+
+def test_a_rank_alone_in_its_place_knows_on_which_kind_of_device_its_pipeline_agrees() -> None:
+    gpu = torch.device("cuda", 1)
+    assert Group(connect(HashStore(), 0, 1, gpu)).tensor.device_type == "cuda"
 
 
 @pytest.mark.parametrize("head_cost", [0.0, 0.4, 1.7, 5.0])
