@@ -90,9 +90,12 @@ def map_peer_pool(handle: PoolHandle, device: torch.device) -> torch.Tensor:
 
     A CUDA IPC handle is opened with `device`, the importer's own, current: a Triton kernel may then read the memory;
     opened under the exporter's index the kernel refuses the pointer. Raises OSError or RuntimeError if it cannot be
-    mapped here: another host, another IPC namespace, no peer access, or the process has just died.
+    mapped here: another host, another IPC namespace, no peer access, another kind of device, or the process has just
+    died.
     """
     dtype = getattr(torch, handle.dtype)
+    if (handle.kind == "cuda_ipc") != (device.type == "cuda"):
+        raise RuntimeError(f"pool handle = {handle.kind}: {device} does not map the memory of another kind of device")
     if handle.kind == "cuda_ipc":
         exporter = decode_cuda_ipc(handle.handle)
         with torch.cuda.device(device):

@@ -2,8 +2,10 @@
 
 import msgspec
 import pytest
+import torch
 import zmq
 
+from ensemble.cache.kv_pool import map_peer_pool
 from ensemble.protocol.replica_replica import AttachPool, PoolOffer, Refused, decode_peer_answer, encode
 from tests.transfer.fleet import NUM_LAYERS, Reader, SourceRanks, changed
 from tests.transfer.layouts import layouts_of
@@ -45,6 +47,11 @@ def test_a_rank_in_another_life_than_its_leader_is_refused(tmp_path):
     assert "rank 1: life = 4: 0, the leader's, is wanted" in str(reader.attach(sources.address))
     reader.close()
     sources.close()
+
+
+def test_memory_of_another_kind_of_device_is_not_mapped_and_the_transport_may_be_another(source):
+    with pytest.raises(RuntimeError, match="pool handle = memfd: cuda:0 does not map"):
+        map_peer_pool(source.pools[0].export(), torch.device("cuda", 0))
 
 
 def test_nonsense_is_refused_and_the_next_one_is_served(source):
