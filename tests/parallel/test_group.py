@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from datetime import timedelta
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch.distributed import HashStore
 
 from ensemble.errors import ConfigError
-from ensemble.parallel.group import ALONE, Group, meet
+from ensemble.parallel.group import ALONE, Group, make_store, meet
 from ensemble.parallel.shares import share_layers
 from ensemble.parallel.tensor_parallel import connect
 
@@ -46,6 +47,12 @@ def test_ranks_meet_and_know_each_other_s_places(scheme: str, tmp_path: Path) ->
         *((1, 0), (1, 1)),
     ]
     assert [groups[rank].rank for rank in range(4)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("scheme", ["file", "tcp"])
+def test_a_store_waits_as_long_as_it_is_asked_to(scheme: str, tmp_path: Path) -> None:
+    address = f"file://{tmp_path}/group" if scheme == "file" else f"tcp://127.0.0.1:{free_port()}"
+    assert make_store(address, 0, 2, 777.0).timeout == timedelta(seconds=777)
 
 
 def test_one_rank_meets_nobody_and_other_addresses_are_refused() -> None:
