@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ensemble.errors import ConfigError
+from ensemble.errors import ConfigError, sendable
 
 PolicyName = Literal["fcfs", "sjf", "priority", "edf", "fair"]  # of the queue, see scheduling/policies.py
 DecodePolicyName = Literal["fcfs", "srpt", "priority", "mlfq", "sj-mlfq"]  # see scheduling/decode_policies.py
@@ -72,8 +72,8 @@ class ModelConfig(_Frozen):
 
     @property
     def name(self) -> str:
-        """What clients and metrics call it."""
-        return model_name(self.path)
+        """What clients and metrics call it: text, whatever the bytes of the path."""
+        return sendable(model_name(self.path))
 
     def limit_model_len(self, model_limit: int) -> int:
         """Tokens a sequence may have, prompt and output: `max_model_len`, at most the model's own limit."""

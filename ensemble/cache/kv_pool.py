@@ -97,7 +97,7 @@ def map_peer_pool(handle: PoolHandle, device: torch.device) -> torch.Tensor:
     """
     dtype = getattr(torch, handle.dtype)
     if (handle.kind == "cuda_ipc") != (device.type == "cuda"):
-        raise RuntimeError(f"{device} reads no pool of another kind of device")
+        raise RuntimeError(f"pool handle = {handle.kind}: {device} does not map the memory of another kind of device")
     if handle.kind == "cuda_ipc":
         if handle.host != _this_host():
             raise FileNotFoundError(f"the pool is on another host, {handle.host}")

@@ -234,6 +234,7 @@ class ModelRunner:
             self.run(batch)
         for sequence in batches[-1].decodes:
             sequence.output_token_ids.append(0)
+            sequence.block_ids.append(0)  # where blocks are small, it needs one more
         self.run(batches[-1])  # one more token of rows with penalties
         block_ids = torch.zeros(1, dtype=torch.int64, device=self.kv_pool.device)
         copy_blocks(self.kv_pool, self.kv_pool, block_ids, block_ids)  # for hand-offs, swaps and cached blocks

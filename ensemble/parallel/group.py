@@ -105,14 +105,15 @@ def join(
 
 def make_store(address: str, rank: int, size: int, timeout_s: float) -> Store:
     """Where the ranks find each other. Raises ConfigError for an address of another kind."""
-    parts = urlsplit(address)
+    parts, timeout = urlsplit(address), timedelta(seconds=timeout_s)
     try:
         if parts.scheme == "file":
-            return dist.FileStore(parts.path, size)  # type: ignore[attr-defined]
+            store: Store = dist.FileStore(parts.path, size)  # type: ignore[attr-defined]
+            store.set_timeout(timeout)  # else 300 s, which NCCL's communicators would wait for a slow rank
+            return store
         if parts.scheme == "tcp" and parts.hostname and parts.port:
             make: Any = dist.TCPStore  # type: ignore[attr-defined]
-            timeout = timedelta(seconds=timeout_s)
-            store: Store = make(parts.hostname, parts.port, None, rank == 0, timeout, wait_for_workers=False)
+            store = make(parts.hostname, parts.port, None, rank == 0, timeout, wait_for_workers=False)
             return store
     except RuntimeError as error:
         reason = " ".join(str(error).split())

@@ -101,7 +101,7 @@ def connect(
     if not 0 <= rank < size:
         raise ConfigError(f"rank = {rank}: below the size of its group, {size}, is allowed")
     if size == 1:
-        return SINGLE
+        return TensorParallel(device_type=device.type)
     name = f"tensor parallel rank {rank} of {size}"
     collectives = make_process_group(store, rank, size, device, timeout_s, name, host)
     return TensorParallel(rank, size, cast(Collectives, collectives), device.type)

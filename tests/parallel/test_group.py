@@ -2,15 +2,18 @@
 
 import socket
 import threading
+from datetime import timedelta
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from ensemble.errors import ConfigError
-from ensemble.parallel.group import ALONE, Group, meet
+from ensemble.parallel.group import ALONE, Group, make_store, meet
 from ensemble.parallel.shares import share_layers
+from ensemble.parallel.tensor_parallel import connect
 
 CPU = torch.device("cpu")
 
@@ -46,10 +49,21 @@ def test_ranks_meet_and_know_each_other_s_places(scheme: str, tmp_path: Path) ->
     assert [groups[rank].rank for rank in range(4)] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("scheme", ["file", "tcp"])
+def test_a_store_waits_as_long_as_it_is_asked_to(scheme: str, tmp_path: Path) -> None:
+    address = f"file://{tmp_path}/group" if scheme == "file" else f"tcp://127.0.0.1:{free_port()}"
+    assert make_store(address, 0, 2, 777.0).timeout == timedelta(seconds=777)
+
+
 def test_one_rank_meets_nobody_and_other_addresses_are_refused() -> None:
     assert meet("nowhere", 0, 1, 1, CPU) is ALONE
     with pytest.raises(ConfigError, match="group address = ipc://x: file:///PATH or tcp://HOST:PORT"):
         meet("ipc://x", 0, 2, 1, CPU)
+
+
+def test_a_rank_alone_in_its_place_knows_on_which_kind_of_device_its_pipeline_agrees() -> None:
+    gpu = torch.device("cuda", 1)
+    assert Group(connect(HashStore(), 0, 1, gpu)).tensor.device_type == "cuda"
 
 
 @pytest.mark.parametrize("head_cost", [0.0, 0.4, 1.7, 5.0])

@@ -49,6 +49,11 @@ def test_a_rank_in_another_life_than_its_leader_is_refused(tmp_path):
     sources.close()
 
 
+def test_memory_of_another_kind_of_device_is_not_mapped_and_the_transport_may_be_another(source):
+    with pytest.raises(RuntimeError, match="pool handle = memfd: cuda:0 does not map"):
+        map_peer_pool(source.pools[0].export(), torch.device("cuda", 0))
+
+
 def test_nonsense_is_refused_and_the_next_one_is_served(source):
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
