@@ -14,7 +14,7 @@ import grpc.aio
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from ensemble.openai_front.errors import ApiError, of_the_connection, of_the_scheduler
+from ensemble.openai_front.errors import ApiError, of_the_connection, of_the_scheduler, unavailable
 
 MODEL = "scheduler"
 READY_TIMEOUT_S = 5.0
@@ -68,6 +68,7 @@ class Upstream:
         # Without the header `triton_grpc_error`, by which errors would have their codes: it crashes the 24.10 server.
         call = self._stub.ModelStreamInfer()
         refusal: ApiError | None = None
+        num_open = int(sampling.get("n") or 1)
         try:
             await call.write(_as_message(request_id, token_ids, sampling, options))
             await call.done_writing()
@@ -76,6 +77,7 @@ class Upstream:
                     refusal = of_the_scheduler(response.error_message)
                     continue
                 for piece in _pieces(response.infer_response):
+                    num_open -= piece.finish_reason is not None
                     yield piece
         except grpc.aio.AioRpcError as error:
             raise of_the_connection(error.code()) from None
@@ -85,6 +87,8 @@ class Upstream:
             call.cancel()  # of no effect on one that has ended
         if refusal is not None:
             raise refusal
+        if num_open:  # a stub that dies may leave a stream that ends as if all were well
+            raise unavailable("the Triton server does not answer")
 
 
 def _as_message(

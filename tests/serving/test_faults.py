@@ -32,7 +32,7 @@ PREFILLING = {**DECODING, "input_ids": [5] * 3000, "max_tokens": 2}
 
 @pytest.fixture(scope="module")
 def server(roomy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    deployment = deploy(roomy_llama, prefill={"max_num_batched_tokens": 16}, hang_timeout_s=2.0)
+    deployment = deploy(roomy_llama, prefill={"max_num_batched_tokens": 16, "prefix_cache": False}, hang_timeout_s=2.0)
     log_path = tmp_path_factory.mktemp("faults") / "log"
     with TritonServer(deployment, log_path=log_path) as server:
         server.wait_ready(timeout_s=120)

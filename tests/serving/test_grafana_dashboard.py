@@ -93,7 +93,9 @@ def test_rates_are_those_of_the_load(scrapes: Scrapes) -> None:
     preemptions, *_ = expressions("Preemptions, recoveries, role changes per second")
     assert per_load(preemptions, by="swap") >= 1
     assert per_load(expressions("Swapped")[0], direction="in") >= BLOCK_BYTES
-    assert per_load(expressions("KV handed off")[0], transport="cuda_ipc") >= NUM_REQUESTS * 4 * BLOCK_BYTES
+    assert (
+        per_load(expressions("KV handed off")[0], transport="cuda_ipc") >= NUM_REQUESTS * BLOCK_BYTES
+    )  # the rest is cached there
     (attained,) = evaluated(expressions("SLO attainment")[0], scrapes).values()
     (hits,) = evaluated(expressions("Prefix cache hits")[0], scrapes).values()
     assert attained == 1.0 and hits > 0.5

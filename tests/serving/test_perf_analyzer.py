@@ -47,7 +47,8 @@ def test_the_readmes_command(tiny_server: TritonServer, tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     command = re.search(r"^echo '.*\n\.venv/bin/python -m tools\.perf_analyzer .*\\\n.*$", readme, re.MULTILINE)
     assert command is not None
-    here = {".venv/bin/python": sys.executable, "localhost:8001": tiny_server.grpc_url, "/tmp": str(tmp_path)}
+    file = str(tmp_path / "inputs.json")
+    here = {".venv/bin/python": sys.executable, "localhost:8001": tiny_server.grpc_url, " /tmp/inputs.json": f" {file}"}
     text = command.group()
     for word, ours in here.items():
         assert word in text
