@@ -24,19 +24,15 @@ from ensemble.protocol.router_replica import (
 from ensemble.request import Request
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.lives import Life, Lives
+from ensemble.router.predictions import DEFAULT_TTFT_S, Predictions
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
 from ensemble.scheduling.decode_policies import DecodePolicySettings
 from ensemble.scheduling.estimates import OutputEstimate
-from ensemble.scheduling.estimator import StepShape, prompt_keys
 from ensemble.scheduling.placement import (
-    NO_WORK,
-    STRETCH,
     Reader,
     Site,
     Way,
-    Work,
     best,
-    chunk_beside,
     hand_off,
     num_missed,
     smallest,
@@ -51,7 +47,6 @@ Send = Callable[[StageName, ToStage], None]  # to the home of a replica; never w
 MAX_BATCHES_IN_FLIGHT = 2  # one runs, one is behind it
 # Where sequences run too, a step is launched before the one before is read, and told then: with three it never waits.
 MAX_BATCHES_BESIDE = 3
-DEFAULT_TTFT_S = 1.0  # edf's deadline, and roles' measure, where there is no target
 
 
 class Dispatch:
@@ -71,8 +66,6 @@ class Dispatch:
         self._send = send
         self._fail = fail
         self._is_auto = deployment.scheduler.roles == "auto"
-        self._has_targets = False  # whether a request ever came with an ITL target of its own
-        self._now = 0.0
         self._way: tuple[int, Way | None] | None = None  # of the attempt that was asked of last, as long as it holds
         self._refused: list[tuple[Life, TargetOutOfReach]] = []
         self._alone: set[int] = set()  # attempt ids
@@ -90,15 +83,18 @@ class Dispatch:
             max_queue_tokens=queue.max_queue_tokens,
             policy=QueuePolicy(queue.policy, queue.max_wait_s, queue.aging_s, queue.ttft_target_s or DEFAULT_TTFT_S),
             max_long_tokens=deployment.prefill.max_long_tokens,
-            num_cached_tokens=self._num_cached_tokens,
+            num_cached_tokens=lambda replica, request: self.predictions.num_cached_tokens(replica, request),
             limits_now=self._limits_now,
         )
         self.admission = DecodeAdmission(
             block_size=deployment.block_size,
             max_bridge_wait_s=deployment.prefill.max_bridge_wait_s,
-            wait_s=self._wait_for_blocks_s,
+            wait_s=lambda num_blocks: self.predictions.wait_for_blocks_s(num_blocks),
             expected_kv_tokens=self.output_estimate.num_kv_tokens if is_optimistic else None,
             watermark=deployment.decode.watermark,
+        )
+        self.predictions = Predictions(
+            deployment, lives, fleet, self.prefill, self.admission, self.output_estimate, self.prefixes
         )
 
     # ---- replicas
@@ -136,6 +132,9 @@ class Dispatch:
         item = ToReplica(replica=replica.id, life=replica.life, command=msgspec.Raw(encode(command)))
         self._send(replica.home, item)
 
+    def _computing(self) -> list[Replica]:
+        return [replica for replica in self._fleet.up_ones() if self._prompt_limits(replica) is not None]
+
     def _is_spare(self, replica: Replica) -> bool:
         """Whether it may decode what it has computed, though its role is to hand off."""
         return self._is_auto and replica.takes_prompts and replica.role == "prefill"
@@ -165,7 +164,7 @@ class Dispatch:
         """Raises Overloaded, or InvalidRequest where no pool could ever hold it."""
         request, hints = life.attempt, life.client.hints
         self.admission.check(request)
-        self._has_targets = self._has_targets or request.itl_target_s is not None
+        self.predictions.has_targets |= request.itl_target_s is not None
         if not is_again:
             self._check_targets(life, now)
         if self.prefixes is not None:
@@ -196,7 +195,7 @@ class Dispatch:
 
     def dispatch(self, now: float) -> None:
         """Everything that can start now, starts: first what has waited in the bridge."""
-        self._now, self._way = now, None
+        self.predictions.now, self._way = now, None
         while submission := self.admission.next_submission():
             self._join(submission.replica, submission.request_ids)
         while True:
@@ -246,7 +245,7 @@ class Dispatch:
             life.phase, life.handoff, life.decode_replica = "decode", None, replica_id
             timeline = life.client.timeline
             timeline.decode_submitted_ns, timeline.decode_replica = time_ns, replica_id
-            life.submitted_s = self._now
+            life.submitted_s = self.predictions.now
         self.command(replica, Join(arrivals=arrivals))
 
     # ---- which way a request takes
@@ -279,7 +278,7 @@ class Dispatch:
     def _best_way(self, life: Life) -> Way | None:
         """None: nobody could start it, were it idle."""
         target_s, itl_target_s = self._targets(life)
-        left_s = None if target_s is None else life.arrived_s + target_s - self._now
+        left_s = None if target_s is None else life.arrived_s + target_s - self.predictions.now
         return best(self._ways(life), left_s, itl_target_s)
 
     def _ways(self, life: Life) -> Iterator[Way]:
@@ -295,8 +294,8 @@ class Dispatch:
                 continue
             if self._alone and not self._may_share(replica.id, life):
                 continue
-            work = self._work(replica, life)
-            site = self._site(replica, work)
+            work = self.predictions.work(replica, life)
+            site = self.predictions.site(replica, work)
             if (limits.stays or self._is_spare(replica)) and self.admission.may_start_at(replica.id, request):
                 yield stay(site, work)
             if replica.role == "decode" or not may_promise or not replica.credits.fits(num_blocks):
@@ -308,16 +307,16 @@ class Dispatch:
 
     def _readers(self, request: Request) -> list[tuple[Replica, Reader]]:
         """Who may decode what others compute."""
-        wait_s = self._wait_for_blocks_s(self.admission.num_lacking_blocks(request, without_spare=True))
+        wait_s = self.predictions.wait_for_blocks_s(self.admission.num_lacking_blocks(request, without_spare=True))
         takers = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
         readers = []
         for replica in takers:
-            num_tokens = request.prefill_len - self._num_cached_tokens(
+            num_tokens = request.prefill_len - self.predictions.num_cached_tokens(
                 replica.id, request
             )  # those that are not there yet
             handoff_s = replica.handoffs.seconds(round(num_tokens * replica.kv_token_bytes))
             num_promised = self.admission.num_promised_seqs / len(takers)
-            site = self._site(replica).with_rows(num_promised, request.prefill_len)
+            site = self.predictions.site(replica).with_rows(num_promised, request.prefill_len)
             readers.append((replica, Reader(site, handoff_s, wait_s)))
         return readers
 
@@ -336,120 +335,22 @@ class Dispatch:
                 return [Reader(site, 0.0)] if self.admission.blocks_for(request) <= source.credits.num_blocks else []
         return [reader for replica, reader in readers if (source.id, replica.id) in others]
 
-    def _site(self, replica: Replica, work: Work = NO_WORK) -> Site:
-        """As it is, if this prompt comes to those that it has."""
-        num_tokens, num_keys = self.prefill.backlog(replica.id)
-        num_waiting_tokens = num_tokens + work.num_tokens
-        start = (num_keys + work.num_keys) // max(1, num_waiting_tokens)
-        rows, target_s = self._rows(replica), self._target_of(replica)
-        one_more = StepShape(0, 0, rows.num_rows + 1, rows.num_row_keys)
-        return Site(
-            replica.id,
-            replica.estimator,
-            self._chunk_len(replica, rows, target_s, start, num_waiting_tokens),
-            self._chunk_len(replica, one_more, target_s, start, num_waiting_tokens),
-            start,
-            num_tokens,
-            num_keys,
-            rows,
-            target_s if rows.num_rows else None,
-            self._prompt_load(replica),
-            self._deployment.prefill.max_num_batched_tokens if replica.role == "prefill" else 0,
-        )
-
-    def _prompt_load(self, replica: Replica) -> float:
-        """Share of the replica's time that prompts would take, did those replicas alone compute them that are to."""
-        if replica.role == "decode":
-            return 0.0
-        num_sharing = sum(each.takes_prompts for each in self._fleet.up_ones())
-        full_len = self._deployment.prefill.max_num_batched_tokens
-        step_s = replica.estimator.seconds(StepShape().with_chunk(0, full_len))
-        return min(1.0, self.prefill.tokens_per_s(self._now) / max(1, num_sharing) * step_s / full_len)
-
-    def _work(self, replica: Replica, life: Life) -> Work:
-        request = life.attempt
-        start = self._num_cached_tokens(replica.id, request)
-        num_tokens = request.prefill_len - start
-        num_output_tokens = self.output_estimate.num_output_tokens(request)
-        return Work(num_tokens, prompt_keys(start, num_tokens), request.prefill_len, num_output_tokens)
-
-    def _rows(self, replica: Replica) -> StepShape:
-        """The sequences that a step of the replica decodes, as far as the router knows."""
-        num_unfinished = len(set(self.prefill.unfinished(replica.id)))
-        num_seqs = self.admission.num_seqs(replica.id) - (num_unfinished if replica.role != "prefill" else 0)
-        num_rows = max(0, min(num_seqs, self._deployment.stage(replica.home).max_num_seqs))
-        return StepShape(0, 0, num_rows, round(num_rows * replica.mean_context_len))
-
-    def _target_of(self, replica: Replica) -> float | None:
-        """The smallest ITL target among its sequences, or where it has none the deployment's."""
-        if not self._has_targets:
-            return self._deployment.scheduler.itl_target_s
-        lives = (self._lives.of_attempt(attempt_id) for attempt_id in self.admission.request_ids(replica.id))
-        targets = [life.attempt.itl_target_s for life in lives if life is not None]
-        return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
-
-    def _chunk_len(
-        self,
-        replica: Replica,
-        rows: StepShape,
-        target_s: float | None,
-        start: int = 0,
-        num_waiting_tokens: int | None = None,
-    ) -> int:
-        """Prompt tokens that the replica's steps take beside these sequences, as its loop will find too."""
-        if not rows.num_rows:
-            return self._deployment.prefill.max_num_batched_tokens
-        stretch, max_len = STRETCH if self._is_auto else None, self._deployment.num_prompt_tokens_beside
-        return chunk_beside(replica.estimator, rows, start, target_s, stretch, max_len, num_waiting_tokens)
-
     def _limits_now(self, replica_id: int, limits: Limits) -> Limits:
         """A batch is what a step takes; beside running sequences one more is under way."""
         replica = self._fleet.get(replica_id)
-        if replica is None or not (rows := self._rows(replica)).num_rows:
+        if replica is None or not (rows := self.predictions.rows(replica)).num_rows:
             return limits
-        chunk_len = self._chunk_len(replica, rows, self._target_of(replica))
+        chunk_len = self.predictions.chunk_len(replica, rows, self.predictions.itl_target_of(replica))
         return replace(
             limits,
             max_num_batched_tokens=min(limits.max_num_batched_tokens, chunk_len),
             max_batches_in_flight=MAX_BATCHES_BESIDE,
         )
 
-    def _wait_for_blocks_s(self, num_blocks: int) -> float:
-        """Until the replicas that decode have freed so many: outputs end evenly, as many as there are in their time."""
-        if num_blocks <= 0:
-            return 0.0
-        readers = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
-        num_held = sum(replica.credits.num_blocks - replica.credits.free_blocks for replica in readers)
-        if not num_held:
-            return 0.0
-        num_output_tokens = self.output_estimate.mean_num_tokens
-        if num_output_tokens is None:
-            lengths = [life.attempt.sampling.max_tokens for life in self._lives]
-            num_output_tokens = sum(lengths) / max(1, len(lengths))
-        step_s = max(replica.estimator.seconds(self._rows(replica)) for replica in readers)
-        return num_blocks / num_held * num_output_tokens * step_s
-
     # ---- roles
 
     def pressure(self) -> Pressure:
-        """What each side bears: the wait of a prompt that came now over its target, and decode's KV and step times."""
-        scheduler = self._deployment.scheduler
-        prefilling = [replica for replica in self._fleet.up_ones() if replica.takes_prompts]
-        waits_s = [self._site(replica).until_computed(NO_WORK) for replica in prefilling]
-        prefill = (self._queue_s() + min(waits_s, default=0.0)) / (scheduler.ttft_target_s or DEFAULT_TTFT_S)
-        decoding = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
-        num_blocks = sum(replica.credits.num_blocks for replica in decoding)
-        num_held = sum(
-            replica.credits.num_blocks
-            - replica.credits.free_blocks
-            - sum(replica.credits.held(each) for each in set(self.prefill.unfinished(replica.id)))  # prefill's load
-            for replica in decoding
-        )
-        decode = (num_held + self.admission.num_promised_blocks) / max(1, num_blocks)
-        if scheduler.itl_target_s is not None and decoding:
-            step_s = sum(replica.estimator.seconds(self._rows(replica)) for replica in decoding) / len(decoding)
-            decode = max(decode, step_s / scheduler.itl_target_s)
-        return Pressure(prefill, decode)
+        return self.predictions.pressure(self._computing())
 
     def to_change(self, side: Side) -> Replica | None:
         """The replica of the other side that has the least to do."""
@@ -474,11 +375,11 @@ class Dispatch:
         if self._deployment.scheduler.on_missed_target != "refuse" or life.attempt is not life.request:
             return False
         ttft_target_s, itl_target_s = self._targets(life)
-        left_s = None if ttft_target_s is None else life.arrived_s + ttft_target_s - self._now
+        left_s = None if ttft_target_s is None else life.arrived_s + ttft_target_s - self.predictions.now
         if not num_missed(way, left_s, itl_target_s):
             return False
         if all(life is not each for each, _ in self._refused):
-            waited_s = self._now - life.arrived_s
+            waited_s = self.predictions.now - life.arrived_s
             error = _out_of_reach(waited_s + way.ttft_s, way.itl_s, ttft_target_s, itl_target_s)
             self._refused.append((life, error))
         return True
@@ -488,37 +389,20 @@ class Dispatch:
         if self._deployment.scheduler.on_missed_target != "refuse":
             return
         ttft_target_s, itl_target_s = self._targets(life)
-        self._now = now
+        self.predictions.now = now
         way = best(self._ways(life), ttft_target_s, itl_target_s)
         if way is None:
             return
-        ttft_s = way.ttft_s + (self._queue_s() if self._deployment.scheduler.policy == "fcfs" else 0.0)
+        ttft_s = way.ttft_s + (
+            self.predictions.queue_s(self._computing()) if self._deployment.scheduler.policy == "fcfs" else 0.0
+        )
         if num_missed(way._replace(ttft_s=ttft_s), ttft_target_s, itl_target_s):
             raise _out_of_reach(ttft_s, way.itl_s, ttft_target_s, itl_target_s)
-
-    def _queue_s(self) -> float:
-        """Until all who wait now have started, shared by all who compute prompts."""
-        num_tokens, num_waiting = self.prefill.num_waiting_tokens, self.prefill.num_waiting
-        if not num_waiting:
-            return 0.0
-        num_keys = num_waiting * prompt_keys(0, num_tokens // num_waiting)
-        alone = [
-            site.steps.seconds_of_prompts(num_tokens, num_keys, site.chunk_len, site.rows)
-            for replica in self._fleet.up_ones()
-            if self._prompt_limits(replica) is not None and (site := self._site(replica)) is not None
-        ]
-        return 1 / sum(1 / max(seconds, 1e-9) for seconds in alone) if alone else 0.0
 
     def _may_share(self, replica_id: int, life: Life) -> bool:
         """Whether the prompts that the replica computes, and this one, are none that has to be alone."""
         computed = self.prefill.unfinished(replica_id)
         return not computed if life.is_alone else self._alone.isdisjoint(computed)
-
-    def _num_cached_tokens(self, replica_id: int, request: Request) -> int:
-        life = self._lives.of_attempt(request.request_id)
-        if self.prefixes is None or life is None:
-            return 0
-        return self.prefixes.num_cached_tokens(replica_id, life.hashes, request.prefill_len)
 
 
 def _out_of_reach(

@@ -1,0 +1,161 @@
+"""What replicas will take, by their estimators and by what the router knows of them."""
+
+from collections.abc import Sequence
+
+from ensemble.config import Deployment
+from ensemble.request import Request
+from ensemble.router.fleet import Fleet, Replica
+from ensemble.router.lives import Life, Lives
+from ensemble.scheduling.admission import DecodeAdmission
+from ensemble.scheduling.estimates import OutputEstimate
+from ensemble.scheduling.estimator import StepShape, prompt_keys
+from ensemble.scheduling.placement import NO_WORK, STRETCH, Site, Work, chunk_beside, smallest
+from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefix_index import PrefixIndex
+from ensemble.scheduling.roles import Pressure
+
+DEFAULT_TTFT_S = 1.0  # edf's deadline, and roles' measure, where there is no target
+
+
+class Predictions:
+    """Changes nothing but `now` and `has_targets`, which dispatch keeps true."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        lives: Lives,
+        fleet: Fleet,
+        prefill: PrefillScheduler,
+        admission: DecodeAdmission,
+        output_estimate: OutputEstimate,
+        prefixes: PrefixIndex | None,
+    ) -> None:
+        self._deployment = deployment
+        self._lives = lives
+        self._fleet = fleet
+        self._prefill = prefill
+        self._admission = admission
+        self._output_estimate = output_estimate
+        self._prefixes = prefixes
+        self.now = 0.0
+        self.has_targets = False  # whether a request ever came with an ITL target of its own
+
+    def site(self, replica: Replica, work: Work = NO_WORK) -> Site:
+        """As it is, if this prompt comes to those that it has."""
+        num_tokens, num_keys = self._prefill.backlog(replica.id)
+        num_waiting_tokens = num_tokens + work.num_tokens
+        start = (num_keys + work.num_keys) // max(1, num_waiting_tokens)
+        rows, target_s = self.rows(replica), self.itl_target_of(replica)
+        one_more = StepShape(0, 0, rows.num_rows + 1, rows.num_row_keys)
+        return Site(
+            replica.id,
+            replica.estimator,
+            self.chunk_len(replica, rows, target_s, start, num_waiting_tokens),
+            self.chunk_len(replica, one_more, target_s, start, num_waiting_tokens),
+            start,
+            num_tokens,
+            num_keys,
+            rows,
+            target_s if rows.num_rows else None,
+            self._prompt_load(replica),
+            self._deployment.prefill.max_num_batched_tokens if replica.role == "prefill" else 0,
+        )
+
+    def _prompt_load(self, replica: Replica) -> float:
+        """Share of the replica's time that prompts would take, did those replicas alone compute them that are to."""
+        if replica.role == "decode":
+            return 0.0
+        num_sharing = sum(each.takes_prompts for each in self._fleet.up_ones())
+        full_len = self._deployment.prefill.max_num_batched_tokens
+        step_s = replica.estimator.seconds(StepShape().with_chunk(0, full_len))
+        return min(1.0, self._prefill.tokens_per_s(self.now) / max(1, num_sharing) * step_s / full_len)
+
+    def work(self, replica: Replica, life: Life) -> Work:
+        request = life.attempt
+        start = self.num_cached_tokens(replica.id, request)
+        num_tokens = request.prefill_len - start
+        num_output_tokens = self._output_estimate.num_output_tokens(request)
+        return Work(num_tokens, prompt_keys(start, num_tokens), request.prefill_len, num_output_tokens)
+
+    def rows(self, replica: Replica) -> StepShape:
+        """The sequences that a step of the replica decodes, as far as the router knows."""
+        num_unfinished = len(set(self._prefill.unfinished(replica.id)))
+        num_seqs = self._admission.num_seqs(replica.id) - (num_unfinished if replica.role != "prefill" else 0)
+        num_rows = max(0, min(num_seqs, self._deployment.stage(replica.home).max_num_seqs))
+        return StepShape(0, 0, num_rows, round(num_rows * replica.mean_context_len))
+
+    def itl_target_of(self, replica: Replica) -> float | None:
+        """The smallest ITL target among its sequences, or where it has none the deployment's."""
+        if not self.has_targets:
+            return self._deployment.scheduler.itl_target_s
+        lives = (self._lives.of_attempt(attempt_id) for attempt_id in self._admission.request_ids(replica.id))
+        targets = [life.attempt.itl_target_s for life in lives if life is not None]
+        return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
+
+    def chunk_len(
+        self,
+        replica: Replica,
+        rows: StepShape,
+        target_s: float | None,
+        start: int = 0,
+        num_waiting_tokens: int | None = None,
+    ) -> int:
+        """Prompt tokens that the replica's steps take beside these sequences, as its loop will find too."""
+        if not rows.num_rows:
+            return self._deployment.prefill.max_num_batched_tokens
+        stretch = STRETCH if self._deployment.scheduler.roles == "auto" else None
+        max_len = self._deployment.num_prompt_tokens_beside
+        return chunk_beside(replica.estimator, rows, start, target_s, stretch, max_len, num_waiting_tokens)
+
+    def wait_for_blocks_s(self, num_blocks: int) -> float:
+        """Until the replicas that decode have freed so many: outputs end evenly, as many as there are in their time."""
+        if num_blocks <= 0:
+            return 0.0
+        readers = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        num_held = sum(replica.credits.num_blocks - replica.credits.free_blocks for replica in readers)
+        if not num_held:
+            return 0.0
+        num_output_tokens = self._output_estimate.mean_num_tokens
+        if num_output_tokens is None:
+            lengths = [life.attempt.sampling.max_tokens for life in self._lives]
+            num_output_tokens = sum(lengths) / max(1, len(lengths))
+        step_s = max(replica.estimator.seconds(self.rows(replica)) for replica in readers)
+        return num_blocks / num_held * num_output_tokens * step_s
+
+    def queue_s(self, computing: Sequence[Replica]) -> float:
+        """Until all who wait now have started, shared by all who compute prompts."""
+        num_tokens, num_waiting = self._prefill.num_waiting_tokens, self._prefill.num_waiting
+        if not num_waiting:
+            return 0.0
+        num_keys = num_waiting * prompt_keys(0, num_tokens // num_waiting)
+        alone = [
+            site.steps.seconds_of_prompts(num_tokens, num_keys, site.chunk_len, site.rows)
+            for site in map(self.site, computing)
+        ]
+        return 1 / sum(1 / max(seconds, 1e-9) for seconds in alone) if alone else 0.0
+
+    def pressure(self, computing: Sequence[Replica]) -> Pressure:
+        """What each side bears: the wait of a prompt that came now over its target, and decode's KV and step times."""
+        scheduler = self._deployment.scheduler
+        prefilling = [replica for replica in self._fleet.up_ones() if replica.takes_prompts]
+        waits_s = [self.site(replica).until_computed(NO_WORK) for replica in prefilling]
+        prefill = (self.queue_s(computing) + min(waits_s, default=0.0)) / (scheduler.ttft_target_s or DEFAULT_TTFT_S)
+        decoding = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        num_blocks = sum(replica.credits.num_blocks for replica in decoding)
+        num_held = sum(
+            replica.credits.num_blocks
+            - replica.credits.free_blocks
+            - sum(replica.credits.held(each) for each in set(self._prefill.unfinished(replica.id)))  # prefill's load
+            for replica in decoding
+        )
+        decode = (num_held + self._admission.num_promised_blocks) / max(1, num_blocks)
+        if scheduler.itl_target_s is not None and decoding:
+            step_s = sum(replica.estimator.seconds(self.rows(replica)) for replica in decoding) / len(decoding)
+            decode = max(decode, step_s / scheduler.itl_target_s)
+        return Pressure(prefill, decode)
+
+    def num_cached_tokens(self, replica_id: int, request: Request) -> int:
+        life = self._lives.of_attempt(request.request_id)
+        if self._prefixes is None or life is None:
+            return 0
+        return self._prefixes.num_cached_tokens(replica_id, life.hashes, request.prefill_len)
