@@ -47,9 +47,10 @@ def signed(text: str) -> str | None:
 
 @functools.cache
 def _secret() -> bytes:
-    """Made by whichever process needs it first."""
+    """Made by whoever needs it first, of several processes or threads."""
     path = run_dir() / "secret"
-    draft = path.with_name(f"secret-{os.getpid()}")
+    # A name for each attempt: another thread's draft is the secret itself once it is linked, and must not be written.
+    draft = path.with_name(f"secret-{secrets.token_hex(8)}")
     draft.write_bytes(secrets.token_bytes(_NUM_BYTES))
     with contextlib.suppress(FileExistsError):
         os.link(draft, path)  # whole, or not at all
