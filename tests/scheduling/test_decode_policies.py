@@ -33,6 +33,11 @@ class FastServeQueues:
         self.used[request_id] = 0.0
         self.idle_since[request_id] = now
 
+    def is_idle_since(self, request_id, now):
+        """Of those that are so since the same moment, the one that was told first comes first."""
+        del self.idle_since[request_id]
+        self.idle_since[request_id] = now
+
     def leave(self, request_id):
         for queue in self.queues:
             if request_id in queue:
@@ -42,7 +47,7 @@ class FastServeQueues:
     def promote(self, now):
         starved = [i for i, since in self.idle_since.items() if now - since >= STARVATION_S]
         for request_id in sorted(starved, key=lambda i: self.idle_since[i]):
-            self.idle_since[request_id] = now
+            self.is_idle_since(request_id, now)
             if request_id not in self.queues[0]:
                 level = next(queue for queue in self.queues if request_id in queue)
                 level.remove(request_id)
@@ -56,7 +61,7 @@ class FastServeQueues:
         level_of = {i: level for level, queue in enumerate(self.queues) for i in queue}
         survivors = []
         for request_id in batch:
-            self.idle_since[request_id] = now
+            self.is_idle_since(request_id, now)
             self.queues[level_of[request_id]].remove(request_id)
             self.used[request_id] += seconds
             if self.used[request_id] > QUANTUM_S * 2 ** level_of[request_id]:
