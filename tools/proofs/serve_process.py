@@ -34,6 +34,7 @@ class ServeProcess:
             env={**os.environ, "TMPDIR": str(self._temporary)},
         )
         self.wait_ready(timeout_s)
+        wait_until(lambda: "Ready." in self.said(), timeout_s)  # until then a death is a start that has failed
 
     @property
     def grpc_url(self) -> str:
