@@ -19,7 +19,7 @@ from typer import Argument, Option
 from ensemble.config import StageName
 from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
-from ensemble.serving.control import call
+from ensemble.serving.control import ControlError, call
 from ensemble.serving.fleet_table import FleetTable, ListFleet
 from tools.command_line import allow_interrupt, run
 from tools.installation.cache import cache_dir
@@ -233,7 +233,11 @@ def show_ranks(server: TritonServer, console: Console) -> None:
     deployment = server.deployment
     if deployment.prefill.num_ranks == deployment.decode.num_ranks == 1:
         return
-    fleet = call(server.run_dir, ListFleet(), FleetTable, timeout_s=10.0)
+    try:
+        fleet = call(server.run_dir, ListFleet(), FleetTable, timeout_s=10.0)
+    except ControlError as error:  # the scheduler has ended since, and will be started again
+        console.print(f"  No map of the ranks: {error}", markup=False, soft_wrap=True)
+        return
     num_blocks = {each.replica: each.num_blocks for each in fleet.replicas}
     for line in rank_map(deployment, load_model_spec(deployment.model.path), num_blocks):
         console.print(f"  {line}", markup=False, soft_wrap=True)

@@ -7,12 +7,12 @@ from ensemble.scheduling.credits import Credits
 SOURCE = 9  # a replica that only prefills
 
 
-def make_admission(max_num_bridge_seqs=2, replicas=((10, 8),), **settings):
+def make_admission(num_before_it_is_long=2, replicas=((10, 8),), **settings):
     """Of which so many may be promised beyond what there is room for: one more would wait for too long."""
     admission = DecodeAdmission(
         block_size=4,
         max_bridge_wait_s=1.0,
-        wait_s=lambda num_blocks: 2.0 if admission.num_promised_seqs >= max_num_bridge_seqs else 0.5,
+        wait_s=lambda num_blocks: 2.0 if admission.num_promised_seqs >= num_before_it_is_long else 0.5,
         **settings,
     )
     for replica, (num_blocks, max_num_seqs) in enumerate(replicas):
@@ -38,7 +38,7 @@ def wait_in_bridge(admission, *requests, source=SOURCE):
 
 
 def test_prefill_runs_ahead_of_decode_by_the_bridge_bound_only(make_request):
-    admission = make_admission(max_num_bridge_seqs=2)
+    admission = make_admission(num_before_it_is_long=2)
     for request_id in range(2):
         promise(admission, make_request(request_id, 16, max_tokens=5))  # 5 blocks each: all of decode's room
     assert not admission.may_start(make_request(2, 4))
@@ -47,7 +47,7 @@ def test_prefill_runs_ahead_of_decode_by_the_bridge_bound_only(make_request):
 
 
 def test_room_in_decode_allows_more_than_the_bridge_bound(make_request):
-    admission = make_admission(max_num_bridge_seqs=1)
+    admission = make_admission(num_before_it_is_long=1)
     started = 0
     while admission.try_promise(make_request(started, 4, max_tokens=5)):  # 2 blocks each
         started += 1
@@ -55,14 +55,14 @@ def test_room_in_decode_allows_more_than_the_bridge_bound(make_request):
 
 
 def test_places_in_decode_count_as_room_too(make_request):
-    admission = make_admission(max_num_bridge_seqs=1, replicas=((10, 2),))
+    admission = make_admission(num_before_it_is_long=1, replicas=((10, 2),))
     promise(admission, make_request(0, 1))
     promise(admission, make_request(1, 1))
     assert not admission.may_start(make_request(2, 1))
 
 
 def test_a_request_that_ends_with_its_first_token_needs_no_promise(make_request):
-    admission = make_admission(max_num_bridge_seqs=1, replicas=())
+    admission = make_admission(num_before_it_is_long=1, replicas=())
     promise(admission, make_request(0, 16))
     promise(admission, make_request(1, 16, max_tokens=1))
     assert not admission.may_start(make_request(2, 16))
@@ -71,7 +71,7 @@ def test_a_request_that_ends_with_its_first_token_needs_no_promise(make_request)
 
 
 def test_the_whole_life_is_reserved_and_the_head_waits_for_it(make_request):
-    admission = make_admission(max_num_bridge_seqs=8, replicas=())
+    admission = make_admission(num_before_it_is_long=8, replicas=())
     credits = bring_up(admission, 0)
     requests = [make_request(0, 16, max_tokens=9), make_request(1, 16, max_tokens=9), make_request(2, 1, max_tokens=2)]
     wait_in_bridge(admission, *requests)  # 6, 6 and 1 blocks
@@ -84,7 +84,7 @@ def test_the_whole_life_is_reserved_and_the_head_waits_for_it(make_request):
 
 
 def test_the_replica_with_the_most_free_blocks_is_chosen_late(make_request):
-    admission = make_admission(max_num_bridge_seqs=8, replicas=((10, 8), (12, 8)))
+    admission = make_admission(num_before_it_is_long=8, replicas=((10, 8), (12, 8)))
     requests = [make_request(request_id, 12, max_tokens=5) for request_id in range(4)]  # 4 blocks each
     wait_in_bridge(admission, *requests)
     submissions = [admission.next_submission() for _ in range(4)]
@@ -93,7 +93,7 @@ def test_the_replica_with_the_most_free_blocks_is_chosen_late(make_request):
 
 
 def test_cancel_says_who_has_to_act(make_request):
-    admission = make_admission(max_num_bridge_seqs=8)
+    admission = make_admission(num_before_it_is_long=8)
     requests = [make_request(request_id, 16, max_tokens=9) for request_id in range(3)]
     for request in requests:
         promise(admission, request)
@@ -119,7 +119,7 @@ def test_a_withdrawn_request_cannot_arrive(make_request):
 
 
 def test_a_lost_replica_gives_up_its_sequences_and_the_bridge_waits(make_request):
-    admission = make_admission(max_num_bridge_seqs=8, replicas=())
+    admission = make_admission(num_before_it_is_long=8, replicas=())
     credits = bring_up(admission, 0)
     wait_in_bridge(admission, *(make_request(request_id, 16, max_tokens=9) for request_id in range(2)))
     admission.next_submission()
@@ -183,14 +183,14 @@ def test_a_prompt_computed_by_a_decode_replica_holds_its_whole_life_there(make_r
 
 
 def test_what_prefill_was_promised_is_not_given_to_a_prompt_computed_in_decode(make_request):
-    admission = make_admission(max_num_bridge_seqs=2)
+    admission = make_admission(num_before_it_is_long=2)
     promise(admission, make_request(0, 16, max_tokens=9))  # 6 of 10 blocks
     assert not admission.try_start_at(0, make_request(1, 16, max_tokens=5))  # 5 blocks
     assert admission.try_start_at(0, make_request(2, 16, max_tokens=1))  # 4 blocks
 
 
 def test_who_waits_in_the_bridge_goes_before_prompts_computed_in_decode(make_request):
-    admission = make_admission(max_num_bridge_seqs=2, replicas=((10, 1),))
+    admission = make_admission(num_before_it_is_long=2, replicas=((10, 1),))
     assert admission.try_start_at(0, make_request(0, 4, max_tokens=5))
     waiting = make_request(1, 4, max_tokens=5)
     wait_in_bridge(admission, waiting)
@@ -201,7 +201,7 @@ def test_who_waits_in_the_bridge_goes_before_prompts_computed_in_decode(make_req
 
 
 def test_a_head_that_only_a_lost_replica_could_hold_stands_before_nobody(make_request):
-    admission = make_admission(max_num_bridge_seqs=8, replicas=((10, 8), (20, 8)))
+    admission = make_admission(num_before_it_is_long=8, replicas=((10, 8), (20, 8)))
     admission.replica_down(1)
     wait_in_bridge(admission, make_request(0, 32, max_tokens=13), make_request(1, 16, max_tokens=9))  # 11 and 6 blocks
     assert admission.next_submission() == (0, [1])
@@ -212,7 +212,7 @@ def test_a_head_that_only_a_lost_replica_could_hold_stands_before_nobody(make_re
 
 
 def test_a_request_that_has_to_be_alone_shares_its_replica_with_no_sequence(make_request):
-    admission = make_admission(max_num_bridge_seqs=8)
+    admission = make_admission(num_before_it_is_long=8)
     requests = [make_request(request_id, 4, max_tokens=5) for request_id in range(3)]
     admission.set_alone(1)
     wait_in_bridge(admission, *requests)
@@ -258,7 +258,7 @@ def test_nothing_is_remembered_of_a_request_that_was_alone(make_request, end):
 
 
 def test_a_closed_replica_gets_no_more_and_what_it_has_goes_on(make_request):
-    admission = make_admission(max_num_bridge_seqs=1, replicas=((10, 8), (10, 8)))
+    admission = make_admission(num_before_it_is_long=1, replicas=((10, 8), (10, 8)))
     wait_in_bridge(admission, make_request(0, 16, max_tokens=9))
     assert admission.next_submission() == (0, [0])
     admission.set_open(0, False)
@@ -308,7 +308,7 @@ def test_what_goes_on_where_it_was_prefilled_gives_its_lease_for_its_life(make_r
 
 def test_who_waits_for_leased_blocks_does_not_hold_up_those_who_leased_them(make_request):
     """Both replicas only prefilled until now; the head's blocks are at neither."""
-    admission = make_admission(max_num_bridge_seqs=8, replicas=())
+    admission = make_admission(num_before_it_is_long=8, replicas=())
     pools = [bring_up(admission, replica) for replica in range(2)]
     wait_in_bridge(admission, make_request(0, 16, max_tokens=9))  # 6 blocks
     for replica, credits in enumerate(pools):
@@ -331,7 +331,7 @@ def test_prompts_at_a_replica_take_the_room_of_its_sequences(make_request):
 
 
 def test_a_reader_that_cannot_map_the_source_is_passed_over(make_request):
-    admission = make_admission(max_num_bridge_seqs=8, replicas=((20, 8), (10, 8)))
+    admission = make_admission(num_before_it_is_long=8, replicas=((20, 8), (10, 8)))
     admission.cannot_reach(SOURCE, 0)
     wait_in_bridge(admission, make_request(0, 16, max_tokens=9))
     wait_in_bridge(admission, make_request(1, 16, max_tokens=9), source=8)

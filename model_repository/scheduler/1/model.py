@@ -41,7 +41,7 @@ def call_stage(stage, payload):
     """One unary BLS call: an encoded StageCall to its encoded StageAnswer.
 
     None leaves before the first request, that of the model's warm-up, or a while after `initialize`: the 24.10 server
-    crashes, or never becomes ready, when a call reaches it in the midst of that.
+    may crash when a call reaches it in the midst of that.
     """
     if not may_call.is_set():
         raise InternalError("the server is still starting")
