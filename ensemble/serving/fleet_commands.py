@@ -45,7 +45,7 @@ def fleet_handlers(router: RouterThread) -> Mapping[type[Command[Any]], Callable
         AddReplica: lambda command: answer(lambda of: add(of, command)),
         DrainReplica: lambda command: answer(lambda of: drain(of, command, is_leaving=False)),
         RemoveReplica: lambda command: answer(lambda of: drain(of, command, is_leaving=True)),
-        UndrainReplica: lambda command: answer(lambda of: of.undrain(replica_of(of, command.replica))),
+        UndrainReplica: lambda command: answer(lambda of: of.changes.undrain(replica_of(of, command.replica))),
         ChangeRole: lambda command: answer(lambda of: change_role(of, command)),
     }
 
@@ -70,22 +70,22 @@ def table(router: Router) -> FleetTable:
 
 
 def add(router: Router, command: AddReplica) -> None:
-    router.add("prefill" if command.role == "prefill" else "decode", command.device, command.role)
+    router.changes.add("prefill" if command.role == "prefill" else "decode", command.device, command.role)
 
 
 def drain(router: Router, command: DrainReplica | RemoveReplica, *, is_leaving: bool) -> None:
     replica = replica_of(router, command.replica)
-    if not router.serves_without(replica):
+    if not router.changes.serves_without(replica):
         raise InvalidRequest("replica", replica.id, "another replica has to be able to do what it does")
     until = None if command.within_s is None else time.monotonic() + command.within_s
-    router.drain(replica, until, is_leaving=is_leaving)
+    router.changes.drain(replica, until, is_leaving=is_leaving)
 
 
 def change_role(router: Router, command: ChangeRole) -> None:
     replica = replica_of(router, command.replica)
-    if not router.serves_without(replica, command.role):
+    if not router.changes.serves_without(replica, command.role):
         raise InvalidRequest("role", command.role, "some replica has to take prompts, and some to decode")
-    router.set_role(replica, command.role)
+    router.changes.set_role(replica, command.role)
 
 
 def replica_of(router: Router, replica_id: int) -> Replica:

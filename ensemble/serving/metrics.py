@@ -19,8 +19,8 @@ from ensemble.config import Role
 from ensemble.errors import ErrorCode
 from ensemble.request import FinishReason, SamplingParams
 from ensemble.router.fleet import State
+from ensemble.router.gauges import Gauges, Labels
 from ensemble.router.lives import Timeline
-from ensemble.router.router import Gauges, Labels
 from ensemble.serving.inputs import NO_TARGETS, Targets
 
 # vLLM's bounds, and finer ones below where ours begin.

@@ -51,7 +51,7 @@ def test_every_shape_of_fleet_answers_and_uses_all_its_replicas(shape, mode):
 
 def test_mixed_beside_decode(**_):
     fleet = make_fleet(1, 2)
-    fleet.router.set_role(fleet.router.fleet.get(1), "mixed")
+    fleet.router.changes.set_role(fleet.router.fleet.get(1), "mixed")
     asked = [fleet.arrive(6, max_tokens=5) for _ in range(8)]
     fleet.run()
     assert all(client.tokens == answer(request) for request, client in asked)
@@ -68,7 +68,7 @@ def steps(fleet, count):
 
 def test_beside_a_mixed_replica_one_that_only_decodes_is_used_too():
     fleet = make_fleet(0, 2, mode="colocated")
-    fleet.router.set_role(fleet.router.fleet.get(1), "decode")
+    fleet.router.changes.set_role(fleet.router.fleet.get(1), "decode")
     asked = [fleet.arrive(6, max_tokens=5) for _ in range(8)]
     fleet.run()
     assert all(client.tokens == answer(request) for request, client in asked)
@@ -229,7 +229,7 @@ def test_a_draining_replica_lets_what_runs_finish_and_gets_nothing_new():
         for replica in list(fleet.replicas.values()):
             fleet.deliver(replica.id)
             replica.step(fleet)
-    fleet.router.drain(fleet.router.fleet.get(1), None, is_leaving=True)
+    fleet.router.changes.drain(fleet.router.fleet.get(1), None, is_leaving=True)
     later = [fleet.arrive(4, max_tokens=8) for _ in range(4)]
     fleet.run()
     assert all(client.tokens == answer(request) for request, client in asked + later)
@@ -246,7 +246,7 @@ def test_a_drain_that_takes_too_long_moves_what_runs():
         for replica in list(fleet.replicas.values()):
             fleet.deliver(replica.id)
             replica.step(fleet)
-    fleet.router.drain(fleet.router.fleet.get(1), fleet.now + 1.0)
+    fleet.router.changes.drain(fleet.router.fleet.get(1), fleet.now + 1.0)
     fleet.now += 1.5
     fleet.run()
     assert all(client.tokens == answer(request) for request, client in asked)
@@ -263,7 +263,7 @@ def test_roles_change_under_load():
         for replica in list(fleet.replicas.values()):
             fleet.deliver(replica.id)
             replica.step(fleet)
-        fleet.router.set_role(fleet.router.fleet.get(2), role)
+        fleet.router.changes.set_role(fleet.router.fleet.get(2), role)
     fleet.run()
     assert all(client.tokens == answer(request) for request, client in asked)
     fleet.assert_empty()
@@ -278,7 +278,7 @@ def test_a_prefill_replica_that_becomes_the_only_decoder_goes_on_with_what_it_le
             fleet.deliver(replica.id)
             replica.step(fleet)
     for replica_id in (0, 1):
-        fleet.router.set_role(fleet.router.fleet.get(replica_id), "mixed")
+        fleet.router.changes.set_role(fleet.router.fleet.get(replica_id), "mixed")
     fleet.waiting.clear()  # the decode replica does not come back
     fleet.run()
     assert all(client.tokens == answer(request) for request, client in asked)
@@ -286,7 +286,7 @@ def test_a_prefill_replica_that_becomes_the_only_decoder_goes_on_with_what_it_le
 
 def test_an_added_replica_is_used():
     fleet = make_fleet(1, 1)
-    added = fleet.router.add("decode", "cpu", "decode")
+    added = fleet.router.changes.add("decode", "cpu", "decode")
     fleet.start(added.id)
     fleet.run()
     asked = [fleet.arrive(4, max_tokens=8) for _ in range(6)]
@@ -532,25 +532,25 @@ class AnyFleet(RuleBasedStateMachine):
 
     @rule(data=st.data(), role=st.sampled_from(["prefill", "decode", "mixed"]))
     def change_role(self, data, role):
-        self.fleet.router.set_role(self.fleet.router.fleet.get(data.draw(st.sampled_from(self.known()))), role)
+        self.fleet.router.changes.set_role(self.fleet.router.fleet.get(data.draw(st.sampled_from(self.known()))), role)
         self.fleet.tick()
 
     @rule(data=st.data(), within=st.none() | st.floats(0, 2))
     def drain(self, data, within):
         until = None if within is None else self.fleet.now + within
-        self.fleet.router.drain(self.fleet.router.fleet.get(data.draw(st.sampled_from(self.known()))), until)
+        self.fleet.router.changes.drain(self.fleet.router.fleet.get(data.draw(st.sampled_from(self.known()))), until)
         self.fleet.tick()
 
     @rule(data=st.data())
     def undrain(self, data):
-        self.fleet.router.undrain(self.fleet.router.fleet.get(data.draw(st.sampled_from(self.known()))))
+        self.fleet.router.changes.undrain(self.fleet.router.fleet.get(data.draw(st.sampled_from(self.known()))))
         self.fleet.tick()
 
     @precondition(lambda self: self.num_added < 2)
     @rule(home=st.sampled_from(["prefill", "decode"]), role=st.sampled_from(["prefill", "decode", "mixed"]))
     def add(self, home, role):
         self.num_added += 1
-        self.fleet.router.add(home, "cpu", role)
+        self.fleet.router.changes.add(home, "cpu", role)
 
     def staying(self):
         return sorted(replica.id for replica in self.fleet.router.fleet if not replica.is_leaving)
@@ -559,7 +559,7 @@ class AnyFleet(RuleBasedStateMachine):
     @rule(data=st.data())
     def remove(self, data):
         replica = self.fleet.router.fleet.get(data.draw(st.sampled_from(self.staying())))
-        self.fleet.router.drain(replica, self.fleet.now, is_leaving=True)
+        self.fleet.router.changes.drain(replica, self.fleet.now, is_leaving=True)
         self.fleet.tick()
 
     @rule(seconds=st.floats(0, 3))
@@ -587,8 +587,8 @@ class AnyFleet(RuleBasedStateMachine):
 
     def teardown(self):
         for replica in list(self.fleet.router.fleet):
-            self.fleet.router.undrain(replica)
-            self.fleet.router.set_role(replica, "mixed")
+            self.fleet.router.changes.undrain(replica)
+            self.fleet.router.changes.set_role(replica, "mixed")
         self.fleet.tick()
         self.fleet.run(2000)
         self.fleet.now += 100

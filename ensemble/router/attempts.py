@@ -1,0 +1,152 @@
+"""An attempt's end, and the next one: what replicas lose or give up is prefilled again, what cannot go on is failed."""
+
+import sys
+from collections.abc import Callable
+
+from ensemble.config import Deployment, StageName
+from ensemble.errors import DistServeError, StageUnavailable
+from ensemble.protocol.router_replica import AttachFailed, CancelRequests, Preempted
+from ensemble.router.dispatch import Dispatch
+from ensemble.router.fleet import Fleet, Replica
+from ensemble.router.gauges import Totals
+from ensemble.router.lives import Life, Lives
+from ensemble.scheduling.deadlines import Deadlines
+
+DEATHS_BEFORE_ALONE = 2  # in a row, after which a request is tried again alone
+
+
+class Attempts:
+    def __init__(
+        self,
+        deployment: Deployment,
+        lives: Lives,
+        fleet: Fleet,
+        dispatch: Dispatch,
+        deadlines: Deadlines,
+        totals: Totals,
+        new_id: Callable[[], int],
+    ) -> None:
+        self._max_recoveries = deployment.scheduler.max_recoveries
+        self._lives = lives
+        self._fleet = fleet
+        self._dispatch = dispatch
+        self._deadlines = deadlines
+        self._totals = totals
+        self._new_id = new_id  # of attempts; the first attempt's id is the request's own
+
+    def lost(self, attempt_id: int, replica: Replica, reason: str, now: float) -> None:
+        """A dead replica had something of this attempt."""
+        life = self._lives.of_attempt(attempt_id)
+        if life is not None and replica.id not in (life.prefill_replica, life.decode_replica):
+            return  # its KV has arrived elsewhere; only the end of its lease was still to be told
+        if life is None:
+            self._release_everywhere(attempt_id)  # also of a cancelled request, whose reader is dead now
+            return
+        if life.has_progressed:
+            life.num_deaths = 0
+        life.num_deaths += 1
+        life.num_alone_deaths += life.is_alone
+        if life.num_alone_deaths > self._max_recoveries:
+            stage: StageName = "decode" if life.decode_replica == replica.id else "prefill"
+            self.fail(life, StageUnavailable(stage, f"{reason}, again while it had this request alone"))
+            return
+        life.is_alone = life.num_deaths >= DEATHS_BEFORE_ALONE
+        self.recover(life, "death", now)
+
+    def recover(self, life: Life, cause: str, now: float) -> None:
+        """What was computed is lost, or given up: the request is prefilled again, with what its client has."""
+        self._totals["distserve:recoveries_total", (("cause", cause),)] += 1
+        life.client.timeline.num_recoveries += 1
+        self._begin_again(life, now)
+
+    def preempted(self, replica: Replica, event: Preempted, now: float) -> None:
+        """The replica has given sequences up for others, and their blocks are free: they are prefilled again."""
+        replica.num_free_blocks = event.num_free_blocks
+        self._dispatch.prefill.released(replica.id, event.request_ids)
+        self._dispatch.admission.released(replica.id, event.request_ids)
+        for attempt_id in event.request_ids:
+            life = self._lives.of_attempt(attempt_id)
+            if life is not None:
+                self.count_preemptions("recompute", 1)
+                life.client.timeline.num_preemptions += 1
+                self._begin_again(life, now)
+
+    def count_preemptions(self, by: str, number: int) -> None:
+        self._totals["vllm:num_preemptions_total", ()] += number
+        self._totals["distserve:preemptions_total", (("by", by),)] += number
+
+    def _begin_again(self, life: Life, now: float) -> None:
+        self.give_up(life)
+        self._lives.begin_again(life, self._new_id())
+        try:
+            self._dispatch.enqueue(life, now, is_again=True)
+            limit = self._dispatch.prefill.max_prompt_len
+            if limit is not None and life.attempt.prefill_len > limit:
+                raise StageUnavailable("prefill", f"{life.attempt.prefill_len} tokens to compute again fit no pool")
+        except DistServeError as error:
+            self.fail(life, error)
+
+    def give_up(self, life: Life) -> None:
+        """Takes the attempt out of the schedulers, and has its blocks freed wherever it has any."""
+        attempt_id = life.attempt_id
+        self._dispatch.ended(attempt_id)
+        self._dispatch.prefill.cancel(attempt_id)
+        self._dispatch.admission.cancel(attempt_id)
+        if life.phase != "answering":  # else the replicas have ended it themselves
+            self._release_everywhere(attempt_id)
+
+    def _release_everywhere(self, attempt_id: int) -> None:
+        for replica in self._fleet.up_ones():
+            if attempt_id in replica.credits:
+                self._dispatch.command(replica, CancelRequests(request_ids=[attempt_id]))
+
+    def attach_failed(self, reader: Replica, failed: AttachFailed, now: float) -> None:
+        source = next((each for each in self._fleet.up_ones() if each.peer_address == failed.address), None)
+        if source is None:
+            return  # it has died: its end is told, or will be
+        if (source.id, reader.id) not in self._dispatch.admission.unreachable:
+            print(
+                f"distserve: replica {reader.id} cannot map the KV pool of replica {source.id}: {failed.reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._dispatch.admission.cannot_reach(source.id, reader.id)
+        source.down_reason = f"replica {reader.id} cannot map the KV pool of replica {source.id}: {failed.reason}"
+        for attempt_id in failed.request_ids:
+            life = self._lives.of_attempt(attempt_id)
+            if life is not None and not self._dispatch.admission.is_reachable_from(source.id):
+                self.fail(life, StageUnavailable("decode", source.down_reason))
+            elif life is not None:
+                self.recover(life, "unreachable", now)
+        self.fail_unreachable(source)
+
+    def pulls_failed(self, reader: Replica, reasons: dict[int, str], now: float) -> None:
+        """The prompt is computed again, `max_recoveries` times at most."""
+        for attempt_id, reason in reasons.items():
+            print(f"distserve: replica {reader.id} did not get a sequence's KV: {reason}", file=sys.stderr, flush=True)
+            life = self._lives.of_attempt(attempt_id)
+            if life is None:
+                continue
+            life.num_failed_pulls += 1
+            if life.num_failed_pulls > self._max_recoveries:
+                self.fail(life, StageUnavailable("decode", f"the KV does not come: {reason}"))
+            else:
+                self.recover(life, "transfer", now)
+
+    def fail_unreachable(self, source: Replica) -> None:
+        """What waits in the bridge with its KV at a replica whose pool no reader can map cannot go on."""
+        if self._dispatch.admission.is_reachable_from(source.id):
+            return
+        for life in self._lives:
+            if life.phase == "bridge" and life.prefill_replica == source.id:
+                self.fail(life, StageUnavailable("decode", source.down_reason))
+
+    def fail(self, life: Life, error: DistServeError) -> None:
+        """Ends a live request with an error, wherever it is, and has its blocks freed."""
+        self.give_up(life)
+        self.remove(life)
+        life.client.fail(error)
+
+    def remove(self, life: Life) -> None:
+        self._deadlines.remove(life.request_id)
+        self._lives.remove(life)

@@ -1,0 +1,228 @@
+"""Which way a request takes: which replica computes its prompt, and whether it stays there."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ensemble.config import Deployment
+from ensemble.errors import TargetOutOfReach
+from ensemble.request import Request
+from ensemble.router.fleet import Fleet, Replica
+from ensemble.router.lives import Life, Lives
+from ensemble.router.predictions import Predictions
+from ensemble.scheduling.admission import DecodeAdmission
+from ensemble.scheduling.placement import Reader, Site, Way, best, hand_off, num_missed, smallest, stay
+from ensemble.scheduling.prefill import Limits, PrefillScheduler
+
+# Where sequences run too, a step is launched before the one before is read, and told then: with three it never waits.
+MAX_BATCHES_BESIDE = 3
+
+
+class Ways:
+    def __init__(
+        self,
+        deployment: Deployment,
+        lives: Lives,
+        fleet: Fleet,
+        prefill: PrefillScheduler,
+        admission: DecodeAdmission,
+        predictions: Predictions,
+    ) -> None:
+        self._deployment = deployment
+        self._lives = lives
+        self._fleet = fleet
+        self._prefill = prefill
+        self._admission = admission
+        self._predictions = predictions
+        self._is_auto = deployment.scheduler.roles == "auto"
+        self._chosen: tuple[int, Way | None] | None = None  # for the attempt asked of last, as long as it holds
+        self._refused: list[tuple[Life, TargetOutOfReach]] = []
+        self._alone: set[int] = set()  # attempt ids
+
+    def look_again(self) -> None:
+        """What was chosen holds no more: time has passed, or something has started."""
+        self._chosen = None
+
+    def take_refused(self) -> list[tuple[Life, TargetOutOfReach]]:
+        """Who is to be refused since the last call."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    # ---- who has to be alone
+
+    def set_alone(self, attempt_id: int) -> None:
+        self._alone.add(attempt_id)
+
+    def clear_alone(self, attempt_id: int) -> None:
+        self._alone.discard(attempt_id)
+
+    def _may_share(self, replica_id: int, life: Life) -> bool:
+        """Whether the prompts that the replica computes, and this one, are none that has to be alone."""
+        computed = self._prefill.unfinished(replica_id)
+        return not computed if life.is_alone else self._alone.isdisjoint(computed)
+
+    # ---- what each replica computes
+
+    def computing(self) -> list[Replica]:
+        return [replica for replica in self._fleet.up_ones() if self.prompt_limits(replica) is not None]
+
+    def is_spare(self, replica: Replica) -> bool:
+        """Whether it may decode what it has computed, though its role is to hand off."""
+        return self._is_auto and replica.takes_prompts and replica.role == "prefill"
+
+    def prompt_limits(self, replica: Replica) -> Limits | None:
+        decode = self._deployment.decode
+        if replica.takes_prompts and replica.role == "prefill":
+            return self._prefill.limits
+        if replica.takes_prompts:
+            return Limits(self._deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
+        if replica.takes_sequences and self._is_auto:
+            return Limits(self._deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
+        if replica.takes_sequences and decode.local_prefill_tokens:
+            return Limits(decode.local_prefill_tokens, MAX_BATCHES_BESIDE, decode.max_local_prompt_len, stays=True)
+        return None
+
+    def limits_now(self, replica_id: int, limits: Limits) -> Limits:
+        """A batch is what a step takes; beside running sequences one more is under way."""
+        replica = self._fleet.get(replica_id)
+        if replica is None or not (rows := self._predictions.rows(replica)).num_rows:
+            return limits
+        chunk_len = self._predictions.chunk_len(replica, rows, self._predictions.itl_target_of(replica))
+        return replace(
+            limits,
+            max_num_batched_tokens=min(limits.max_num_batched_tokens, chunk_len),
+            max_batches_in_flight=MAX_BATCHES_BESIDE,
+        )
+
+    # ---- the choice
+
+    def may_start(self, replica_id: int, request: Request) -> bool:
+        life = self._lives.of_attempt(request.request_id)
+        if life is None:
+            return False
+        if self._chosen is None or self._chosen[0] != request.request_id:
+            self._chosen = request.request_id, self._best_way(life)
+        way = self._chosen[1]
+        if way is not None and self._refuses(life, way):
+            return False
+        if way is None or way.replica != replica_id:
+            return False
+        starts = self._admission.try_start_at if way.stays else self._try_promise
+        if not starts(replica_id, request):
+            return False
+        self._chosen = None
+        if way.stays:
+            life.decode_replica = replica_id
+        timeline = life.client.timeline
+        if not timeline.predicted_first_token_ns:
+            timeline.predicted_first_token_ns = time.time_ns() + int(way.ttft_s * 1e9)
+        return True
+
+    def _try_promise(self, replica_id: int, request: Request) -> bool:
+        return self._admission.try_promise(request)
+
+    def _best_way(self, life: Life) -> Way | None:
+        """None: nobody could start it, were it idle."""
+        target_s, itl_target_s = self._targets(life)
+        left_s = None if target_s is None else life.arrived_s + target_s - self._predictions.now
+        return best(self._ways(life), left_s, itl_target_s)
+
+    def _ways(self, life: Life) -> Iterator[Way]:
+        """Those that are open now, or will be when the replica has run a batch; of equals who only prefills first."""
+        request = life.attempt
+        order = {"prefill": 0, "mixed": 1, "decode": 2}
+        num_blocks = -(-request.prefill_len // self._deployment.block_size)
+        may_promise = self._admission.may_start(request)
+        readers = self._readers(request) if may_promise and request.sampling.max_tokens > 1 else []
+        for replica in sorted(self._fleet.up_ones(), key=lambda replica: order[replica.role]):
+            limits = self.prompt_limits(replica)
+            if limits is None or (limits.max_prompt_len or request.prefill_len) < request.prefill_len:
+                continue
+            if self._alone and not self._may_share(replica.id, life):
+                continue
+            work = self._predictions.work(replica, life)
+            site = self._predictions.site(replica, work)
+            if (limits.stays or self.is_spare(replica)) and self._admission.may_start_at(replica.id, request):
+                yield stay(site, work)
+            if replica.role == "decode" or not may_promise or not replica.credits.fits(num_blocks):
+                continue
+            if request.sampling.max_tokens == 1:
+                yield stay(site, work)._replace(stays=False)
+            elif way := hand_off(site, work, self._readers_of(replica, readers, site, request)):
+                yield way
+
+    def _readers(self, request: Request) -> list[tuple[Replica, Reader]]:
+        """Who may decode what others compute."""
+        wait_s = self._predictions.wait_for_blocks_s(self._admission.num_lacking_blocks(request, without_spare=True))
+        takers = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        readers = []
+        for replica in takers:
+            num_tokens = request.prefill_len - self._predictions.num_cached_tokens(
+                replica.id, request
+            )  # those that are not there yet
+            handoff_s = replica.handoffs.seconds(round(num_tokens * replica.kv_token_bytes))
+            num_promised = self._admission.num_promised_seqs / len(takers)
+            site = self._predictions.site(replica).with_rows(num_promised, request.prefill_len)
+            readers.append((replica, Reader(site, handoff_s, wait_s)))
+        return readers
+
+    def _readers_of(
+        self, source: Replica, readers: list[tuple[Replica, Reader]], site: Site, request: Request
+    ) -> list[Reader]:
+        """A mixed replica hands off only to those that do nothing but decode; itself, if there is nobody else."""
+        others = [
+            (source.id, replica.id)
+            for replica, _ in readers
+            if replica.id != source.id and (source.role == "prefill" or replica.role == "decode")
+        ]
+        if self.is_spare(source):
+            others = [pair for pair in others if pair not in self._admission.unreachable]
+            if not others:
+                return [Reader(site, 0.0)] if self._admission.blocks_for(request) <= source.credits.num_blocks else []
+        return [reader for replica, reader in readers if (source.id, replica.id) in others]
+
+    # ---- targets
+
+    def _targets(self, life: Life) -> tuple[float | None, float | None]:
+        """TTFT and ITL, in seconds; None: there is none."""
+        scheduler, ttft_s = self._deployment.scheduler, life.client.hints.ttft_target_s
+        return scheduler.ttft_target_s if ttft_s is None else ttft_s, smallest(
+            [life.request.itl_target_s], scheduler.itl_target_s
+        )
+
+    def _refuses(self, life: Life, way: Way) -> bool:
+        """Whether it has to be refused now, since nothing of it is computed yet and it is going to miss a target."""
+        if self._deployment.scheduler.on_missed_target != "refuse" or life.attempt is not life.request:
+            return False
+        ttft_target_s, itl_target_s = self._targets(life)
+        left_s = None if ttft_target_s is None else life.arrived_s + ttft_target_s - self._predictions.now
+        if not num_missed(way, left_s, itl_target_s):
+            return False
+        if all(life is not each for each, _ in self._refused):
+            waited_s = self._predictions.now - life.arrived_s
+            error = _out_of_reach(waited_s + way.ttft_s, way.itl_s, ttft_target_s, itl_target_s)
+            self._refused.append((life, error))
+        return True
+
+    def check_targets(self, life: Life, now: float) -> None:
+        """Raises TargetOutOfReach where requests are refused that will miss one, behind all that wait."""
+        if self._deployment.scheduler.on_missed_target != "refuse":
+            return
+        ttft_target_s, itl_target_s = self._targets(life)
+        self._predictions.now = now
+        way = best(self._ways(life), ttft_target_s, itl_target_s)
+        if way is None:
+            return
+        ttft_s = way.ttft_s + (
+            self._predictions.queue_s(self.computing()) if self._deployment.scheduler.policy == "fcfs" else 0.0
+        )
+        if num_missed(way._replace(ttft_s=ttft_s), ttft_target_s, itl_target_s):
+            raise _out_of_reach(ttft_s, way.itl_s, ttft_target_s, itl_target_s)
+
+
+def _out_of_reach(
+    ttft_s: float, itl_s: float, ttft_target_s: float | None, itl_target_s: float | None
+) -> TargetOutOfReach:
+    if ttft_target_s is not None and ttft_s > ttft_target_s:
+        return TargetOutOfReach("ttft_target_ms", ttft_target_s, ttft_s, ttft_s - ttft_target_s)
+    return TargetOutOfReach("itl_target_ms or tpot_target_ms", itl_target_s or 0.0, itl_s, 1.0)
