@@ -16,16 +16,13 @@ split; the chunks of a prompt may be in all.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.cache.prefix_cache import PrefixCache
-from ensemble.cache.swapper import Swapped, Swapper, make_host_pool
-from ensemble.config import Admission, Batching, Deployment, StageName
+from ensemble.cache.swapper import Swapper, make_host_pool
 from ensemble.engine.batch import Batch
-from ensemble.engine.engine import Engine, Launched
+from ensemble.engine.engine import Engine
 from ensemble.errors import ConfigError
 from ensemble.protocol.router_replica import (
     Arrival,
@@ -40,89 +37,26 @@ from ensemble.protocol.router_replica import (
     Joined,
     KVHandoff,
     Preempted,
-    PrefixReport,
     PullsFailed,
     Released,
     RunPrompts,
     StepDone,
-    SwapReport,
 )
 from ensemble.replicas.arrivals import Arrivals
 from ensemble.replicas.followers import Followers
 from ensemble.replicas.group_parts import GroupPuller, GroupSwapper
+from ensemble.replicas.launched_steps import LaunchedSteps, Step
+from ensemble.replicas.loop_settings import LoopSettings
 from ensemble.replicas.peers import Peers
 from ensemble.replicas.preemptive_decode import DecodePlan, PreemptiveDecodeScheduler
+from ensemble.replicas.prompt_budget import prompt_budget
 from ensemble.replicas.prompts import Prompts, PromptStep
-from ensemble.request import Sequence, TokenLogProbs
-from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
-from ensemble.scheduling.estimator import StepEstimator, StepShape, TimedStep
-from ensemble.scheduling.placement import STRETCH, chunk_beside, smallest
+from ensemble.replicas.reports import PrefixReports, SwapReports
+from ensemble.request import Sequence
+from ensemble.scheduling.decode_policies import make_decode_policy
+from ensemble.scheduling.estimator import StepEstimator, TimedStep
 from ensemble.transfer.leases import Leases
 from ensemble.transfer.puller import Puller
-
-# On a GPU a step's products take whole tiles of tokens: of LLaMA-2-13B on an H100 a chunk of 254 beside 2 rows takes
-# 15.0 ms, one of 256 takes 16.3.
-STEP_TILE = 64
-
-
-def whole_tiles(num_tokens: int, num_rows: int) -> int:
-    """So many tokens of prompts, or fewer, that they fill tiles with the rows; at least half of them, so that prompts
-    get on."""
-    num_beyond = (num_tokens + num_rows) % STEP_TILE
-    return num_tokens - num_beyond if 2 * num_beyond <= num_tokens else num_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class LoopSettings:
-    """How a replica fills its steps and its memory."""
-
-    max_num_prompt_tokens: int  # in a step of prompts alone
-    max_num_prompt_tokens_beside: int  # in a step with running sequences
-    max_num_seqs: int  # running, in a step
-    policy: DecodePolicySettings = field(default_factory=DecodePolicySettings)
-    batching: Batching = "mixed"
-    admission: Admission = "reserved"
-    headroom_blocks: int = 0
-    host_kv_bytes: int = 0
-    prefix_cache: bool = False
-    itl_target_s: float | None = None  # of requests without one of their own
-    stretch: float | None = None  # of a step by the prompts in it, where no sequence has a target
-
-
-def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
-    decode = deployment.decode
-    return LoopSettings(
-        max_num_prompt_tokens=deployment.prefill.max_num_batched_tokens,
-        max_num_prompt_tokens_beside=deployment.num_prompt_tokens_beside,
-        max_num_seqs=deployment.stage(home).max_num_seqs,
-        policy=DecodePolicySettings(decode.policy, decode.quantum_s, decode.starvation_s),
-        batching=decode.batching,
-        admission=decode.admission,
-        headroom_blocks=decode.headroom_blocks,
-        host_kv_bytes=decode.host_kv_bytes if home == "decode" else 0,
-        prefix_cache=deployment.prefill.prefix_cache,
-        itl_target_s=deployment.scheduler.itl_target_s,
-        stretch=STRETCH if deployment.scheduler.roles == "auto" else None,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step whose tokens have not been read."""
-
-    launched: Launched
-    prompts: PromptStep
-    shape: StepShape
-    began: float
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        batch = self.launched.batch
-        return [row.sequence for row in batch.prefills] + batch.decodes
-
-    @property
-    def finished_prompts(self) -> list[Sequence]:
-        return [row.sequence for row in self.launched.batch.prefills if row.finishes_prompt]
 
 
 class EngineLoop:
@@ -147,7 +81,6 @@ class EngineLoop:
     ) -> None:
         self.engine = engine
         self._followers = followers
-        self._num_committed = 0  # steps
         self._clock = clock
         self.peers = peers
         self.address = address
@@ -179,15 +112,10 @@ class EngineLoop:
         self._makes_room = settings.policy.fills_host_pool
         self._running: dict[int, Sequence] = {}  # request_id |-> decodes here and is not removed
         self._given_up: set[int] = set()  # request ids, to be told of when their launched step has run
-        self._launched: deque[_Step] = deque()  # in the order of their launch
-        self._launched_ids: set[int] = set()  # request ids of all these
-        self._reported_host = (0, self.num_host_blocks)  # swapped sequences and free host blocks, as reported last
-        self._num_preemptions = 0  # since the last report
-        self._swapped: list[Swapped] = []  # since the last report
-        self._reported_prefix_tokens = (0, 0)  # asked of the cache, and found
         self.estimator = StepEstimator()
-        self._committed_at = 0.0  # the last step
-        self._mean_context_len = 0.0  # of the sequences of the last step that had any
+        self._launched = LaunchedSteps(engine, followers, clock)
+        self._swap_reports = SwapReports(layout.block_bytes, self.num_host_blocks)
+        self._prefix_reports = None if self.cache is None else PrefixReports(self.cache)
 
     @property
     def num_free_blocks(self) -> int:
@@ -196,14 +124,14 @@ class EngineLoop:
     @property
     def has_work(self) -> bool:
         copies = self._arrivals.num_in_flight + self._swapper.num_in_flight
-        return len(self._scheduler) > 0 or bool(self._launched) or copies > 0 or self._prompts.has_work
+        return len(self._scheduler) > 0 or len(self._launched) > 0 or copies > 0 or self._prompts.has_work
 
     @property
     def waits_for_gpu(self) -> bool:
         """All there is to do is launched and has not run: should work come meanwhile, it need not wait for that."""
         if not self._launched or len(self._scheduler) > 0 or self._prompts.has_work:
             return False
-        return not self._launched[0].launched.handle.is_done
+        return not self._launched.next_is_done
 
     @property
     def is_empty(self) -> bool:
@@ -285,9 +213,7 @@ class EngineLoop:
         events += self._give_up(plan.give_up)
         step = None
         if prompts.rows or plan.run:
-            step = self._launch(Batch(prompts.rows, plan.run), prompts)
-            self._launched.append(step)
-            self._launched_ids.update(each.request_id for each in step.sequences)
+            step = self._launched.launch(Batch(prompts.rows, plan.run), prompts)
         elif prompts.batch_ids:  # all their prompts were cancelled
             events.append(self._step_done([], [], prompts.batch_ids))
         if self.engine.runs_ahead:
@@ -302,26 +228,15 @@ class EngineLoop:
         self._prompts.ran(prompts, now - start)
         self._retire_those_at_their_end()
         self.start_pulls()
-        return events + self._swap_report() + self._prefix_report()
+        return events + self._swap_report() + (self._prefix_reports.take() if self._prefix_reports is not None else [])
 
     def _commit_oldest(self) -> list[Event]:
-        step = self._launched.popleft()
-        self._launched_ids = {each.request_id for left in self._launched for each in left.sequences}
-        events = self._commit(step)
+        step, sampled, timed = self._launched.commit()
+        self.estimator.observe(timed.shape, timed.seconds)
+        events = self._commit(step, sampled, timed)
         if not self.engine.runs_ahead:
             self._decode_prompts(step, num_unread_tokens=0)
         return events
-
-    def _launch(self, batch: Batch, prompts: PromptStep) -> _Step:
-        shape = StepShape.of(
-            [(row.start, row.length) for row in batch.prefills], [sequence.num_tokens for sequence in batch.decodes]
-        )
-        if batch.decodes:
-            self._mean_context_len = shape.num_row_keys / shape.num_rows
-        began = self._clock()
-        if self._followers is not None:
-            self._followers.run(batch, self._num_committed)
-        return _Step(self.engine.launch(batch), prompts, shape, began)
 
     def _copy_blocks(self, source_ids: list[int], target_ids: list[int]) -> None:
         if self._followers is not None:
@@ -333,27 +248,16 @@ class EngineLoop:
         self._arrivals.start_pulls(self._scheduler.has_room_for)
 
     def _prompt_budget(self) -> int:
-        """Tokens of prompts in the next step: beside running sequences as many as their targets allow."""
-        settings, num_rows = self._settings, min(len(self._scheduler), self._settings.max_num_seqs)
-        if not num_rows or settings.batching == "prefill-first":
-            return settings.max_num_prompt_tokens
-        if not self._prompts.has_work:
-            return settings.max_num_prompt_tokens_beside
-        target_s = smallest((each.request.itl_target_s for each in self._running.values()), settings.itl_target_s)
-        if self.engine.is_pipeline:  # a sequence is in one of so many steps, and waits for the others
-            num_parts = self.engine.max_num_unread + 1
-            num_rows = -(-num_rows // num_parts)
-            target_s = None if target_s is None else target_s / num_parts
-        num_tokens = chunk_beside(
+        return prompt_budget(
+            self._settings,
             self.estimator,
-            StepShape(0, 0, num_rows, round(num_rows * self._mean_context_len)),
-            self._prompts.next_start,
-            target_s,
-            settings.stretch,
-            settings.max_num_prompt_tokens_beside,
-            self._prompts.num_waiting_tokens,
+            self._prompts,
+            self._launched.mean_context_len,
+            min(len(self._scheduler), self._settings.max_num_seqs),
+            (each.request.itl_target_s for each in self._running.values()),
+            self.engine.max_num_unread + 1 if self.engine.is_pipeline else 1,
+            fills_tiles=self.engine.runs_ahead,
         )
-        return whole_tiles(num_tokens, num_rows) if self.engine.runs_ahead else num_tokens
 
     def _plan(self, now: float, prompts: PromptStep) -> DecodePlan:
         if prompts.rows and self._settings.batching == "prefill-first":
@@ -361,10 +265,12 @@ class EngineLoop:
         num_wanted_blocks = self._arrivals.num_wanted_blocks + self._prompts.num_wanted_blocks
         num_wanted_blocks = num_wanted_blocks if self._makes_room else 0
         if self.engine.is_pipeline:
-            return self._scheduler.next_part(now, num_wanted_blocks, self._launched_ids, self.engine.max_num_unread + 1)
+            return self._scheduler.next_part(
+                now, num_wanted_blocks, self._launched.request_ids, self.engine.max_num_unread + 1
+            )
         return self._scheduler.next_plan(now, num_wanted_blocks)
 
-    def _decode_prompts(self, step: _Step | None, num_unread_tokens: int) -> None:
+    def _decode_prompts(self, step: Step | None, num_unread_tokens: int) -> None:
         """Prompts that stay and that a step finishes decode from the next one on, unless it ends them."""
         for sequence in step.finished_prompts if step is not None else []:
             ends = sequence.is_finished or sequence.num_left_tokens <= num_unread_tokens
@@ -430,7 +336,7 @@ class EngineLoop:
             self._swapper.start(swap, "out")
         for swap in plan.swap_in:
             self._swapper.start(swap, "in")
-        self._num_preemptions += len(plan.swap_out)
+        self._swap_reports.num_preemptions += len(plan.swap_out)
 
     def _give_up(self, sequences: list[Sequence]) -> list[Event]:
         """Their blocks are for others; the router has them computed again, from the tokens that were told."""
@@ -446,7 +352,7 @@ class EngineLoop:
     def _end_swaps(self) -> list[Event]:
         released = []
         for swapped in self._swapper.completed():
-            self._swapped.append(swapped)
+            self._swap_reports.add(swapped)
             if self._scheduler.swap_ended(swapped.request_id):
                 released.append(swapped.request_id)
         return self._released(released)
@@ -457,14 +363,7 @@ class EngineLoop:
         else:
             self._arrivals.wait(1e-3)
 
-    def _commit(self, step: _Step) -> list[Event]:
-        sampled = self.engine.commit(step.launched, self._log_probs_of(step))
-        self._num_committed += 1
-        now = self._clock()
-        # Steps that follow one another take what lies between their ends: the host's part of the next is hidden.
-        timed = TimedStep(step.shape, now - max(step.began, self._committed_at))
-        self._committed_at = now
-        self.estimator.observe(timed.shape, timed.seconds)
+    def _commit(self, step: Step, sampled: list[Sequence], timed: TimedStep) -> list[Event]:
         if self.cache is not None:
             for row in step.launched.batch.prefills:
                 if (owner := Owner("sequence", row.sequence.request_id)) in self.cache:
@@ -476,14 +375,6 @@ class EngineLoop:
         preempted = self._preempted([request_id for request_id in given_up if self._leave(request_id)])
         handoffs = [self._lease(each) for each in step.finished_prompts if self._goes_on_elsewhere(each)]
         return [self._step_done(sampled, handoffs, step.prompts.batch_ids, timed), *released, *preempted]
-
-    def _log_probs_of(self, step: _Step) -> Callable[[], dict[int, TokenLogProbs]] | None:
-        """Where the last place of a pipeline samples, it has the log-probabilities too."""
-        followers, number = self._followers, self._num_committed
-        if followers is None or not self.engine.is_pipeline:
-            return None
-        is_asked = any(each.sampling.num_logprobs is not None for each in step.launched.batch.sampled)
-        return lambda: followers.log_probs(number) if is_asked else {}
 
     def _goes_on_elsewhere(self, sequence: Sequence) -> bool:
         request_id = sequence.request_id
@@ -529,7 +420,7 @@ class EngineLoop:
 
     def _retire_those_at_their_end(self) -> None:
         """Sequences whose unread token is the last that they may have run no further."""
-        for request_id in self._launched_ids:
+        for request_id in self._launched.request_ids:
             sequence = self._running.get(request_id)  # None: a prompt that is not finished, or does not decode here
             if sequence is None or request_id not in self._scheduler:
                 continue
@@ -578,7 +469,7 @@ class EngineLoop:
 
     def _leave(self, request_id: int) -> bool:
         """Ends a sequence; True if its blocks are free now, not only after the launched step or a copy."""
-        if request_id in self._launched_ids:
+        if request_id in self._launched.request_ids:
             if request_id in self._scheduler:
                 self._scheduler.retire(request_id)
             return False
@@ -607,38 +498,4 @@ class EngineLoop:
         return [Released(request_ids=request_ids, num_free_blocks=self.num_free_blocks)]
 
     def _swap_report(self) -> list[Event]:
-        """What is new since the last report."""
-        host = self._scheduler.num_swapped_seqs, self.blocks.host.num_free_blocks
-        if host == self._reported_host and not self._num_preemptions and not self._swapped:
-            return []
-        out, back = ([each for each in self._swapped if each.way == way] for way in ("out", "in"))
-        block_bytes = self.engine.pool.layout.block_bytes
-        report = SwapReport(
-            num_swapped_seqs=host[0],
-            num_free_host_blocks=host[1],
-            num_preemptions=self._num_preemptions,
-            bytes_out=sum(each.num_blocks for each in out) * block_bytes,
-            bytes_in=sum(each.num_blocks for each in back) * block_bytes,
-            out_s=[each.seconds for each in out],
-            in_s=[each.seconds for each in back],
-        )
-        self._reported_host, self._num_preemptions, self._swapped = host, 0, []
-        return [report]
-
-    def _prefix_report(self) -> list[Event]:
-        if self.cache is None:
-            return []
-        stored, evicted = self.cache.take_events()
-        num_queried_before, num_hit_before = self._reported_prefix_tokens
-        self._reported_prefix_tokens = self.cache.num_queried_tokens, self.cache.num_hit_tokens
-        num_queried = self.cache.num_queried_tokens - num_queried_before
-        if not (stored or evicted or num_queried):
-            return []
-        return [
-            PrefixReport(
-                stored=stored,
-                evicted=evicted,
-                num_queried_tokens=num_queried,
-                num_hit_tokens=self.cache.num_hit_tokens - num_hit_before,
-            )
-        ]
+        return self._swap_reports.take(self._scheduler.num_swapped_seqs, self.blocks.host.num_free_blocks)

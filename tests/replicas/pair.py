@@ -21,7 +21,8 @@ from ensemble.protocol.router_replica import (
     StepDone,
     SwapReport,
 )
-from ensemble.replicas.loop import EngineLoop, loop_settings
+from ensemble.replicas.loop import EngineLoop
+from ensemble.replicas.loop_settings import loop_settings
 from ensemble.replicas.peer_server import PeerServer, pool_layout
 from ensemble.replicas.peers import Peer, Peers
 from ensemble.request import Request

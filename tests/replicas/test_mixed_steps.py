@@ -15,7 +15,7 @@ from ensemble.config import Batching, Deployment
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts, StepDone
-from ensemble.replicas.loop import whole_tiles
+from ensemble.replicas.prompt_budget import whole_tiles
 from ensemble.replicas.prompts import Prompts
 from ensemble.request import Request, SamplingParams
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits

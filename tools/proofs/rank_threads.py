@@ -14,7 +14,8 @@ from ensemble.protocol.replica_replica import PoolLayout
 from ensemble.replicas.follower import Follower, connect_to_leader
 from ensemble.replicas.followers import Followers
 from ensemble.replicas.group_parts import GroupPeers
-from ensemble.replicas.loop import EngineLoop, loop_settings
+from ensemble.replicas.loop import EngineLoop
+from ensemble.replicas.loop_settings import loop_settings
 from ensemble.replicas.peer_server import PeerServer, pool_layout, rank_address
 from ensemble.replicas.peers import Peers
 from ensemble.replicas.progress import Progress

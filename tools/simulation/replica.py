@@ -18,7 +18,8 @@ from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
 from ensemble.parallel.group import ALONE
 from ensemble.protocol.router_replica import Command, Event, KVHandoff, SwapReport
-from ensemble.replicas.loop import EngineLoop, LoopSettings
+from ensemble.replicas.loop import EngineLoop
+from ensemble.replicas.loop_settings import LoopSettings
 from ensemble.replicas.peers import Peers
 from ensemble.request import Sequence
 from ensemble.scheduling.estimator import StepEstimator, StepShape

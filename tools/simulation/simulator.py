@@ -27,7 +27,7 @@ from ensemble.protocol.router_replica import (
     decode_command,
     encode,
 )
-from ensemble.replicas.loop import loop_settings
+from ensemble.replicas.loop_settings import loop_settings
 from ensemble.request import FinishReason, Request, SamplingParams, TokenLogProbs
 from ensemble.router.lives import Timeline
 from ensemble.router.router import Router
