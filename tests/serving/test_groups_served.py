@@ -83,13 +83,16 @@ def test_greedy_and_drawn_tokens_are_those_of_one_process(
     wait_until(lambda: blocks_in_use(read_metrics(server.metrics_url)) == 0, 5.0)
 
 
-def test_answers_outlive_any_rank(server: TritonServer, requests: list[Request], expected: list[list[int]]) -> None:
+@pytest.mark.parametrize("struck_rank", [1, 0], ids=["a follower", "the leader"])
+def test_answers_outlive_any_rank(
+    server: TritonServer, requests: list[Request], expected: list[list[int]], struck_rank: int
+) -> None:
     """One place of decode's pipeline is killed, and a rank of prefill hangs."""
     client = send_all(server, requests)
     wait_until(lambda: any(answer.responses for answer in client.answers.values()), 20)
     before = {(stage, rank): rank_of(server, stage, rank) for stage in ("prefill", "decode") for rank in (0, 1)}
-    for (stage, rank), how in {("decode", 1): signal.SIGKILL, ("prefill", 1): signal.SIGSTOP}.items():
-        struck = before[stage, rank]
+    for stage, how in {"decode": signal.SIGKILL, "prefill": signal.SIGSTOP}.items():
+        struck = before[stage, struck_rank]
         assert struck is not None
         os.kill(struck.pid, how)
     check_answers(client, expected)

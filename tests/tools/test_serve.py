@@ -120,7 +120,7 @@ class Clients:
         with urllib.request.urlopen(f"{url}/completions", body, timeout=60) as response:
             response.readline()
             self._begun.release()
-            *_, last, _ = response.read().split(b"\n\n")
+            *_, last = response.read().strip().splitlines()
         return json.loads(last.removeprefix(b"data: "))
 
     def _post(self, endpoint: str, values: dict[str, Any]) -> http.client.HTTPResponse:
@@ -137,6 +137,7 @@ class Clients:
     ],
 )
 def test_a_stub_that_ends_or_hangs(serve: ServeProcess, stub: str, number: int, reason: str) -> None:
+    serve.wait_ready(SERVING_WITHIN_S)
     clients = Clients(serve)
     pid = serve.stub(stub)
     os.kill(pid, number)
