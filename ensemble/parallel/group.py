@@ -72,13 +72,13 @@ def meet(
     pipeline_parallel_size: int,
     device: torch.device,  # which is current by then
     timeout_s: float = MEET_TIMEOUT_S,
+    host: str = LOOPBACK,  # of this rank, as the others reach it: there gloo listens
 ) -> Group:
     """Waits for all ranks to come. Raises InternalError for one that does not, in `timeout_s`."""
     size = tensor_parallel_size * pipeline_parallel_size
     if size == 1:
         return ALONE
     store = make_store(address, rank, size, timeout_s)
-    host = LOOPBACK if address.startswith("file:") else None
     return join(store, rank, tensor_parallel_size, pipeline_parallel_size, device, timeout_s, host)
 
 
@@ -89,7 +89,7 @@ def join(
     pipeline_parallel_size: int,
     device: torch.device,
     timeout_s: float = MEET_TIMEOUT_S,
-    host: str | None = LOOPBACK,  # where gloo listens; None: at this machine's name
+    host: str = LOOPBACK,
 ) -> Group:
     """The same, with a store that all ranks see."""
     place, tensor_rank = divmod(rank, tensor_parallel_size)

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import torch
 import zmq
@@ -28,7 +29,7 @@ from ensemble.engine.engine import load_engine, use_device
 from ensemble.engine.timing import time_steps
 from ensemble.errors import ConfigError
 from ensemble.models.fingerprint import fingerprint
-from ensemble.parallel.group import meet
+from ensemble.parallel.group import LOOPBACK, meet
 from ensemble.protocol.curve import CurveKey, connect, guard
 from ensemble.protocol.leader_follower import orders_address
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
@@ -76,7 +77,9 @@ def main() -> None:
         if len(device_names) != stage.num_ranks:
             raise ConfigError(f"devices = {devices}: a replica of {stage_name} has {stage.num_ranks} ranks")
         use_device(device)
-        group = meet(group_address, rank, stage.tensor_parallel_size, stage.pipeline_parallel_size, device)
+        host = urlsplit(peer_address).hostname or LOOPBACK  # ipc: all are here
+        tensor_size, pipeline_size = stage.tensor_parallel_size, stage.pipeline_parallel_size
+        group = meet(group_address, rank, tensor_size, pipeline_size, device, host=host)
         settings = loop_settings(deployment, stage_name)
         followers = None
         if rank == 0 and group.size > 1:

@@ -2,15 +2,20 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ensemble.engine.engine import load_engine
+from ensemble.request import Request, SamplingParams
 from ensemble.serving.fleet_table import ReplicaRow
 from tests.serving.clients import StreamClient, read_metrics, total
 from tests.serving.deployments import deploy
+from tools.offline import generate
 from tools.proofs.faults import list_fleet
 from tools.server.triton_server import TritonServer
 
@@ -26,6 +31,7 @@ ASKED: dict[str, Any] = {
     "return_output_ids": True,
     "return_perf_metrics": True,
 }
+RANK = {"num_threads": 1, "kv_cache_bytes": 64 << 20}
 SHORT, LONG = 50, 2000  # tokens; long ones are under way when a node is lost
 
 
@@ -54,15 +60,20 @@ def nodes() -> Iterator[Nodes]:
     cluster.shutdown()
 
 
-@pytest.fixture(scope="module")
-def server(nodes: Nodes, roomy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    cpu = {"num_threads": 1, "kv_cache_bytes": 64 << 20}
-    deployment = deploy(roomy_llama, launcher="ray", prefill=cpu, decode={**cpu, "devices": ["cpu", "cpu"]})
+@contextmanager
+def serving(nodes: Nodes, model: Path, log: Path, **decode: Any) -> Iterator[TritonServer]:
+    deployment = deploy(model, launcher="ray", prefill=RANK, decode={**RANK, **decode})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", nodes.cluster.address)
-        with TritonServer(deployment, log_path=tmp_path_factory.mktemp("ray") / "log") as server:
+        with TritonServer(deployment, log_path=log) as server:
             server.wait_ready(timeout_s=120)
             yield server
+
+
+@pytest.fixture(scope="module")
+def server(nodes: Nodes, roomy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    with serving(nodes, roomy_llama, tmp_path_factory.mktemp("ray") / "log", devices=["cpu", "cpu"]) as server:
+        yield server
 
 
 def replicas(server: TritonServer) -> dict[int, ReplicaRow]:
@@ -92,6 +103,21 @@ def finish(client: StreamClient) -> tuple[set[tuple[int, ...]], set[int]]:
     assert [answer.error for answer in answers] == [None] * len(answers)
     at = {int(answer.responses[-1]["decode_worker"].reshape(-1)[0]) for answer in answers}
     return {tuple(answer.output_ids) for answer in answers}, at
+
+
+def test_a_replica_too_large_for_any_node_runs_on_several(nodes: Nodes, roomy_llama: Path, tmp_path: Path) -> None:
+    """Two places of two ranks, each on a node of its own, and prefill on a third; they answer as one process does."""
+    nodes.add("third")
+    with serving(nodes, roomy_llama, tmp_path / "log", devices=["cpu"] * 4, tp=2, pp=2) as server:
+        outputs, _ = finish(start(server, 3, SHORT))
+        at_nodes = replicas(server)[1].node.split(", ")
+    nodes.lose("third")
+    assert len(at_nodes) == 2 and set(at_nodes) < {"left", "right", "third"}
+    alone = deploy(roomy_llama)
+    sampling = SamplingParams(max_tokens=SHORT, temperature=0.0, ignore_eos=True)
+    request = Request(request_id=0, prompt_token_ids=ASKED["input_ids"], sampling=sampling)
+    done = generate(load_engine(alone, alone.decode, torch.device("cpu")), [request])
+    assert outputs == {tuple(done[0].output_token_ids)}
 
 
 def test_prefill_and_decode_share_a_node_and_kv_goes_to_the_other_one_too(server: TritonServer) -> None:

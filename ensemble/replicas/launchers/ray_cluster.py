@@ -1,5 +1,7 @@
 """Rank processes on the nodes of a Ray cluster: a placement group for each replica, an actor for each rank.
 
+A replica is one bundle, on one node, where a node could hold it; else each place of its pipeline is one.
+
     placing: the group waits for room --> starting: wardens (warden.py), then ranks --> running: reports --> ended
 
 Each replica is followed by a thread. Commands and events do not pass through Ray: ranks connect to the stage over TCP.
@@ -43,6 +45,7 @@ class RayLauncher:
         self, deployment: Deployment, home: StageName, key: CurveKey, program: Sequence[str] | None = None
     ) -> None:
         self._deployment = deployment
+        self._stage = deployment.stage(home)
         self._key = key
         self._program = program
         self._first_replica = deployment.prefill.num_replicas if home == "decode" else 0
@@ -58,12 +61,15 @@ class RayLauncher:
 
     def start(self, start: ReplicaStart) -> "RayRanks":
         shares = [self._share(device) for device in start.devices]
-        kinds = sorted({kind for share in shares for kind in share})
-        bundle = {kind: sum(share.get(kind, 0.0) for share in shares) for kind in kinds}
-        target = self._target(bundle, start.replica - self._first_replica)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        together = _total(shares)
+        num_in_bundle, target = len(shares), self._target(nodes, together, start.replica - self._first_replica)
+        if target is None and self._stage.pipeline_parallel_size > 1:
+            num_in_bundle = self._stage.tensor_parallel_size
+        bundles = [_total(shares[first : first + num_in_bundle]) for first in range(0, len(shares), num_in_bundle)]
         warden = self._deployment.to_yaml(), self._key.secret.decode(), self._program
         self._started = [each for each in self._started if not each.is_collected]
-        self._started.append(RayRanks(_Plan(start, bundle, shares, target, warden)))
+        self._started.append(RayRanks(_Plan(start, bundles, num_in_bundle, shares, target, warden)))
         return self._started[-1]
 
     def close(self, timeout_s: float) -> None:
@@ -76,14 +82,17 @@ class RayLauncher:
             ray.shutdown()
         self._started = []
 
-    def _target(self, bundle: dict[str, float], number: int) -> str | None:
-        """The node where a replica goes if that has room: of replicas with this number in either stage the same."""
-        nodes = sorted(
+    def _target(self, nodes: list[dict[str, Any]], bundle: dict[str, float], number: int) -> str | None:
+        """The node where a replica goes if that has room: of replicas with this number in either stage the same.
+
+        None: no node could ever hold it.
+        """
+        large = sorted(
             str(node["NodeID"])
-            for node in ray.nodes()
-            if node["Alive"] and all(node["Resources"].get(kind, 0.0) >= bundle[kind] for kind in bundle)
+            for node in nodes
+            if all(node["Resources"].get(kind, 0.0) >= bundle[kind] for kind in bundle)
         )
-        return nodes[number % len(nodes)] if nodes else None
+        return large[number % len(large)] if large else None
 
     def _share(self, device: str) -> dict[str, float]:
         """What a rank takes of its node."""
@@ -95,8 +104,9 @@ class _Plan:
     """What a replica is to be."""
 
     start: ReplicaStart
-    bundle: dict[str, float]  # resources of all ranks
-    shares: list[dict[str, float]]  # of each
+    bundles: list[dict[str, float]]  # resources of all ranks, by nodes
+    num_in_bundle: int  # ranks
+    shares: list[dict[str, float]]  # of each rank
     target: str | None  # node where it goes if that has room
     warden: tuple[str, str, Sequence[str] | None]  # its arguments after the host
 
@@ -160,7 +170,10 @@ class RayRanks:
     def _run(self) -> None:
         group: PlacementGroup | None = None
         try:
-            group = placement_group([self._plan.bundle], "STRICT_PACK", _soft_target_node_id=self._plan.target)
+            if len(self._plan.bundles) == 1:
+                group = placement_group(self._plan.bundles, "STRICT_PACK", _soft_target_node_id=self._plan.target)
+            else:
+                group = placement_group(self._plan.bundles, "PACK")
             self._wait_for_room(group)
             self._start(group)
             self._watch()
@@ -178,26 +191,31 @@ class RayRanks:
             if self._killed.is_set():
                 raise _Ended("it was killed before there was room for it")
             if time.monotonic() > since + 4 * ROOM_POLL_S:
-                wanted = ", ".join(f"{count:g} {kind}" for kind, count in self._plan.bundle.items())
-                self.waits_for = f"a node with {wanted} free"
+                wanted = [
+                    ", ".join(f"{count:g} {kind}" for kind, count in bundle.items()) for bundle in self._plan.bundles
+                ]
+                self.waits_for = f"{'a node' if len(wanted) == 1 else 'nodes'} with {' and '.join(wanted)} free"
         self.waits_for = ""
 
     def _start(self, group: PlacementGroup) -> None:
-        node_ids = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
-        node = next((each for each in ray.nodes() if each["Alive"] and each["NodeID"] in node_ids), None)
-        if node is None:
-            raise _Ended("the node where it was to start was lost")
-        self.node = node["NodeName"]
-        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        node_ids = ray.util.placement_group_table(group)["bundles_to_node_id"]
+        alive = {str(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
+        nodes = [alive.get(node_ids[index]) for index in range(len(self._plan.bundles))]
+        if None in nodes:
+            raise _Ended("a node where it was to start was lost")
+        places = [node for node in nodes if node is not None]
+        self.node = ", ".join(dict.fromkeys(str(node["NodeName"]) for node in places))
         actor = ray.remote(Warden)
-        for share in self._plan.shares:
+        for rank, share in enumerate(self._plan.shares):
+            bundle = rank // self._plan.num_in_bundle
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             options = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0)}
             warden = actor.options(scheduling_strategy=strategy, max_concurrency=4, **options)
-            self._wardens.append(warden.remote(node["NodeManagerAddress"], *self._plan.warden))
+            self._wardens.append(warden.remote(places[bundle]["NodeManagerAddress"], *self._plan.warden))
         start = self._plan.start
         sites: list[Site] = self._all(
             [
-                warden.prepare.remote(start.stage_address, device, len(start.devices))
+                warden.prepare.remote(start.stage_address, device, len(start.devices), len(set(node_ids.values())) > 1)
                 for warden, device in zip(self._wardens, start.devices, strict=True)
             ]
         )
@@ -257,6 +275,11 @@ class RayRanks:
     @property
     def _where(self) -> str:
         return f"node {self.node}" if self.node else "the Ray cluster"
+
+
+def _total(shares: list[dict[str, float]]) -> dict[str, float]:
+    kinds = sorted({kind for share in shares for kind in share})
+    return {kind: sum(share.get(kind, 0.0) for share in shares) for kind in kinds}
 
 
 def _join_cluster() -> None:

@@ -64,8 +64,8 @@ class Warden:
         self._asked_at = math.inf  # until a rank runs
         threading.Thread(target=self._end_without_stage, name="stage-watch", daemon=True).start()
 
-    def prepare(self, stage_address: str, device: str, num_ranks: int) -> Site:
-        """num_ranks: of the replica, all on this node. Raises ConfigError if none could work here."""
+    def prepare(self, stage_address: str, device: str, num_ranks: int, spans_nodes: bool) -> Site:
+        """num_ranks: of the replica. Raises ConfigError if none could work here."""
         model = Deployment.from_text(self._deployment).model
         if not model.path.is_dir():
             raise ConfigError(f"model.path = {model.path}: there is no such folder, which every node needs")
@@ -74,8 +74,9 @@ class Warden:
             socket.create_connection((stage.hostname, stage.port), timeout=REACH_S).close()
         except OSError as error:
             raise ConfigError(f"the stage at {stage_address} cannot be reached: {error}") from None
-        peer = f"tcp://{self._host}:{_row_of_free_ports(self._host, num_ranks)}"
-        return Site(_device_here(device), peer, f"file://{self._folder.name}/group")
+        port = _row_of_free_ports(self._host, num_ranks + 1)
+        group = f"tcp://{self._host}:{port + num_ranks}" if spans_nodes else f"file://{self._folder.name}/group"
+        return Site(_device_here(device), f"tcp://{self._host}:{port}", group)
 
     def start(self, arguments: list[str]) -> int:
         """Returns the process id."""

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -28,20 +29,21 @@ def ray_address() -> Iterator[str]:
     """Of a cluster of two nodes on this machine."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     size = {"num_cpus": 2, "object_store_memory": 80 << 20}
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
-    cluster.add_node(**size)
+    head = {**size, "node_name": "first", "include_dashboard": False}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(**size, node_name="second")
     yield cluster.address
     cluster.shutdown()
 
 
-def make_launcher(kind: str, folder: Path) -> Launcher:
+def make_launcher(kind: str, folder: Path, **decode: Any) -> Launcher:
     program = [sys.executable, str(Path(__file__).parent / "fake_rank.py"), str(folder)]
     if kind == "local":
         return LocalLauncher(folder, program)
     from ensemble.replicas.launchers.ray_cluster import RayLauncher
 
-    decode = {"devices": ["cpu"]}
-    deployment = Deployment.parse({"model": {"path": folder / "model"}, "mode": "colocated", "decode": decode})
+    model = {"path": folder / "model"}
+    deployment = Deployment.parse({"model": model, "mode": "colocated", "decode": decode or {"devices": ["cpu"]}})
     return RayLauncher(deployment, "decode", CurveKey.of(b"a secret"), program)
 
 
@@ -226,3 +228,27 @@ def test_a_replica_waits_for_a_node_with_room(start: Start) -> None:
     wait_until(lambda: ranks.processes.waits_for == "a node with 3 CPU free")
     ranks.processes.kill()
     assert ranks.end() == "it was killed before there was room for it"
+
+
+@pytest.mark.parametrize("kind", ["ray"], indirect=True)
+def test_the_places_of_a_pipeline_go_to_several_nodes_where_none_holds_all(kind: str, tmp_path: Path) -> None:
+    launcher = make_launcher(kind, tmp_path, devices=["cpu"] * 4, tp=2, pp=2)
+    context = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    stage = launcher.bind(socket)
+    ranks = Ranks(launcher, stage, tmp_path, ("cpu",) * 4, life=0)
+    calls = [ranks.called(rank)[1:] for rank in range(4)]
+    (group,) = {call[7] for call in calls}
+    peers = {call[6] for call in calls}
+    assert group.startswith("tcp://") and group not in peers and len(peers) == 4
+    assert sorted(ranks.processes.node.split(", ")) == ["first", "second"]
+    os.kill(ranks.pids[3], signal.SIGKILL)
+    assert ranks.end().endswith("ended (killed by signal 9)")
+    assert all(has_ended(pid) for pid in ranks.pids)
+
+    too_large = Ranks(launcher, stage, tmp_path, ("cpu",) * 6, life=1)
+    wait_until(lambda: too_large.processes.waits_for == "nodes with 2 CPU and 2 CPU and 2 CPU free")
+    too_large.processes.kill()
+    too_large.end()
+    launcher.close(timeout_s=0.0)
+    context.destroy(linger=0)
