@@ -20,7 +20,12 @@ from ensemble.errors import ModelError
 from ensemble.sentencepiece_model import read_sentencepiece_model
 from ensemble.tokenizer_config import read_tokenizer_config
 
-_SENTENCEPIECE_DECODERS = (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"])
+_SENTENCEPIECE_DECODERS = (
+    ["Replace", "ByteFallback", "Fuse"],
+    ["Replace", "ByteFallback", "Fuse", "Strip"],
+    ["Replace", "Fuse"],
+    ["Replace", "Fuse", "Strip"],
+)
 
 
 class Tokenizer:
@@ -50,7 +55,9 @@ class Tokenizer:
             elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
                 backend = _read_gpt2_files(path)
             elif (path / "tokenizer.model").exists():
-                model = read_sentencepiece_model(path / "tokenizer.model")
+                names_of_pieces = {i: token.content for i, token in added_tokens.items()}
+                is_legacy = bool(config.fields.get("legacy", True))
+                model = read_sentencepiece_model(path / "tokenizer.model", names_of_pieces, is_legacy)
                 backend, names, starts_with_bos = model.backend, model.special_tokens | names, True
                 added_tokens = {i: _found_as_written(token) for i, token in added_tokens.items()}
             else:
@@ -160,7 +167,8 @@ def _decoder_of(
         spelled = ByteLevelTokens(backend, special_tokens)
         return partial(ByteLevelText, spelled), spelled, False
     if kinds in _SENTENCEPIECE_DECODERS:
-        tokens = SentencePieceTokens(backend, special_tokens, steps[0]["pattern"]["String"])
+        space, has_bytes = steps[0]["pattern"]["String"], "ByteFallback" in kinds
+        tokens = SentencePieceTokens(backend, special_tokens, space, has_bytes)
         return partial(SentencePieceText, tokens), tokens, "Strip" in kinds
     raise ModelError(
         f"tokenizer decoder {'+'.join(kinds)} is not supported; supported: ByteLevel,"
