@@ -47,4 +47,8 @@ def check(request: str, allow_client_shm: bool) -> None:
         if not allow_client_shm:
             raise Refused(403, "clients' shared memory is off (--allow-client-shm)")
     elif not _READING.fullmatch(request):
+        path = request.partition(" ")[2]
+        for method, offered in (("GET", _READING), ("POST", _INFERENCE)):
+            if offered.fullmatch(f"{method} {path}"):
+                raise Refused(405, f"{request}: send {method}")
         raise Refused(404, f"{request} is not among what this server offers")

@@ -10,13 +10,15 @@ import re
 import zlib
 from typing import Any
 
-from ensemble.serving.fields import INTERNAL, KINDS, Kind, fits, unknown
-from ensemble.serving.http_messages import Refused, response
+import msgspec
 
-MAX_KEPT_BYTES = 1 << 20  # of a body that is looked into
-MAX_DECODED_BYTES = 64 << 20  # as much as the Triton server takes
+from ensemble.serving.fields import INTERNAL, KINDS, Kind, fits, unknown
+from ensemble.serving.http_messages import Refused, TooLarge, response
+
+MAX_KEPT_BYTES = 1 << 20  # of a body that is kept until it is answered
 MAX_ANSWER_BYTES = 64 << 10  # of one with an error
 ABSOLUTE_FORM = re.compile(rb"([A-Z]+) https?://[^/ ]*(\S*) ", re.IGNORECASE)
+ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 HOP_BY_HOP = re.compile(rb"(?im)^(?:upgrade|http2-settings):[^\n]*\n")
 CONNECTION = re.compile(rb"(?im)^connection:([^\r\n]*)\r\n")
 PREFACE = b"PRI * HTTP/2"
@@ -48,10 +50,19 @@ def as_plain_request(head: bytes) -> bytes:
     found = ABSOLUTE_FORM.match(head)
     if found is not None:
         head = b"%b %b " % (found[1], found[2] or b"/") + head[found.end() :]
+    line, _, _ = head.partition(b"\r\n")
+    if b"%" in line:
+        head = ESCAPED.sub(_unescaped, line) + head[len(line) :]
     without = HOP_BY_HOP.sub(b"", head)
     if without is head or without == head:
         return head
     return CONNECTION.sub(_without_upgrade, without)
+
+
+def _unescaped(escaped: "re.Match[bytes]") -> bytes:
+    """A character that needs no escape, and means the same without it."""
+    char = bytes.fromhex(escaped[1].decode())
+    return char if char.isalnum() or char in b"-._~" else escaped[0]
 
 
 def _without_upgrade(connection: "re.Match[bytes]") -> bytes:
@@ -60,18 +71,20 @@ def _without_upgrade(connection: "re.Match[bytes]") -> bytes:
     return b"Connection: %b\r\n" % b", ".join(kept) if kept else b""
 
 
-def decode(body: bytes, encoding: bytes) -> bytes:
-    """A compressed body. Raises Refused."""
+def decode(body: bytes, encoding: bytes, limit: int) -> bytes:
+    """A compressed body, of at most `limit` bytes then. Raises Refused."""
     name = encoding.decode(errors="replace").strip().lower()
     if name not in ("gzip", "x-gzip", "deflate"):
         raise Refused(415, f"Content-Encoding {name!r} is not taken: gzip, deflate or none")
-    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    # Who says deflate may send it bare: zlib's first byte says a method, 8, of which no bare stream can begin.
+    is_bare = name == "deflate" and body[:1] not in (b"", b"\x1f") and body[0] & 0x0F != 8
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
     try:
-        decoded = decoder.decompress(body, MAX_DECODED_BYTES)
+        decoded = decoder.decompress(body, limit + 1)
     except zlib.error as error:
         raise Refused(400, f"the body is not {name}: {error}") from None
-    if decoder.unconsumed_tail:
-        raise Refused(413, f"the body has more than {MAX_DECODED_BYTES} bytes when it is decoded")
+    if len(decoded) > limit:
+        raise TooLarge(limit)
     if not decoder.eof:
         raise Refused(400, f"the body is not {name}: it ends in its midst")
     return decoded
@@ -82,20 +95,30 @@ def with_packed_objects(body: bytes) -> bytes:
     if not UNPACKED.search(body):
         return body
     try:
-        members = json.loads(body)
-    except (ValueError, RecursionError):
+        return _packed(body, ("parameters",))
+    except (ValueError, RecursionError):  # of both libraries, and of text that is no UTF-8
         return body  # the Triton server refuses it
-    parameters = members.get("parameters") if isinstance(members, dict) else None
-    for of_names in (members, parameters):
-        if isinstance(of_names, dict):
-            packed = {name: json.dumps(of_names[name]) for name in PACKED_NAMES if _is_unpacked(of_names.get(name))}
-            of_names.update(packed)
-    return json.dumps(members).encode()
 
 
-def _is_unpacked(value: Any) -> bool:
+def _packed(body: bytes, inner: tuple[str, ...] = ()) -> bytes:
+    """An object whose members are as they were written, but for those to be packed; so in the `inner` objects."""
+    members = []
+    for name, value in msgspec.json.decode(body, type=dict[str, msgspec.Raw]).items():
+        raw = bytes(value)
+        if name in PACKED_NAMES and _is_unpacked(raw):
+            raw = json.dumps(raw.decode()).encode()
+        elif name in inner and raw.startswith(b"{"):
+            raw = _packed(raw)
+        members.append(json.dumps(name).encode() + b":" + raw)
+    return b"{" + b",".join(members) + b"}"
+
+
+def _is_unpacked(raw: bytes) -> bool:
     """An object, or a list of other things than the strings that an input may be."""
-    return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(each, str) for each in value))
+    if not raw.startswith(b"["):
+        return raw.startswith(b"{")
+    elements = msgspec.json.decode(raw, type=list[msgspec.Raw])
+    return not all(bytes(element).startswith(b'"') for element in elements)
 
 
 def fault_of(body: bytes) -> str | None:

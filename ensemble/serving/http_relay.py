@@ -12,13 +12,14 @@ which the server itself does not know, and stays when the Triton server ends and
 """
 
 import asyncio
+import codecs
 import contextlib
 import itertools
 import json
 import resource
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,6 @@ from ensemble.serving import fronts
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.http_contract import (
     LONG_NUMBER,
-    MAX_DECODED_BYTES,
     MAX_KEPT_BYTES,
     AnswerInspector,
     as_plain_request,
@@ -46,12 +46,10 @@ from ensemble.serving.http_messages import (
     Refused,
     body_of,
     is_chunked,
-    joined,
     parse_headers,
     read_first,
     read_head,
     refusal,
-    replace_content_length,
     response,
     with_first_member,
     with_sized_body,
@@ -62,6 +60,8 @@ from ensemble.serving.run_dir import cancel_address
 MAX_UNTOLD = 100_000  # tags on their way to the scheduler
 BACKLOG = 1024
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+MAX_LARGE_BODIES = 64  # of `generate`s, longer than MAX_KEPT_BYTES, that are read at a time
+LARGE_BODY_S = 60.0  # in which one of them has to come
 LINGER_S = 5.0  # a refused client may send on for so long: else it would not read why
 TAG_SECRET = f"http-{secrets.token_hex(8)}"  # no client can name another's request
 NO_ANSWER = NotServing("the Triton server does not answer")
@@ -83,6 +83,7 @@ class HttpRelay:
         self._run_dir = of_run
         self._limits = limits
         self._cancels = cancels
+        self._num_large_bodies = 0
         self._tags = (f"{TAG_SECRET}-{number}" for number in itertools.count())
 
     async def serve(self, host: str, port: int) -> None:
@@ -146,40 +147,12 @@ class HttpRelay:
     ) -> str:
         """One request to the Triton server. The tag that it got, if it is a `generate`. Raises Refused."""
         body = body_of(headers, reader, self._limits.max_body_bytes)
-        in_chunks, num_bytes = is_chunked(headers), int(headers.get(b"content-length", b"0"))
         waits = b"expect" in headers  # for a word before it sends the body
-        tag = ""
         if fronts.is_generate(request):
-            whole: bytes | None = None
-            encoding = headers.get(b"content-encoding", b"identity")
-            if encoding.lower() != b"identity":
-                if waits:
-                    upstream.answer(CONTINUE)
-                    waits = False
-                packed, has_ended = await read_first(body, MAX_DECODED_BYTES)
-                if not has_ended:
-                    raise Refused(413, f"the body has more than {MAX_DECODED_BYTES} bytes")
-                whole = decode(packed, encoding)
-            elif not waits:
-                first, has_ended = await read_first(body, MAX_KEPT_BYTES)
-                whole, body = (first, body) if has_ended else (None, joined(first, body))
-            if whole is not None:
-                whole = with_packed_objects(whole)
-                fault = fault_of(whole) if len(whole) <= MAX_KEPT_BYTES and LONG_NUMBER.search(whole) else None
-                if fault is not None:
-                    raise BadRequest(fault)
-                body, num_bytes, in_chunks = joined(whole), len(whole), False
-                head = with_sized_body(head, num_bytes)
-            if in_chunks or num_bytes > 0:
-                tag = next(self._tags)
-                members = {CLIENT_TAG: tag}
-                if TRACE_PARENT.encode() in headers:
-                    members[TRACE_PARENT] = headers[TRACE_PARENT.encode()].decode("latin-1")
-                member = json.dumps(members)[1:-1].encode() + b","
-                body = with_first_member(body, member)
-                if not in_chunks:
-                    head = replace_content_length(head, num_bytes + len(member))
-            upstream.inspect(whole)
+            if waits:
+                upstream.answer(CONTINUE)
+            return await self._generate(head, headers, await self._read_whole(body), upstream)
+        in_chunks = is_chunked(headers)
         was_unanswered, upstream.is_unanswered = upstream.is_unanswered, True
         unsent = head  # goes with the first of the body, unless the client waits to be told to send that
         if waits:
@@ -196,6 +169,42 @@ class HttpRelay:
             unsent += b"0\r\n\r\n"
         if unsent:
             await upstream.write(unsent)
+        return ""
+
+    async def _read_whole(self, body: AsyncIterator[bytes]) -> bytes:
+        """Of large ones, which are rare, only so many at a time. Raises Refused."""
+        first, has_ended = await read_first(body, MAX_KEPT_BYTES)
+        if has_ended:
+            return first
+        if self._num_large_bodies >= MAX_LARGE_BODIES:
+            raise NotServing(f"{MAX_LARGE_BODIES} bodies of more than {MAX_KEPT_BYTES} bytes are being read")
+        self._num_large_bodies += 1
+        try:
+            rest, _ = await asyncio.wait_for(read_first(body), LARGE_BODY_S)
+        except asyncio.TimeoutError:
+            raise Refused(408, f"the body has not come within {LARGE_BODY_S:.0f} s") from None
+        finally:
+            self._num_large_bodies -= 1
+        return first + rest
+
+    async def _generate(self, head: bytes, headers: dict[bytes, bytes], body: bytes, upstream: "Upstream") -> str:
+        """Puts the body right, and our members into it. Returns the tag. Raises Refused."""
+        encoding = headers.get(b"content-encoding", b"identity")
+        if encoding.lower() != b"identity":
+            body = decode(body, encoding, self._limits.max_body_bytes)
+        body = with_packed_objects(body.removeprefix(codecs.BOM_UTF8))
+        is_large = len(body) > MAX_KEPT_BYTES
+        fault = fault_of(body) if is_large or LONG_NUMBER.search(body) else None
+        if fault is not None:
+            raise BadRequest(fault)
+        tag = next(self._tags)
+        members = {CLIENT_TAG: tag}
+        if TRACE_PARENT.encode() in headers:
+            members[TRACE_PARENT] = headers[TRACE_PARENT.encode()].decode("latin-1")
+        tagged = with_first_member(body, json.dumps(members)[1:-1].encode())
+        upstream.inspect(None if is_large else body)
+        upstream.is_unanswered = True
+        await upstream.write(with_sized_body(head, len(tagged)) + tagged)
         return tag
 
 
