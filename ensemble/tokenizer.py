@@ -2,12 +2,13 @@
 
 import functools
 import json
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ensemble.detokenizer import (
     ByteLevelText,
@@ -25,6 +26,11 @@ _SENTENCEPIECE_DECODERS = (
     ["Replace", "ByteFallback", "Fuse", "Strip"],
     ["Replace", "Fuse"],
     ["Replace", "Fuse", "Strip"],
+)
+
+
+_QWEN_WORDS = (  # every digit by itself
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -53,7 +59,7 @@ class Tokenizer:
             if has_post_processor:
                 backend = tokenizers.Tokenizer.from_str((path / "tokenizer.json").read_text(encoding="utf-8"))
             elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
-                backend = _read_gpt2_files(path)
+                backend = _read_gpt2_files(path, config.fields)
             elif (path / "tokenizer.model").exists():
                 names_of_pieces = {i: token.content for i, token in added_tokens.items()}
                 is_legacy = bool(config.fields.get("legacy", True))
@@ -176,16 +182,31 @@ def _decoder_of(
     )
 
 
-def _read_gpt2_files(path: Path) -> tokenizers.Tokenizer:
-    """Byte-level BPE as the published OPT checkpoints have it, without tokenizer.json."""
+def _read_gpt2_files(path: Path, fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Byte-level BPE without tokenizer.json, as OPT and Qwen have it; `fields`: of tokenizer_config.json."""
     vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
     lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
     pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
     merges = [(left, right) for left, right in pairs]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    adds_space = bool(fields.get("add_prefix_space"))
+    if _is_qwens(path, fields):
+        backend.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=adds_space, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds_space)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _is_qwens(path: Path, fields: Mapping[str, Any]) -> bool:
+    """As the configuration says, or, where that names no tokenizer, the model's."""
+    name = fields.get("tokenizer_class")
+    if name is None and (path / "config.json").exists():
+        name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return str(name).lower().startswith("qwen")
 
 
 def _found_as_written(token: AddedToken) -> AddedToken:
