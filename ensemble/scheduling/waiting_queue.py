@@ -96,6 +96,7 @@ class WaitingQueue:
         self._waiting: dict[int, Waiting] = {}  # by request_id
         self._again: dict[int, Waiting] = {}  # of them those that go before all others, in order
         self._held_back: dict[int, Waiting] = {}  # of them those that no live replica could take
+        self._sharing: dict[int, Waiting] = {}  # of them those whose prompt another one is to compute first
         self._max_len: int | None = None  # tokens to prefill that a live replica could take; None: not known
         self._ledger = TenantLedger()
         self._short = _Lane(make_order(self.policy, self._ledger), self.policy.max_wait_s)
@@ -114,10 +115,19 @@ class WaitingQueue:
     def is_long(self, request: Request) -> bool:
         return self.long_prompt_len is not None and request.prefill_len > self.long_prompt_len
 
-    def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS, *, is_again: bool = False) -> None:
+    def add(
+        self,
+        request: Request,
+        now: float,
+        hints: Hints = DEFAULT_HINTS,
+        *,
+        is_again: bool = False,
+        is_sharing: bool = False,
+    ) -> None:
         """Raises Overloaded, with the time after which there should be room, if a bound would be passed.
 
-        `is_again`: it was here before, goes before all others, and is not refused.
+        `is_again`: it was here before, goes before all others, and is not refused. `is_sharing`: it keeps its place,
+        and stands before nobody until `share`.
         """
         if request.request_id in self._waiting:
             raise InternalError(f"request {request.request_id} is already waiting")
@@ -129,10 +139,22 @@ class WaitingQueue:
         self.num_tokens += request.prefill_len
         if is_again:
             self._again[request.request_id] = waiting
-        elif self._is_too_long(request):
-            self._held_back[request.request_id] = waiting
+        elif is_sharing:
+            self._sharing[request.request_id] = waiting
         else:
-            self._lane(request).push(waiting)
+            self._stand(waiting)
+
+    def share(self, request_id: int) -> None:
+        """What a request waited for is computed. One that is not here any more is passed over."""
+        waiting = self._sharing.pop(request_id, None)
+        if waiting is not None:
+            self._stand(waiting)
+
+    def _stand(self, waiting: Waiting) -> None:
+        if self._is_too_long(waiting.request):
+            self._held_back[waiting.request.request_id] = waiting
+        else:
+            self._lane(waiting.request).push(waiting)
 
     def _check_bounds(self, request: Request, now: float) -> None:
         if len(self) >= self.max_num_requests:
@@ -149,7 +171,9 @@ class WaitingQueue:
             return
         self._max_len = max_len
         for request_id, waiting in list(self._waiting.items()):
-            if request_id in self._again or self._is_too_long(waiting.request) == (request_id in self._held_back):
+            if request_id in self._again or request_id in self._sharing:
+                continue
+            if self._is_too_long(waiting.request) == (request_id in self._held_back):
                 continue
             if request_id in self._held_back:
                 self._lane(waiting.request).push(self._held_back.pop(request_id))
@@ -185,7 +209,10 @@ class WaitingQueue:
         waiting = self._waiting.pop(request_id, None)
         if waiting is None:
             return None
-        if self._again.pop(request_id, None) is None and self._held_back.pop(request_id, None) is None:
+        apart = [each for each in (self._again, self._held_back, self._sharing) if request_id in each]
+        if apart:
+            del apart[0][request_id]
+        else:
             self._lane(waiting.request).remove(waiting)
         self.num_tokens -= waiting.request.prefill_len
         return waiting.request
