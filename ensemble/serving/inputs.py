@@ -41,6 +41,7 @@ class OutputOptions:
 
     stream: bool = False
     exclude_input_in_output: bool = True
+    include_stop_str_in_output: bool = False  # also the text of a token that ends the answer
     return_finish_reason: bool = False
     return_num_input_tokens: bool = False
     return_num_output_tokens: bool = False

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from ensemble.errors import InvalidRequest
-from ensemble.serving.fields import ALIASES, INTERNAL, KINDS, NEUTRAL, OF_THE_SERVER, OTHERS, SAMPLING, Kind, collect
+from ensemble.serving.fields import (
+    ALIASES,
+    INTERNAL,
+    KINDS,
+    NEUTRAL,
+    OF_THE_SERVER,
+    ONLY_NULL,
+    OTHERS,
+    SAMPLING,
+    Kind,
+    collect,
+)
 from ensemble.serving.inputs import ModelLimits, choice_seed, parse_options, parse_sampling
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import EOS_ID, make_tiny_tokenizer
@@ -106,7 +117,7 @@ def test_a_number_that_equals_nothing_is_no_other_value_of_its_name() -> None:
 def test_what_has_no_effect_is_taken() -> None:
     neutral = {name: "1" if allowed is None else allowed[0] for name, (_, allowed) in NEUTRAL.items()}
     assert set(collect({}, neutral)) == set(neutral)
-    nulls = json.dumps({"prompt_logprobs": None, "guided_decoding": None, "max_tokens": None})
+    nulls = json.dumps(dict.fromkeys([*ONLY_NULL, "max_tokens"]))
     assert collect({}, {"sampling_parameters": nulls}) == {}
 
 
