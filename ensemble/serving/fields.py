@@ -232,7 +232,7 @@ def unknown(name: str, value: Any, names: Iterable[str]) -> InvalidRequest:
 
 def fits(kind: Kind, value: Any) -> bool:
     """Whether the Triton server takes the JSON value for an input of this kind."""
-    elements = _flat(value) if isinstance(value, list) else [value]
+    elements = flat(value) if isinstance(value, list) else [value]
     match kind:
         case Kind.TEXT | Kind.TEXTS | Kind.OBJECT:
             return all(isinstance(element, str) for element in elements)
@@ -243,8 +243,8 @@ def fits(kind: Kind, value: Any) -> bool:
     return all(isinstance(element, int) and not isinstance(element, bool) for element in elements)
 
 
-def _flat(value: Any) -> list[Any]:
-    return [each for element in value for each in _flat(element)] if isinstance(value, list) else [value]
+def flat(value: Any) -> list[Any]:
+    return [each for element in value for each in flat(element)] if isinstance(value, list) else [value]
 
 
 def _scalar(name: str, kind: Kind, value: Any) -> Any:

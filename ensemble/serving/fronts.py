@@ -29,6 +29,11 @@ def is_generate(request: str) -> bool:
     return match is not None and match[2] != "infer"
 
 
+def is_of_one_answer(request: str) -> bool:
+    """Whether a `generate` takes one response alone."""
+    return request.endswith("/generate")
+
+
 def asks_whether_live(request: str) -> bool:
     return request == "GET /v2/health/live"
 

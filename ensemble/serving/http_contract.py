@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from ensemble.serving.fields import INTERNAL, KINDS, Kind, fits, unknown
-from ensemble.serving.http_messages import Refused, TooLarge, response
+from ensemble.serving.fields import INTERNAL, KINDS, Kind, fits, flat, unknown
+from ensemble.serving.http_messages import Refused, TooLarge, response, unchunk
 
 MAX_KEPT_BYTES = 1 << 20  # of a body that is kept until it is answered
 MAX_ANSWER_BYTES = 64 << 10  # of one with an error
@@ -21,7 +21,8 @@ ABSOLUTE_FORM = re.compile(rb"([A-Z]+) https?://[^/ ]*(\S*) ", re.IGNORECASE)
 ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 HOP_BY_HOP = re.compile(rb"(?im)^(?:upgrade|http2-settings):[^\n]*\n")
 CONNECTION = re.compile(rb"(?im)^connection:([^\r\n]*)\r\n")
-PREFACE = b"PRI * HTTP/2"
+VERSION = re.compile(rb"[^\r\n]* HTTP/1\.([01])\r\n")
+STREAMS = re.compile(rb'"stream"[ \t\r\n]*:[ \t\r\n\[]*true')
 LONG_NUMBER = re.compile(rb"[0-9]{10}|[0-9][eE]")  # what may not fit into 32 bits
 PACKED_NAMES = ("messages", *(name for name, kind in KINDS.items() if kind is Kind.OBJECT))  # inputs: strings of JSON
 UNPACKED = re.compile(rb'"(?:%b)"[ \t\r\n]*:[ \t\r\n]*[\[{]' % b"|".join(name.encode() for name in PACKED_NAMES))
@@ -45,8 +46,9 @@ OF_THE_PARSER = re.compile(
 
 def as_plain_request(head: bytes) -> bytes:
     """The head without an offer to upgrade, which nobody takes up, its target in origin-form. Raises Refused."""
-    if head.startswith(PREFACE):
-        raise Refused(505, "HTTP/2 is not served here: send HTTP/1.1, or use the gRPC port")
+    if b" HTTP/" in head and not VERSION.match(head):
+        version = head.partition(b"\r\n")[0].rpartition(b" HTTP/")[2].decode(errors="replace")
+        raise Refused(505, f"HTTP/{version} is not served here: send HTTP/1.1, or use the gRPC port")
     found = ABSOLUTE_FORM.match(head)
     if found is not None:
         head = b"%b %b " % (found[1], found[2] or b"/") + head[found.end() :]
@@ -119,6 +121,24 @@ def _is_unpacked(raw: bytes) -> bool:
         return raw.startswith(b"{")
     elements = msgspec.json.decode(raw, type=list[msgspec.Raw])
     return not all(bytes(element).startswith(b'"') for element in elements)
+
+
+def is_of_http_1_0(head: bytes) -> bool:
+    found = VERSION.match(head)
+    return found is not None and found[1] == b"0"
+
+
+def asks_to_stream(body: bytes) -> bool:
+    """Whether the JSON body of a `generate` says so, where it may."""
+    if not STREAMS.search(body):
+        return False
+    try:
+        members = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    parameters = members.get("parameters") if isinstance(members, dict) else None
+    found = [of_names.get("stream") for of_names in (members, parameters) if isinstance(of_names, dict)]
+    return any(True in flat([value]) for value in found)
 
 
 def fault_of(body: bytes) -> str | None:
@@ -218,17 +238,8 @@ def _whole_answer(data: bytes) -> tuple[int, list[bytes], bytes] | None:
     if headers.get(b"transfer-encoding", b"").lower() != b"chunked":
         length = int(headers.get(b"content-length", b"0"))
         return (status, kept, body[:length]) if len(body) >= length else None
-    decoded = b""
-    while True:
-        size, line_end, rest = body.partition(b"\r\n")
-        if not line_end:
-            return None
-        num_bytes = int(size.partition(b";")[0], 16)
-        if len(rest) < num_bytes + 2:
-            return None
-        if num_bytes == 0:
-            return status, kept, decoded
-        decoded, body = decoded + rest[:num_bytes], rest[num_bytes + 2 :]
+    decoded, _, has_ended = unchunk(body)
+    return (status, kept, decoded) if has_ended else None
 
 
 def amended(status: int, headers: list[bytes], body: bytes, request_body: bytes | None) -> bytes:

@@ -34,8 +34,10 @@ from ensemble.serving.http_contract import (
     MAX_KEPT_BYTES,
     AnswerInspector,
     as_plain_request,
+    asks_to_stream,
     decode,
     fault_of,
+    is_of_http_1_0,
     with_packed_objects,
 )
 from ensemble.serving.http_messages import (
@@ -44,6 +46,7 @@ from ensemble.serving.http_messages import (
     BadRequest,
     NotServing,
     Refused,
+    UnchunkedAnswer,
     body_of,
     is_chunked,
     parse_headers,
@@ -151,7 +154,7 @@ class HttpRelay:
         if fronts.is_generate(request):
             if waits:
                 upstream.answer(CONTINUE)
-            return await self._generate(head, headers, await self._read_whole(body), upstream)
+            return await self._generate(request, head, headers, await self._read_whole(body), upstream)
         in_chunks = is_chunked(headers)
         was_unanswered, upstream.is_unanswered = upstream.is_unanswered, True
         unsent = head  # goes with the first of the body, unless the client waits to be told to send that
@@ -187,7 +190,9 @@ class HttpRelay:
             self._num_large_bodies -= 1
         return first + rest
 
-    async def _generate(self, head: bytes, headers: dict[bytes, bytes], body: bytes, upstream: "Upstream") -> str:
+    async def _generate(
+        self, request: str, head: bytes, headers: dict[bytes, bytes], body: bytes, upstream: "Upstream"
+    ) -> str:
         """Puts the body right, and our members into it. Returns the tag. Raises Refused."""
         encoding = headers.get(b"content-encoding", b"identity")
         if encoding.lower() != b"identity":
@@ -197,12 +202,14 @@ class HttpRelay:
         fault = fault_of(body) if is_large or LONG_NUMBER.search(body) else None
         if fault is not None:
             raise BadRequest(fault)
+        if fronts.is_of_one_answer(request) and asks_to_stream(body):
+            raise BadRequest("stream = true is not valid: false, or generate_stream in place of generate")
         tag = next(self._tags)
         members = {CLIENT_TAG: tag}
         if TRACE_PARENT.encode() in headers:
             members[TRACE_PARENT] = headers[TRACE_PARENT.encode()].decode("latin-1")
         tagged = with_first_member(body, json.dumps(members)[1:-1].encode())
-        upstream.inspect(None if is_large else body)
+        upstream.inspect(None if is_large else body, in_chunks=not is_of_http_1_0(head))
         upstream.is_unanswered = True
         await upstream.write(with_sized_body(head, len(tagged)) + tagged)
         return tag
@@ -217,6 +224,7 @@ class Upstream(asyncio.Protocol):
         self._can_write = asyncio.Event()
         self._resuming: asyncio.Task[None] | None = None
         self._inspector: AnswerInspector | None = None  # of a `generate` that is not answered
+        self._unchunked: UnchunkedAnswer | None = None  # of a `generate` of HTTP/1.0
         self.is_unanswered = False  # nothing of the last request's answer has come
         self.has_closed = False
         self._is_dropped = False  # the client has its answer from us
@@ -225,9 +233,10 @@ class Upstream(asyncio.Protocol):
         """Answers the client in the Triton server's place."""
         self._client.write(data)
 
-    def inspect(self, request_body: bytes | None) -> None:
-        """The request that is being written is a `generate`."""
+    def inspect(self, request_body: bytes | None, in_chunks: bool) -> None:
+        """The request that is being written is a `generate`, whose client reads chunks or does not."""
         self._inspector = AnswerInspector(request_body)
+        self._unchunked = None if in_chunks else UnchunkedAnswer()
 
     async def connect(self, port: int) -> None:
         """Raises NotServing."""
@@ -266,7 +275,11 @@ class Upstream(asyncio.Protocol):
             data = self._inspector.push(data)
             if self._inspector.is_done:
                 self._inspector = None
+        if self._unchunked is not None:
+            data = self._unchunked.push(data)
         self._client.write(data)
+        if self._unchunked is not None and self._unchunked.has_ended:
+            self._client.close()
         if self._resuming is None and self._client.transport.get_write_buffer_size() > CHUNK_BYTES:
             self._resuming = asyncio.ensure_future(self._resume())
 

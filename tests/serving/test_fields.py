@@ -140,6 +140,20 @@ def test_end_id(tokenizer: Tokenizer) -> None:
         sampling_of(tokenizer, end_id=384)
 
 
+@pytest.mark.parametrize(
+    ("asked", "top_k", "top_p"),
+    [
+        ({"top_p": 0}, 1, 1.0),  # OpenAI's and TensorRT-LLM's: the likeliest token alone
+        ({"top_p": 0.0, "top_k": 0}, 1, 1.0),
+        ({"top_p": 0, "top_k": 50}, 50, 1.0),  # TensorRT-LLM's: by top_k alone
+        ({"top_p": 0.5, "top_k": -1}, 0, 0.5),
+    ],
+)
+def test_top_p_of_zero(tokenizer: Tokenizer, asked: dict[str, Any], top_k: int, top_p: float) -> None:
+    sampling = sampling_of(tokenizer, **asked)
+    assert (sampling.top_k, sampling.top_p) == (top_k, top_p)
+
+
 def test_biases_by_id_and_by_word(tokenizer: Tokenizer) -> None:
     token_ids = tokenizer.encode("Seine", add_special_tokens=False)
     words = {"embedding_bias_words": ["Seine"], "embedding_bias_weights": [1.5]}

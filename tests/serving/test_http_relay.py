@@ -33,7 +33,7 @@ from ensemble.errors import (
 )
 from ensemble.serving.heartbeat import beats_folder
 from ensemble.serving.http_contract import MAX_KEPT_BYTES, AnswerInspector, as_plain_request
-from ensemble.serving.http_messages import with_first_member
+from ensemble.serving.http_messages import UnchunkedAnswer, with_first_member
 from ensemble.serving.http_relay import MAX_LARGE_BODIES
 from ensemble.serving.marks import CLIENT_TAG
 from ensemble.serving.run_dir import cancel_address
@@ -490,10 +490,23 @@ def test_an_empty_line_after_a_body_is_passed_over(relay: Relay) -> None:
     assert answer.endswith(b"/v2/models/stats")
 
 
-def test_http_2_without_an_upgrade_is_told(relay: Relay) -> None:
-    answer = relay.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+@pytest.mark.parametrize("start", ["PRI * HTTP/2.0", f"POST {GENERATE} HTTP/3", "GET /v2/health/live HTTP/0.9"])
+def test_other_versions_of_http_are_told(relay: Relay, start: str) -> None:
+    answer = relay.raw(f"{start}\r\n\r\nSM\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 505 ")
-    assert b"HTTP/2 is not served here" in answer
+    assert f"HTTP/{start.rpartition('/')[2]} is not served here".encode() in answer
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=5), st.lists(st.integers(0, 400), max_size=6))
+def test_chunks_are_joined_for_clients_of_http_1_0_however_they_arrive(parts: list[bytes], at: list[int]) -> None:
+    head = b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\nX: 1\r\nConnection: keep-alive"
+    framed = b"".join(b"%X\r\n%b\r\n" % (len(part), part) for part in parts)
+    answer = UnchunkedAnswer()
+    got = b"".join(answer.push(piece) for piece in cut(head + b"\r\n\r\n" + framed + b"0\r\n\r\n", at))
+    assert answer.has_ended
+    assert got == b"HTTP/1.0 200 OK\r\nX: 1\r\nConnection: close\r\n\r\n" + b"".join(parts)
+    sized, answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\n0\r\n", UnchunkedAnswer()
+    assert b"".join(answer.push(piece) for piece in cut(sized, at)) == sized
 
 
 @pytest.mark.parametrize(
