@@ -25,7 +25,13 @@ VERSION = re.compile(rb"[^\r\n]* HTTP/1\.([01])\r\n")
 STREAMS = re.compile(rb'"stream"[ \t\r\n]*:[ \t\r\n\[]*true')
 LONG_NUMBER = re.compile(rb"[0-9]{10}|[0-9][eE]")  # what may not fit into 32 bits
 PACKED_NAMES = ("messages", *(name for name, kind in KINDS.items() if kind is Kind.OBJECT))  # inputs: strings of JSON
-UNPACKED = re.compile(rb'"(?:%b)"[ \t\r\n]*:[ \t\r\n]*[\[{]' % b"|".join(name.encode() for name in PACKED_NAMES))
+LISTS = (Kind.TEXTS, Kind.INTS, Kind.FLOATS)
+LIST_NAMES = [name for name, kind in KINDS.items() if kind in LISTS]
+IN_A_LIST = re.compile(rb"\[[ \t\r\n]*\[")
+UNPACKED = re.compile(
+    rb'"(?:(?:%b)"[ \t\r\n]*:[ \t\r\n]*[\[{]|(?:%b)"[ \t\r\n]*:[ \t\r\n]*%b)'
+    % (b"|".join(map(str.encode, PACKED_NAMES)), b"|".join(map(str.encode, LIST_NAMES)), IN_A_LIST.pattern)
+)
 UINT64_NAMES = {"seed", "random_seed"}
 IN_ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
 RETRY_AFTER = re.compile(r"retry after ([0-9.]+) s")
@@ -93,7 +99,8 @@ def decode(body: bytes, encoding: bytes, limit: int) -> bytes:
 
 
 def with_packed_objects(body: bytes) -> bytes:
-    """The JSON body of a `generate` with `messages` and objects as the strings that the Triton server takes."""
+    """The JSON body of a `generate` with `messages` and objects as the strings that the Triton server takes, and the
+    only row of a list of one, which is what clients make of a shape [1, n], in its place."""
     if not UNPACKED.search(body):
         return body
     try:
@@ -109,6 +116,9 @@ def _packed(body: bytes, inner: tuple[str, ...] = ()) -> bytes:
         raw = bytes(value)
         if name in PACKED_NAMES and _is_unpacked(raw):
             raw = json.dumps(raw.decode()).encode()
+        elif name in LIST_NAMES and IN_A_LIST.match(raw):
+            rows = msgspec.json.decode(raw, type=list[msgspec.Raw])
+            raw = bytes(rows[0]) if len(rows) == 1 else raw
         elif name in inner and raw.startswith(b"{"):
             raw = _packed(raw)
         members.append(json.dumps(name).encode() + b":" + raw)
@@ -168,7 +178,8 @@ def _fault_of_member(name: str, value: Any) -> str | None:
         is_parameter = isinstance(value, str | int | bool)
         return None if is_parameter else str(unknown(name, value, KINDS))
     kind = KINDS[name]
-    if not fits(kind, value):
+    is_several = kind in LISTS and isinstance(value, list) and any(isinstance(each, list) for each in value)
+    if is_several or not fits(kind, value):
         kind_of_json = "a string of JSON" if kind is Kind.OBJECT else kind.value
         return f"{name} = {_shown(value)} is not valid: {kind_of_json}"
     for element in value if isinstance(value, list) else [value]:

@@ -364,6 +364,19 @@ def test_messages_and_objects_reach_the_triton_server_as_strings(relay: Relay) -
     connection.close()
 
 
+def test_a_list_of_one_list_is_that_list(relay: Relay) -> None:
+    connection = relay.connect()
+    nested = {"input_ids": [[5, 6]], "parameters": {"stop": [["a", "[["]]}, "text_input": '"stop": [[1]]'}
+    connection.request("POST", GENERATE, json.dumps(nested))
+    got = json.load(connection.getresponse())
+    del got[CLIENT_TAG]
+    assert got == {"input_ids": [5, 6], "parameters": {"stop": ["a", "[["]}, "text_input": '"stop": [[1]]'}
+    connection.request("POST", GENERATE, b'{"input_ids": [[1], [2]], "seed": 12345678901}')
+    answer = connection.getresponse()
+    assert answer.status == 400
+    assert "input_ids = [[1], [2]] is not valid: a list of integers" in json.load(answer)["error"]
+
+
 LARGE = [{"role": "user", "content": 'Größe 🙂 "messages": [{ ' * 60_000}]  # 2 MiB
 
 
