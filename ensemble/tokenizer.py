@@ -215,13 +215,15 @@ def _found_as_written(token: AddedToken) -> AddedToken:
 
 
 def _add_tokens(path: Path, backend: tokenizers.Tokenizer, added_tokens: dict[int, AddedToken]) -> None:
-    """Those that the tokenizer itself does not know, or knows otherwise. A new one gets the next id, which has to be
-    the one it is said to have."""
-    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
+    """Those that the tokenizer itself does not know, or knows otherwise: what is special to it stays so. A new one gets
+    the next id, which has to be the one it is said to have."""
+    own = backend.get_added_tokens_decoder().values()
+    known, special = {repr(token) for token in own}, {token.content for token in own if token.special}
     for token_id, token in sorted(added_tokens.items()):
         if repr(token) not in known:
             is_new = backend.token_to_id(token.content) is None
-            backend.add_tokens([token])
+            is_special = token.special or token.content in special
+            backend.add_tokens([AddedToken(**{**token.__getstate__(), "special": is_special})])
             if is_new and (next_id := backend.token_to_id(token.content)) != token_id:
                 raise ModelError(
                     f"model {path}: the added token {token.content!r} has the id {token_id},"

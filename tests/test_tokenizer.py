@@ -212,6 +212,7 @@ def test_sizes_and_end_of_sequence(byte_level):
         {"added_tokens_decoder": {"384": {"content": "<tool 你>", "special": False}}},
         {"added_tokens_decoder": {"385": {"content": "<call>", "special": True}}},
         {"added_tokens_decoder": {"386": {"content": "<new>", "special": False, "lstrip": True}}},
+        {"added_tokens_decoder": {"2": {"content": PAD, "special": False, "rstrip": True}}},
         {"bos_token": {"content": EOS, "__type": "AddedToken"}},
         {"unk_token": "<call>"},
         {"pad_token": "<new>"},
