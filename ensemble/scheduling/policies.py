@@ -54,6 +54,7 @@ class Waiting:
     hints: Hints
     arrival_s: float
     number: int  # in order of arrival
+    num_tokens: int  # to prefill, as the queue counts them
 
 
 class Order(Protocol):

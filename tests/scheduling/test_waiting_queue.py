@@ -121,7 +121,8 @@ def test_who_was_held_back_keeps_its_place(make_request):
 def test_who_waits_for_another_to_compute_the_prompt_stands_before_nobody_and_keeps_its_place(make_request, name):
     queue = WaitingQueue(max_num_requests=5, max_num_tokens=1000, policy=QueuePolicy(name))
     for request_id in (1, 2, 3):
-        queue.add(make_request(request_id, 20), now=0.0, is_sharing=True)
+        queue.add(make_request(request_id, 20), 0.0, Hints(num_cached_tokens=16), is_sharing=True)
+    assert queue.num_tokens == 12
     queue.add(make_request(4, 20), now=1.0)
     queue.add(make_request(5, 50), now=1.0, is_sharing=True)
     with pytest.raises(Overloaded, match="5 requests are waiting"):

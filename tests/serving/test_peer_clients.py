@@ -331,6 +331,17 @@ def test_a_deadline_is_a_504(roomy_server: TritonServer, model: str, endpoint: s
     assert (status, "timeout_ms has passed" in answer["error"]) == (504, True)
 
 
+@pytest.mark.parametrize("endpoint", ["generate", "generate_stream"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_full_queue_is_a_503_and_ends_all_choices(roomy_server: TritonServer, model: str, endpoint: str) -> None:
+    """Of 16, which wait for the first to compute their prompt, four may."""
+    asked = {"text_input": PROMPT * 20, "max_tokens": 4000, "ignore_eos": True, "n": 16}
+    status, answer, headers = post(roomy_server, model, asked, endpoint)
+    assert (status, "overloaded: 4 requests are waiting" in answer["error"]) == (503, True)
+    assert int(headers["Retry-After"]) >= 1
+    wait_until(lambda: blocks_in_use(read_metrics(roomy_server.metrics_url)) == 0, 5)
+
+
 def test_a_server_that_takes_no_more_is_a_503_of_every_model(roomy_server: TritonServer) -> None:
     """The last test of this server: it drains."""
     control.call(roomy_server.run_dir, control.Drain(), control.Load, timeout_s=5.0)
