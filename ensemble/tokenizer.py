@@ -24,6 +24,7 @@ from ensemble.tokenizer_config import read_tokenizer_config
 _SENTENCEPIECE_DECODERS = (
     ["Replace", "ByteFallback", "Fuse"],
     ["Replace", "ByteFallback", "Fuse", "Strip"],
+    ["Replace"],
     ["Replace", "Fuse"],
     ["Replace", "Fuse", "Strip"],
 )

@@ -102,6 +102,7 @@ KINDS = {
     "normalized characters": {"normalization_rule_name": "nmt_nfkc"},
     "no extra spaces": {"remove_extra_whitespaces": True},
     "no space in front": {"add_dummy_prefix": False},
+    "no bytes, no space in front": {"byte_fallback": False, "vocab_size": 200, "add_dummy_prefix": False},
     "none of LLaMA-2's": {
         "model_type": "unigram",
         "vocab_size": 120,
@@ -129,6 +130,12 @@ def test_other_kinds_are_read_as_by_transformers(tmp_path, kind):
         assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True), text
         if not any(token in text for token in ("</s>", "<unk>", "<0x0A>")):
             assert token_ids == processor.encode(text), text
+    theirs.save_pretrained(tmp_path / "saved")  # as tokenizer.json
+    ours = Tokenizer.from_dir(tmp_path / "saved")
+    for text in SAMPLES:
+        token_ids = theirs(text).input_ids
+        assert ours.encode(text) == token_ids, text
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True), text
     for legacy in (False, None):  # Vicuna's
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
         ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
