@@ -44,7 +44,8 @@ class ChatTemplate:
         config = read_tokenizer_config(path)
         special_tokens = config.special_tokens
         if (path / "tokenizer.model").exists() and not (path / "tokenizer.json").exists():
-            special_tokens = read_sentencepiece_model(path / "tokenizer.model").special_tokens | special_tokens
+            renamed = {token_id: token.content for token_id, token in config.added_tokens.items()}
+            special_tokens = read_sentencepiece_model(path / "tokenizer.model", renamed).special_tokens | special_tokens
         files = _template_files(path)  # where there are any, those in tokenizer_config.json do not count
         file = files.get("default", path / "tokenizer_config.json")
         source = fault = None

@@ -142,10 +142,13 @@ class ByteLevelTokens:
 class SentencePieceTokens:
     """token id |-> its text, or its byte; none for special tokens and ids without a token. Filled as tokens are met."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Container[int], space: str) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special_tokens: Container[int], space: str, has_bytes: bool
+    ) -> None:
         self._backend = backend
         self._special_tokens = special_tokens
         self._space = space  # the character that stands for a space
+        self._has_bytes = has_bytes  # <0x0A> is a byte, and no text
         self._cache: dict[int, str | bytes] = {}
 
     def __call__(self, token_id: int) -> str | bytes:
@@ -158,7 +161,7 @@ class SentencePieceTokens:
         token: str | None = self._backend.id_to_token(token_id)
         if token is None or token_id in self._special_tokens:
             return ""
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if self._has_bytes and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             try:
                 return bytes.fromhex(token[3:5])
             except ValueError:

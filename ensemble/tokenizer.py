@@ -2,12 +2,13 @@
 
 import functools
 import json
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ensemble.detokenizer import (
     ByteLevelText,
@@ -20,7 +21,18 @@ from ensemble.errors import ModelError
 from ensemble.sentencepiece_model import read_sentencepiece_model
 from ensemble.tokenizer_config import read_tokenizer_config
 
-_SENTENCEPIECE_DECODERS = (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"])
+_SENTENCEPIECE_DECODERS = (
+    ["Replace", "ByteFallback", "Fuse"],
+    ["Replace", "ByteFallback", "Fuse", "Strip"],
+    ["Replace"],
+    ["Replace", "Fuse"],
+    ["Replace", "Fuse", "Strip"],
+)
+
+
+_QWEN_WORDS = (  # every digit by itself
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer:
@@ -48,9 +60,11 @@ class Tokenizer:
             if has_post_processor:
                 backend = tokenizers.Tokenizer.from_str((path / "tokenizer.json").read_text(encoding="utf-8"))
             elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
-                backend = _read_gpt2_files(path)
+                backend = _read_gpt2_files(path, config.fields)
             elif (path / "tokenizer.model").exists():
-                model = read_sentencepiece_model(path / "tokenizer.model")
+                names_of_pieces = {i: token.content for i, token in added_tokens.items()}
+                is_legacy = bool(config.fields.get("legacy", True))
+                model = read_sentencepiece_model(path / "tokenizer.model", names_of_pieces, is_legacy)
                 backend, names, starts_with_bos = model.backend, model.special_tokens | names, True
                 added_tokens = {i: _found_as_written(token) for i, token in added_tokens.items()}
             else:
@@ -160,7 +174,8 @@ def _decoder_of(
         spelled = ByteLevelTokens(backend, special_tokens)
         return partial(ByteLevelText, spelled), spelled, False
     if kinds in _SENTENCEPIECE_DECODERS:
-        tokens = SentencePieceTokens(backend, special_tokens, steps[0]["pattern"]["String"])
+        space, has_bytes = steps[0]["pattern"]["String"], "ByteFallback" in kinds
+        tokens = SentencePieceTokens(backend, special_tokens, space, has_bytes)
         return partial(SentencePieceText, tokens), tokens, "Strip" in kinds
     raise ModelError(
         f"tokenizer decoder {'+'.join(kinds)} is not supported; supported: ByteLevel,"
@@ -168,16 +183,31 @@ def _decoder_of(
     )
 
 
-def _read_gpt2_files(path: Path) -> tokenizers.Tokenizer:
-    """Byte-level BPE as the published OPT checkpoints have it, without tokenizer.json."""
+def _read_gpt2_files(path: Path, fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Byte-level BPE without tokenizer.json, as OPT and Qwen have it; `fields`: of tokenizer_config.json."""
     vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
     lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
     pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
     merges = [(left, right) for left, right in pairs]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    adds_space = bool(fields.get("add_prefix_space"))
+    if _is_qwens(path, fields):
+        backend.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=adds_space, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds_space)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _is_qwens(path: Path, fields: Mapping[str, Any]) -> bool:
+    """As the configuration says, or, where that names no tokenizer, the model's."""
+    name = fields.get("tokenizer_class")
+    if name is None and (path / "config.json").exists():
+        name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return str(name).lower().startswith("qwen")
 
 
 def _found_as_written(token: AddedToken) -> AddedToken:
@@ -186,13 +216,15 @@ def _found_as_written(token: AddedToken) -> AddedToken:
 
 
 def _add_tokens(path: Path, backend: tokenizers.Tokenizer, added_tokens: dict[int, AddedToken]) -> None:
-    """Those that the tokenizer itself does not know, or knows otherwise. A new one gets the next id, which has to be
-    the one it is said to have."""
-    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
+    """Those that the tokenizer itself does not know, or knows otherwise: what is special to it stays so. A new one gets
+    the next id, which has to be the one it is said to have."""
+    own = backend.get_added_tokens_decoder().values()
+    known, special = {repr(token) for token in own}, {token.content for token in own if token.special}
     for token_id, token in sorted(added_tokens.items()):
         if repr(token) not in known:
             is_new = backend.token_to_id(token.content) is None
-            backend.add_tokens([token])
+            is_special = token.special or token.content in special
+            backend.add_tokens([AddedToken(**{**token.__getstate__(), "special": is_special})])
             if is_new and (next_id := backend.token_to_id(token.content)) != token_id:
                 raise ModelError(
                     f"model {path}: the added token {token.content!r} has the id {token_id},"

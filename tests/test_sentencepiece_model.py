@@ -94,20 +94,79 @@ def test_the_configuration_goes_over_the_model(tmp_path):
     assert tokenizer.eos_token_id == tokenizer.encode("\n")[-1]
 
 
+KINDS = {
+    "user-defined pieces": {"user_defined_symbols": ["<tool>", "<too", "  ", "\n", "ital"]},
+    "unigram": {"model_type": "unigram", "vocab_size": 370},
+    "unigram, user-defined": {"model_type": "unigram", "vocab_size": 370, "user_defined_symbols": ["<tool>", "\n"]},
+    "no byte fallback": {"byte_fallback": False, "vocab_size": 200},
+    "normalized characters": {"normalization_rule_name": "nmt_nfkc"},
+    "no extra spaces": {"remove_extra_whitespaces": True},
+    "no space in front": {"add_dummy_prefix": False},
+    "no bytes, no space in front": {"byte_fallback": False, "vocab_size": 200, "add_dummy_prefix": False},
+    "none of LLaMA-2's": {
+        "model_type": "unigram",
+        "vocab_size": 120,
+        "byte_fallback": False,
+        "normalization_rule_name": "nmt_nfkc",
+        "remove_extra_whitespaces": True,
+        "user_defined_symbols": ["<tool>"],
+    },
+}
+SAMPLES = [
+    "The<tool>capital", "<tool>The", " The", "The <tool> of", "a  b\n\nc ", "The </s> capital", "</s>The<tool>",
+    "ﬁne Å①  你好 🙂é", "<0x0A> and\ttabs", "", " ", "<unk>", "<tool><tool", "caput ital",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_are_read_as_by_transformers(tmp_path, kind):
+    train(tmp_path, **KINDS[kind])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in SAMPLES:
+        token_ids = ours.encode(text, add_special_tokens=False)
+        assert token_ids == theirs(text, add_special_tokens=False).input_ids, text
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True), text
+        if not any(token in text for token in ("</s>", "<unk>", "<0x0A>")):
+            assert token_ids == processor.encode(text), text
+    theirs.save_pretrained(tmp_path / "saved")  # as tokenizer.json
+    ours = Tokenizer.from_dir(tmp_path / "saved")
+    for text in SAMPLES:
+        token_ids = theirs(text).input_ids
+        assert ours.encode(text) == token_ids, text
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True), text
+    for legacy in (False, None):  # Vicuna's
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+        ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        for text in SAMPLES:
+            assert ours.encode(text, False) == theirs(text, add_special_tokens=False).input_ids, (text, legacy)
+
+
+def test_pieces_that_the_configuration_calls_otherwise(tmp_path):
+    train(tmp_path, user_defined_symbols=["<free0>", "<free1>"])
+    renamed = {"3": {"content": "<|im_end|>", "special": True}, "4": {"content": "<|tool|>", "special": False}}
+    config = {"added_tokens_decoder": renamed, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_token_id == theirs.eos_token_id == 3
+    for text in ("The<|im_end|>capital<|tool|>of", "<free0> The"):
+        token_ids = ours.encode(text, add_special_tokens=False)
+        assert token_ids == theirs(text, add_special_tokens=False).input_ids
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize(
     ("options", "feature"),
     [
-        ({"model_type": "unigram", "vocab_size": 370}, "a model that is not BPE"),
-        ({"byte_fallback": False, "vocab_size": 200}, "no byte fallback"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "a normalization of characters"),
-        ({"remove_extra_whitespaces": True}, "removal of extra spaces"),
-        ({"add_dummy_prefix": False}, "no space before the first word"),
+        ({"model_type": "word", "vocab_size": 40, "byte_fallback": False}, "a model that is neither BPE nor unigram"),
+        ({"model_type": "char", "vocab_size": 60, "byte_fallback": False}, "a model that is neither BPE nor unigram"),
         ({"treat_whitespace_as_suffix": True}, "spaces after words"),
-        ({"user_defined_symbols": ["<tool>"]}, "user-defined pieces"),
     ],
 )
-def test_other_kinds_are_refused_by_name(tmp_path, options, feature):
-    train(tmp_path, **options)
+def test_what_transformers_takes_for_another_kind_is_refused_by_name(tmp_path, options, feature):
+    train(tmp_path, **{"hard_vocab_limit": False} | options)
     with pytest.raises(ModelError, match=f"tokenizer.model: {feature} is not supported"):
         Tokenizer.from_dir(tmp_path)
 

@@ -212,6 +212,7 @@ def test_sizes_and_end_of_sequence(byte_level):
         {"added_tokens_decoder": {"384": {"content": "<tool 你>", "special": False}}},
         {"added_tokens_decoder": {"385": {"content": "<call>", "special": True}}},
         {"added_tokens_decoder": {"386": {"content": "<new>", "special": False, "lstrip": True}}},
+        {"added_tokens_decoder": {"2": {"content": PAD, "special": False, "rstrip": True}}},
         {"bos_token": {"content": EOS, "__type": "AddedToken"}},
         {"unk_token": "<call>"},
         {"pad_token": "<new>"},
@@ -227,20 +228,31 @@ def test_special_tokens_are_those_of_transformers(tmp_path, byte_level, config):
     assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}])
-def test_published_opt_files_are_read(tmp_path, options):
-    """vocab.json and merges.txt without tokenizer.json."""
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("opt", {"tokenizer_class": "GPT2Tokenizer"}),
+        ("opt", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}),
+        ("opt", {"add_bos_token": True, "add_eos_token": True}),
+        ("opt", {"add_prefix_space": True}),
+        ("qwen2", {"tokenizer_class": "Qwen2Tokenizer"}),
+        ("qwen3", {"add_prefix_space": True}),
+        ("llama", {"tokenizer_class": "Qwen2Tokenizer"}),
+    ],
+)
+def test_files_without_tokenizer_json_are_read(tmp_path, model_type, config):
+    """vocab.json and merges.txt, as OPT's and Qwen's checkpoints have been published."""
     make_tiny_tokenizer(tmp_path, add_bos=False)
     backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").unlink()
     backend.model.save(str(tmp_path))
-    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": BOS, "eos_token": EOS, **options}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "eos_token": EOS, **config}))
     ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    text = "The capital of France is 你好"
-    assert ours.encode(text) == theirs(text).input_ids
-    assert (ours.encode(text)[0] == BOS_ID) == bool(options.get("add_bos_token"))
-    assert ours.decode(ours.encode(text)) == text
+    for text in ("The capital of France is 你好", "in 10, 128 it's I'LL\n\n x\ty  ", " e\u0301</s>A\u030a"):
+        assert ours.encode(text) == theirs(text).input_ids
+        assert (ours.encode(text)[0] == BOS_ID) == bool(config.get("add_bos_token"))
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
 
 
 def test_special_tokens_map_names_what_tokenizer_config_does_not(tmp_path, byte_level):

@@ -150,3 +150,4 @@ class Attempts:
     def remove(self, life: Life) -> None:
         self._deadlines.remove(life.request_id)
         self._lives.remove(life)
+        self._dispatch.share_prompt(life)  # as far as it was computed

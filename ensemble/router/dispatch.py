@@ -125,9 +125,13 @@ class Dispatch:
 
     # ---- requests
 
-    def enqueue(self, life: Life, now: float, *, is_again: bool = False) -> None:
-        """Raises Overloaded, or InvalidRequest where no pool could ever hold it."""
-        request, hints = life.attempt, life.client.hints
+    def enqueue(self, life: Life, now: float, *, is_again: bool = False, first: Life | None = None) -> None:
+        """Raises Overloaded, or InvalidRequest where no pool could ever hold it.
+
+        `first`: another request with the same prompt. As long as that is not computed this one waits for it, if there
+        is a prefix cache to share its blocks by.
+        """
+        request, hints, is_sharing = life.attempt, life.client.hints, False
         self.admission.check(request)
         self.predictions.has_targets |= request.itl_target_s is not None
         if not is_again:
@@ -143,11 +147,22 @@ class Dispatch:
                 ),
                 default=0,
             )
+            is_sharing = first is not None and not first.output_token_ids and len(life.hashes) > 0
+            if is_sharing:
+                num_cached_tokens = min(len(life.hashes) * self.prefixes.block_size, request.prompt_len - 1)
             hints = Hints(hints.priority, hints.tenant, hints.ttft_target_s, num_cached_tokens)
-        self.prefill.add(request, now, hints, is_again=is_again)
+        self.prefill.add(request, now, hints, is_again=is_again, is_sharing=is_sharing)
+        if is_sharing and first is not None:
+            first.sharing.append(request.request_id)
         if life.is_alone:
             self.ways.set_alone(request.request_id)
             self.admission.set_alone(request.request_id)
+
+    def share_prompt(self, life: Life) -> None:
+        """Its prompt is computed: requests that waited for that may start."""
+        sharing, life.sharing = life.sharing, []
+        for request_id in sharing:
+            self.prefill.share(request_id)
 
     def ended(self, attempt_id: int) -> None:
         """An attempt is over: it has all its tokens, or is given up."""

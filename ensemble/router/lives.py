@@ -99,6 +99,7 @@ class Life:
     handoff: KVHandoff | None = None  # while it is in the bridge
     submitted_s: float = 0.0  # to decode; by time.monotonic()
     hashes: list[bytes] = field(default_factory=list)  # of the blocks to prefill, where there is a prefix cache
+    sharing: list[int] = field(default_factory=list)  # request ids that wait for this one to compute their prompt
     num_deaths: int = 0  # of replicas that had it, in a row
     num_alone_deaths: int = 0
     num_failed_pulls: int = 0

@@ -85,16 +85,17 @@ class Router:
 
     # ---- clients
 
-    def arrive(self, request: Request, client: Client, now: float) -> None:
-        """Queues a request, or fails it at once."""
+    def arrive(self, request: Request, client: Client, now: float, same_prompt: int | None = None) -> None:
+        """Queues a request, or fails it at once. `same_prompt`: an earlier request, with the same prompt."""
         life = Life(request, client, request, now)
+        first = None if same_prompt is None else self.lives.get(same_prompt)
         try:
             if self._is_closed:
                 raise StageUnavailable("scheduler", "the server is stopping")
             missing = self.fleet.missing
             if missing is not None and self._gave_up:
                 raise StageUnavailable(missing, self.fleet.why_missing(missing))
-            self.dispatch.enqueue(life, now)
+            self.dispatch.enqueue(life, now, first=first)
         except DistServeError as error:
             client.fail(error)
             return
@@ -247,6 +248,7 @@ class Router:
         timeline = life.client.timeline
         if len(life.output_token_ids) == 1:
             timeline.first_token_ns = time.time_ns()
+            self.dispatch.share_prompt(life)
         if life.phase == "prefill" and life.decode_replica is not None:
             life.phase = "decode"
         if life.is_alone and life.has_progressed:

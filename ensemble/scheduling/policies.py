@@ -54,6 +54,7 @@ class Waiting:
     hints: Hints
     arrival_s: float
     number: int  # in order of arrival
+    num_tokens: int  # to prefill, as the queue counts them
 
 
 class Order(Protocol):
@@ -197,7 +198,11 @@ class FairOrder:
         if tenant not in self._in_heap:
             self._in_heap.add(tenant)
             heapq.heappush(self._heap, (self._ledger.served(tenant), tenant))
-        self._queues[tenant][waiting.number] = waiting
+        queue = self._queues[tenant]
+        is_last = not queue or waiting.number > next(reversed(queue))
+        queue[waiting.number] = waiting
+        if not is_last:  # it comes back
+            self._queues[tenant] = OrderedDict(sorted(queue.items()))
 
     def head(self, now: float) -> Waiting | None:
         tenant = self._least_served_tenant()

@@ -145,10 +145,19 @@ class PrefillScheduler:
         """Tokens of the longest prompt that any replica takes; None as long as no replica was ever up."""
         return max(self._max_prompt_lens.values(), default=None)
 
-    def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS, *, is_again: bool = False) -> None:
+    def add(
+        self,
+        request: Request,
+        now: float,
+        hints: Hints = DEFAULT_HINTS,
+        *,
+        is_again: bool = False,
+        is_sharing: bool = False,
+    ) -> None:
         """Queues a request. Raises Overloaded if the queue is full, InvalidRequest if no replica could ever hold it.
 
         `is_again`: it was computed before, and what it had is lost. It goes before all others and is never refused.
+        `is_sharing`: it does not start before `share`.
         """
         limit = None if is_again else self.max_prompt_len
         if limit is not None and request.prompt_len > limit:
@@ -157,7 +166,11 @@ class PrefillScheduler:
             )
         if request.request_id in self._replica_of:
             raise InternalError(f"request {request.request_id} is already in prefill")
-        self._waiting.add(request, now, hints, is_again=is_again)
+        self._waiting.add(request, now, hints, is_again=is_again, is_sharing=is_sharing)
+
+    def share(self, request_id: int) -> None:
+        """The prompt of a request that waited for another to compute it is in a prefix cache."""
+        self._waiting.share(request_id)
 
     def replica_up(self, replica: int, credits: Credits, limits: Limits | None) -> list[int]:
         """Takes a replica with an empty pool into service; without `limits` it takes no prompts for now.

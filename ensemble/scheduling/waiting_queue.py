@@ -92,10 +92,11 @@ class WaitingQueue:
         self.max_num_tokens = max_num_tokens
         self.policy = policy or QueuePolicy()
         self.long_prompt_len = long_prompt_len
-        self.num_tokens = 0  # prompt tokens of all waiting requests
+        self.num_tokens = 0  # of all waiting requests
         self._waiting: dict[int, Waiting] = {}  # by request_id
         self._again: dict[int, Waiting] = {}  # of them those that go before all others, in order
         self._held_back: dict[int, Waiting] = {}  # of them those that no live replica could take
+        self._sharing: dict[int, Waiting] = {}  # of them those whose prompt another one is to compute first
         self._max_len: int | None = None  # tokens to prefill that a live replica could take; None: not known
         self._ledger = TenantLedger()
         self._short = _Lane(make_order(self.policy, self._ledger), self.policy.max_wait_s)
@@ -114,31 +115,53 @@ class WaitingQueue:
     def is_long(self, request: Request) -> bool:
         return self.long_prompt_len is not None and request.prefill_len > self.long_prompt_len
 
-    def add(self, request: Request, now: float, hints: Hints = DEFAULT_HINTS, *, is_again: bool = False) -> None:
+    def add(
+        self,
+        request: Request,
+        now: float,
+        hints: Hints = DEFAULT_HINTS,
+        *,
+        is_again: bool = False,
+        is_sharing: bool = False,
+    ) -> None:
         """Raises Overloaded, with the time after which there should be room, if a bound would be passed.
 
-        `is_again`: it was here before, goes before all others, and is not refused.
+        `is_again`: it was here before, goes before all others, and is not refused. `is_sharing`: it keeps its place,
+        and stands before nobody until `share`; what it is expected to find in a prefix cache then is not counted.
         """
         if request.request_id in self._waiting:
             raise InternalError(f"request {request.request_id} is already waiting")
+        num_tokens = request.prefill_len - (hints.num_cached_tokens if is_sharing else 0)
         if not is_again:
-            self._check_bounds(request, now)
-        waiting = Waiting(request, hints, now, self._num_arrivals)
+            self._check_bounds(num_tokens, now)
+        waiting = Waiting(request, hints, now, self._num_arrivals, num_tokens)
         self._num_arrivals += 1
         self._waiting[request.request_id] = waiting
-        self.num_tokens += request.prefill_len
+        self.num_tokens += num_tokens
         if is_again:
             self._again[request.request_id] = waiting
-        elif self._is_too_long(request):
-            self._held_back[request.request_id] = waiting
+        elif is_sharing:
+            self._sharing[request.request_id] = waiting
         else:
-            self._lane(request).push(waiting)
+            self._stand(waiting)
 
-    def _check_bounds(self, request: Request, now: float) -> None:
+    def share(self, request_id: int) -> None:
+        """What a request waited for is computed. One that is not here any more is passed over."""
+        waiting = self._sharing.pop(request_id, None)
+        if waiting is not None:
+            self._stand(waiting)
+
+    def _stand(self, waiting: Waiting) -> None:
+        if self._is_too_long(waiting.request):
+            self._held_back[waiting.request.request_id] = waiting
+        else:
+            self._lane(waiting.request).push(waiting)
+
+    def _check_bounds(self, num_tokens: int, now: float) -> None:
         if len(self) >= self.max_num_requests:
             what = f"{len(self)} requests are waiting"
             raise Overloaded(what, self._retry_after_s(1, self._drained_requests.per_s(now)))
-        excess = self.num_tokens + request.prompt_len - self.max_num_tokens
+        excess = self.num_tokens + num_tokens - self.max_num_tokens
         if excess > 0 and self._waiting:  # an empty queue takes a prompt of any length
             what = f"{self.num_tokens} prompt tokens are waiting"
             raise Overloaded(what, self._retry_after_s(excess, self._drained_tokens.per_s(now)))
@@ -149,7 +172,9 @@ class WaitingQueue:
             return
         self._max_len = max_len
         for request_id, waiting in list(self._waiting.items()):
-            if request_id in self._again or self._is_too_long(waiting.request) == (request_id in self._held_back):
+            if request_id in self._again or request_id in self._sharing:
+                continue
+            if self._is_too_long(waiting.request) == (request_id in self._held_back):
                 continue
             if request_id in self._held_back:
                 self._lane(waiting.request).push(self._held_back.pop(request_id))
@@ -173,7 +198,7 @@ class WaitingQueue:
             self.charge(waiting.hints.tenant, waiting.request.prompt_len - waiting.hints.num_cached_tokens)
         self.remove(request_id)
         self._drained_requests.record(1, now)
-        self._drained_tokens.record(waiting.request.prefill_len, now)
+        self._drained_tokens.record(waiting.num_tokens, now)
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """Counts tokens served to a tenant, which `fair` goes by."""
@@ -185,9 +210,12 @@ class WaitingQueue:
         waiting = self._waiting.pop(request_id, None)
         if waiting is None:
             return None
-        if self._again.pop(request_id, None) is None and self._held_back.pop(request_id, None) is None:
+        apart = [each for each in (self._again, self._held_back, self._sharing) if request_id in each]
+        if apart:
+            del apart[0][request_id]
+        else:
             self._lane(waiting.request).remove(waiting)
-        self.num_tokens -= waiting.request.prefill_len
+        self.num_tokens -= waiting.num_tokens
         return waiting.request
 
     def remove_longer_than(self, prompt_len: int) -> list[Request]:
@@ -199,11 +227,11 @@ class WaitingQueue:
 
     def check_integrity(self) -> None:
         """Raises InternalError unless the count of tokens is that of the requests, within the bounds."""
-        num_tokens = sum(waiting.request.prefill_len for waiting in self._waiting.values())
+        num_tokens = sum(waiting.num_tokens for waiting in self._waiting.values())
         if num_tokens != self.num_tokens:
             raise InternalError(f"waiting queue counts {self.num_tokens} tokens and holds {num_tokens}")
         num_first = len(self) - len(self._again)
-        num_first_tokens = num_tokens - sum(waiting.request.prefill_len for waiting in self._again.values())
+        num_first_tokens = num_tokens - sum(waiting.num_tokens for waiting in self._again.values())
         if num_first > self.max_num_requests or (num_first > 1 and num_first_tokens > self.max_num_tokens):
             raise InternalError(f"waiting queue holds {len(self)} requests, {num_tokens} tokens: past its bounds")
 

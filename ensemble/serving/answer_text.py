@@ -10,21 +10,24 @@ from ensemble.tokenizer import IncrementalDetokenizer, Tokenizer
 class AnswerText:
     """All that `push` and `flush` return, after the prompt's text, is what decoding all ids together gives."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, stop_strings: Collection[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, request: Request, stop_strings: Collection[str], shows_stop: bool = False
+    ) -> None:
         self._special_tokens = tokenizer.special_tokens
         self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids)
-        self._stop_strings = StopStrings(stop_strings, self._special_tokens.values())
+        self._stop_strings = StopStrings(stop_strings, self._special_tokens.values(), shows_stop)
+        self._shows_stop = shows_stop
         self._min_tokens = request.sampling.min_tokens
         self._num_tokens = 0
         self.is_stopped = False  # by a stop string
 
     def push(self, token_id: int, is_end: bool) -> str:
-        """`is_end`: the token ends the answer by itself, and has no text then, special or not."""
+        """`is_end`: the token ends the answer by itself, and has no text then unless that is shown."""
         self._num_tokens += 1
         special = self._special_tokens.get(token_id)
         if special is not None:
             return self._take(special, is_shown=False)
-        return "" if is_end else self._take(self._detokenizer.push([token_id]))
+        return "" if is_end and not self._shows_stop else self._take(self._detokenizer.push([token_id]))
 
     def flush(self) -> str:
         """What is still held back, when no more tokens come."""

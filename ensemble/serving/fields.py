@@ -45,6 +45,7 @@ SAMPLING: dict[str, Kind] = {
     "frequency_penalty": Kind.FLOAT,
     "seed": Kind.INT,
     "ignore_eos": Kind.BOOL,
+    "include_stop_str_in_output": Kind.BOOL,
     "stop_words": Kind.TEXTS,
     "bad_words": Kind.TEXTS,
     "stop_token_ids": Kind.INTS,
@@ -91,23 +92,34 @@ NEUTRAL: dict[str, tuple[Kind, tuple[Any, ...] | None]] = {
     "accumulate_tokens": (Kind.BOOL, (False,)),
     "return_context_logits": (Kind.BOOL, (False,)),
     "return_generation_logits": (Kind.BOOL, (False,)),
-    "include_stop_str_in_output": (Kind.BOOL, (False,)),
     "skip_special_tokens": (Kind.BOOL, (True,)),
     "spaces_between_special_tokens": (Kind.BOOL, (True,)),
     "detokenize": (Kind.BOOL, (True,)),
+    "flat_logprobs": (Kind.BOOL, (False,)),
     "embedding_request": (Kind.BOOL, (False,)),
 }
 NEUTRAL_SAMPLING = {
     "use_beam_search",
     "length_penalty",
     "early_stopping",
-    "include_stop_str_in_output",
+    "flat_logprobs",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "detokenize",
 }
 # vLLM's sampling parameters that are served only by their absence, which is null.
-ONLY_NULL = ("prompt_logprobs", "truncate_prompt_tokens", "logits_processors", "guided_decoding", "allowed_token_ids")
+ONLY_NULL = (
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
+    "logits_processors",
+    "guided_decoding",
+    "structured_outputs",
+    "allowed_token_ids",
+    "extra_args",
+    "repetition_detection",
+    "thinking_token_budget",
+    "lora_name",
+)
 ALIASES = {
     "max_new_tokens": "max_tokens",
     "min_length": "min_tokens",
@@ -220,7 +232,7 @@ def unknown(name: str, value: Any, names: Iterable[str]) -> InvalidRequest:
 
 def fits(kind: Kind, value: Any) -> bool:
     """Whether the Triton server takes the JSON value for an input of this kind."""
-    elements = _flat(value) if isinstance(value, list) else [value]
+    elements = flat(value) if isinstance(value, list) else [value]
     match kind:
         case Kind.TEXT | Kind.TEXTS | Kind.OBJECT:
             return all(isinstance(element, str) for element in elements)
@@ -231,8 +243,8 @@ def fits(kind: Kind, value: Any) -> bool:
     return all(isinstance(element, int) and not isinstance(element, bool) for element in elements)
 
 
-def _flat(value: Any) -> list[Any]:
-    return [each for element in value for each in _flat(element)] if isinstance(value, list) else [value]
+def flat(value: Any) -> list[Any]:
+    return [each for element in value for each in flat(element)] if isinstance(value, list) else [value]
 
 
 def _scalar(name: str, kind: Kind, value: Any) -> Any:

@@ -146,8 +146,10 @@ class FrontDoor:
         if is_draining:
             self._refuse(call, StageUnavailable("scheduler", "the server is draining"), arrival_ns, trace_parent)
             return
-        for stream in streams:
-            self._router.submit(stream.request, stream)
+        first, *others = streams
+        self._router.submit(first.request, first)
+        for stream in others:
+            self._router.submit(stream.request, stream, same_prompt=first.request_id)
         if tag is not None:
             self._cancels.watch(call if isinstance(call, Choices) else streams[0], str(tag))
 

@@ -29,6 +29,11 @@ def is_generate(request: str) -> bool:
     return match is not None and match[2] != "infer"
 
 
+def is_of_one_answer(request: str) -> bool:
+    """Whether a `generate` takes one response alone."""
+    return request.endswith("/generate")
+
+
 def asks_whether_live(request: str) -> bool:
     return request == "GET /v2/health/live"
 
@@ -47,4 +52,8 @@ def check(request: str, allow_client_shm: bool) -> None:
         if not allow_client_shm:
             raise Refused(403, "clients' shared memory is off (--allow-client-shm)")
     elif not _READING.fullmatch(request):
+        path = request.partition(" ")[2]
+        for method, offered in (("GET", _READING), ("POST", _INFERENCE)):
+            if offered.fullmatch(f"{method} {path}"):
+                raise Refused(405, f"{request}: send {method}")
         raise Refused(404, f"{request} is not among what this server offers")

@@ -10,19 +10,28 @@ import re
 import zlib
 from typing import Any
 
-from ensemble.serving.fields import INTERNAL, KINDS, Kind, fits, unknown
-from ensemble.serving.http_messages import Refused, response
+import msgspec
 
-MAX_KEPT_BYTES = 1 << 20  # of a body that is looked into
-MAX_DECODED_BYTES = 64 << 20  # as much as the Triton server takes
+from ensemble.serving.fields import INTERNAL, KINDS, Kind, fits, flat, unknown
+from ensemble.serving.http_messages import Refused, TooLarge, response, unchunk
+
+MAX_KEPT_BYTES = 1 << 20  # of a body that is kept until it is answered
 MAX_ANSWER_BYTES = 64 << 10  # of one with an error
 ABSOLUTE_FORM = re.compile(rb"([A-Z]+) https?://[^/ ]*(\S*) ", re.IGNORECASE)
+ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 HOP_BY_HOP = re.compile(rb"(?im)^(?:upgrade|http2-settings):[^\n]*\n")
 CONNECTION = re.compile(rb"(?im)^connection:([^\r\n]*)\r\n")
-PREFACE = b"PRI * HTTP/2"
+VERSION = re.compile(rb"[^\r\n]* HTTP/1\.([01])\r\n")
+STREAMS = re.compile(rb'"stream"[ \t\r\n]*:[ \t\r\n\[]*true')
 LONG_NUMBER = re.compile(rb"[0-9]{10}|[0-9][eE]")  # what may not fit into 32 bits
 PACKED_NAMES = ("messages", *(name for name, kind in KINDS.items() if kind is Kind.OBJECT))  # inputs: strings of JSON
-UNPACKED = re.compile(rb'"(?:%b)"[ \t\r\n]*:[ \t\r\n]*[\[{]' % b"|".join(name.encode() for name in PACKED_NAMES))
+LISTS = (Kind.TEXTS, Kind.INTS, Kind.FLOATS)
+LIST_NAMES = [name for name, kind in KINDS.items() if kind in LISTS]
+IN_A_LIST = re.compile(rb"\[[ \t\r\n]*\[")
+UNPACKED = re.compile(
+    rb'"(?:(?:%b)"[ \t\r\n]*:[ \t\r\n]*[\[{]|(?:%b)"[ \t\r\n]*:[ \t\r\n]*%b)'
+    % (b"|".join(map(str.encode, PACKED_NAMES)), b"|".join(map(str.encode, LIST_NAMES)), IN_A_LIST.pattern)
+)
 UINT64_NAMES = {"seed", "random_seed"}
 IN_ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
 RETRY_AFTER = re.compile(r"retry after ([0-9.]+) s")
@@ -43,15 +52,25 @@ OF_THE_PARSER = re.compile(
 
 def as_plain_request(head: bytes) -> bytes:
     """The head without an offer to upgrade, which nobody takes up, its target in origin-form. Raises Refused."""
-    if head.startswith(PREFACE):
-        raise Refused(505, "HTTP/2 is not served here: send HTTP/1.1, or use the gRPC port")
+    if b" HTTP/" in head and not VERSION.match(head):
+        version = head.partition(b"\r\n")[0].rpartition(b" HTTP/")[2].decode(errors="replace")
+        raise Refused(505, f"HTTP/{version} is not served here: send HTTP/1.1, or use the gRPC port")
     found = ABSOLUTE_FORM.match(head)
     if found is not None:
         head = b"%b %b " % (found[1], found[2] or b"/") + head[found.end() :]
+    line, _, _ = head.partition(b"\r\n")
+    if b"%" in line:
+        head = ESCAPED.sub(_unescaped, line) + head[len(line) :]
     without = HOP_BY_HOP.sub(b"", head)
     if without is head or without == head:
         return head
     return CONNECTION.sub(_without_upgrade, without)
+
+
+def _unescaped(escaped: "re.Match[bytes]") -> bytes:
+    """A character that needs no escape, and means the same without it."""
+    char = bytes.fromhex(escaped[1].decode())
+    return char if char.isalnum() or char in b"-._~" else escaped[0]
 
 
 def _without_upgrade(connection: "re.Match[bytes]") -> bytes:
@@ -60,42 +79,76 @@ def _without_upgrade(connection: "re.Match[bytes]") -> bytes:
     return b"Connection: %b\r\n" % b", ".join(kept) if kept else b""
 
 
-def decode(body: bytes, encoding: bytes) -> bytes:
-    """A compressed body. Raises Refused."""
+def decode(body: bytes, encoding: bytes, limit: int) -> bytes:
+    """A compressed body, of at most `limit` bytes then. Raises Refused."""
     name = encoding.decode(errors="replace").strip().lower()
     if name not in ("gzip", "x-gzip", "deflate"):
         raise Refused(415, f"Content-Encoding {name!r} is not taken: gzip, deflate or none")
-    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    # Who says deflate may send it bare: zlib's first byte says a method, 8, of which no bare stream can begin.
+    is_bare = name == "deflate" and body[:1] not in (b"", b"\x1f") and body[0] & 0x0F != 8
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
     try:
-        decoded = decoder.decompress(body, MAX_DECODED_BYTES)
+        decoded = decoder.decompress(body, limit + 1)
     except zlib.error as error:
         raise Refused(400, f"the body is not {name}: {error}") from None
-    if decoder.unconsumed_tail:
-        raise Refused(413, f"the body has more than {MAX_DECODED_BYTES} bytes when it is decoded")
+    if len(decoded) > limit:
+        raise TooLarge(limit)
     if not decoder.eof:
         raise Refused(400, f"the body is not {name}: it ends in its midst")
     return decoded
 
 
 def with_packed_objects(body: bytes) -> bytes:
-    """The JSON body of a `generate` with `messages` and objects as the strings that the Triton server takes."""
+    """The JSON body of a `generate` with `messages` and objects as the strings that the Triton server takes, and the
+    only row of a list of one, which is what clients make of a shape [1, n], in its place."""
     if not UNPACKED.search(body):
         return body
     try:
+        return _packed(body, ("parameters",))
+    except (ValueError, RecursionError):  # of both libraries, and of text that is no UTF-8
+        return body  # the Triton server refuses it
+
+
+def _packed(body: bytes, inner: tuple[str, ...] = ()) -> bytes:
+    """An object whose members are as they were written, but for those to be packed; so in the `inner` objects."""
+    members = []
+    for name, value in msgspec.json.decode(body, type=dict[str, msgspec.Raw]).items():
+        raw = bytes(value)
+        if name in PACKED_NAMES and _is_unpacked(raw):
+            raw = json.dumps(raw.decode()).encode()
+        elif name in LIST_NAMES and IN_A_LIST.match(raw):
+            rows = msgspec.json.decode(raw, type=list[msgspec.Raw])
+            raw = bytes(rows[0]) if len(rows) == 1 else raw
+        elif name in inner and raw.startswith(b"{"):
+            raw = _packed(raw)
+        members.append(json.dumps(name).encode() + b":" + raw)
+    return b"{" + b",".join(members) + b"}"
+
+
+def _is_unpacked(raw: bytes) -> bool:
+    """An object, or a list of other things than the strings that an input may be."""
+    if not raw.startswith(b"["):
+        return raw.startswith(b"{")
+    elements = msgspec.json.decode(raw, type=list[msgspec.Raw])
+    return not all(bytes(element).startswith(b'"') for element in elements)
+
+
+def is_of_http_1_0(head: bytes) -> bool:
+    found = VERSION.match(head)
+    return found is not None and found[1] == b"0"
+
+
+def asks_to_stream(body: bytes) -> bool:
+    """Whether the JSON body of a `generate` says so, where it may."""
+    if not STREAMS.search(body):
+        return False
+    try:
         members = json.loads(body)
     except (ValueError, RecursionError):
-        return body  # the Triton server refuses it
+        return False
     parameters = members.get("parameters") if isinstance(members, dict) else None
-    for of_names in (members, parameters):
-        if isinstance(of_names, dict):
-            packed = {name: json.dumps(of_names[name]) for name in PACKED_NAMES if _is_unpacked(of_names.get(name))}
-            of_names.update(packed)
-    return json.dumps(members).encode()
-
-
-def _is_unpacked(value: Any) -> bool:
-    """An object, or a list of other things than the strings that an input may be."""
-    return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(each, str) for each in value))
+    found = [of_names.get("stream") for of_names in (members, parameters) if isinstance(of_names, dict)]
+    return any(True in flat([value]) for value in found)
 
 
 def fault_of(body: bytes) -> str | None:
@@ -125,7 +178,8 @@ def _fault_of_member(name: str, value: Any) -> str | None:
         is_parameter = isinstance(value, str | int | bool)
         return None if is_parameter else str(unknown(name, value, KINDS))
     kind = KINDS[name]
-    if not fits(kind, value):
+    is_several = kind in LISTS and isinstance(value, list) and any(isinstance(each, list) for each in value)
+    if is_several or not fits(kind, value):
         kind_of_json = "a string of JSON" if kind is Kind.OBJECT else kind.value
         return f"{name} = {_shown(value)} is not valid: {kind_of_json}"
     for element in value if isinstance(value, list) else [value]:
@@ -195,17 +249,8 @@ def _whole_answer(data: bytes) -> tuple[int, list[bytes], bytes] | None:
     if headers.get(b"transfer-encoding", b"").lower() != b"chunked":
         length = int(headers.get(b"content-length", b"0"))
         return (status, kept, body[:length]) if len(body) >= length else None
-    decoded = b""
-    while True:
-        size, line_end, rest = body.partition(b"\r\n")
-        if not line_end:
-            return None
-        num_bytes = int(size.partition(b";")[0], 16)
-        if len(rest) < num_bytes + 2:
-            return None
-        if num_bytes == 0:
-            return status, kept, decoded
-        decoded, body = decoded + rest[:num_bytes], rest[num_bytes + 2 :]
+    decoded, _, has_ended = unchunk(body)
+    return (status, kept, decoded) if has_ended else None
 
 
 def amended(status: int, headers: list[bytes], body: bytes, request_body: bytes | None) -> bytes:

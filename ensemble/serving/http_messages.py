@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator
 
 CHUNK_BYTES = 64 << 10
 MAX_HEAD_BYTES = 64 << 10
-MAX_LEADING_BYTES = 1 << 10  # white space before a body's first member
 REASONS = {
     200: b"OK",
     400: b"Bad Request",
     403: b"Forbidden",
     404: b"Not Found",
+    405: b"Method Not Allowed",
+    408: b"Request Timeout",
     413: b"Content Too Large",
     415: b"Unsupported Media Type",
     499: b"Client Closed Request",
@@ -23,7 +24,7 @@ REASONS = {
 }
 FRAMING = {b"content-length", b"transfer-encoding"}
 JSON_OBJECT_START = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*(?=[^ \t\r\n])")
-UNDECIDED = re.compile(rb"[ \t\r\n]*(?:\{[ \t\r\n]*)?")  # what may still become the start of an object
+CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}")
 
 
 class Refused(Exception):
@@ -99,10 +100,6 @@ def parse_headers(head: bytes) -> dict[bytes, bytes]:
     return headers
 
 
-def replace_content_length(head: bytes, num_bytes: int) -> bytes:
-    return re.sub(rb"(?i)(?<=\r\ncontent-length:)[^\r]*", b" %d" % num_bytes, head)
-
-
 def is_chunked(headers: dict[bytes, bytes]) -> bool:
     return headers.get(b"transfer-encoding", b"identity").lower() == b"chunked"
 
@@ -132,10 +129,9 @@ async def read_chunked(reader: asyncio.StreamReader, limit: int) -> AsyncIterato
     room = limit
     while True:
         size = (await read_line(reader)).partition(b";")[0].strip()
-        try:
-            num_bytes = int(size, 16)
-        except ValueError:
-            raise BadRequest(f"chunk size {size.decode(errors='replace')!r} is not a number") from None
+        if not CHUNK_SIZE.fullmatch(size):
+            raise BadRequest(f"chunk size {size.decode(errors='replace')!r} is not a number")
+        num_bytes = int(size, 16)
         if num_bytes == 0:
             break
         if num_bytes > room:
@@ -143,47 +139,75 @@ async def read_chunked(reader: asyncio.StreamReader, limit: int) -> AsyncIterato
         room -= num_bytes
         async for data in read_sized(reader, num_bytes):
             yield data
-        await reader.readexactly(2)
+        if await reader.readexactly(2) != b"\r\n":
+            raise BadRequest("a chunk is longer than its size")
     while await read_line(reader) != b"\r\n":
         pass
 
 
-async def with_first_member(body: AsyncIterator[bytes], member: bytes) -> AsyncIterator[bytes]:
-    """The body with `member` (a JSON object's, and a comma) first in its object.
-
-    Where there is no object with members, as many spaces: the body's new length is known before its first byte.
-    """
-    seen = b""
-    async for data in body:
-        seen += data
-        undecided = UNDECIDED.match(seen)
-        if undecided is None or undecided.end() < len(seen) or len(seen) > MAX_LEADING_BYTES:
+def unchunk(data: bytes) -> tuple[bytes, bytes, bool]:
+    """What the whole chunks in `data` hold, what comes after them, and whether the last of all is among them."""
+    decoded, has_ended = [], False
+    while not has_ended:
+        size, line_end, rest = data.partition(b"\r\n")
+        if not line_end:
             break
-    start = JSON_OBJECT_START.match(seen)
-    if start is None or seen.startswith(b"}", start.end()):
-        yield b" " * len(member) + seen
-    else:
-        yield seen[: start.end()] + member + seen[start.end() :]
-    async for data in body:
-        yield data
+        num_bytes = int(size.partition(b";")[0], 16)
+        if len(rest) < num_bytes + 2:
+            break
+        decoded.append(rest[:num_bytes])
+        data, has_ended = rest[num_bytes + 2 :], num_bytes == 0
+    return b"".join(decoded), data, has_ended
 
 
-async def read_first(body: AsyncIterator[bytes], limit: int) -> tuple[bytes, bool]:
+class UnchunkedAnswer:
+    """An answer as clients of HTTP/1.0 read it, who know no chunks: what comes until the connection is closed."""
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._is_chunked: bool | None = None  # None: the head is still to come
+        self.has_ended = False
+
+    def push(self, data: bytes) -> bytes:
+        """What to pass on now."""
+        self._held += data
+        head = self._take_head() if self._is_chunked is None else b""
+        if not self._is_chunked:
+            passed = b"" if self._is_chunked is None else self._held
+            self._held = self._held[len(passed) :]
+            return head + passed
+        decoded, self._held, self.has_ended = unchunk(self._held)
+        return head + decoded
+
+    def _take_head(self) -> bytes:
+        head, empty, rest = self._held.partition(b"\r\n\r\n")
+        if not empty:
+            return b""
+        lines = [(line.partition(b":")[0].strip().lower(), line) for line in head.split(b"\r\n")]
+        self._is_chunked = any(name == b"transfer-encoding" for name, _ in lines)
+        self._held = rest
+        if not self._is_chunked:
+            return head + empty
+        kept = [line for name, line in lines if name not in (b"transfer-encoding", b"connection")]
+        return b"\r\n".join([*kept, b"Connection: close"]) + empty
+
+
+def with_first_member(body: bytes, member: bytes) -> bytes:
+    """The body with `member` (a JSON object's) first in its object; as it is where there is none with members."""
+    start = JSON_OBJECT_START.match(body)
+    if start is None or body.startswith(b"}", start.end()):
+        return body
+    return b"%b%b,%b" % (body[: start.end()], member, body[start.end() :])
+
+
+async def read_first(body: AsyncIterator[bytes], limit: int | None = None) -> tuple[bytes, bool]:
     """What comes of a body until it has ended or is longer than `limit` bytes, and whether it has ended."""
     data = bytearray()
     async for chunk in body:
         data += chunk
-        if len(data) > limit:
+        if limit is not None and len(data) > limit:
             return bytes(data), False
     return bytes(data), True
-
-
-async def joined(first: bytes, rest: AsyncIterator[bytes] | None = None) -> AsyncIterator[bytes]:
-    if first:
-        yield first
-    if rest is not None:
-        async for data in rest:
-            yield data
 
 
 def with_sized_body(head: bytes, num_bytes: int) -> bytes:

@@ -12,13 +12,14 @@ which the server itself does not know, and stays when the Triton server ends and
 """
 
 import asyncio
+import codecs
 import contextlib
 import itertools
 import json
 import resource
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,12 @@ from ensemble.serving import fronts
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.http_contract import (
     LONG_NUMBER,
-    MAX_DECODED_BYTES,
     MAX_KEPT_BYTES,
-    AnswerInspector,
     as_plain_request,
+    asks_to_stream,
     decode,
     fault_of,
+    is_of_http_1_0,
     with_packed_objects,
 )
 from ensemble.serving.http_messages import (
@@ -46,25 +47,25 @@ from ensemble.serving.http_messages import (
     Refused,
     body_of,
     is_chunked,
-    joined,
     parse_headers,
     read_first,
     read_head,
     refusal,
-    replace_content_length,
     response,
     with_first_member,
     with_sized_body,
 )
+from ensemble.serving.http_upstream import Upstream
 from ensemble.serving.marks import CLIENT_TAG, TRACE_PARENT
 from ensemble.serving.run_dir import cancel_address
 
 MAX_UNTOLD = 100_000  # tags on their way to the scheduler
 BACKLOG = 1024
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+MAX_LARGE_BODIES = 64  # of `generate`s, longer than MAX_KEPT_BYTES, that are read at a time
+LARGE_BODY_S = 60.0  # in which one of them has to come
 LINGER_S = 5.0  # a refused client may send on for so long: else it would not read why
 TAG_SECRET = f"http-{secrets.token_hex(8)}"  # no client can name another's request
-NO_ANSWER = NotServing("the Triton server does not answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class HttpRelay:
         self._run_dir = of_run
         self._limits = limits
         self._cancels = cancels
+        self._num_large_bodies = 0
         self._tags = (f"{TAG_SECRET}-{number}" for number in itertools.count())
 
     async def serve(self, host: str, port: int) -> None:
@@ -104,7 +106,7 @@ class HttpRelay:
                         await asyncio.wait_for(discard(reader), LINGER_S)
 
     async def _pass_requests(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: "Upstream"
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: Upstream
     ) -> None:
         """Until the client, or the Triton server, closes. Raises Refused."""
         tag = ""  # of the last `generate`: clients do not pipeline, so only that may be unanswered
@@ -142,44 +144,16 @@ class HttpRelay:
         head: bytes,
         headers: dict[bytes, bytes],
         reader: asyncio.StreamReader,
-        upstream: "Upstream",
+        upstream: Upstream,
     ) -> str:
         """One request to the Triton server. The tag that it got, if it is a `generate`. Raises Refused."""
         body = body_of(headers, reader, self._limits.max_body_bytes)
-        in_chunks, num_bytes = is_chunked(headers), int(headers.get(b"content-length", b"0"))
         waits = b"expect" in headers  # for a word before it sends the body
-        tag = ""
         if fronts.is_generate(request):
-            whole: bytes | None = None
-            encoding = headers.get(b"content-encoding", b"identity")
-            if encoding.lower() != b"identity":
-                if waits:
-                    upstream.answer(CONTINUE)
-                    waits = False
-                packed, has_ended = await read_first(body, MAX_DECODED_BYTES)
-                if not has_ended:
-                    raise Refused(413, f"the body has more than {MAX_DECODED_BYTES} bytes")
-                whole = decode(packed, encoding)
-            elif not waits:
-                first, has_ended = await read_first(body, MAX_KEPT_BYTES)
-                whole, body = (first, body) if has_ended else (None, joined(first, body))
-            if whole is not None:
-                whole = with_packed_objects(whole)
-                fault = fault_of(whole) if len(whole) <= MAX_KEPT_BYTES and LONG_NUMBER.search(whole) else None
-                if fault is not None:
-                    raise BadRequest(fault)
-                body, num_bytes, in_chunks = joined(whole), len(whole), False
-                head = with_sized_body(head, num_bytes)
-            if in_chunks or num_bytes > 0:
-                tag = next(self._tags)
-                members = {CLIENT_TAG: tag}
-                if TRACE_PARENT.encode() in headers:
-                    members[TRACE_PARENT] = headers[TRACE_PARENT.encode()].decode("latin-1")
-                member = json.dumps(members)[1:-1].encode() + b","
-                body = with_first_member(body, member)
-                if not in_chunks:
-                    head = replace_content_length(head, num_bytes + len(member))
-            upstream.inspect(whole)
+            if waits:
+                upstream.answer(CONTINUE)
+            return await self._generate(request, head, headers, await self._read_whole(body), upstream)
+        in_chunks = is_chunked(headers)
         was_unanswered, upstream.is_unanswered = upstream.is_unanswered, True
         unsent = head  # goes with the first of the body, unless the client waits to be told to send that
         if waits:
@@ -196,97 +170,47 @@ class HttpRelay:
             unsent += b"0\r\n\r\n"
         if unsent:
             await upstream.write(unsent)
+        return ""
+
+    async def _read_whole(self, body: AsyncIterator[bytes]) -> bytes:
+        """Of large ones, which are rare, only so many at a time. Raises Refused."""
+        first, has_ended = await read_first(body, MAX_KEPT_BYTES)
+        if has_ended:
+            return first
+        if self._num_large_bodies >= MAX_LARGE_BODIES:
+            raise NotServing(f"{MAX_LARGE_BODIES} bodies of more than {MAX_KEPT_BYTES} bytes are being read")
+        self._num_large_bodies += 1
+        try:
+            rest, _ = await asyncio.wait_for(read_first(body), LARGE_BODY_S)
+        except asyncio.TimeoutError:
+            raise Refused(408, f"the body has not come within {LARGE_BODY_S:.0f} s") from None
+        finally:
+            self._num_large_bodies -= 1
+        return first + rest
+
+    async def _generate(
+        self, request: str, head: bytes, headers: dict[bytes, bytes], body: bytes, upstream: Upstream
+    ) -> str:
+        """Puts the body right, and our members into it. Returns the tag. Raises Refused."""
+        encoding = headers.get(b"content-encoding", b"identity")
+        if encoding.lower() != b"identity":
+            body = decode(body, encoding, self._limits.max_body_bytes)
+        body = with_packed_objects(body.removeprefix(codecs.BOM_UTF8))
+        is_large = len(body) > MAX_KEPT_BYTES
+        fault = fault_of(body) if is_large or LONG_NUMBER.search(body) else None
+        if fault is not None:
+            raise BadRequest(fault)
+        if fronts.is_of_one_answer(request) and asks_to_stream(body):
+            raise BadRequest("stream = true is not valid: false, or generate_stream in place of generate")
+        tag = next(self._tags)
+        members = {CLIENT_TAG: tag}
+        if TRACE_PARENT.encode() in headers:
+            members[TRACE_PARENT] = headers[TRACE_PARENT.encode()].decode("latin-1")
+        tagged = with_first_member(body, json.dumps(members)[1:-1].encode())
+        upstream.inspect(None if is_large else body, in_chunks=not is_of_http_1_0(head))
+        upstream.is_unanswered = True
+        await upstream.write(with_sized_body(head, len(tagged)) + tagged)
         return tag
-
-
-class Upstream(asyncio.Protocol):
-    """A connection to the Triton server, made at the first request, whose bytes go to a client as they come."""
-
-    def __init__(self, client: asyncio.StreamWriter) -> None:
-        self._client = client
-        self._transport: asyncio.Transport | None = None
-        self._can_write = asyncio.Event()
-        self._resuming: asyncio.Task[None] | None = None
-        self._inspector: AnswerInspector | None = None  # of a `generate` that is not answered
-        self.is_unanswered = False  # nothing of the last request's answer has come
-        self.has_closed = False
-        self._is_dropped = False  # the client has its answer from us
-
-    def answer(self, data: bytes) -> None:
-        """Answers the client in the Triton server's place."""
-        self._client.write(data)
-
-    def inspect(self, request_body: bytes | None) -> None:
-        """The request that is being written is a `generate`."""
-        self._inspector = AnswerInspector(request_body)
-
-    async def connect(self, port: int) -> None:
-        """Raises NotServing."""
-        if self._transport is None:
-            try:
-                await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", port)
-            except OSError:
-                raise NO_ANSWER from None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._can_write.set()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        held = b"" if self._inspector is None else self._inspector.rest()
-        if held and not self._client.is_closing():
-            self._client.write(held)
-        if self.is_unanswered and not self._client.is_closing():  # the server has ended
-            self._client.write(refusal(NO_ANSWER))
-        self.has_closed = True
-        self._can_write.set()
-        if not self._is_dropped:
-            self._client.close()
-
-    def pause_writing(self) -> None:
-        self._can_write.clear()
-
-    def resume_writing(self) -> None:
-        self._can_write.set()
-
-    def data_received(self, data: bytes) -> None:
-        """Called for each event of a stream, so it is no task of its own: that would take twice the time."""
-        self.is_unanswered = False
-        if self._inspector is not None:
-            data = self._inspector.push(data)
-            if self._inspector.is_done:
-                self._inspector = None
-        self._client.write(data)
-        if self._resuming is None and self._client.transport.get_write_buffer_size() > CHUNK_BYTES:
-            self._resuming = asyncio.ensure_future(self._resume())
-
-    async def _resume(self) -> None:
-        """Reads nothing more until the client has caught up."""
-        assert self._transport is not None
-        self._transport.pause_reading()
-        with contextlib.suppress(OSError):
-            await self._client.drain()
-        self._resuming = None
-        self._transport.resume_reading()
-
-    async def write(self, data: bytes) -> None:
-        """Returns when the Triton server has taken most of what was written. Raises ConnectionResetError."""
-        assert self._transport is not None
-        self._transport.write(data)
-        await self._can_write.wait()
-        if self.has_closed:
-            raise ConnectionResetError
-
-    def drop(self) -> None:
-        """What the Triton server may still say is for nobody."""
-        self._is_dropped, self._inspector = True, None
-        self.close()
-
-    def close(self) -> None:
-        self.is_unanswered = False
-        if self._transport is not None:
-            self._transport.close()
 
 
 async def discard(reader: asyncio.StreamReader) -> None:

@@ -41,6 +41,7 @@ class OutputOptions:
 
     stream: bool = False
     exclude_input_in_output: bool = True
+    include_stop_str_in_output: bool = False  # also the text of a token that ends the answer
     return_finish_reason: bool = False
     return_num_input_tokens: bool = False
     return_num_output_tokens: bool = False
@@ -273,6 +274,8 @@ def parse_sampling(values: Values, options: OutputOptions, tokenizer: Tokenizer,
         plain["temperature"] = 0.0
     if plain.get("top_k") == -1:
         plain["top_k"] = 0
+    if plain.get("top_p") == 0:  # TensorRT-LLM's clients: off beside top_k, else the likeliest token alone, as OpenAI's
+        plain |= {"top_p": 1.0, "top_k": plain.get("top_k") or 1}
     sampling = SamplingParams(**plain)
     _check("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "at least 1")
     _check(
@@ -284,7 +287,7 @@ def parse_sampling(values: Values, options: OutputOptions, tokenizer: Tokenizer,
     _check("temperature", sampling.temperature, sampling.temperature >= 0, "a number of at least 0")
     _check("temperature", sampling.temperature, sampling.temperature <= MAX_FACTOR, f"at most {MAX_FACTOR:g}")
     _check("top_k", sampling.top_k, 0 <= sampling.top_k < 1 << 31, "at least 1, or 0 or -1 for all tokens")
-    _check("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1")
+    _check("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "from 0 to 1")
     _check("min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "from 0 to 1")
     _check(
         "repetition_penalty",

@@ -110,8 +110,9 @@ class RouterThread:
         self._thread = threading.Thread(target=self._run, name="router", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, stream: ClientStream) -> None:
-        self._inbox.put(lambda: self._arrive(request, stream))
+    def submit(self, request: Request, stream: ClientStream, same_prompt: int | None = None) -> None:
+        """`same_prompt`: an earlier request, with the same prompt."""
+        self._inbox.put(lambda: self._arrive(request, stream, same_prompt))
 
     def cancel(self, request_id: int) -> None:
         """Ends a request wherever it is; its client gets CANCELLED."""
@@ -189,14 +190,14 @@ class RouterThread:
             self._do(lambda item=item: self._router.receive(item, now))  # type: ignore[misc]
         self._senders.flush()
 
-    def _arrive(self, request: Request, stream: ClientStream) -> None:
+    def _arrive(self, request: Request, stream: ClientStream, same_prompt: int | None) -> None:
         self._streams[request.request_id] = stream
 
         def ended(ended: Ended) -> None:
             self._streams.pop(request.request_id, None)
             self._on_ended(ended)
 
-        self._router.arrive(request, StreamClient(stream, self._senders, ended), time.monotonic())
+        self._router.arrive(request, StreamClient(stream, self._senders, ended), time.monotonic(), same_prompt)
 
     def _send(self, stage: StageName, item: ToStage) -> None:
         self._exchanges[stage].send(item)

@@ -2,7 +2,8 @@
 
 A stop string without a special token is looked for in the text that the client sees, one with a special token (such as
 `<|im_end|>`) in the text with special tokens written out. What is found is what would be found character by character:
-the string that ends first, and of several that end together the first of the list.
+the string that ends first, and of several that end together the first of the list. It is not shown unless that is asked
+for, special tokens never.
 """
 
 from collections.abc import Collection
@@ -10,9 +11,12 @@ from itertools import compress
 
 
 class StopStrings:
-    """Follows one answer's text. A stop string itself is never part of the answer."""
+    """Follows one answer's text."""
 
-    def __init__(self, strings: Collection[str], special_tokens: Collection[str] = ()) -> None:
+    def __init__(
+        self, strings: Collection[str], special_tokens: Collection[str] = (), shows_found: bool = False
+    ) -> None:
+        self._shows_found = shows_found
         joined = "\0".join(strings)
         found = [token for token in special_tokens if token in joined] if strings else []  # of a thousand, hardly one
         has_special = [any(token in string for token in found) for string in strings]
@@ -39,8 +43,10 @@ class StopStrings:
             in_all = self._of_all.find(self._held, len(text))
             found += [(end, number, sum(self._is_shown[:start])) for end, number, start in in_all]
         if found:
+            end, _, start = min(found)
+            num_after = sum(self._is_shown[len(self._held) - len(text) + end :])
             self._held, self._is_shown = "", b""
-            return shown[: min(found)[2]], True
+            return shown[: len(shown) - num_after if self._shows_found else start], True
         return shown[: len(shown) - self._hold(shown)], False
 
     def flush(self) -> str:

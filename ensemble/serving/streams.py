@@ -76,7 +76,8 @@ class ClientStream:
         self.needs_heartbeats = needs_heartbeats
         self.pace = Pace()
         self._prompt_text = client_request.prompt_text
-        self._answer_text = AnswerText(tokenizer, client_request.request, client_request.stop_strings)
+        shows_stop = client_request.options.include_stop_str_in_output
+        self._answer_text = AnswerText(tokenizer, client_request.request, client_request.stop_strings, shows_stop)
         self._pending: list[tuple[int, TokenLogProbs | None]] = []
         self._finish_reason: FinishReason | None = None
         self._error: DistServeError | None = None

@@ -382,14 +382,20 @@ class FakeFleet:
                 replica.end_lease(handoff.request_id)
 
     def arrive(
-        self, prompt_len: int, max_tokens: int, hints: Hints = DEFAULT_HINTS, deadline: float | None = None
+        self,
+        prompt_len: int,
+        max_tokens: int,
+        hints: Hints = DEFAULT_HINTS,
+        deadline: float | None = None,
+        same_prompt: Request | None = None,
     ) -> tuple[Request, FakeClient]:
         request_id = self.new_id()
         sampling = SamplingParams(max_tokens=max_tokens)
         prompt = [request_id % 997 + 1] + [1] * (prompt_len - 1)
+        prompt = prompt if same_prompt is None else same_prompt.prompt_token_ids
         request = Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling)
         client = FakeClient(hints, deadline)
-        self.router.arrive(request, client, self.now)
+        self.router.arrive(request, client, self.now, None if same_prompt is None else same_prompt.request_id)
         self.router.tick(self.now)
         return request, client
 

@@ -333,6 +333,45 @@ def test_requests_wait_for_a_fleet_that_comes_back_and_are_refused_when_it_does_
     assert client.tokens == answer(request)
 
 
+def test_choices_wait_until_the_first_has_computed_their_prompt():
+    """Also where its replica dies meanwhile. Without a prefix cache, or a block to share, they wait for nobody."""
+    for num_tokens, prefix_cache in ((9, True), (BLOCK_SIZE - 1, True), (9, False)):
+        fleet = make_fleet(2, 1, prefill={"prefix_cache": prefix_cache})
+        first = fleet.arrive(num_tokens, max_tokens=3)
+        others = [fleet.arrive(num_tokens, max_tokens=3, same_prompt=first[0]) for _ in range(3)]
+        waits = [client.timeline.first_scheduled_ns == 0 for _, client in others]
+        assert all(waits) == (num_tokens > BLOCK_SIZE and prefix_cache)
+        for _ in range(2):
+            fleet.kill(first[1].timeline.prefill_replica)
+            steps(fleet, 3)
+        fleet.run()
+        for request, client in [first, *others]:
+            assert client.tokens == answer(request) and client.finish_reason == "length"
+            if all(waits):
+                assert request is first[0] or client.timeline.first_scheduled_ns >= first[1].timeline.first_token_ns
+        fleet.assert_empty()
+
+
+def test_choices_that_wait_for_the_first_are_cancelled_time_out_and_outlive_it():
+    fleet = make_fleet(1, 1)
+    first = fleet.arrive(9, max_tokens=3)
+    cancelled = fleet.arrive(9, max_tokens=3, same_prompt=first[0])
+    late = fleet.arrive(9, max_tokens=3, same_prompt=first[0], deadline=fleet.now + 5)
+    left = fleet.arrive(9, max_tokens=3, same_prompt=first[0])
+    assert fleet.router.gauges()["vllm:num_requests_waiting", ()] == 3
+    fleet.router.cancel(cancelled[0].request_id)
+    fleet.now += 10
+    fleet.tick()
+    fleet.router.cancel(first[0].request_id)
+    fleet.run()
+    assert isinstance(cancelled[1].error, Cancelled) and isinstance(late[1].error, DeadlineExceeded)
+    assert isinstance(first[1].error, Cancelled) and left[1].tokens == answer(left[0])
+    after = fleet.arrive(9, max_tokens=3, same_prompt=first[0])  # which is gone
+    fleet.run()
+    assert after[1].tokens == answer(after[0])
+    fleet.assert_empty()
+
+
 def test_cancels_and_deadlines_end_a_request_in_every_state():
     for num_steps in range(12):
         fleet = make_fleet(1, 1)

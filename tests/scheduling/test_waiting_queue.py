@@ -115,3 +115,28 @@ def test_who_was_held_back_keeps_its_place(make_request):
         order.append(head.request_id)
         queue.start(head.request_id, now=3.0)
     assert order == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["fcfs", "sjf", "priority", "edf", "fair"])
+def test_who_waits_for_another_to_compute_the_prompt_stands_before_nobody_and_keeps_its_place(make_request, name):
+    queue = WaitingQueue(max_num_requests=5, max_num_tokens=1000, policy=QueuePolicy(name))
+    for request_id in (1, 2, 3):
+        queue.add(make_request(request_id, 20), 0.0, Hints(num_cached_tokens=16), is_sharing=True)
+    assert queue.num_tokens == 12
+    queue.add(make_request(4, 20), now=1.0)
+    queue.add(make_request(5, 50), now=1.0, is_sharing=True)
+    with pytest.raises(Overloaded, match="5 requests are waiting"):
+        queue.add(make_request(6, 1), now=1.0)
+    queue.hold_back(40)
+    assert queue.head(now=1.0).request_id == 4
+    assert queue.remove(2).request_id == 2
+    for request_id in (3, 1, 2, 5):  # 2 is gone, and 5 is too long for who is there
+        queue.share(request_id)
+    queue.check_integrity()
+    order = []
+    while (head := queue.head(now=1.0)) is not None:
+        order.append(head.request_id)
+        queue.start(head.request_id, now=1.0)
+    assert order == [1, 3, 4] and len(queue) == 1
+    queue.hold_back(None)
+    assert queue.head(now=1.0).request_id == 5

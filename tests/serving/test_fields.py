@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from ensemble.errors import InvalidRequest
-from ensemble.serving.fields import ALIASES, INTERNAL, KINDS, NEUTRAL, OF_THE_SERVER, OTHERS, SAMPLING, Kind, collect
+from ensemble.serving.fields import (
+    ALIASES,
+    INTERNAL,
+    KINDS,
+    NEUTRAL,
+    OF_THE_SERVER,
+    ONLY_NULL,
+    OTHERS,
+    SAMPLING,
+    Kind,
+    collect,
+)
 from ensemble.serving.inputs import ModelLimits, choice_seed, parse_options, parse_sampling
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import EOS_ID, make_tiny_tokenizer
@@ -106,7 +117,7 @@ def test_a_number_that_equals_nothing_is_no_other_value_of_its_name() -> None:
 def test_what_has_no_effect_is_taken() -> None:
     neutral = {name: "1" if allowed is None else allowed[0] for name, (_, allowed) in NEUTRAL.items()}
     assert set(collect({}, neutral)) == set(neutral)
-    nulls = json.dumps({"prompt_logprobs": None, "guided_decoding": None, "max_tokens": None})
+    nulls = json.dumps(dict.fromkeys([*ONLY_NULL, "max_tokens"]))
     assert collect({}, {"sampling_parameters": nulls}) == {}
 
 
@@ -127,6 +138,20 @@ def test_end_id(tokenizer: Tokenizer) -> None:
     assert (other.ignore_eos, other.stop_token_ids) == (True, (4, 9))
     with pytest.raises(InvalidRequest, match="token ids from 0 to 383"):
         sampling_of(tokenizer, end_id=384)
+
+
+@pytest.mark.parametrize(
+    ("asked", "top_k", "top_p"),
+    [
+        ({"top_p": 0}, 1, 1.0),  # OpenAI's and TensorRT-LLM's: the likeliest token alone
+        ({"top_p": 0.0, "top_k": 0}, 1, 1.0),
+        ({"top_p": 0, "top_k": 50}, 50, 1.0),  # TensorRT-LLM's: by top_k alone
+        ({"top_p": 0.5, "top_k": -1}, 0, 0.5),
+    ],
+)
+def test_top_p_of_zero(tokenizer: Tokenizer, asked: dict[str, Any], top_k: int, top_p: float) -> None:
+    sampling = sampling_of(tokenizer, **asked)
+    assert (sampling.top_k, sampling.top_p) == (top_k, top_p)
 
 
 def test_biases_by_id_and_by_word(tokenizer: Tokenizer) -> None:

@@ -1,11 +1,11 @@
 """The HTTP relay: what it does to requests, against an HTTP server that tells what reached it."""
 
-import asyncio
 import contextlib
 import gzip
 import http.client
 import itertools
 import json
+import select
 import shutil
 import socket
 import struct
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,8 +32,9 @@ from ensemble.errors import (
     StageUnavailable,
 )
 from ensemble.serving.heartbeat import beats_folder
-from ensemble.serving.http_contract import AnswerInspector, as_plain_request
-from ensemble.serving.http_messages import with_first_member
+from ensemble.serving.http_contract import MAX_KEPT_BYTES, AnswerInspector, as_plain_request
+from ensemble.serving.http_messages import UnchunkedAnswer, with_first_member
+from ensemble.serving.http_relay import MAX_LARGE_BODIES
 from ensemble.serving.marks import CLIENT_TAG
 from ensemble.serving.run_dir import cancel_address
 from tools.server.ports import Ports
@@ -48,31 +49,18 @@ JSON_VALUES = st.recursive(
 WHITE = st.text(" \t\r\n", max_size=5).map(str.encode)
 
 
-def first_member_added(chunks: list[bytes], member: bytes) -> bytes:
-    async def body() -> AsyncIterator[bytes]:
-        for chunk in chunks:
-            yield chunk
-
-    async def collect() -> bytes:
-        return b"".join([data async for data in with_first_member(body(), member)])
-
-    return asyncio.run(collect())
-
-
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     edges = [0, *sorted({position % (len(data) + 1) for position in at}), len(data)]
     return [data[start:end] for start, end in itertools.pairwise(edges) if start < end]
 
 
-@given(JSON_VALUES, WHITE, WHITE, st.lists(st.integers(0, 1000), max_size=6))
-def test_a_member_is_added_to_objects_alone(value: Any, before: bytes, inside: bytes, at: list[int]) -> None:
+@given(JSON_VALUES, WHITE, WHITE)
+def test_a_member_is_added_to_objects_alone(value: Any, before: bytes, inside: bytes) -> None:
     text = json.dumps(value).encode()
     if isinstance(value, dict):
         text = b"{" + inside + text[1:]
     body = before + text
-    member = b'"the tag": "x",'
-    result = first_member_added(cut(body, at), member)
-    assert len(result) == len(body) + len(member), "Content-Length is told before the body is seen"
+    result = with_first_member(body, b'"the tag": "x"')
     assert json.loads(result) == ({"the tag": "x", **value} if isinstance(value, dict) and value else value)
 
 
@@ -187,7 +175,15 @@ def test_generate_gets_a_tag_of_its_own_and_other_requests_pass_as_they_are(rela
     connection.close()
 
 
-@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("Deflate", zlib.compress)])
+def bare_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "compress"),
+    [("gzip", gzip.compress), ("Deflate", zlib.compress), ("deflate", bare_deflate), ("x-gzip", gzip.compress)],
+)
 @pytest.mark.parametrize("size", [8, 3_000_000])
 def test_compressed_bodies_of_generates_are_decoded(relay: Relay, encoding: str, compress: Any, size: int) -> None:
     body = {"text_input": "x" * size, "max_tokens": 2}
@@ -208,7 +204,7 @@ def test_compressed_bodies_of_generates_are_decoded(relay: Relay, encoding: str,
         ("br", b"x", 415, "Content-Encoding 'br' is not taken: gzip, deflate or none"),
         ("gzip", b"no such thing", 400, "the body is not gzip"),
         ("gzip", gzip.compress(b"{}" * 500)[:-4], 400, "it ends in its midst"),
-        ("deflate", zlib.compress(b" " * (64 << 20) + b"{}"), 413, "more than 67108864 bytes when it is decoded"),
+        ("deflate", zlib.compress(b" " * MAX_BODY_BYTES + b"{}"), 413, f"longer than {MAX_BODY_BYTES} bytes"),
     ],
     ids=["unknown", "junk", "cut", "too long"],
 )
@@ -227,6 +223,7 @@ def test_what_cannot_be_decoded_is_refused(relay: Relay, encoding: str, body: by
         (f"POST {GENERATE}", "upgrade: h2c\r\nconnection: keep-alive, upgrade\r\n"),
         (f"POST http://example.org:8000{GENERATE}", ""),
         (f"POST HTTP://[::1]:8000{GENERATE}", ""),
+        (f"POST {GENERATE.replace('s', '%73').replace('l', '%6C')}?a=%73", ""),
     ],
 )
 def test_other_ways_to_write_a_request(relay: Relay, start: str, headers: str) -> None:
@@ -236,7 +233,7 @@ def test_other_ways_to_write_a_request(relay: Relay, start: str, headers: str) -
     assert answers.count(b"HTTP/1.1 200 OK") == 3
     assert answers.count(CLIENT_TAG.encode()) == 2
     head = as_plain_request(request)
-    assert head.startswith(f"POST {GENERATE} HTTP/1.1\r\n".encode())
+    assert head.partition(b" HTTP")[0].partition(b"?")[0] == f"POST {GENERATE}".encode()
     assert b"pgrade" not in head
     assert b"HTTP2" not in head
     assert (b"connection: keep-alive" in head.lower()) == ("keep-alive" in headers)
@@ -367,6 +364,89 @@ def test_messages_and_objects_reach_the_triton_server_as_strings(relay: Relay) -
     connection.close()
 
 
+def test_a_list_of_one_list_is_that_list(relay: Relay) -> None:
+    connection = relay.connect()
+    nested = {"input_ids": [[5, 6]], "parameters": {"stop": [["a", "[["]]}, "text_input": '"stop": [[1]]'}
+    connection.request("POST", GENERATE, json.dumps(nested))
+    got = json.load(connection.getresponse())
+    del got[CLIENT_TAG]
+    assert got == {"input_ids": [5, 6], "parameters": {"stop": ["a", "[["]}, "text_input": '"stop": [[1]]'}
+    connection.request("POST", GENERATE, b'{"input_ids": [[1], [2]], "seed": 12345678901}')
+    answer = connection.getresponse()
+    assert answer.status == 400
+    assert "input_ids = [[1], [2]] is not valid: a list of integers" in json.load(answer)["error"]
+
+
+LARGE = [{"role": "user", "content": 'Größe 🙂 "messages": [{ ' * 60_000}]  # 2 MiB
+
+
+@pytest.mark.parametrize("way", ["sized", "chunked", "gzip", "expect"])
+def test_a_body_of_several_mib_is_looked_into_as_a_small_one_is(relay: Relay, way: str) -> None:
+    """Its objects are packed, its faults are named, its numbers do not lose half of their bits."""
+
+    def ask(body: dict[str, Any]) -> tuple[int, Any]:
+        data, headers = json.dumps(body, ensure_ascii=False).encode(), {}
+        if way == "gzip":
+            data, headers = gzip.compress(data), {"Content-Encoding": "gzip"}
+        if way == "expect":
+            headers = {"Expect": "100-continue"}
+        connection = relay.connect()
+        chunks = (data[start : start + 99_999] for start in range(0, len(data), 99_999))
+        connection.request(
+            "POST", GENERATE, chunks if way == "chunked" else data, headers, encode_chunked=way == "chunked"
+        )
+        response = connection.getresponse()
+        status, answer = response.status, json.load(response)
+        connection.close()
+        return status, answer
+
+    status, got = ask({"messages": LARGE, "parameters": {"logit_bias": {"5": 1}, "top_p": 0.5}})
+    assert (status, json.loads(got.pop("messages"))) == (200, LARGE)
+    assert got.pop(CLIENT_TAG)
+    assert json.loads(got["parameters"].pop("logit_bias")) == {"5": 1} and got == {"parameters": {"top_p": 0.5}}
+    ids = list(range(300_000))
+    status, got = ask({"input_ids": ids, "stop_token_ids": [1]})
+    assert (status, got["input_ids"], bool(got[CLIENT_TAG])) == (200, ids, True)
+    for fault, message in (
+        ({"max_tokens": "many"}, 'max_tokens = "many" is not valid: an integer'),
+        ({"max_tokns": None}, "did you mean max_tokens?"),
+        ({"max_tokens": 2**32 + 5}, "an integer of 32 bits"),
+        ({"input_ids": [*ids, 2**40]}, "input_ids = 1099511627776 is not valid"),
+        ({"input_ids": [*ids, "x"]}, "input_ids = [0, 1, 2"),
+    ):
+        status, got = ask({"text_input": "x" * 1_100_000} | fault)
+        assert (status, message in got["error"]) == (400, True), got
+
+
+def test_a_body_that_begins_with_a_mark_of_its_order_of_bytes(relay: Relay) -> None:
+    connection = relay.connect()
+    connection.request("POST", GENERATE, b'\xef\xbb\xbf{"a": 1}')
+    assert json.load(connection.getresponse()).keys() == {CLIENT_TAG, "a"}
+
+
+def test_large_bodies_are_read_so_many_at_a_time(relay: Relay) -> None:
+    head = f"POST {GENERATE} HTTP/1.1\r\nContent-Length: {2 << 20}\r\n\r\n{{".encode()
+    with contextlib.ExitStack() as stack:
+        begun = []
+        for _ in range(MAX_LARGE_BODIES + 2):
+            begun.append(stack.enter_context(socket.create_connection(("127.0.0.1", relay.port), timeout=10)))
+            begun[-1].sendall(head + b" " * MAX_KEPT_BYTES)
+        refused = set()
+        while len(refused) < 2:
+            answered, _, _ = select.select([each for each in begun if each not in refused], [], [], 10)
+            assert answered, "all were taken"
+            refused.update(answered)
+        for each in refused:
+            answer = each.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 1" in answer
+        connection = relay.connect()
+        connection.request("POST", GENERATE, b'{"a": 1}')
+        assert connection.getresponse().status == 200, "small ones pass"
+        taken = next(each for each in begun if each not in refused)
+        taken.sendall(b" " * ((2 << 20) - MAX_KEPT_BYTES - 2) + b"}")
+        assert taken.recv(4096).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_a_client_that_waits_to_be_told_to_continue(relay: Relay) -> None:
     head = f"POST {GENERATE} HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\nExpect: 100-continue\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", relay.port), timeout=10) as connection:
@@ -423,10 +503,23 @@ def test_an_empty_line_after_a_body_is_passed_over(relay: Relay) -> None:
     assert answer.endswith(b"/v2/models/stats")
 
 
-def test_http_2_without_an_upgrade_is_told(relay: Relay) -> None:
-    answer = relay.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+@pytest.mark.parametrize("start", ["PRI * HTTP/2.0", f"POST {GENERATE} HTTP/3", "GET /v2/health/live HTTP/0.9"])
+def test_other_versions_of_http_are_told(relay: Relay, start: str) -> None:
+    answer = relay.raw(f"{start}\r\n\r\nSM\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 505 ")
-    assert b"HTTP/2 is not served here" in answer
+    assert f"HTTP/{start.rpartition('/')[2]} is not served here".encode() in answer
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=5), st.lists(st.integers(0, 400), max_size=6))
+def test_chunks_are_joined_for_clients_of_http_1_0_however_they_arrive(parts: list[bytes], at: list[int]) -> None:
+    head = b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\nX: 1\r\nConnection: keep-alive"
+    framed = b"".join(b"%X\r\n%b\r\n" % (len(part), part) for part in parts)
+    answer = UnchunkedAnswer()
+    got = b"".join(answer.push(piece) for piece in cut(head + b"\r\n\r\n" + framed + b"0\r\n\r\n", at))
+    assert answer.has_ended
+    assert got == b"HTTP/1.0 200 OK\r\nX: 1\r\nConnection: close\r\n\r\n" + b"".join(parts)
+    sized, answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\n0\r\n", UnchunkedAnswer()
+    assert b"".join(answer.push(piece) for piece in cut(sized, at)) == sized
 
 
 @pytest.mark.parametrize(
@@ -441,6 +534,14 @@ def test_http_2_without_an_upgrade_is_told(relay: Relay) -> None:
         (
             b"POST /v2/models/scheduler/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
             b"chunk size 'zz' is not a number",
+        ),
+        (
+            b"POST /v2/models/scheduler/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n",
+            b"chunk size '-1' is not a number",
+        ),
+        (
+            f"POST {GENERATE} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{{}}\r\n".encode(),
+            b"a chunk is longer than its size",
         ),
         (
             b"POST /v2/models/scheduler/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 70_000,
@@ -463,7 +564,19 @@ def test_http_2_without_an_upgrade_is_told(relay: Relay) -> None:
             b"neither chunked nor identity",
         ),
     ],
-    ids=["length", "header", "long head", "chunk size", "long chunk size", "two lengths", "both", "space", "encoding"],
+    ids=[
+        "length",
+        "header",
+        "long head",
+        "chunk size",
+        "signed",
+        "long chunk",
+        "long chunk size",
+        "two lengths",
+        "both",
+        "space",
+        "encoding",
+    ],
 )
 def test_what_is_no_http_is_refused(relay: Relay, data: bytes, message: bytes) -> None:
     answer = relay.raw(data)
@@ -496,7 +609,12 @@ def test_while_the_triton_server_is_down(tmp_path: Path) -> None:
         ("POST", "/v2/models/prefill/generate", 403, "model prefill is not for clients"),
         ("POST", "/v2/models/decode/versions/1/infer", 403, "model decode is not for clients"),
         ("POST", "/v2/models/preprocess/generate_stream", 403, "use ensemble or scheduler"),
-        ("POST", "/v2/models/%65nsemble/generate", 403, "is not for clients"),
+        ("POST", "/v2/models/pre%66ill/generate", 403, "model prefill is not for clients"),
+        ("POST", "/v2/models/ensemble%2Fgenerate/generate", 403, "is not for clients"),
+        ("POST", "/v2/models/%2565nsemble/generate", 403, "is not for clients"),
+        ("GET", "/v2/models/ensemble/generate", 405, "send POST"),
+        ("HEAD", "/v2/health/ready", 405, ""),
+        ("OPTIONS", "/v2/models/ensemble/generate_stream", 405, "send POST"),
         ("POST", "/v2/repository/models/scheduler/unload", 404, "is not among what this server offers"),
         ("POST", "/v2/systemsharedmemory/region/mine/register", 403, "--allow-client-shm"),
         ("POST", "/v2/cudasharedmemory/region/mine/register", 403, "--allow-client-shm"),
@@ -512,7 +630,7 @@ def test_what_is_not_for_clients_does_not_pass(relay: Relay, method: str, path: 
     connection.request(method, path, b'{"a": 1}')
     response = connection.getresponse()
     assert response.status == status
-    assert message in json.load(response)["error"]
+    assert method == "HEAD" or message in json.load(response)["error"]
     connection.close()
 
 

@@ -140,7 +140,8 @@ def test_the_requests_of_vllm_backends_clients(tiny_server: TritonServer) -> Non
     assert all(len(position) == 2 and next(iter(position.values()))["rank"] == 1 for position in positions)
     total = sum(next(iter(position.values()))["logprob"] for position in positions)
     assert math.isclose(answer.responses[-1]["cumulative_logprob"].item(), total, rel_tol=1e-5)
-    status, error, _ = post(tiny_server, "vllm_model", GREEDY | {"exclude_input_in_output": False, "stream": True})
+    shown = GREEDY | {"exclude_input_in_output": False, "stream": True}
+    status, error, _ = post(tiny_server, "vllm_model", shown, "generate_stream")
     assert (status, "exclude_input_in_output" in error["error"]) == (400, True)
 
 
@@ -219,6 +220,13 @@ def test_bad_words_biases_stop_tokens_and_echo(tiny_server: TritonServer) -> Non
         ({"logprobs": 21}, "logprobs = 21 is not valid: from 0 to 20"),
         ({"sampling_parameters": '{"guided_decoding": {}}'}, "sampling_parameters.guided_decoding = {}"),
         ({"lora_name": "x"}, "lora_name = 'x'"),
+        ({"stream": True}, "stream = true is not valid: false, or generate_stream in place of generate"),
+        ({"parameters": {"stream": True}}, "stream = true is not valid: false, or generate_stream"),
+        ({"stream": "true"}, 'stream = "true" is not valid: true or false'),
+        ({"prompt_embedding_table": [[0.5]]}, "prompt_embedding_table = [[0.5]] is not valid: there is no input"),
+        ({"runtime_top_p": 0.5}, "runtime_top_p = 0.5 is not valid: there is no input"),
+        ({"lora_weights": ["x"], "lora_task_id": 3}, "lora_"),
+        ({"guided_decoding": {"json": {}}}, "guided_decoding = {'json': {}} is not valid: there is no input"),
     ],
 )
 def test_over_http_nothing_is_ignored(
@@ -289,6 +297,24 @@ def test_every_way_to_send_is_answered_and_cancelled(roomy_server: TritonServer,
     wait_until(lambda: blocks_in_use(read_metrics(roomy_server.metrics_url)) == 0, 5)
 
 
+@pytest.mark.parametrize("keep", ["", "Connection: keep-alive\r\n"])
+def test_a_client_of_http_1_0_gets_no_chunks(tiny_server: TritonServer, keep: str) -> None:
+    """Old proxies and load generators: they read until the connection is closed."""
+    assert tiny_server.ports is not None
+    plain = text_of(tiny_server, "ensemble", max_tokens=40)
+    for endpoint in ("generate", "generate_stream"):
+        body = json.dumps(GREEDY | {"max_tokens": 40, "stream": endpoint == "generate_stream"})
+        head = f"POST /v2/models/ensemble/{endpoint} HTTP/1.0\r\n{keep}Content-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", tiny_server.ports.http), timeout=20) as connection:
+            connection.sendall((head + body).encode())
+            received = b"".join(iter(lambda: connection.recv(4096), b""))
+        head, _, answer = received.decode().partition("\r\n\r\n")
+        assert "200 OK" in head and "chunked" not in head and "keep-alive" not in head
+        events = [json.loads(event.removeprefix("data: ")) for event in answer.strip().split("\n\n")]
+        assert "".join(event["text_output"] for event in events) == plain
+        assert (len(events) > 1) == (endpoint == "generate_stream")
+
+
 @pytest.fixture(scope="module")
 def roomy_server(roomy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     deployment = deploy(roomy_llama, scheduler={"max_queue_requests": 4}, decode={"max_num_seqs": 4})
@@ -303,6 +329,17 @@ def test_a_deadline_is_a_504(roomy_server: TritonServer, model: str, endpoint: s
     asked = {"text_input": PROMPT, "max_tokens": 4000, "ignore_eos": True, "timeout_ms": 20}
     status, answer, _ = post(roomy_server, model, asked, endpoint)
     assert (status, "timeout_ms has passed" in answer["error"]) == (504, True)
+
+
+@pytest.mark.parametrize("endpoint", ["generate", "generate_stream"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_full_queue_is_a_503_and_ends_all_choices(roomy_server: TritonServer, model: str, endpoint: str) -> None:
+    """Of 16, which wait for the first to compute their prompt, four may."""
+    asked = {"text_input": PROMPT * 20, "max_tokens": 4000, "ignore_eos": True, "n": 16}
+    status, answer, headers = post(roomy_server, model, asked, endpoint)
+    assert (status, "overloaded: 4 requests are waiting" in answer["error"]) == (503, True)
+    assert int(headers["Retry-After"]) >= 1
+    wait_until(lambda: blocks_in_use(read_metrics(roomy_server.metrics_url)) == 0, 5)
 
 
 def test_a_server_that_takes_no_more_is_a_503_of_every_model(roomy_server: TritonServer) -> None:

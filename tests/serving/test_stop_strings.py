@@ -19,9 +19,11 @@ pieces = st.lists(st.text(alphabet="ab\n", max_size=4), max_size=12)
 stops = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-@given(pieces, stops)
-def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[str], stops: list[str]) -> None:
-    matcher = StopStrings(stops)
+@given(pieces, stops, st.booleans())
+def test_text_ends_at_the_first_stop_string_however_it_is_cut(
+    pieces: list[str], stops: list[str], shows_found: bool
+) -> None:
+    matcher = StopStrings(stops, shows_found=shows_found)
     shown, whole = "", ""
     for piece in pieces:
         whole += piece
@@ -32,15 +34,15 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[s
     else:
         stopped = False
         shown += matcher.flush()
-    expected = text_before_stop(whole, stops)
+    expected = text_before_stop(whole, stops, shows_found)
     assert stopped == (expected is not None)
     assert shown == (whole if expected is None else expected)
 
 
-def text_before_stop(text: str, stops: list[str]) -> str | None:
+def text_before_stop(text: str, stops: list[str], shows_found: bool = False) -> str | None:
     """Character by character."""
-    ends = ((length, stop) for length in range(len(text) + 1) for stop in stops)
-    return next((text[: length - len(stop)] for length, stop in ends if text[:length].endswith(stop)), None)
+    ends = ((length, stop) for length in range(len(text) + 1) for stop in stops if text[:length].endswith(stop))
+    return next((text[: length - (not shows_found) * len(stop)] for length, stop in ends), None)
 
 
 @given(pieces, stops)
@@ -64,12 +66,12 @@ mixed_stops = st.lists(
 )
 
 
-@given(mixed, mixed_stops, st.integers(0, 4))
+@given(mixed, mixed_stops, st.integers(0, 4), st.booleans())
 def test_special_tokens_match_but_are_not_shown_and_nothing_stops_early(
-    pieces: list[str], stops: list[str], num_early: int
+    pieces: list[str], stops: list[str], num_early: int, shows_found: bool
 ) -> None:
     """Against a search of the whole text after each piece, character by character of it."""
-    matcher = StopStrings(stops, [SPECIAL, "<s>"])
+    matcher = StopStrings(stops, [SPECIAL, "<s>"], shows_found)
     expected, shown, stopped = None, "", False
     for count, piece in enumerate(pieces, 1):
         whole, before = "".join(pieces[:count]), "".join(pieces[: count - 1])
@@ -79,7 +81,8 @@ def test_special_tokens_match_but_are_not_shown_and_nothing_stops_early(
             text, old = (whole, before) if SPECIAL in stop else (visible, before.replace(SPECIAL, ""))
             for end in range(len(old) + 1, len(text) + 1):
                 if text[:end].endswith(stop):
-                    ends.append((end - len(old), number, text[: end - len(stop)].replace(SPECIAL, "")))
+                    shown_end = end if shows_found else end - len(stop)
+                    ends.append((end - len(old), number, text[:shown_end].replace(SPECIAL, "")))
         text, stopped = matcher.push(piece, is_shown=piece != SPECIAL, may_stop=count > num_early)
         shown += text
         assert visible.startswith(shown)
@@ -145,6 +148,30 @@ def test_text_of_an_answer(
     assert num_read == stopped_after
 
 
+@pytest.mark.parametrize(
+    ("stops", "tokens", "ends_itself", "text"),
+    [
+        (["bc"], "abcd", False, "abc"),
+        (["你好"], "a 你好 b", False, "a 你好"),  # in bytes
+        (["b</s>"], "ab</s>", False, "ab"),
+        ([], " river.", True, " river."),
+        ([], " river</s>", True, " river"),
+    ],
+)
+def test_what_ends_an_answer_is_shown_where_that_is_asked_for(
+    tokenizer: Tokenizer, stops: list[str], tokens: str, ends_itself: bool, text: str
+) -> None:
+    token_ids = tokenizer.encode(tokens, add_special_tokens=False)
+    request = Request(request_id=0, prompt_token_ids=tokenizer.encode("The"), sampling=SamplingParams(max_tokens=99))
+    answer, shown = AnswerText(tokenizer, request, stops, shows_stop=True), ""
+    for count, token_id in enumerate(token_ids, 1):
+        shown += answer.push(token_id, is_end=ends_itself and count == len(token_ids))
+        if answer.is_stopped:
+            break
+    assert (shown if answer.is_stopped else shown + answer.flush()) == text
+    assert answer.is_stopped == bool(stops)
+
+
 @pytest.mark.parametrize(("reason", "text"), [("stop", " river"), ("length", " river.")])
 def test_the_text_of_a_sequence_that_has_ended(tokenizer: Tokenizer, reason: FinishReason, text: str) -> None:
     request = Request(request_id=0, prompt_token_ids=tokenizer.encode("The"), sampling=SamplingParams())
@@ -164,6 +191,8 @@ def test_stop_words_through_the_server(tiny_server: TritonServer, model: str, st
     assert answer.text == whole[: whole.index(stop)]
     assert answer.finish_reason == "stop"
     assert sum(int(each["num_output_tokens"].reshape(-1)[0]) for each in answer.responses) < 100
+    shown = generate(tiny_server.grpc_url, model, stop_words=[stop], include_stop_str_in_output=True, **asked)
+    assert shown.text == answer.text + stop
     generate(tiny_server.grpc_url, model, text_input="x", max_tokens=1)
     assert generate(tiny_server.grpc_url, model, **asked).text == whole
 

@@ -99,6 +99,17 @@ JSON_VALUES: tuple[Any, ...] = (
     {"a": [1]},
     1e308,
 )
+PACKED = ("messages", "sampling_parameters", "logit_bias")  # over HTTP JSON, or as strings of it
+UNPACKED: tuple[Any, ...] = (
+    [{"role": "user", "content": "größe"}],
+    [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+    [{"role": "user"}],
+    [[]],
+    {"5": 1},
+    {"temperature": 0.5, "stop": ["x"], "seed": None},
+    {"parameters": {}},
+)
+LARGE = b" " * (5 << 18)  # more than the relay keeps of a request
 DTYPES = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "INT64": np.int64}
 DTYPE_OF = {Kind.INT: "INT32", Kind.FLOAT: "FP32", Kind.BOOL: "BOOL", Kind.INTS: "INT32", Kind.FLOATS: "FP32"}
 BROKEN = (
@@ -153,7 +164,9 @@ class HttpClient:
         body, headers = self._body(rng)
         path = f"/v2/models/{rng.choice(MODELS)}/{rng.choice(('generate', 'generate_stream'))}"
         try:
-            self._connection.request("POST", path, body, headers)
+            is_chunked = rng.random() < 0.05
+            sent = iter((body[:7], body[7:])) if is_chunked and len(body) > 7 else body
+            self._connection.request("POST", path, sent, headers, encode_chunked=sent is not body)
             response = self._connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -180,7 +193,14 @@ class HttpClient:
             fields["parameters"] = {name: fields.pop(name) for name in moved}
         if rng.random() < 0.02:
             fields["parameters"] = rng.choice(JSON_VALUES)
+        if rng.random() < 0.1:
+            fields[rng.choice(PACKED)] = rng.choice(UNPACKED)
+            fields.pop(rng.choice(("text_input", "seed")), None)
         body = json.dumps(fields).encode()
+        if rng.random() < 0.02:
+            body = body[:1] + LARGE + body[1:]
+        if rng.random() < 0.05:
+            return body, {"Expect": "100-continue"}
         if rng.random() < 0.05:
             return gzip.compress(body), {"Content-Encoding": rng.choice(("gzip", "deflate", "br"))}
         return body, {}

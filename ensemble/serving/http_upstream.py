@@ -1,0 +1,105 @@
+"""The HTTP relay's connections to the Triton server."""
+
+import asyncio
+import contextlib
+
+from ensemble.serving.http_contract import AnswerInspector
+from ensemble.serving.http_messages import CHUNK_BYTES, NotServing, UnchunkedAnswer, refusal
+
+NO_ANSWER = NotServing("the Triton server does not answer")
+
+
+class Upstream(asyncio.Protocol):
+    """A connection to the Triton server, made at the first request, whose bytes go to a client as they come."""
+
+    def __init__(self, client: asyncio.StreamWriter) -> None:
+        self._client = client
+        self._transport: asyncio.Transport | None = None
+        self._can_write = asyncio.Event()
+        self._resuming: asyncio.Task[None] | None = None
+        self._inspector: AnswerInspector | None = None  # of a `generate` that is not answered
+        self._unchunked: UnchunkedAnswer | None = None  # of a `generate` of HTTP/1.0
+        self.is_unanswered = False  # nothing of the last request's answer has come
+        self.has_closed = False
+        self._is_dropped = False  # the client has its answer from us
+
+    def answer(self, data: bytes) -> None:
+        """Answers the client in the Triton server's place."""
+        self._client.write(data)
+
+    def inspect(self, request_body: bytes | None, in_chunks: bool) -> None:
+        """The request that is being written is a `generate`, whose client reads chunks or does not."""
+        self._inspector = AnswerInspector(request_body)
+        self._unchunked = None if in_chunks else UnchunkedAnswer()
+
+    async def connect(self, port: int) -> None:
+        """Raises NotServing."""
+        if self._transport is None:
+            try:
+                await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", port)
+            except OSError:
+                raise NO_ANSWER from None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._can_write.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        held = b"" if self._inspector is None else self._inspector.rest()
+        if held and not self._client.is_closing():
+            self._client.write(held)
+        if self.is_unanswered and not self._client.is_closing():  # the server has ended
+            self._client.write(refusal(NO_ANSWER))
+        self.has_closed = True
+        self._can_write.set()
+        if not self._is_dropped:
+            self._client.close()
+
+    def pause_writing(self) -> None:
+        self._can_write.clear()
+
+    def resume_writing(self) -> None:
+        self._can_write.set()
+
+    def data_received(self, data: bytes) -> None:
+        """Called for each event of a stream, so it is no task of its own: that would take twice the time."""
+        self.is_unanswered = False
+        if self._inspector is not None:
+            data = self._inspector.push(data)
+            if self._inspector.is_done:
+                self._inspector = None
+        if self._unchunked is not None:
+            data = self._unchunked.push(data)
+        self._client.write(data)
+        if self._unchunked is not None and self._unchunked.has_ended:
+            self._client.close()
+        if self._resuming is None and self._client.transport.get_write_buffer_size() > CHUNK_BYTES:
+            self._resuming = asyncio.ensure_future(self._resume())
+
+    async def _resume(self) -> None:
+        """Reads nothing more until the client has caught up."""
+        assert self._transport is not None
+        self._transport.pause_reading()
+        with contextlib.suppress(OSError):
+            await self._client.drain()
+        self._resuming = None
+        self._transport.resume_reading()
+
+    async def write(self, data: bytes) -> None:
+        """Returns when the Triton server has taken most of what was written. Raises ConnectionResetError."""
+        assert self._transport is not None
+        self._transport.write(data)
+        await self._can_write.wait()
+        if self.has_closed:
+            raise ConnectionResetError
+
+    def drop(self) -> None:
+        """What the Triton server may still say is for nobody."""
+        self._is_dropped, self._inspector = True, None
+        self.close()
+
+    def close(self) -> None:
+        self.is_unanswered = False
+        if self._transport is not None:
+            self._transport.close()
