@@ -33,6 +33,7 @@ from tools.command_line import run
 from tools.server.run_dir import running_servers
 
 POLL_S = 0.2
+MAX_WIDTH = 250  # of a table
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
 Replica = Annotated[int, typer.Argument(help="its number in the list", min=0)]
 Port = Annotated[int | None, typer.Option("--http-port", envvar="HTTP_PORT", help="of the server")]
@@ -116,14 +117,14 @@ def the_server(http_port: int | None) -> Path:
 
 def show(fleet: FleetTable) -> None:
     has_nodes = any(each.node for each in fleet.replicas)
-    table = Table("replica", "role", "state", "device", "home", "requests", "KV blocks", "free")
-    if has_nodes:
-        table.add_column("node")
+    columns = ["replica", "role", "state", "device", "home", "requests", "KV blocks free"]
+    table = Table(*columns, *(["node"] if has_nodes else []), box=None, padding=(0, 2, 0, 0))
     for each in fleet.replicas:
-        numbers = (each.num_requests, each.num_blocks, each.num_free_blocks)
         node = [each.node] if has_nodes else []
-        table.add_row(str(each.replica), each.role, each.state, each.device, each.home, *map(str, numbers), *node)
-    Console().print(table)
+        free = f"{each.num_free_blocks} of {each.num_blocks}"
+        row = [str(each.replica), each.role, each.state, each.device, each.home, str(each.num_requests), free]
+        table.add_row(*row, *node)
+    Console(width=MAX_WIDTH).print(table)  # no wider than it has to be; cut nowhere
 
 
 if __name__ == "__main__":
