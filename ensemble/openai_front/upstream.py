@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from ensemble.openai_front.errors import ApiError, of_the_connection, of_the_scheduler, unavailable
 from ensemble.serving.handover import HandOver
@@ -54,7 +54,12 @@ class Upstream:
     def __init__(self, grpc_url: str, ready_url: str) -> None:
         """grpc_url: host and port; ready_url: of the HTTP service, 200 while requests can be served."""
         self._channel = grpc.aio.insecure_channel(grpc_url, options=CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # A call with one request, which leaves with its start: to the server it is a stream that its client has closed.
+        self._infer = self._channel.unary_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
         self._ready_url = ready_url
         self._hand_over = HandOver(send_timeout_ms=0)
         self._passed: list[CancelHandle] = []  # not yet told
@@ -79,12 +84,10 @@ class Upstream:
         arrival_ns: at the front, time.time_ns().
         """
         # Without the header `triton_grpc_error`, by which errors would have their codes: it crashes the 24.10 server.
-        call = self._stub.ModelStreamInfer()
+        call = self._infer(_as_message(request_id, token_ids, sampling, options, openai_mark(arrival_ns)))
         refusal: ApiError | None = None
         num_open = int(sampling.get("n") or 1)
         try:
-            await call.write(_as_message(request_id, token_ids, sampling, options, openai_mark(arrival_ns)))
-            await call.done_writing()
             async for response in call:  # to its end also after an error: what is cancelled there may crash the server
                 if response.error_message:
                     refusal = of_the_scheduler(response.error_message)
@@ -97,8 +100,6 @@ class Upstream:
                     self._has_passed(outputs["cancel_handle"])
         except grpc.aio.AioRpcError as error:
             raise of_the_connection(error.code()) from None
-        except asyncio.InvalidStateError:  # `write` to a call that has failed already
-            raise of_the_connection(await call.code()) from None
         finally:
             call.cancel()  # of no effect on one that has ended
         if refusal is not None:
