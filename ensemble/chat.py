@@ -1,6 +1,7 @@
 """Chat messages to a prompt: the model's own template, in jinja2's sandbox, as transformers renders it."""
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,23 +65,26 @@ class ChatTemplate:
         template.fault = fault or template.fault
         return template
 
-    def render(self, messages_json: str) -> str:
-        """The prompt for the next answer. The template writes the special tokens itself. Raises InvalidRequest."""
+    def render(self, messages_json: str, options: Mapping[str, Any] | None = None) -> str:
+        """The prompt for the next answer. The template writes the special tokens itself. Raises InvalidRequest.
+
+        options: variables that the template may know, beside those that it always gets.
+        """
         messages = parse_messages(messages_json)
         if self._template is None:
             reason = f"whose template cannot be used ({self.fault})" if self.fault else "which has no chat template"
             raise InvalidRequest("messages", messages_json, f"not for this model, {reason}: use text_input")
         try:
-            prompt = self._render(self._adapt(messages))
+            prompt = self._render(self._adapt(messages), options or {})
             prompt.encode()  # a lone surrogate, which JSON may escape, is no text
             return prompt
         except Exception as error:  # whatever a template may raise, it was these messages
             raise InvalidRequest("messages", messages_json, f"the chat template refuses it: {error}") from None
 
-    def _render(self, messages: list[Message]) -> str:
+    def _render(self, messages: list[Message], options: Mapping[str, Any]) -> str:
         assert self._template is not None
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-        return self._template.render(self._special_tokens | given)
+        return self._template.render({**options, **self._special_tokens, **given})
 
     def _adapt(self, messages: list[Message]) -> list[Message]:
         """To what this template knows: the role `developer`, parts of text, and no content beside tool calls."""
@@ -95,7 +99,7 @@ class ChatTemplate:
 
         def shows(content: Any) -> bool:
             try:
-                return probe in self._render([{"role": "user", "content": content}])
+                return probe in self._render([{"role": "user", "content": content}], {})
             except Exception:
                 return False
 

@@ -63,6 +63,7 @@ class ModelConfig(_Frozen):
     dtype: Dtype = "auto"  # auto: float32 on the CPU, on a GPU what config.json says
     max_model_len: int | None = Field(default=None, ge=2)  # None: what config.json says
     seed: int = 0  # of dummy weights
+    served_name: str | None = Field(default=None, min_length=1, max_length=256)  # None: the directory's, or the Hub's
 
     @field_validator("path")
     @classmethod
@@ -73,7 +74,7 @@ class ModelConfig(_Frozen):
     @property
     def name(self) -> str:
         """What clients and metrics call it: text, whatever the bytes of the path."""
-        return sendable(model_name(self.path))
+        return sendable(self.served_name or model_name(self.path))
 
     def limit_model_len(self, model_limit: int) -> int:
         """Tokens a sequence may have, prompt and output: `max_model_len`, at most the model's own limit."""

@@ -19,6 +19,7 @@ from typer import Argument, Option
 from ensemble.config import StageName
 from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
+from ensemble.openai_front import API_KEY_VARIABLE
 from ensemble.serving.control import ControlError, call
 from ensemble.serving.fleet_table import FleetTable, ListFleet
 from tools.command_line import allow_interrupt, run
@@ -31,7 +32,7 @@ from tools.server.triton_server import MAX_BODY_BYTES, TritonServer
 
 CURL = """curl -s {url}/v2/models/ensemble/generate \
 -d '{{"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""
-OPENAI_CURL = """curl -s {url}/completions \
+OPENAI_CURL = """curl -s {url}/completions {key}\
 -d '{{"model": "{name}", "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""
 MAX_RESTARTS, RESTARTS_WITHIN_S = 5, 600.0
 DEVICES = "of each rank of each replica, such as cuda:0,cuda:1 or cpu"
@@ -44,6 +45,7 @@ def main(
     deployment: Annotated[
         Path | None, Option(envvar="DEPLOYMENT", help="deployment file (YAML), which the other flags override")
     ] = None,
+    served_model_name: Annotated[str | None, Option(help="what clients and metrics call it")] = None,
     load_format: Annotated[str | None, Option(help="auto, or dummy for random weights")] = None,
     dtype: Annotated[str | None, Option(help="auto, float16, bfloat16, float32 or float64")] = None,
     max_model_len: Annotated[int | None, Option(help="tokens of a sequence, prompt and output")] = None,
@@ -95,6 +97,13 @@ def main(
     metrics_port: Annotated[int, Option(envvar="METRICS_PORT", min=1, max=65535)] = 8002,
     openai_port: Annotated[int, Option(envvar="OPENAI_PORT", min=1, max=65535)] = 9000,
     openai: Annotated[bool, Option(help="serve OpenAI's API")] = True,
+    api_key: Annotated[
+        str | None,
+        Option(envvar=API_KEY_VARIABLE, help="for clients of OpenAI's API; none: they need none"),
+    ] = None,
+    allowed_origins: Annotated[
+        str, Option(help="of web pages that may call OpenAI's API, such as https://chat.example.org; *: all")
+    ] = "",
     page: Annotated[bool, Option(help="serve a page for browsers beside it: chat, and the server as it is now")] = True,
     http_relay: Annotated[bool, Option(help="cancel requests whose HTTP client goes away")] = True,
     max_body_bytes: Annotated[int, Option(min=1, help="of an HTTP request")] = MAX_BODY_BYTES,
@@ -122,6 +131,7 @@ def main(
         "mode": mode,
         "launcher": launcher,
         "model.path": model,
+        "model.served_name": served_model_name,
         "model.load_format": load_format,
         "model.dtype": dtype,
         "model.max_model_len": max_model_len,
@@ -164,6 +174,8 @@ def main(
         log_path=log or cache_dir() / f"server-{http_port}.log",
         openai_port=openai_port if openai else None,
         page=page,
+        api_key=api_key,
+        allowed_origins=[origin for origin in allowed_origins.split(",") if origin],
         http_relay=http_relay,
         max_body_bytes=max_body_bytes,
         allow_client_shm=allow_client_shm,
@@ -182,7 +194,8 @@ def main(
                 print(f"page     {server.page_url}")
         print(f"\n{CURL.format(url=server.http_url)}")
         if openai:
-            print(OPENAI_CURL.format(url=server.openai_url, name=server.deployment.model.name))
+            key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" ' if api_key else ""
+            print(OPENAI_CURL.format(url=server.openai_url, name=server.deployment.model.name, key=key))
         print(flush=True)
         console.print("Ready. Ctrl-C stops the server.")
         try:

@@ -6,6 +6,7 @@ python -m ensemble.openai_front --model DIR --name NAME --max-model-len 2048 \
 
 import argparse
 import asyncio
+import os
 import resource
 import socket
 import sys
@@ -16,6 +17,8 @@ import uvicorn
 from ensemble.chat import ChatTemplate
 from ensemble.errors import ERROR_MARK, ModelError
 from ensemble.listener import listen
+from ensemble.openai_front import API_KEY_VARIABLE
+from ensemble.openai_front.access import guard
 from ensemble.openai_front.app import Front, Limits, make_app
 from ensemble.openai_front.bounded_http import BoundedHttp
 from ensemble.openai_front.live_page import LivePage
@@ -52,6 +55,7 @@ async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
     if arguments.metrics_url:
         about = (arguments.name, limits.max_model_len)
         LivePage(*about, upstream.is_ready, arguments.metrics_url, arguments.run_dir).add_to(app)
+    guard(app, os.environ.get(API_KEY_VARIABLE), arguments.allowed_origin)
     config = uvicorn.Config(
         app,
         http=BoundedHttp,
@@ -75,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-body-bytes", type=int, default=4 << 20, help="of a request")
     parser.add_argument("--metrics-url", help="of the server's metrics; with it there is a page for browsers")
     parser.add_argument("--run-dir", type=Path, default=Path(), help="of the server, for that page")
+    parser.add_argument("--allowed-origin", action="append", default=[], help="of pages that may call; *: all")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9000)
     return parser.parse_args()

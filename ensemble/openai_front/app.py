@@ -15,7 +15,7 @@ from ensemble.errors import InvalidRequest
 from ensemble.openai_front.answers import ChatAnswer, CompletionAnswer
 from ensemble.openai_front.errors import ApiError, answer_api_error, answer_invalid, unavailable
 from ensemble.openai_front.prompts import Prompts
-from ensemble.openai_front.protocol import Asked, AskedModel, ChatRequest, CompletionRequest, parse
+from ensemble.openai_front.protocol import Asked, ChatRequest, CompletionRequest, parse
 from ensemble.openai_front.streaming import Delivery, merged
 from ensemble.openai_front.upstream import Piece, Upstream
 from ensemble.serving.marks import TRACE_PARENT
@@ -62,11 +62,6 @@ class Front:
     async def chat_completions(self, request: Request) -> Response:
         return await self._answer(request, ChatRequest, ChatAnswer)
 
-    async def _read(self, request: Request, kind: type[AskedModel]) -> AskedModel:
-        asked = parse(await read_body(request, self._max_body_bytes), kind)
-        self._check_name(asked.model)
-        return asked
-
     def _check_name(self, name: str) -> None:
         if name != self._name:
             message = f"The model `{name[:256]}` does not exist; this server has `{self._name}`."
@@ -75,7 +70,10 @@ class Front:
     async def _answer(
         self, request: Request, asked_kind: type[Asked], kind: type[ChatAnswer] | type[CompletionAnswer]
     ) -> Response:
-        asked = await self._read(request, asked_kind)
+        body = await read_body(request, self._max_body_bytes)
+        arrival_ns = time.time_ns()
+        asked = parse(body, asked_kind)
+        self._check_name(asked.model)
         prompts = await self._prompts.token_ids(asked)
         if len(prompts) * asked.n > MAX_CHOICES:
             raise InvalidRequest("n", asked.n, f"at most {MAX_CHOICES} answers to all {len(prompts)} prompts together")
@@ -85,7 +83,7 @@ class Front:
         if TRACE_PARENT in request.headers:
             options[TRACE_PARENT] = request.headers[TRACE_PARENT]
         streams = [
-            self._upstream.generate(answer.id, prompt, sampling, options)
+            self._upstream.generate(answer.id, prompt, sampling, options, arrival_ns)
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
         several = [numbered(stream, index * asked.n) for index, stream in enumerate(streams)]
@@ -122,9 +120,9 @@ def make_app(front: Front, upstream: Upstream) -> FastAPI:
         await upstream.close()
 
     app = FastAPI(title="DistServe", openapi_url=None, lifespan=lifespan)
-    app.add_api_route("/health", front.health, methods=["GET"])
-    app.add_api_route("/v1/models", front.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", front.model, methods=["GET"])
+    app.add_api_route("/health", front.health, methods=["GET", "HEAD"])
+    app.add_api_route("/v1/models", front.models, methods=["GET", "HEAD"])
+    app.add_api_route("/v1/models/{name:path}", front.model, methods=["GET", "HEAD"])
     app.add_api_route("/v1/completions", front.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", front.chat_completions, methods=["POST"])
     app.add_exception_handler(ApiError, answer_api_error)
@@ -136,7 +134,9 @@ def make_app(front: Front, upstream: Upstream) -> FastAPI:
 
 async def answer_http_exception(request: Request, error: Any) -> Response:
     """What the routes refuse by themselves: a path or a method."""
-    return ApiError(error.status_code, f"Invalid URL ({request.method} {request.url.path}).").response()
+    response = ApiError(error.status_code, f"Invalid URL ({request.method} {request.url.path}).").response()
+    response.headers.update(error.headers or {})  # of a method those that are allowed
+    return response
 
 
 async def answer_fault(_: Request, error: Exception) -> Response:

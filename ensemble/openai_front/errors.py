@@ -14,7 +14,8 @@ from ensemble.serving.http_contract import RETRY_AFTER, STATUSES
 
 RETRY_AFTER_S = 1.0  # of a stage that is down: its workers and the Triton server start again within seconds
 _FIELD = re.compile(r"(?:length of )?([a-z_]+)([\w.\[\]]*) = ")  # with which the text of an InvalidRequest begins
-_SENT_AS = {"stop_words": "stop", "text_input": "prompt", "input_ids": "prompt"}
+# The scheduler's name |-> OpenAI's.
+_SENT_AS = {"stop_words": "stop", "text_input": "prompt", "input_ids": "prompt", "tenant": "user"}
 _REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")  # which the Triton server puts before a model's error
 
 
@@ -92,8 +93,11 @@ def of_the_scheduler(text: str) -> ApiError:
         return ApiError(504, text, kind="timeout_error", code="deadline_exceeded")
     if status == 400:
         found = _FIELD.match(text)
-        param = _SENT_AS.get(found.group(1), found.group(1)) + found.group(2) if found else None
-        return ApiError(400, text, param=param, code="invalid_value")
+        if found is None:
+            return ApiError(400, text, code="invalid_value")
+        name = _SENT_AS.get(found[1], found[1])
+        text = f"{text[: found.start(1)]}{name}{text[found.end(1) :]}"
+        return ApiError(400, text, param=name + found[2], code="invalid_value")
     return ApiError(500, text, kind="server_error", code="internal_error")
 
 

@@ -70,7 +70,7 @@ class LivePage:
 
     def add_to(self, app: FastAPI) -> None:
         for path, name in FILES.items():
-            app.add_api_route(path, partial(self._file, name), methods=["GET"])
+            app.add_api_route(path, partial(self._file, name), methods=["GET", "HEAD"])
         app.add_api_route("/page/state", self._answer_state, methods=["GET"])
 
     async def _file(self, name: str) -> Response:

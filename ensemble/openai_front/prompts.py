@@ -26,7 +26,7 @@ class Prompts:
     async def token_ids(self, asked: Asked) -> list[list[int]]:
         """Of each prompt of the request. Raises ApiError, InvalidRequest."""
         if isinstance(asked, ChatRequest):
-            text = self._chat.render(json.dumps(asked.messages))
+            text = self._chat.render(json.dumps(asked.messages), asked.chat_template_kwargs)
             return [await self._encode(text, "messages", add_special_tokens=False)]
         assert isinstance(asked, CompletionRequest)
         return [

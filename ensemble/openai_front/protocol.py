@@ -5,6 +5,7 @@ effect is not served; those that have none on an answer are taken.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -21,6 +22,7 @@ WITHOUT_EFFECT = {
     "metadata",
     "parallel_tool_calls",
     "prompt_cache_key",
+    "prompt_cache_options",
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
@@ -39,6 +41,7 @@ SAMPLING = (
     "ignore_eos",
     "stop_token_ids",
 )
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 AskedModel = TypeVar("AskedModel", bound="Asked")
 
 
@@ -160,12 +163,13 @@ class ChatRequest(Asked):
         "function_call": ("none", "auto"),
         "functions": ([],),
         "modalities": (["text"],),
+        "moderation": (),
         "prediction": (),
         "reasoning_effort": (),
         "response_format": ({"type": "text"},),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "verbosity": (),
+        "verbosity": ("medium",),
         "web_search_options": (),
     }
 
@@ -173,6 +177,7 @@ class ChatRequest(Asked):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's: what the model's template may know
 
     @property
     def num_logprobs(self) -> int | None:
@@ -183,11 +188,15 @@ def parse(body: bytes, kind: type[AskedModel]) -> AskedModel:
     """Raises ApiError."""
     try:
         values = json.loads(body)
+        if _ESCAPED_SURROGATE.search(body):
+            json.dumps(values, ensure_ascii=False).encode()  # raises for one without its other half, which is no text
     except (ValueError, RecursionError):
         raise ApiError(400, "The request's body is not JSON.", code="invalid_json") from None
     if not isinstance(values, dict):
         raise ApiError(400, "The request's body is not a JSON object.", code="invalid_json")
     values = {name: value for name, value in values.items() if value is not None and name not in WITHOUT_EFFECT}
+    if values.get("tool_choice") == "none":  # nor does the model see them: it could do nothing with them
+        values = {name: value for name, value in values.items() if name not in ("tools", "functions")}
     for name, neutral in kind.unserved.items():
         if name in values and values.pop(name) not in neutral:
             message = f"Unsupported parameter: '{name}' is not served."

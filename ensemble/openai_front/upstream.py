@@ -1,4 +1,9 @@
-"""Requests to the `scheduler` model, each on a gRPC stream of its own, so that each can be cancelled by itself."""
+"""Requests to the `scheduler` model, each on a gRPC stream of its own, so that each can be cancelled by itself.
+
+Of each stream one response at a time is on its way: the front tells the scheduler when it has passed it on to the
+client, and what comes meanwhile gathers to one response there. So no response waits here behind those of others that
+nobody reads so fast, neither for this process nor for a slow client.
+"""
 
 import asyncio
 import contextlib
@@ -12,9 +17,11 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from ensemble.openai_front.errors import ApiError, of_the_connection, of_the_scheduler, unavailable
+from ensemble.serving.handover import HandOver
+from ensemble.serving.marks import ENSEMBLE_MARK, CancelHandle, openai_mark, read_cancel_handle
 
 MODEL = "scheduler"
 READY_TIMEOUT_S = 5.0
@@ -47,11 +54,19 @@ class Upstream:
     def __init__(self, grpc_url: str, ready_url: str) -> None:
         """grpc_url: host and port; ready_url: of the HTTP service, 200 while requests can be served."""
         self._channel = grpc.aio.insecure_channel(grpc_url, options=CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # A call with one request, which leaves with its start: to the server it is a stream that its client has closed.
+        self._infer = self._channel.unary_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
         self._ready_url = ready_url
+        self._hand_over = HandOver(send_timeout_ms=0)
+        self._passed: list[CancelHandle] = []  # not yet told
 
     async def close(self) -> None:
         await self._channel.close()
+        self._hand_over.close()
 
     async def is_ready(self) -> bool:
         return await asyncio.to_thread(self._ask_ready)
@@ -62,27 +77,29 @@ class Upstream:
         return False
 
     async def generate(
-        self, request_id: str, token_ids: list[int], sampling: dict[str, Any], options: dict[str, Any]
+        self, request_id: str, token_ids: list[int], sampling: dict[str, Any], options: dict[str, Any], arrival_ns: int
     ) -> AsyncIterator[Piece]:
-        """Raises ApiError. Closing it, or cancelling what waits for it, cancels the request."""
+        """Raises ApiError. Closing it, or cancelling what waits for it, cancels the request.
+
+        arrival_ns: at the front, time.time_ns().
+        """
         # Without the header `triton_grpc_error`, by which errors would have their codes: it crashes the 24.10 server.
-        call = self._stub.ModelStreamInfer()
+        call = self._infer(_as_message(request_id, token_ids, sampling, options, openai_mark(arrival_ns)))
         refusal: ApiError | None = None
         num_open = int(sampling.get("n") or 1)
         try:
-            await call.write(_as_message(request_id, token_ids, sampling, options))
-            await call.done_writing()
             async for response in call:  # to its end also after an error: what is cancelled there may crash the server
                 if response.error_message:
                     refusal = of_the_scheduler(response.error_message)
                     continue
-                for piece in _pieces(response.infer_response):
+                outputs = _outputs(response.infer_response)
+                for piece in _pieces(outputs):
                     num_open -= piece.finish_reason is not None
                     yield piece
+                if num_open and "cancel_handle" in outputs:
+                    self._has_passed(outputs["cancel_handle"])
         except grpc.aio.AioRpcError as error:
             raise of_the_connection(error.code()) from None
-        except asyncio.InvalidStateError:  # `write` to a call that has failed already
-            raise of_the_connection(await call.code()) from None
         finally:
             call.cancel()  # of no effect on one that has ended
         if refusal is not None:
@@ -90,16 +107,29 @@ class Upstream:
         if num_open:  # a stub that dies may leave a stream that ends as if all were well
             raise unavailable("the Triton server does not answer")
 
+    def _has_passed(self, packed_handle: bytes) -> None:
+        (text,) = _elements(packed_handle)
+        handle = read_cancel_handle(text.decode())
+        if handle is not None:
+            if not self._passed:  # all that the loop hands over in one round are told together
+                asyncio.get_running_loop().call_soon(self._tell_passed)
+            self._passed.append(handle)
+
+    def _tell_passed(self) -> None:
+        self._hand_over.passed(self._passed)
+        self._passed = []
+
 
 def _as_message(
-    request_id: str, token_ids: list[int], sampling: dict[str, Any], options: dict[str, Any]
+    request_id: str, token_ids: list[int], sampling: dict[str, Any], options: dict[str, Any], mark: str
 ) -> service_pb2.ModelInferRequest:
     message = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
     message.inputs.add(name="input_ids", datatype="INT32", shape=[len(token_ids)])
     message.raw_input_contents.append(np.array(token_ids, np.int32).tobytes())
-    packed = json.dumps(sampling).encode()
-    message.inputs.add(name="sampling_parameters", datatype="BYTES", shape=[1])
-    message.raw_input_contents.append(_LENGTH.pack(len(packed)) + packed)
+    for name, text in {"sampling_parameters": json.dumps(sampling), ENSEMBLE_MARK: mark}.items():
+        packed = text.encode()
+        message.inputs.add(name=name, datatype="BYTES", shape=[1])
+        message.raw_input_contents.append(_LENGTH.pack(len(packed)) + packed)
     if "priority" in options:  # a parameter of this name is the Triton server's own
         message.inputs.add(name="priority", datatype="INT32", shape=[1])
         message.raw_input_contents.append(_COUNT.pack(options["priority"]))
@@ -111,9 +141,12 @@ def _as_message(
     return message
 
 
-def _pieces(response: service_pb2.ModelInferResponse) -> Iterable[Piece]:
-    """Of each answer that the response is about."""
-    outputs = {output.name: raw for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)}
+def _outputs(response: service_pb2.ModelInferResponse) -> dict[str, bytes]:
+    return {output.name: raw for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)}
+
+
+def _pieces(outputs: dict[str, bytes]) -> Iterable[Piece]:
+    """Of each answer that a response's outputs are about."""
     if not outputs:  # the end of a stream alone
         return
     texts = list(_elements(outputs["text_output"]))

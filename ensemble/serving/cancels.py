@@ -122,8 +122,8 @@ class CancelReceiver:
 
     def _receive(self, message: bytes, passed: list[tuple[int, int]]) -> None:
         kind, *numbers = message.decode(errors="replace").split(" ")
-        if kind == PASSED and len(numbers) == 2:
-            passed.append((int(numbers[0]), int(numbers[1])))
+        if kind == PASSED and numbers:
+            passed.extend(zip(map(int, numbers[::2]), map(int, numbers[1::2]), strict=False))
         elif kind == CANCELLED and numbers:
             self._on_cancel(int(numbers[0]))
         elif not numbers:

@@ -25,7 +25,7 @@ from ensemble.serving.fields import OF_THE_SERVER, from_tensor, text_of
 from ensemble.serving.fleet_commands import fleet_handlers
 from ensemble.serving.inputs import ModelLimits, check_envelope, parse_request
 from ensemble.serving.long_texts import LongTexts, prompt_bytes
-from ensemble.serving.marks import CLIENT_TAG, ENSEMBLE_MARK, TRACE_PARENT, read_ensemble_mark
+from ensemble.serving.marks import CLIENT_TAG, ENSEMBLE_MARK, TRACE_PARENT, read_mark
 from ensemble.serving.metrics import ITL, Ended, Metrics
 from ensemble.serving.metrics_page import MetricsPage
 from ensemble.serving.router_thread import RouterThread
@@ -112,8 +112,9 @@ class FrontDoor:
             own = {name: value for name, value in parameters.items() if not OF_THE_SERVER.fullmatch(name)}
             first_id = next(self._request_ids)
             client_request = parse_request(tensors, own, first_id, self._tokenizer, self._chat, self._limits)
-            mark = str(from_tensor(ENSEMBLE_MARK, tensors[ENSEMBLE_MARK])) if ENSEMBLE_MARK in tensors else ""
-            of_ensemble_ns = read_ensemble_mark(mark)
+            mark = (
+                read_mark(str(from_tensor(ENSEMBLE_MARK, tensors[ENSEMBLE_MARK]))) if ENSEMBLE_MARK in tensors else None
+            )
         except Exception as error:
             known = error if isinstance(error, DistServeError) else InternalError(f"{type(error).__name__}: {error}")
             # The traceback knows this frame, and this frame the error: a huge text would wait for the collector.
@@ -125,7 +126,8 @@ class FrontDoor:
             choices += [client_request.nth_choice(choice, next(self._request_ids)) for choice in more]
             request_ids = [each.request.request_id for each in choices]
             call = Choices(call, request_ids, client_request.options.stream, self._router.cancel)
-        since, is_of_ensemble = of_ensemble_ns or arrival_ns, of_ensemble_ns is not None
+        since = arrival_ns if mark is None else mark.arrival_ns
+        is_of_ensemble = mark is not None and mark.is_of_ensemble
         needs_heartbeats = is_of_ensemble and tag is None  # of a client with a tag the relay tells
         streams = [
             ClientStream(
@@ -133,6 +135,7 @@ class FrontDoor:
                 each,
                 self._tokenizer,
                 since,
+                is_paced=mark is not None,
                 is_of_ensemble=is_of_ensemble,
                 needs_heartbeats=needs_heartbeats,
                 trace_parent=trace_parent,

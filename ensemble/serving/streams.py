@@ -52,6 +52,7 @@ class ClientStream:
         tokenizer: Tokenizer,
         arrival_ns: int,  # time.time_ns() at the front
         *,
+        is_paced: bool = False,  # a response leaves when the last has been handed over (pacing.py)
         is_of_ensemble: bool = False,
         needs_heartbeats: bool = False,  # while there is nothing to answer, its cancel is seen in no other way
         trace_parent: str = "",
@@ -72,6 +73,7 @@ class ClientStream:
         self._choice = client_request.choice if client_request.num_choices > 1 else None
         self._log_probs = LogProbOutputs(client_request.options, tokenizer)
         self._tokenizer = tokenizer
+        self._is_paced = is_paced
         self.is_of_ensemble = is_of_ensemble
         self.needs_heartbeats = needs_heartbeats
         self.pace = Pace()
@@ -164,7 +166,7 @@ class ClientStream:
             self.timeline.last_token_ns = time.time_ns()
         if is_last or (self._options.stream and (any(self._texts) or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
-            if self.is_of_ensemble:
+            if self._is_paced:
                 outputs |= self._handle(time.monotonic())
             self._send(outputs, is_last)
             now = time.time_ns()

@@ -19,6 +19,7 @@ import pytest
 import typer
 import yaml
 
+from ensemble.openai_front import API_KEY_VARIABLE
 from tools import serve
 from tools.installation.cache import DownloadError, cache_dir, download_wheel, make_once
 from tools.server.triton_server import GRACE_S
@@ -72,10 +73,18 @@ def render(helm: Path, *values: str) -> dict[str, Any]:
     return {each["kind"]: each for each in manifests}
 
 
-def flags_of_serve() -> set[str]:
+def parameters_of_serve() -> list[Any]:
     app = typer.Typer()
     app.command()(serve.main)
-    return {name for parameter in typer.main.get_command(app).params for name in parameter.opts}
+    return list(typer.main.get_command(app).params)
+
+
+def flags_of_serve() -> set[str]:
+    return {name for parameter in parameters_of_serve() for name in parameter.opts}
+
+
+def variables_of_serve() -> set[str]:
+    return {str(parameter.envvar) for parameter in parameters_of_serve() if parameter.envvar}
 
 
 def check_server(pod: dict[str, Any], container: dict[str, Any]) -> None:
@@ -108,7 +117,8 @@ def test_the_chart_is_well_made(helm: Path) -> None:
 
 
 def test_a_server_in_a_pod(helm: Path) -> None:
-    found = render(helm, "gpus=4", "extraArgs={--swap-space=8,--enable-prefix-caching}", "huggingFaceSecret=token")
+    secrets = ("huggingFaceSecret=token", "apiKeySecret=api")
+    found = render(helm, "gpus=4", "extraArgs={--swap-space=8,--enable-prefix-caching}", *secrets)
     assert set(found) == {"Deployment", "Service", "PersistentVolumeClaim"}
     template = found["Deployment"]["spec"]["template"]
     check_pod(template["spec"])
@@ -116,7 +126,9 @@ def test_a_server_in_a_pod(helm: Path) -> None:
     check_server(template["spec"], container)
     assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 4}
     assert container["args"][-2:] == ["--swap-space=8", "--enable-prefix-caching"]
-    assert container["env"][-1]["valueFrom"]["secretKeyRef"] == {"name": "token", "key": "token"}
+    named = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in container["env"] if "valueFrom" in each}
+    assert named == {"HF_TOKEN": {"name": "token", "key": "token"}, API_KEY_VARIABLE: {"name": "api", "key": "key"}}
+    assert not any("devices" in each for each in container["args"]), "the program's own choice, by the pod's GPUs"
     labels = template["metadata"]["labels"]
     assert found["Service"]["spec"]["selector"] == found["Deployment"]["spec"]["selector"]["matchLabels"] == labels
     assert {each["targetPort"] for each in found["Service"]["spec"]["ports"]} == {"http", "grpc", "metrics", "openai"}
@@ -125,11 +137,11 @@ def test_a_server_in_a_pod(helm: Path) -> None:
 
 
 def test_without_gpus_and_with_a_claim_of_ones_own(helm: Path) -> None:
-    found = render(helm, "gpus=0", "models.existingClaim=mine", "prefillDevices=cpu", "decodeDevices=cpu")
+    found = render(helm, "gpus=0", "models.existingClaim=mine", "prefillDevices=cpu\\,cpu", "decodeDevices=cpu")
     assert set(found) == {"Deployment", "Service"}
     pod = found["Deployment"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"] == {"memory": "64Gi"}
-    assert "--prefill-devices=cpu" in pod["containers"][0]["args"]
+    assert {"--prefill-devices=cpu,cpu", "--decode-devices=cpu"} < set(pod["containers"][0]["args"])
 
 
 def test_autoscaling_goes_by_metrics_that_exist(helm: Path) -> None:
@@ -186,6 +198,7 @@ def test_the_image_starts_what_pip_installs() -> None:
     assert {each for each in entry_point if each.startswith("--")} <= flags_of_serve()
     compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]["server"]
     assert {each.split("=")[0] for each in compose["command"]} <= flags_of_serve()
+    assert set(compose["environment"]) <= {"HOME", "HF_TOKEN", *variables_of_serve()}
     assert set(re.findall(r"^EXPOSE (.*)$", DOCKERFILE, re.MULTILINE)[0].split()) == {"8000", "8001", "8002", "9000"}
 
 

@@ -14,7 +14,7 @@ from tools.server.triton_server import TritonServer
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content or message.tool_calls[0].function.name }}"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{{ closing }}{% endif %}"
 )
 
 

@@ -92,17 +92,18 @@ def test_handles_and_marks_are_not_for_clients_to_make(server: TritonServer) -> 
     forger.wait()
     forger.close(cancel=True)
     marked = StreamClient(server.grpc_url)
-    mark = grpc.InferInput("ensemble_mark", [1], "BYTES")
-    mark.set_data_from_numpy(text(f"ensemble 1/{'0' * 64}"))
-    marked.send_inputs("scheduler", "0", [*make_inputs(**LONG), mark])
-    wait_until(lambda: len(marked.answers["0"].responses) >= 2, 10)
-    assert all("cancel_handle" not in response for response in marked.answers["0"].responses)
+    for kind in ("ensemble", "openai"):
+        mark = grpc.InferInput("ensemble_mark", [1], "BYTES")
+        mark.set_data_from_numpy(text(f"{kind} 1/{'0' * 64}"))
+        marked.send_inputs("scheduler", kind, [*make_inputs(**LONG), mark])
+        wait_until(lambda kind=kind: len(marked.answers[kind].responses) >= 2, 10)
+        assert all("cancel_handle" not in response for response in marked.answers[kind].responses)
     marked.close(cancel=True)
-    wait_until(lambda: sample(server, CANCELLED) == before + 1, 2.0)
+    wait_until(lambda: sample(server, CANCELLED) == before + 2, 2.0)
     num_responses = len(victim.answers["0"].responses)
     wait_until(lambda: len(victim.answers["0"].responses) > num_responses, 10)
     victim.close(cancel=True)
-    wait_until(lambda: sample(server, CANCELLED) == before + 2, 2.0)
+    wait_until(lambda: sample(server, CANCELLED) == before + 3, 2.0)
 
 
 def test_the_grpc_front_takes_no_shared_memory_and_no_orders(server: TritonServer) -> None:

@@ -7,7 +7,15 @@ import pytest
 
 from ensemble.errors import Forbidden
 from ensemble.serving import secret
-from ensemble.serving.marks import CancelHandle, cancel_handle, ensemble_mark, read_cancel_handle, read_ensemble_mark
+from ensemble.serving.marks import (
+    CancelHandle,
+    Mark,
+    cancel_handle,
+    ensemble_mark,
+    openai_mark,
+    read_cancel_handle,
+    read_mark,
+)
 from ensemble.serving.run_dir import RUN_DIR_VARIABLE
 
 
@@ -21,9 +29,10 @@ def test_a_sealed_call_is_opened_and_no_other() -> None:
 
 def test_marks_and_handles_cannot_be_forged_or_taken_for_each_other() -> None:
     mark, handle = ensemble_mark(12345), cancel_handle(CancelHandle(7, 3, True))
-    assert read_ensemble_mark(mark) == 12345
+    assert read_mark(mark) == Mark(12345, is_of_ensemble=True)
+    assert read_mark(openai_mark(12345)) == Mark(12345, is_of_ensemble=False)
     assert read_cancel_handle(handle) == CancelHandle(7, 3, must_ask=True)
-    assert read_ensemble_mark(handle) is None
+    assert read_mark(handle) is None
     assert read_cancel_handle(mark) is None
     for forged in (
         "",
@@ -36,7 +45,7 @@ def test_marks_and_handles_cannot_be_forged_or_taken_for_each_other() -> None:
         "é/é",
     ):
         assert read_cancel_handle(forged) is None
-        assert read_ensemble_mark(forged) is None
+        assert read_mark(forged) is None
 
 
 def test_threads_that_need_it_at_once_have_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def make_stream(
-    call: Recorder, tokenizer: Tokenizer, is_of_ensemble: bool = False, request_id: int = 0, **options: Any
+    call: Recorder,
+    tokenizer: Tokenizer,
+    is_of_ensemble: bool = False,
+    request_id: int = 0,
+    is_paced: bool = False,
+    **options: Any,
 ) -> ClientStream:
     request = Request(request_id=request_id, prompt_token_ids=[3], sampling=SamplingParams(max_tokens=100))
     client_request = ClientRequest(request, OutputOptions(**options), None)
@@ -70,6 +75,7 @@ def make_stream(
         client_request,
         tokenizer,
         time.time_ns(),
+        is_paced=is_paced or is_of_ensemble,
         is_of_ensemble=is_of_ensemble,
         needs_heartbeats=is_of_ensemble,
     )
@@ -181,9 +187,9 @@ def test_one_response_of_a_stream_is_on_its_way_and_tokens_gather_behind_it(toke
     pool = SenderPool(lambda stream: None, lambda stream, error: None, num_threads=1)
     options = {"stream": True, "return_output_ids": True}
     calls = [Recorder() for _ in range(4)]
-    waiting, doomed, other = (
-        make_stream(call, tokenizer, is_of_ensemble=True, request_id=index, **options)
-        for index, call in enumerate(calls[:3])
+    waiting = make_stream(calls[0], tokenizer, is_paced=True, **options)  # as the OpenAI front's are
+    doomed, other = (
+        make_stream(calls[index], tokenizer, is_of_ensemble=True, request_id=index, **options) for index in (1, 2)
     )
     direct = make_stream(calls[3], tokenizer, request_id=3, **options)
     for token_id in range(100, 120):

@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
+import openai
 import pytest
 
 from tests.checkpoints import make_tiny_llama
@@ -71,15 +74,26 @@ def test_it_serves_talks_and_lists_replicas(distserve: Path, tmp_path: Path) -> 
     flags = {"http": ports.http, "grpc": ports.grpc, "metrics": ports.metrics, "openai": free_ports(1)[0]}
     command = [distserve, "serve", model, *(f"--{name}-port={port}" for name, port in flags.items())]
     command += ["--kv-cache-bytes", str(16 << 20), "--log", tmp_path / "log"]
+    command += ["--served-model-name", "mine", "--api-key", "secret", "--no-page"]
     with subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = next(line.split()[1] for line in server.stdout if line.startswith("HTTP "))
         next(line for line in server.stdout if not line.strip())  # before the first request that it prints
         answer = run(distserve, "client", "Hello", "--url", url, "--max-tokens", "4")
         fleet = run(distserve, "fleet", "list", "--http-port", str(ports.http))
+        front = f"http://127.0.0.1:{flags['openai']}"
+        with openai.OpenAI(base_url=f"{front}/v1", api_key="secret", max_retries=0, timeout=60) as client:
+            named = client.completions.create(model="mine", prompt="Hello", max_tokens=4)
+            with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
+                client.with_options(api_key="guessed").completions.create(model="mine", prompt="Hello")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(front, timeout=10)
+        with urllib.request.urlopen(f"http://127.0.0.1:{ports.metrics}/metrics", timeout=10) as page:
+            labels = set(re.findall(r'^vllm:.*model_name="([^"]*)"', page.read().decode(), re.MULTILINE))
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
+    assert (named.model, labels) == ("mine", {"mine"})
     assert re.search(r"0 +. prefill +. up", fleet.stdout), fleet.stdout + fleet.stderr
 
 

@@ -7,11 +7,13 @@ at `preprocess`, which tokenizes; the front does that itself) to the hand-over o
 perf_analyzer, the front's one only reads sockets; all share the machine's cores. No GPU needed.
 """
 
+import contextlib
 import json
 import random
+import selectors
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any
@@ -33,6 +35,7 @@ PROMPT_LEN, OUTPUT_LEN = 20, 60
 NUM_ROUNDS = 5  # of each way, by turns
 REQUESTS_EACH = 12  # of a client, one after the other
 NUM_STREAMS = 32
+TIMEOUT_S = 60.0
 TOLD_WITHIN_S = 10.0  # by the metrics
 TTFT = "vllm:time_to_first_token_seconds"
 MIN_THROUGHPUT, MAX_ADDED_MS = 0.8, 3.0
@@ -120,39 +123,64 @@ def by_grpc(server: TritonServer, inputs: Inputs, count: int) -> list[Record]:
 
 
 def by_front(server: TritonServer, inputs: Inputs, count: int) -> list[Record]:
-    start = time.perf_counter()
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda each: stream(server, each, start), inputs))
-
-
-def stream(server: TritonServer, asked: dict[str, Any], start: float) -> Record:
-    """A response is an event, at the time at which its last byte came."""
-    body = json.dumps(
-        {
-            "model": server.deployment.model.name,
-            "prompt": asked["text_input"][0],
-            "max_tokens": asked["max_tokens"][0],
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
-    ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    """On one thread, which only waits for sockets: with a thread for each they wait for one another."""
     host, _, port = server.openai_url.removeprefix("http://").removesuffix("/v1").rpartition(":")
-    sent = time.perf_counter() - start
-    received, times = b"", list[float]()
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    selector, waiting, served = selectors.DefaultSelector(), deque(inputs), list[Record]()
+    start = time.perf_counter()
+    with contextlib.ExitStack() as connections:
+        for _ in range(count):
+            connection = connections.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            selector.register(connection, selectors.EVENT_READ, Stream(server, waiting.popleft(), connection, start))
+        while len(served) < len(inputs):
+            ready = selector.select(TIMEOUT_S)
+            if not ready:
+                raise RuntimeError(f"{len(inputs) - len(served)} answers do not come")
+            for key, _ in ready:
+                if (record := key.data.read()) is not None:
+                    served.append(record)
+                    if waiting:
+                        selector.modify(key.fileobj, key.events, Stream(server, waiting.popleft(), key.fileobj, start))
+                    else:
+                        selector.unregister(key.fileobj)
+    return served
+
+
+class Stream:
+    """One answer on its way over a kept connection. A response is an event, at the time at which its last byte came."""
+
+    def __init__(self, server: TritonServer, asked: dict[str, Any], connection: Any, start: float) -> None:
+        body = json.dumps(
+            {
+                "model": server.deployment.model.name,
+                "prompt": asked["text_input"][0],
+                "max_tokens": asked["max_tokens"][0],
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+            }
+        ).encode()
+        self._connection, self._start, self._num_tokens = connection, start, int(asked["max_tokens"][0])
+        self._received, self._times = b"", list[float]()
+        self._sent = time.perf_counter() - start
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
-        while data := connection.recv(65536):
-            times += [time.perf_counter() - start] * data.count(b'"choices"')
-            received += data
-    if b"data: [DONE]" not in received:
-        raise RuntimeError(f"no whole answer: {received[-200:]!r}")
-    tokens = [1] * len(times)
-    tokens[-1] += asked["max_tokens"][0] - len(times)  # an event may hold several: which one does not matter here
-    return Record(
-        prompt_len=PROMPT_LEN, output_len=asked["max_tokens"][0], due=sent, sent=sent, times=times, tokens=tokens
-    )
+
+    def read(self) -> Record | None:
+        """What has come; the record when that is all."""
+        data = self._connection.recv(65536)
+        self._times += [time.perf_counter() - self._start] * data.count(b'"choices"')
+        self._received += data
+        if data and not self._received.endswith(b"0\r\n\r\n"):
+            return None
+        if b"data: [DONE]" not in self._received:
+            raise RuntimeError(f"no whole answer: {self._received[-200:]!r}")
+        tokens = [1] * len(self._times)
+        # An event may hold several: which one does not matter here.
+        tokens[-1] += self._num_tokens - len(self._times)
+        sent = self._sent
+        return Record(
+            prompt_len=PROMPT_LEN, output_len=self._num_tokens, due=sent, sent=sent, times=self._times, tokens=tokens
+        )
 
 
 def cpu_seconds(server: TritonServer) -> float:

@@ -1,8 +1,11 @@
 """Run by the interpreter that has litellm (openai_clients.py): asks by its providers, and prints what was answered."""
 
 import json
+import os
 import sys
 from typing import Any
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks GitHub for one as it is imported
 
 import litellm
 

@@ -47,7 +47,7 @@ def main(
 ) -> None:
     """Fails unless every client gets what it asks for."""
     with client_python(environment) as python, tiny_server(openai_port=free_ports(1)[0]) as server:
-        rows = [*litellm_rows(server, python), *aiperf_rows(server, python)]
+        rows = [*litellm_rows(server, python), *aiperf_rows(server, python.with_name("aiperf"))]
     report(rows, output)
 
 
@@ -87,7 +87,7 @@ def litellm_rows(server: TritonServer, python: Path) -> Iterator[dict[str, Any]]
     yield exactly("litellm, openai/, another model: is told so", is_told, "of 1", 1)
 
 
-def aiperf_rows(server: TritonServer, python: Path) -> Iterator[dict[str, Any]]:
+def aiperf_rows(server: TritonServer, aiperf: Path) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "model": server.deployment.model.name,
@@ -103,7 +103,7 @@ def aiperf_rows(server: TritonServer, python: Path) -> Iterator[dict[str, Any]]:
             "output-artifact-dir": folder,
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        call(python.with_name("aiperf"), "profile", "--streaming", *arguments)
+        call(aiperf, "profile", "--streaming", *arguments)
         (export,) = Path(folder).rglob("profile_export_aiperf.json")
         found = json.loads(export.read_text(encoding="utf-8"))
     yield exactly("aiperf, chat: requests served", int(found["request_count"]["avg"]), "", NUM_REQUESTS)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from types import TracebackType
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
 from ensemble.errors import ERROR_MARK
 from ensemble.models.spec import load_model_spec
+from ensemble.openai_front import API_KEY_VARIABLE
 from ensemble.serving import control
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.metrics_page import METRICS_VARIABLE
@@ -77,6 +78,8 @@ class TritonServer:
         http_relay: bool = True,  # which cancels requests whose HTTP client goes away; False: the Triton server's port
         openai_port: int | None = None,  # of a front for OpenAI's clients; None: there is none
         page: bool = True,  # for browsers, at that port
+        api_key: str | None = None,  # that the front's clients have to have
+        allowed_origins: Sequence[str] = (),  # of browsers' pages that may call the front
         max_body_bytes: int = MAX_BODY_BYTES,
         allow_client_shm: bool = False,  # clients may register shared memory
     ) -> None:
@@ -88,6 +91,8 @@ class TritonServer:
         self._has_relay = http_relay
         self._openai_port = openai_port
         self._has_page = page
+        self._api_key = api_key
+        self._allowed_origins = allowed_origins
         self._max_body_bytes = max_body_bytes
         self._allow_client_shm = allow_client_shm
         self._local_ray: LocalRay | None = None  # a cluster of our own
@@ -399,7 +404,7 @@ class TritonServer:
         """Of the fronts the server opens that of the metrics last, some 40 ms after it says that it is ready."""
         try:
             urls = [f"{self.direct_http_url}/v2/health/ready", self.metrics_url, f"{self.http_url}/v2/health/live"]
-            for url in urls if self._openai_port is None else [*urls, f"{self.openai_url}/models"]:
+            for url in urls if self._openai_port is None else [*urls, f"{self.page_url}health"]:
                 with urllib.request.urlopen(url, timeout=5) as response:
                     if response.status != 200:
                         return False
@@ -473,6 +478,7 @@ class TritonServer:
         if self._has_page:
             arguments |= {"metrics-url": self.metrics_url, "run-dir": self.run_dir}
         options = [f"--{name}={value}" for name, value in arguments.items()]
+        options += [f"--allowed-origin={origin}" for origin in self._allowed_origins]
         return [sys.executable, "-m", "ensemble.openai_front", *options]
 
     @property
@@ -491,6 +497,7 @@ class TritonServer:
             DEPLOYMENT_VARIABLE: str(self.run_dir / "deployment.yaml"),
             RUN_DIR_VARIABLE: str(self.run_dir),
             METRICS_VARIABLE: f"{self.host} {self._ports.metrics} {self._own_metrics[1]}",
+            **({} if self._api_key is None else {API_KEY_VARIABLE: self._api_key}),
             **(self._local_ray.environment if self._local_ray is not None else {}),
         }
 

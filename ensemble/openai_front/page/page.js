@@ -63,10 +63,11 @@ async function ask(text) {
   try {
     const response = await fetch(isChat ? "v1/chat/completions" : "v1/completions", {
       method: "POST",
-      headers: { "content-type": "application/json" },
+      headers: { "content-type": "application/json", ...(byId("key").value && { authorization: `Bearer ${byId("key").value}` }) },
       body: JSON.stringify(asked),
       signal: running.signal,
     });
+    if (response.status === 401) byId("key-row").hidden = false;
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);

@@ -79,12 +79,21 @@ volumeMounts:
   valueFrom:
     secretKeyRef: { name: {{ .Values.huggingFaceSecret }}, key: token }
 {{- end }}
+{{- if .Values.apiKeySecret }}
+- name: DISTSERVE_API_KEY
+  valueFrom:
+    secretKeyRef: { name: {{ .Values.apiKeySecret }}, key: key }
+{{- end }}
 {{- end }}
 
 {{- define "distserve.args" -}}
 - --model={{ .Values.model }}
-- --prefill-devices={{ .Values.prefillDevices }}
-- --decode-devices={{ .Values.decodeDevices }}
+{{- with .Values.prefillDevices }}
+- --prefill-devices={{ . }}
+{{- end }}
+{{- with .Values.decodeDevices }}
+- --decode-devices={{ . }}
+{{- end }}
 - --drain-timeout={{ .Values.drainTimeoutSeconds }}
 {{- range .Values.extraArgs }}
 - {{ . | quote }}
