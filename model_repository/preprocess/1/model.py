@@ -40,24 +40,28 @@ class TritonPythonModel:
         """None: later, by the request's sender."""
         arrival_ns = time.time_ns()
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        names = request.requested_output_names()
         if not self.long_texts.is_long(prompt_bytes(tensors)):
-            return self.tokenize(tensors, arrival_ns)
+            return self.tokenize(tensors, names, arrival_ns)
         try:
-            self.long_texts.submit(partial(self.answer_later, request.get_response_sender(), tensors, arrival_ns))
+            self.long_texts.submit(
+                partial(self.answer_later, request.get_response_sender(), tensors, names, arrival_ns)
+            )
         except Overloaded as error:
             return refusal(error)
         return None
 
-    def answer_later(self, sender, tensors, arrival_ns):
+    def answer_later(self, sender, tensors, names, arrival_ns):
         try:
-            response = self.tokenize(tensors, arrival_ns)
+            response = self.tokenize(tensors, names, arrival_ns)
         except Exception as error:  # nobody else would tell the client
             response = refusal(InternalError(f"{type(error).__name__}: {error}"))
         sender.send(response, flags=FINAL)
 
-    def tokenize(self, tensors, arrival_ns):
+    def tokenize(self, tensors, names, arrival_ns):
         outputs = {ENSEMBLE_MARK: np.array([ensemble_mark(arrival_ns).encode()], dtype=object)}
-        outputs["return_vllm_outputs"] = np.ones(1, bool)
+        if "return_vllm_outputs" in names:  # of vllm_model alone
+            outputs["return_vllm_outputs"] = np.ones(1, bool)
         try:
             token_ids, _ = parse_prompt(tensors, self.tokenizer, self.chat, self.limits)
             outputs["input_ids"] = np.array(token_ids, np.int32)
