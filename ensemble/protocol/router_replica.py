@@ -50,7 +50,7 @@ class RunPrompts(_Message, frozen=True, kw_only=True):
 
     batch_id: int
     chunks: list[PromptChunk]
-    num_behind_tokens: int = 0  # of prompts that wait behind these: of those that have begun here, and of the queue
+    num_behind: float = 0.0  # prompts of the queue, this replica's share
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from ensemble.config import Admission, Batching, Deployment, StageName
 from ensemble.scheduling.decode_policies import DecodePolicySettings
-from ensemble.scheduling.placement import STRETCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +18,7 @@ class LoopSettings:
     host_kv_bytes: int = 0
     prefix_cache: bool = False
     itl_target_s: float | None = None  # of requests without one of their own
-    stretch: float | None = None  # of a step by the prompts in it, where no sequence has a target
+    adapts: bool = False  # how much of prompts goes beside running sequences, where none of these has a target
 
 
 def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
@@ -35,5 +34,5 @@ def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
         host_kv_bytes=decode.host_kv_bytes if home == "decode" else 0,
         prefix_cache=deployment.prefill.prefix_cache,
         itl_target_s=deployment.scheduler.itl_target_s,
-        stretch=STRETCH if deployment.scheduler.roles == "auto" else None,
+        adapts=deployment.scheduler.roles == "auto",
     )

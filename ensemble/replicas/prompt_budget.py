@@ -42,8 +42,8 @@ def prompt_budget(
         StepShape(0, 0, num_rows, round(num_rows * mean_context_len)),
         prompts.next_start,
         None if target_s is None else target_s / num_parts,
-        settings.stretch,
         settings.max_num_prompt_tokens_beside,
-        prompts.num_waiting_tokens,
+        prompts.num_waiting,
+        adapts=settings.adapts,
     )
     return whole_tiles(num_tokens, num_rows) if fills_tiles else num_tokens

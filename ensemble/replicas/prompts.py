@@ -47,7 +47,7 @@ class Prompts:
         self._sequences: dict[int, Sequence] = {}  # request_id |-> has blocks, its prompt is not finished
         self._queued: dict[int, Request] = {}  # request_id |-> has no blocks yet
         self._staying: set[int] = set()  # request ids that decode here
-        self._num_behind_tokens = 0  # of prompts that the router had yet to send when it sent the last batch
+        self._num_behind = 0.0  # prompts that the router had yet to send when it sent the last batch
         self._cost_tokens, self._cost_s = 0, 0.0
 
     @property
@@ -60,13 +60,9 @@ class Prompts:
         return self._num_computed(self._chunks[0].chunk.request_id) if self._chunks else 0
 
     @property
-    def num_waiting_tokens(self) -> int:
-        """Of the chunks that are here, as far as the router knew what is cached, and of those that wait for these."""
-        ends: dict[int, int] = {}
-        for each in self._chunks:
-            ends[each.chunk.request_id] = each.chunk.end
-        num_tokens = sum(end - self._num_computed(request_id) for request_id, end in ends.items())
-        return num_tokens + self._num_behind_tokens
+    def num_waiting(self) -> float:
+        """Prompts that are here, and those that wait for these."""
+        return len(self._sequences) + len(self._queued) + self._num_behind
 
     def _num_computed(self, request_id: int) -> int:
         sequence = self._sequences.get(request_id)
@@ -90,7 +86,7 @@ class Prompts:
         return request_id in self._staying
 
     def add(self, batch: RunPrompts) -> None:
-        self._num_behind_tokens = batch.num_behind_tokens
+        self._num_behind = batch.num_behind
         last = len(batch.chunks) - 1
         for index, chunk in enumerate(batch.chunks):
             self._chunks.append(_Chunk(chunk, batch.batch_id if index == last else None))

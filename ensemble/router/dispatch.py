@@ -175,7 +175,7 @@ class Dispatch:
 
     def dispatch(self, now: float) -> None:
         """Everything that can start now, starts: first what has waited in the bridge."""
-        self.predictions.now = now
+        self.predictions.look_again(now)
         self.ways.look_again()
         while submission := self.admission.next_submission():
             self._join(submission.replica, submission.request_ids)
@@ -201,10 +201,12 @@ class Dispatch:
                 stays = life.decode_replica is not None
                 request = chunk.request if chunk.is_first else None
                 chunks.append(PromptChunk(request_id=chunk.request_id, end=chunk.end, request=request, stays=stays))
-            num_behind_tokens = self.prefill.num_behind_tokens(replica.id)
-            self.command(
-                replica, RunPrompts(batch_id=batch.batch_id, chunks=chunks, num_behind_tokens=num_behind_tokens)
+            run = RunPrompts(
+                batch_id=batch.batch_id,
+                chunks=chunks,
+                num_behind=self.prefill.num_waiting_each,
             )
+            self.command(replica, run)
 
     def _started(self, life: Life, replica: Replica, time_ns: int) -> None:
         life.phase, timeline = "prefill", life.client.timeline
@@ -233,6 +235,7 @@ class Dispatch:
     # ---- roles
 
     def pressure(self) -> Pressure:
+        self.predictions.look_again(self.predictions.now)
         return self.predictions.pressure(self.ways.computing())
 
     def to_change(self, side: Side) -> Replica | None:

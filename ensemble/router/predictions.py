@@ -1,6 +1,7 @@
 """What replicas will take, by their estimators and by what the router knows of them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ensemble.config import Deployment
 from ensemble.request import Request
@@ -9,7 +10,7 @@ from ensemble.router.lives import Life, Lives
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.estimates import OutputEstimate
 from ensemble.scheduling.estimator import StepShape, prompt_keys
-from ensemble.scheduling.placement import NO_WORK, STRETCH, Site, Work, chunk_beside, smallest
+from ensemble.scheduling.placement import NO_WORK, Site, Work, chunk_beside, smallest
 from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.scheduling.prefix_index import PrefixIndex
 from ensemble.scheduling.roles import Pressure
@@ -17,8 +18,20 @@ from ensemble.scheduling.roles import Pressure
 DEFAULT_TTFT_S = 1.0  # edf's deadline, and roles' measure, where there is no target
 
 
+@dataclass(slots=True)
+class _Standing:
+    """What the router knows of a replica, as long as nothing is told or sent."""
+
+    rows: StepShape  # its running sequences
+    target_s: float | None  # the smallest ITL target among them
+    num_tokens: int  # of prompts that it has been sent
+    num_keys: int  # that those attend to
+    num_prompts: float  # that wait for its steps: those, its share of the queue, and the one that is to be placed
+    sites: dict[int, Site] = field(default_factory=dict)  # power of two of where prompts begin |->
+
+
 class Predictions:
-    """Changes nothing but `now` and `has_targets`, which dispatch keeps true."""
+    """Changes nothing. What it found holds until `look_again`."""
 
     def __init__(
         self,
@@ -37,54 +50,97 @@ class Predictions:
         self._admission = admission
         self._output_estimate = output_estimate
         self._prefixes = prefixes
+        self._standings: dict[int, _Standing] = {}  # replica |->, until something changes there
+        self._works: dict[int, dict[int, Work]] = {}  # attempt |-> tokens that are cached |->, as long
+        self._block_s: float | None = None  # in which decode frees a block, until something changes
+        self._tokens_per_s = 0.0  # of prompts, for each of those that are there for them
+        self.up_ones: list[Replica] = []
         self.now = 0.0
         self.has_targets = False  # whether a request ever came with an ITL target of its own
 
+    def look_again(self, now: float) -> None:
+        """What is known of the replicas holds no more."""
+        self.now = now
+        self.up_ones = self._fleet.up_ones()
+        self._tokens_per_s = self._prefill.tokens_per_s(now) / max(1, sum(each.takes_prompts for each in self.up_ones))
+        self._standings.clear()
+        self._works.clear()
+        self._block_s = None
+
+    def forget(self, replica_id: int, *, stays: bool) -> None:
+        """A request has started there, and stays, or will be handed off."""
+        self._standings.pop(replica_id, None)
+        if stays:
+            self._block_s = None
+
     def site(self, replica: Replica, work: Work = NO_WORK) -> Site:
-        """As it is, if this prompt comes to those that it has."""
-        num_tokens, num_keys = self._prefill.backlog(replica.id)
-        num_waiting_tokens = num_tokens + work.num_tokens
-        start = (num_keys + work.num_keys) // max(1, num_waiting_tokens)
-        rows, target_s = self.rows(replica), self.itl_target_of(replica)
+        """As it is, if this prompt comes to those that it has; near enough: those are one that begin, on average, at
+        positions with the same power of two."""
+        known = self._standing(replica)
+        start = (known.num_keys + work.num_keys) // max(1, known.num_tokens + work.num_tokens)
+        site = known.sites.get(start.bit_length())
+        if site is None:
+            site = known.sites[start.bit_length()] = self._site(replica, known, start)
+        return site
+
+    def _site(self, replica: Replica, known: "_Standing", start: int) -> Site:
+        rows = known.rows
         one_more = StepShape(0, 0, rows.num_rows + 1, rows.num_row_keys)
         return Site(
             replica.id,
             replica.estimator,
-            self.chunk_len(replica, rows, target_s, start, num_waiting_tokens),
-            self.chunk_len(replica, one_more, target_s, start, num_waiting_tokens),
+            self._chunk_len(replica, known, rows, start),
+            self._chunk_len(replica, known, one_more, start),
             start,
-            num_tokens,
-            num_keys,
+            known.num_tokens,
+            known.num_keys,
             rows,
-            target_s if rows.num_rows else None,
+            known.target_s if rows.num_rows else None,
             self._prompt_load(replica),
             self._deployment.prefill.max_num_batched_tokens if replica.role == "prefill" else 0,
         )
+
+    def _standing(self, replica: Replica) -> "_Standing":
+        known = self._standings.get(replica.id)
+        if known is None:
+            num_unfinished = len(set(self._prefill.unfinished(replica.id)))
+            known = self._standings[replica.id] = _Standing(
+                self._rows(replica, num_unfinished),
+                self._itl_target_of(replica),
+                *self._prefill.backlog(replica.id),
+                num_unfinished + self._prefill.num_waiting_each + 1,
+            )
+        return known
 
     def _prompt_load(self, replica: Replica) -> float:
         """Share of the replica's time that prompts would take, did those replicas alone compute them that are to."""
         if replica.role == "decode":
             return 0.0
-        num_sharing = sum(each.takes_prompts for each in self._fleet.up_ones())
         full_len = self._deployment.prefill.max_num_batched_tokens
         step_s = replica.estimator.seconds(StepShape().with_chunk(0, full_len))
-        return min(1.0, self._prefill.tokens_per_s(self.now) / max(1, num_sharing) * step_s / full_len)
+        return min(1.0, self._tokens_per_s * step_s / full_len)
 
     def work(self, replica: Replica, life: Life) -> Work:
-        request = life.attempt
-        start = self.num_cached_tokens(replica.id, request)
-        num_tokens = request.prefill_len - start
-        num_output_tokens = self._output_estimate.num_output_tokens(request)
-        return Work(num_tokens, prompt_keys(start, num_tokens), request.prefill_len, num_output_tokens)
+        request, start = life.attempt, 0
+        if self._prefixes is not None:
+            start = self._prefixes.num_cached_tokens(replica.id, life.hashes, request.prefill_len)
+        works = self._works.setdefault(request.request_id, {})
+        if start not in works:
+            prefill_len = request.prefill_len
+            num_tokens, num_output_tokens = prefill_len - start, self._output_estimate.num_output_tokens(request)
+            works[start] = Work(num_tokens, prompt_keys(start, num_tokens), prefill_len, num_output_tokens)
+        return works[start]
 
     def rows(self, replica: Replica) -> StepShape:
         """The sequences that a step of the replica decodes, as far as the router knows."""
-        num_unfinished = len(set(self._prefill.unfinished(replica.id)))
+        return self._standing(replica).rows
+
+    def _rows(self, replica: Replica, num_unfinished: int) -> StepShape:
         num_seqs = self._admission.num_seqs(replica.id) - (num_unfinished if replica.role != "prefill" else 0)
         num_rows = max(0, min(num_seqs, self._deployment.stage(replica.home).max_num_seqs))
         return StepShape(0, 0, num_rows, round(num_rows * replica.mean_context_len))
 
-    def itl_target_of(self, replica: Replica) -> float | None:
+    def _itl_target_of(self, replica: Replica) -> float | None:
         """The smallest ITL target among its sequences, or where it has none the deployment's."""
         if not self.has_targets:
             return self._deployment.scheduler.itl_target_s
@@ -92,26 +148,24 @@ class Predictions:
         targets = [life.attempt.itl_target_s for life in lives if life is not None]
         return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
 
-    def chunk_len(
-        self,
-        replica: Replica,
-        rows: StepShape,
-        target_s: float | None,
-        start: int = 0,
-        num_waiting_tokens: int | None = None,
-    ) -> int:
-        """Prompt tokens that the replica's steps take beside these sequences, as its loop will find too."""
+    def _chunk_len(self, replica: Replica, known: "_Standing", rows: StepShape, start: int) -> int:
+        """Prompt tokens from `start` on that its steps take beside these sequences, as its loop will find too."""
         if not rows.num_rows:
             return self._deployment.prefill.max_num_batched_tokens
-        stretch = STRETCH if self._deployment.scheduler.roles == "auto" else None
         max_len = self._deployment.num_prompt_tokens_beside
-        return chunk_beside(replica.estimator, rows, start, target_s, stretch, max_len, num_waiting_tokens)
+        adapts = self._deployment.scheduler.roles == "auto"
+        return chunk_beside(replica.estimator, rows, start, known.target_s, max_len, known.num_prompts, adapts=adapts)
 
     def wait_for_blocks_s(self, num_blocks: int) -> float:
         """Until the replicas that decode have freed so many: outputs end evenly, as many as there are in their time."""
         if num_blocks <= 0:
             return 0.0
-        readers = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        if self._block_s is None:
+            self._block_s = self._seconds_of_block()
+        return num_blocks * self._block_s
+
+    def _seconds_of_block(self) -> float:
+        readers = [replica for replica in self.up_ones if replica.takes_sequences]
         num_held = sum(replica.credits.num_blocks - replica.credits.free_blocks for replica in readers)
         if not num_held:
             return 0.0
@@ -120,7 +174,7 @@ class Predictions:
             lengths = [life.attempt.sampling.max_tokens for life in self._lives]
             num_output_tokens = sum(lengths) / max(1, len(lengths))
         step_s = max(replica.estimator.seconds(self.rows(replica)) for replica in readers)
-        return num_blocks / num_held * num_output_tokens * step_s
+        return num_output_tokens * step_s / num_held
 
     def queue_s(self, computing: Sequence[Replica]) -> float:
         """Until all who wait now have started, shared by all who compute prompts."""
@@ -137,10 +191,10 @@ class Predictions:
     def pressure(self, computing: Sequence[Replica]) -> Pressure:
         """What each side bears: the wait of a prompt that came now over its target, and decode's KV and step times."""
         scheduler = self._deployment.scheduler
-        prefilling = [replica for replica in self._fleet.up_ones() if replica.takes_prompts]
+        prefilling = [replica for replica in self.up_ones if replica.takes_prompts]
         waits_s = [self.site(replica).until_computed(NO_WORK) for replica in prefilling]
         prefill = (self.queue_s(computing) + min(waits_s, default=0.0)) / (scheduler.ttft_target_s or DEFAULT_TTFT_S)
-        decoding = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        decoding = [replica for replica in self.up_ones if replica.takes_sequences]
         num_blocks = sum(replica.credits.num_blocks for replica in decoding)
         num_held = sum(
             replica.credits.num_blocks

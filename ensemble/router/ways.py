@@ -11,7 +11,7 @@ from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.lives import Life, Lives
 from ensemble.router.predictions import Predictions
 from ensemble.scheduling.admission import DecodeAdmission
-from ensemble.scheduling.placement import Reader, Site, Way, best, hand_off, num_missed, smallest, stay
+from ensemble.scheduling.placement import Reader, Site, Way, Work, best, hand_off, num_missed, smallest, stay
 from ensemble.scheduling.prefill import Limits, PrefillScheduler
 
 # Where sequences run too, a step is launched before the one before is read, and told then: with three it never waits.
@@ -85,9 +85,9 @@ class Ways:
     def limits_now(self, replica_id: int, limits: Limits) -> Limits:
         """A batch is what a step takes; beside running sequences one more is under way."""
         replica = self._fleet.get(replica_id)
-        if replica is None or not (rows := self._predictions.rows(replica)).num_rows:
+        if replica is None or not self._predictions.rows(replica).num_rows:
             return limits
-        chunk_len = self._predictions.chunk_len(replica, rows, self._predictions.itl_target_of(replica))
+        chunk_len = self._predictions.site(replica).chunk_len
         return replace(
             limits,
             max_num_batched_tokens=min(limits.max_num_batched_tokens, chunk_len),
@@ -107,19 +107,18 @@ class Ways:
             return False
         if way is None or way.replica != replica_id:
             return False
-        starts = self._admission.try_start_at if way.stays else self._try_promise
-        if not starts(replica_id, request):
+        if way.stays and not self._admission.try_start_at(replica_id, request):
             return False
+        if not way.stays:  # there is room for it, or will be soon enough: else this was no way
+            self._admission.promise(request)
         self._chosen = None
+        self._predictions.forget(replica_id, stays=way.stays)
         if way.stays:
             life.decode_replica = replica_id
         timeline = life.client.timeline
         if not timeline.predicted_first_token_ns:
             timeline.predicted_first_token_ns = time.time_ns() + int(way.ttft_s * 1e9)
         return True
-
-    def _try_promise(self, replica_id: int, request: Request) -> bool:
-        return self._admission.try_promise(request)
 
     def _best_way(self, life: Life) -> Way | None:
         """None: nobody could start it, were it idle."""
@@ -131,12 +130,13 @@ class Ways:
         """Those that are open now, or will be when the replica has run a batch; of equals who only prefills first."""
         request = life.attempt
         order = {"prefill": 0, "mixed": 1, "decode": 2}
-        num_blocks = -(-request.prefill_len // self._deployment.block_size)
+        prefill_len = request.prefill_len
+        num_blocks = -(-prefill_len // self._deployment.block_size)
         may_promise = self._admission.may_start(request)
-        readers = self._readers(request) if may_promise and request.sampling.max_tokens > 1 else []
-        for replica in sorted(self._fleet.up_ones(), key=lambda replica: order[replica.role]):
+        readers = self._readers(life) if may_promise and request.sampling.max_tokens > 1 else []
+        for replica in sorted(self._predictions.up_ones, key=lambda replica: order[replica.role]):
             limits = self.prompt_limits(replica)
-            if limits is None or (limits.max_prompt_len or request.prefill_len) < request.prefill_len:
+            if limits is None or (limits.max_prompt_len or prefill_len) < prefill_len:
                 continue
             if self._alone and not self._may_share(replica.id, life):
                 continue
@@ -148,26 +148,24 @@ class Ways:
                 continue
             if request.sampling.max_tokens == 1:
                 yield stay(site, work)._replace(stays=False)
-            elif way := hand_off(site, work, self._readers_of(replica, readers, site, request)):
+            elif way := hand_off(site, work, self._readers_of(replica, readers, site, work, request)):
                 yield way
 
-    def _readers(self, request: Request) -> list[tuple[Replica, Reader]]:
+    def _readers(self, life: Life) -> list[tuple[Replica, Reader]]:
         """Who may decode what others compute."""
+        request = life.attempt
         wait_s = self._predictions.wait_for_blocks_s(self._admission.num_lacking_blocks(request, without_spare=True))
-        takers = [replica for replica in self._fleet.up_ones() if replica.takes_sequences]
+        takers = [replica for replica in self._predictions.up_ones if replica.takes_sequences]
         readers = []
         for replica in takers:
-            num_tokens = request.prefill_len - self._predictions.num_cached_tokens(
-                replica.id, request
-            )  # those that are not there yet
-            handoff_s = replica.handoffs.seconds(round(num_tokens * replica.kv_token_bytes))
+            work = self._predictions.work(replica, life)
+            handoff_s = replica.handoffs.seconds(round(work.num_tokens * replica.kv_token_bytes))  # the rest is there
             num_promised = self._admission.num_promised_seqs / len(takers)
-            site = self._predictions.site(replica).with_rows(num_promised, request.prefill_len)
-            readers.append((replica, Reader(site, handoff_s, wait_s)))
+            readers.append((replica, Reader.of(self._predictions.site(replica), work, handoff_s, wait_s, num_promised)))
         return readers
 
     def _readers_of(
-        self, source: Replica, readers: list[tuple[Replica, Reader]], site: Site, request: Request
+        self, source: Replica, readers: list[tuple[Replica, Reader]], site: Site, work: Work, request: Request
     ) -> list[Reader]:
         """A mixed replica hands off only to those that do nothing but decode; itself, if there is nobody else."""
         others = [
@@ -178,7 +176,8 @@ class Ways:
         if self.is_spare(source):
             others = [pair for pair in others if pair not in self._admission.unreachable]
             if not others:
-                return [Reader(site, 0.0)] if self._admission.blocks_for(request) <= source.credits.num_blocks else []
+                has_room = self._admission.blocks_for(request) <= source.credits.num_blocks
+                return [Reader.of(site, work, 0.0)] if has_room else []
         return [reader for replica, reader in readers if (source.id, replica.id) in others]
 
     # ---- targets
@@ -209,7 +208,7 @@ class Ways:
         if self._deployment.scheduler.on_missed_target != "refuse":
             return
         ttft_target_s, itl_target_s = self._targets(life)
-        self._predictions.now = now
+        self._predictions.look_again(now)
         way = best(self._ways(life), ttft_target_s, itl_target_s)
         if way is None:
             return

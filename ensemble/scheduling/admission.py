@@ -376,6 +376,9 @@ class DecodeAdmission:
         return max(fitting, key=lambda replica: self._replicas[replica].num_free_blocks, default=None)
 
     def _next_in_place(self) -> Submission | None:
+        may_take = {replica for replica, state in self._replicas.items() if state.is_open and state.num_free_seqs > 0}
+        if may_take.isdisjoint(self._bridge.values()):
+            return None
         num_lacking = -sum(each.num_free_blocks for each in self._replicas.values() if self._takes_hand_offs(each))
         for request_id, source in self._bridge.items():
             state, need = self._replicas.get(source), self._promised[request_id]

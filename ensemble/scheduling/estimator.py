@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
+from math import inf, sqrt
 
 import msgspec
 import numpy as np
@@ -125,13 +126,24 @@ class StepEstimator:
 
     def max_chunk_len(self, limit_s: float, beside: StepShape, start: int, max_len: int) -> int:
         """The most tokens of a prompt, from `start` on, with which the step takes no longer than `limit_s`; 0: none."""
-        fits, too_long = 0, max_len + 1
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            if self.seconds(beside.with_chunk(start, middle)) <= limit_s:
-                fits = middle
-            else:
-                too_long = middle
+        if self.seconds(beside.with_chunk(start, max_len)) <= limit_s:
+            return max_len
+        if self.seconds(beside.with_chunk(start, 1)) > limit_s:
+            return 0
+        # base + per_token * max(0, tokens - knee) + per_key * (length * start + length * (length + 1) / 2) = limit
+        base, per_token, per_key, per_row, per_row_key = self._coefficients
+        base += per_key * beside.num_prompt_keys + per_row * beside.num_rows + per_row_key * beside.num_row_keys
+        num_hidden = self._knee - beside.num_tokens  # tokens that cost nothing themselves
+        keys_only = _positive_root(per_key / 2, per_key * (start + 0.5), limit_s - base)
+        if keys_only > num_hidden:
+            keys_only = _positive_root(
+                per_key / 2, per_key * (start + 0.5) + per_token, limit_s - base + per_token * num_hidden
+            )
+        fits = min(max_len - 1, max(1, int(keys_only)))
+        while self.seconds(beside.with_chunk(start, fits)) > limit_s:  # by a rounding error
+            fits -= 1
+        while self.seconds(beside.with_chunk(start, fits + 1)) <= limit_s:
+            fits += 1
         return fits
 
     def _fit(self) -> None:
@@ -144,6 +156,13 @@ class StepEstimator:
             error *= 1 if knee else _KNEE_GAIN
             if error < least_error:
                 least_error, self._knee, self._coefficients = error, knee, coefficients
+
+
+def _positive_root(a: float, b: float, c: float) -> float:
+    """x > 0 with a x^2 + b x = c, for c > 0 and a, b >= 0; infinity: there is none."""
+    if a == 0:
+        return c / b if b else inf
+    return 2 * c / (b + sqrt(b * b + 4 * a * c))
 
 
 class HandoffEstimator:

@@ -9,7 +9,7 @@ replica for prompts.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape
@@ -18,8 +18,7 @@ MIN_CHUNK_LEN = 16  # tokens, so that prompts get on where steps are too long al
 AIM = 0.9  # of an ITL target: predictions err, and the longest gap of an answer counts
 LEAST_STRETCH = 1.1  # of a step by the chunk in it, where it misses its target without any
 FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading the weights hides it
-STEPS_AHEAD = 4  # in which prompts that wait are to be computed; fewer at a time leave sequences the sooner their ends
-STRETCH = 1.5  # of a step by the chunk in it, where nobody has a target and replicas share the prompts
+NUM_HALVES = 5  # lengths of chunks that are looked at: the longest, half of it, and so on
 
 
 class Work(NamedTuple):
@@ -50,11 +49,6 @@ class Site:
     prompt_load: float = 0.0  # share of its time that prompts take, as they came lately
     full_len: int = 0  # prompt tokens of its steps without sequences, where it is there for prompts
 
-    def with_rows(self, number: float, context_len: int) -> "Site":
-        """The same with more sequences: they are on their way there."""
-        num_rows = round(self.rows.num_rows + number)
-        return replace(self, rows=StepShape(0, 0, num_rows, round(self.rows.num_row_keys + number * context_len)))
-
     def until_computed(self, work: Work) -> float:
         """Seconds until the last token of the prompt is computed, behind those that are there."""
         return self.steps.seconds_of_prompts(
@@ -68,14 +62,20 @@ class Site:
         seconds = self.steps.seconds_of_prompts(work.num_tokens, work.num_keys, self.chunk_len, self.rows)
         return seconds - -(-work.num_tokens // self.chunk_len) * self.steps.seconds(self.rows)
 
-    def itl(self, work: Work) -> float:
-        """Seconds between two tokens of the answer, if it decodes here: with chunks of prompts where there are some."""
-        rows = StepShape(0, 0, self.rows.num_rows + 1, self.rows.num_row_keys + work.context_len)
-        bare_s, mixed_s = (
-            self.steps.seconds(rows),
-            self.steps.seconds(rows.with_chunk(self.mean_start, self.beside_len)),
+    def itl(self, work: Work, num_promised: float = 0.0) -> float:
+        """Seconds between two tokens of the answer, if it decodes here: with chunks of prompts where there are some.
+
+        num_promised: sequences like it that are on their way here.
+        """
+        num_rows, num_row_keys = (
+            self.rows.num_rows + num_promised,
+            self.rows.num_row_keys + num_promised * work.context_len,
         )
-        return mixed_s if self.num_backlog_tokens else bare_s + self.prompt_load * (mixed_s - bare_s)
+        rows = StepShape(0, 0, round(num_rows) + 1, round(num_row_keys) + work.context_len)
+        bare_s, share = self.steps.seconds(rows), 1.0 if self.num_backlog_tokens else self.prompt_load
+        if not share:
+            return bare_s
+        return bare_s + share * (self.steps.seconds(rows.with_chunk(self.mean_start, self.beside_len)) - bare_s)
 
     def lost(self, output_s: float) -> float:
         """Seconds of computing prompts that are lost by the shorter chunks beside an answer of so many seconds."""
@@ -93,9 +93,14 @@ class Site:
 class Reader(NamedTuple):
     """A replica that may decode what another one has computed."""
 
-    site: Site
+    itl_s: float  # of the answer
+    target_s: float | None  # the smallest ITL target of those that it would decode with
     handoff_s: float
     wait_s: float = 0.0  # until it has room
+
+    @classmethod
+    def of(cls, site: Site, work: Work, handoff_s: float, wait_s: float = 0.0, num_promised: float = 0.0) -> "Reader":
+        return cls(site.itl(work, num_promised), site.target_s, handoff_s, wait_s)
 
 
 class Way(NamedTuple):
@@ -118,15 +123,16 @@ def stay(site: Site, work: Work) -> Way:
 
 def hand_off(site: Site, work: Work, readers: Iterable[Reader]) -> Way | None:
     """None: there is no reader."""
-    computed_s = site.until_computed(work)
+    computed_s, delay_s = site.until_computed(work), site.delay(work)
 
-    def via(reader: Reader) -> Way:
-        itl_s = reader.site.itl(work)
-        ttft_s = max(computed_s, reader.wait_s) + reader.handoff_s
-        cost_s = ttft_s + site.delay(work) + work.num_output_tokens * itl_s
-        return Way(site.replica, False, ttft_s, itl_s, cost_s, reader.site.target_s)
+    def cost_s(reader: Reader) -> float:
+        return max(computed_s, reader.wait_s) + reader.handoff_s + delay_s + work.num_output_tokens * reader.itl_s
 
-    return min((via(reader) for reader in readers), key=lambda way: way.cost_s, default=None)
+    reader = min(readers, key=cost_s, default=None)
+    if reader is None:
+        return None
+    ttft_s = max(computed_s, reader.wait_s) + reader.handoff_s
+    return Way(site.replica, False, ttft_s, reader.itl_s, cost_s(reader), reader.target_s)
 
 
 def best(ways: Iterable[Way], left_s: float | None, itl_target_s: float | None) -> Way | None:
@@ -148,31 +154,41 @@ def smallest(targets: Iterable[float | None], default: float | None) -> float | 
     return min((each for target in targets if (each := default if target is None else target)), default=None)
 
 
+def _limit_s(bare_s: float, target_s: float) -> float:
+    """Seconds of a step with a chunk, that takes so long without."""
+    if bare_s > target_s:
+        return LEAST_STRETCH * bare_s
+    return AIM * target_s if bare_s < AIM * target_s else target_s
+
+
 def chunk_beside(
     steps: StepEstimator,
     rows: StepShape,
     start: int,
     target_s: float | None,
-    stretch: float | None,
     max_len: int,
-    num_waiting_tokens: int | None = None,
+    num_prompts: float,
+    *,
+    adapts: bool = False,
 ) -> int:
-    """Prompt tokens, of a prompt from `start` on, in a step with running sequences, so that it takes no longer than
-    their smallest target; without one `stretch` times as long as without the chunk; without that, `max_len`.
+    """Prompt tokens, of a prompt from `start` on, in a step with running sequences: within their smallest target so
+    many that a token of a prompt costs all concerned the least. Without a target `max_len`, unless it `adapts`.
 
-    `num_waiting_tokens`: where so many wait in all, fewer may do.
+    num_prompts: that wait for the replica's steps.
     """
-    if not rows.num_rows or (target_s is None and stretch is None):
+    if not rows.num_rows or (target_s is None and not adapts):
         return max_len
     bare_s = steps.seconds(rows)
-    if target_s is None:
-        limit_s = (stretch or 1.0) * bare_s
-    elif bare_s > target_s:
-        limit_s = LEAST_STRETCH * bare_s
-    else:
-        limit_s = AIM * target_s if bare_s < AIM * target_s else target_s
-    length = max(min(MIN_CHUNK_LEN, max_len), steps.max_chunk_len(limit_s, rows, start, max_len))
-    if num_waiting_tokens is None:
-        return length
-    free_len = steps.max_chunk_len(FREE_STRETCH * bare_s, rows, start, length)
-    return max(min(MIN_CHUNK_LEN, length), free_len, min(length, -(-num_waiting_tokens // STEPS_AHEAD)))
+    if target_s is not None:
+        fitting_len = steps.max_chunk_len(_limit_s(bare_s, target_s), rows, start, max_len)
+        return max(min(MIN_CHUNK_LEN, max_len), fitting_len)
+
+    def cost_of_token(length: int) -> float:
+        """Seconds: the whole step for who waits for prompts, and what the chunk adds to it for who runs."""
+        step_s = steps.seconds(rows.with_chunk(start, length))
+        return (max(1.0, num_prompts) * step_s + rows.num_rows * (step_s - bare_s)) / length
+
+    free_len = steps.max_chunk_len(FREE_STRETCH * bare_s, rows, start, max_len)
+    least_len = max(min(MIN_CHUNK_LEN, max_len), free_len)
+    halves = (max_len >> number for number in range(NUM_HALVES))
+    return min([least_len, *(length for length in halves if length > least_len)], key=cost_of_token)

@@ -136,6 +136,11 @@ class PrefillScheduler:
     def num_waiting_tokens(self) -> int:
         return self._waiting.num_tokens
 
+    @property
+    def num_waiting_each(self) -> float:
+        """For each replica that takes prompts."""
+        return len(self._waiting) / max(1, len(self._max_prompt_lens))
+
     def tokens_per_s(self, now: float) -> float:
         """Of the prompts that were started lately."""
         return self._waiting.tokens_per_s(now)
@@ -244,10 +249,6 @@ class PrefillScheduler:
         parts = [(chunk.start, chunk.length) for batch in state.batches.values() for chunk in batch.chunks]
         parts += [(each.num_dispatched_tokens, each.num_left_tokens) for each in state.prompts.values()]
         return sum(length for _, length in parts), sum(prompt_keys(*part) for part in parts)
-
-    def num_behind_tokens(self, replica: int) -> int:
-        """Prompt tokens that have not been sent to the replica: of what has begun there, and of all that waits."""
-        return self._waiting.num_tokens + sum(each.num_left_tokens for each in self._replicas[replica].prompts.values())
 
     def unfinished(self, replica: int) -> list[int]:
         """Requests whose prompts are being computed there, or have begun."""

@@ -27,5 +27,7 @@ class PrefixIndex:
     def num_cached_tokens(self, replica: int, hashes: Sequence[bytes], prompt_len: int) -> int:
         """Tokens of a prompt, given by the hashes of its full blocks, that the replica has; the last one never."""
         known: Set[bytes] = self._hashes.get(replica, frozenset())
+        if not hashes or hashes[0] not in known:
+            return 0
         num_blocks = next((index for index, each in enumerate(hashes) if each not in known), len(hashes))
         return min(num_blocks * self.block_size, prompt_len - 1)

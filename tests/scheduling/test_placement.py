@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape, prompt_keys
 from ensemble.scheduling.placement import (
-    AIM,
     MIN_CHUNK_LEN,
     Reader,
     Site,
@@ -41,7 +40,7 @@ def site(replica: int, backlog: int = 0, rows: StepShape = NO_STEP, chunk_len: i
 
 def choose(prefill_backlog: int, decode_chunk_len: int, handoff_s: float = 0.02) -> Way:
     decode = site(1, rows=ROWS, chunk_len=decode_chunk_len)
-    handed_off = hand_off(site(0, prefill_backlog), PROMPT, [Reader(decode, handoff_s)])
+    handed_off = hand_off(site(0, prefill_backlog), PROMPT, [Reader.of(decode, PROMPT, handoff_s)])
     assert handed_off is not None
     way = best([handed_off, stay(decode, PROMPT)], None, None)
     assert way is not None
@@ -86,21 +85,35 @@ def test_the_smallest_target_counts_and_the_deployment_s_for_who_has_none() -> N
     assert smallest([None], None) is None and smallest([], 0.2) is None
 
 
-@given(target_s=st.none() | st.floats(0, 0.2), stretch=st.none() | st.floats(1.1, 4), num_rows=st.integers(0, 256))
+@given(target_s=st.floats(0.001, 0.2), num_rows=st.integers(1, 256), num_prompts=st.floats(0, 1000))
 def test_a_chunk_beside_sequences_keeps_their_target_or_is_the_least_that_gets_prompts_on(
-    target_s, stretch, num_rows
+    target_s, num_rows, num_prompts
 ) -> None:
     rows = StepShape(0, 0, num_rows, 100 * num_rows)
-    length = chunk_beside(STEPS, rows, 0, target_s, stretch, 2048)
+    length = chunk_beside(STEPS, rows, 0, target_s, 2048, num_prompts)
     assert MIN_CHUNK_LEN <= length <= 2048
-    if not num_rows or (target_s is None and stretch is None):
-        assert length == 2048
-    elif length > MIN_CHUNK_LEN:
-        bare_s = STEPS.seconds(rows)
-        limit_s = max(target_s, 1.1 * bare_s) if target_s is not None else stretch * bare_s
-        assert STEPS.seconds(rows.with_chunk(0, length)) <= limit_s
-        least_s = AIM * target_s if target_s is not None else limit_s
-        assert length == 2048 or STEPS.seconds(rows.with_chunk(0, length + 1)) > least_s
+    if length > MIN_CHUNK_LEN:
+        assert STEPS.seconds(rows.with_chunk(0, length)) <= max(target_s, 1.1 * STEPS.seconds(rows))
+
+
+def test_chunks_are_as_long_as_those_who_wait_want_against_those_who_run() -> None:
+    """Of steps whose weights hide 128 tokens: a chunk that delays nobody, a full one, or one between."""
+    steps = StepEstimator()
+    for length in (0, 16, 64, 96, 128, 192, 256, 512, 1024, 2048):
+        for num_rows in (0, 1, 8, 32):
+            shape = StepShape.of([(0, length)], [100] * num_rows)
+            steps.observe(shape, 1e-2 + 4e-5 * max(0, length + num_rows - 128) + 1e-9 * shape.num_prompt_keys)
+
+    def length_of(num_rows: int, num_prompts: float) -> int:
+        rows = StepShape(0, 0, num_rows, 100 * num_rows)
+        return chunk_beside(steps, rows, 0, None, 2048, num_prompts, adapts=True)
+
+    for lengths in (
+        [length_of(16, num_prompts) for num_prompts in (1, 4, 16, 64, 256)],
+        [length_of(num_rows, 16) for num_rows in (32, 8, 1)],
+    ):
+        assert lengths == sorted(lengths) and lengths[0] <= 160 and lengths[-1] >= 1024
+    assert length_of(0, 1) == chunk_beside(steps, ROWS, 0, None, 2048, 1) == 2048
 
 
 def test_a_prompt_that_rides_delays_those_that_run_by_its_part_of_their_steps() -> None:

@@ -155,14 +155,15 @@ def test_a_deployment_file_of_other_devices_is_simulated(tmp_path: Path) -> None
     assert max(record.ttft for record in records) < 3 * 0.065 + 0.05  # two each, not eight in a row
 
 
-def test_under_overload_auto_serves_long_prompts_about_as_fast_as_a_colocated_fleet() -> None:
-    """Chunks beside running sequences are as long as they bear, since a queue waits that the replicas do not see."""
+@pytest.mark.parametrize("output_len", [16, 128])
+def test_under_overload_auto_serves_long_prompts_about_as_fast_as_a_colocated_fleet(output_len: int) -> None:
+    """Chunks beside running sequences grow with the queue, which the replicas do not see themselves."""
     steps = predicted_steps(LLAMA_2_13B, GPUS["h100"], 1, 2048, 4096)
     h100 = Costs(steps=steps, kv_token_bytes=LLAMA_2_13B.kv_token_bytes, num_kv_tokens=56_000)
-    asks = [Ask(0.04 * index, 1949, 128) for index in range(80)]
+    asks = [Ask(0.04 * index, 1949, output_len) for index in range(120)]
     ends = []
     for each in (deployment(scheduler={"roles": "auto"}), deployment("colocated", decode={"devices": ["cpu"] * 2})):
         records = Simulation(each, h100).run(asks)
         assert all(record.is_complete for record in records)
         ends.append(max(record.times[-1] for record in records))
-    assert ends[0] < 1.18 * ends[1]
+    assert ends[0] < 1.12 * ends[1]
