@@ -142,10 +142,27 @@ class PrefixCache:
 
         Returns how many of its first blocks are here already, never all: those need not come.
         """
+        hashes = block_hashes(token_ids, self.blocks.block_size)
+        return self._allocate(owner, hashes, self._cached_blocks(hashes)[: num_blocks - 1], num_blocks)
+
+    def allocate_prefix(self, owner: Owner, hashes: list[bytes]) -> int:
+        """Blocks of these hashes, whose KV comes from elsewhere. Raises OutOfBlocks if too few are free.
+
+        Returns how many of the first are here already: those need not come. The others are cached by `commit`.
+        """
+        return self._allocate(owner, hashes, self._cached_blocks(hashes), len(hashes))
+
+    def lease(self, owner: Owner, hashes: list[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix of these, kept for a new owner; none: it is no owner then."""
+        shared = self._cached_blocks(hashes)
+        if shared:
+            self._allocate(owner, hashes[: len(shared)], shared, len(shared))
+        return shared
+
+    def _allocate(self, owner: Owner, hashes: list[bytes], shared: list[int], num_blocks: int) -> int:
+        """`shared`, which are cached, and new ones. Returns how many are shared."""
         if owner in self._prompts:
             raise InternalError(f"{owner.kind} {owner.id} already holds blocks")
-        hashes = block_hashes(token_ids, self.blocks.block_size)
-        shared = self._cached_blocks(hashes)[: num_blocks - 1]
         num_available_blocks = self.num_free_blocks - sum(block_id in self._idle for block_id in shared)
         if num_blocks - len(shared) > num_available_blocks:
             raise OutOfBlocks(owner, num_blocks - len(shared), num_available_blocks)
@@ -181,6 +198,7 @@ class PrefixCache:
         prompt, block_size = self._prompt(owner), self.blocks.block_size
         rest = token_ids[len(prompt.hashes) * block_size :]
         prompt.hashes += block_hashes(rest, block_size, prompt.hashes[-1] if prompt.hashes else b"")
+        prompt.num_committed_blocks = 0  # of what was somebody else's copy, that may have been evicted meanwhile
         self.commit(owner, len(token_ids))
 
     def blocks_of(self, owner: Owner) -> Sequence[int]:

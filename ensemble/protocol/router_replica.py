@@ -65,6 +65,22 @@ class Join(_Message, frozen=True, kw_only=True):
     arrivals: list[Arrival]
 
 
+class LeasePrefix(_Message, frozen=True, kw_only=True):
+    """Another replica wants the cached blocks with these hashes, as many of the first as are there: keep them until
+    it acknowledges, or the router cancels. Answered by PrefixLeased."""
+
+    lease_id: int  # like a request's, and of no request
+    hashes: list[bytes]
+
+
+class PullPrefix(_Message, frozen=True, kw_only=True):
+    """Blocks that another replica has cached and leased: fetch and cache those that are not here. Answered by
+    PrefixPulled."""
+
+    handoff: KVHandoff
+    hashes: list[bytes]
+
+
 class CancelRequests(_Message, frozen=True, kw_only=True):
     """Ends requests at this replica in whatever state they are; confirmed by Released."""
 
@@ -83,7 +99,7 @@ class DetachPeer(_Message, frozen=True, kw_only=True):
     address: str  # of its peer socket
 
 
-Command: TypeAlias = RunPrompts | Join | CancelRequests | AttachPeer | DetachPeer
+Command: TypeAlias = RunPrompts | Join | LeasePrefix | PullPrefix | CancelRequests | AttachPeer | DetachPeer
 
 
 # ---- events, of one replica
@@ -148,6 +164,23 @@ class PrefixReport(_Message, frozen=True, kw_only=True):
     num_hit_tokens: int  # of them found
 
 
+class PrefixLeased(_Message, frozen=True, kw_only=True):
+    """What is kept of a prefix; without blocks nothing is, and no lease is there."""
+
+    handoff: KVHandoff  # its request_id is the lease's
+
+
+class PrefixPulled(_Message, frozen=True, kw_only=True):
+    """So many tokens of a prefix are cached here now, by a copy or before; nothing is read at its source any more."""
+
+    lease_id: int
+    num_tokens: int
+    seconds: float = 0.0  # of the copy
+    num_bytes: int = 0
+    transport: str = ""  # by which it came; empty: nothing did
+    reason: str | None = None  # why it did not come
+
+
 class AttachFailed(_Message, frozen=True, kw_only=True):
     """The pool of the replica at this address cannot be read here, and why. What was to come from it is given up."""
 
@@ -169,7 +202,17 @@ class Detached(_Message, frozen=True, kw_only=True):
 
 
 Event: TypeAlias = (
-    StepDone | Joined | Released | Preempted | SwapReport | PrefixReport | AttachFailed | PullsFailed | Detached
+    StepDone
+    | Joined
+    | Released
+    | Preempted
+    | SwapReport
+    | PrefixReport
+    | PrefixLeased
+    | PrefixPulled
+    | AttachFailed
+    | PullsFailed
+    | Detached
 )
 
 

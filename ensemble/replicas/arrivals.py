@@ -1,4 +1,5 @@
-"""Sequences on their way into a replica: they wait for blocks, then their KV is pulled from the replica that has it.
+"""What is on its way into a replica: sequences, which wait for blocks until their KV is pulled from the replica that
+has it; and cached prefixes, which come in the same way, but do not wait: prompts can be computed without.
 
 Whatever comes of one, its source is told exactly once that its blocks are not read any more.
 """
@@ -7,10 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.errors import LinkBroken
-from ensemble.protocol.router_replica import Arrival, KVHandoff
+from ensemble.protocol.router_replica import Arrival, KVHandoff, PrefixPulled
 from ensemble.replicas.group_parts import GroupPuller
 from ensemble.replicas.peers import Peers
 from ensemble.request import Sequence
@@ -19,13 +22,18 @@ from ensemble.transfer.puller import Pull, Puller, Source
 
 @dataclass(slots=True, eq=False)
 class _Arriving:
-    """A sequence whose KV is not here yet."""
+    """A sequence, or a prefix, whose KV is not here yet."""
 
-    sequence: Sequence
+    what: Sequence | list[bytes]  # a prefix: its blocks' hashes
     handoff: KVHandoff
     arrived_at: float = field(default_factory=time.monotonic)
     is_copying: bool = False
     is_cancelled: bool = False
+
+    @property
+    def owner(self) -> Owner:
+        """Of its blocks here."""
+        return Owner("sequence" if isinstance(self.what, Sequence) else "transfer", self.handoff.request_id)
 
 
 @dataclass(slots=True)
@@ -35,6 +43,7 @@ class Ended:
     arrived: list[tuple[Sequence, Pull]] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)  # request ids
     failed: dict[int, str] = field(default_factory=dict)  # request_id |-> reason
+    prefixes: list[PrefixPulled] = field(default_factory=list)  # and what did not come of them
     broken: list[tuple[Source, str]] = field(default_factory=list)  # whose links do not work, and why
 
 
@@ -47,6 +56,7 @@ class Arrivals:
         self._puller = puller
         self._arriving: dict[int, _Arriving] = {}  # request_id |-> waiting for blocks, or being pulled
         self._refused: dict[int, str] = {}  # request_id |-> why it is given up without a copy
+        self._prefixes: list[PrefixPulled] = []  # that ended without a copy
         self.num_wanted_blocks = 0  # by the arrival that waits for blocks
 
     def __contains__(self, request_id: int) -> bool:
@@ -55,7 +65,7 @@ class Arrivals:
     @property
     def num_in_flight(self) -> int:
         """Copies under way, and what has come of others and was not looked at."""
-        return self._puller.num_in_flight + len(self._refused)
+        return self._puller.num_in_flight + len(self._refused) + len(self._prefixes)
 
     @property
     def request_ids(self) -> list[int]:
@@ -67,6 +77,10 @@ class Arrivals:
         self._arriving[sequence.request_id] = _Arriving(sequence, handoff)
         self._peers.attach(handoff.source)
 
+    def receive_prefix(self, handoff: KVHandoff, hashes: list[bytes]) -> None:
+        self._arriving[handoff.request_id] = _Arriving(hashes, handoff)
+        self._peers.attach(handoff.source)
+
     def start_pulls(self, has_room_for: Callable[[int], bool]) -> None:
         """Starts the copies whose source pools have been mapped and for which there are blocks, in order of arrival."""
         self.num_wanted_blocks = 0
@@ -75,30 +89,58 @@ class Arrivals:
             if arriving.is_copying or source is None:
                 continue
             num_blocks = self._blocks.blocks_for(handoff.num_kv_tokens)
-            if reason := _why_not(source, handoff, num_blocks):
-                self._refused[request_id] = reason
-                self.cancel(request_id)
+            is_prefix = not isinstance(arriving.what, Sequence)
+            reason = _why_not(source, handoff, num_blocks)
+            if reason is None and is_prefix and not has_room_for(num_blocks):
+                reason = f"{num_blocks} blocks: so many are not free"
+            if reason is not None:
+                if not is_prefix:
+                    self._refused[request_id] = reason
+                self.cancel(request_id, reason)
                 continue
             if not has_room_for(num_blocks):
                 self.num_wanted_blocks = num_blocks
                 return
+            num_here = self._allocate(arriving, num_blocks)
+            if num_here == num_blocks:
+                self._end_prefix(arriving)
+                del self._arriving[request_id]
+                self._peers.acknowledge(handoff)
+                continue
             arriving.is_copying = True
-            num_here = self._allocate(arriving.sequence, num_blocks)
-            target_block_ids = arriving.sequence.block_ids[num_here:]
+            target_block_ids = list(self._blocks.blocks_of(arriving.owner))[num_here:]
             self._puller.start(
                 Pull(request_id, source, handoff.block_ids[num_here:num_blocks], target_block_ids, arriving.arrived_at)
             )
 
-    def _allocate(self, sequence: Sequence, num_blocks: int) -> int:
+    def _allocate(self, arriving: _Arriving, num_blocks: int) -> int:
         """Returns how many of the blocks are here already."""
-        owner, num_here = Owner("sequence", sequence.request_id), 0
+        owner, what, num_here = arriving.owner, arriving.what, 0
         if isinstance(self._blocks, PrefixCache):
-            token_ids = sequence.token_ids(0, sequence.num_computed_tokens)
-            num_here = self._blocks.allocate_arrival(owner, token_ids, num_blocks)
+            if isinstance(what, Sequence):
+                token_ids = what.token_ids(0, what.num_computed_tokens)
+                num_here = self._blocks.allocate_arrival(owner, token_ids, num_blocks)
+            else:
+                num_here = self._blocks.allocate_prefix(owner, what[:num_blocks])
         else:
             self._blocks.allocate(owner, num_blocks)
-        sequence.block_ids = list(self._blocks.blocks_of(owner))
+        if isinstance(what, Sequence):
+            what.block_ids = list(self._blocks.blocks_of(owner))
         return num_here
+
+    def _end_prefix(self, arriving: _Arriving, pull: Pull | None = None, reason: str | None = None) -> None:
+        """It is cached now; or, for some `reason`, not."""
+        handoff, blocks = arriving.handoff, self._blocks
+        num_tokens = 0 if reason is not None else handoff.num_kv_tokens
+        if isinstance(blocks, PrefixCache) and arriving.owner in blocks:
+            blocks.commit(arriving.owner, num_tokens)
+            blocks.free(arriving.owner)
+        pulled = PrefixPulled(lease_id=handoff.request_id, num_tokens=num_tokens, reason=reason)
+        if pull is not None and reason is None:
+            pulled = msgspec.structs.replace(
+                pulled, seconds=pull.seconds, num_bytes=pull.num_bytes, transport=pull.source.transport
+            )
+        self._prefixes.append(pulled)
 
     def ended(self) -> Ended:
         """What has come of copies since the last call. The blocks of those that did not arrive are free."""
@@ -107,25 +149,32 @@ class Arrivals:
         for pull in self._puller.completed():
             arriving = self._arriving.pop(pull.request_id)
             self._peers.acknowledge(arriving.handoff)
-            if pull.error is None and not arriving.is_cancelled:
-                ended.arrived.append((arriving.sequence, pull))
-                continue
-            self._blocks.free(Owner("sequence", pull.request_id))
             if isinstance(pull.error, LinkBroken):
                 ended.broken.append((pull.source, str(pull.error)))
+            if not isinstance(arriving.what, Sequence):
+                is_lost = arriving.is_cancelled or pull.error is not None
+                self._end_prefix(arriving, pull, str(pull.error or "cancelled") if is_lost else None)
+                continue
+            if pull.error is None and not arriving.is_cancelled:
+                ended.arrived.append((arriving.what, pull))
+                continue
+            self._blocks.free(arriving.owner)
             if arriving.is_cancelled:
                 ended.cancelled.append(pull.request_id)
             else:
                 ended.failed[pull.request_id] = str(pull.error)
+        ended.prefixes, self._prefixes = self._prefixes, []
         return ended
 
-    def cancel(self, request_id: int) -> bool:
+    def cancel(self, request_id: int, reason: str = "cancelled") -> bool:
         """Ends one. True if that is all; False if its copy reads the source's blocks, and has to end first."""
         arriving = self._arriving[request_id]
         arriving.is_cancelled = arriving.is_copying
         if not arriving.is_copying:
             del self._arriving[request_id]
             self._peers.acknowledge(arriving.handoff)
+            if not isinstance(arriving.what, Sequence):
+                self._end_prefix(arriving, reason=reason)
         return not arriving.is_copying
 
     def from_source(self, address: str) -> list[int]:

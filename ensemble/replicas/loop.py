@@ -36,7 +36,10 @@ from ensemble.protocol.router_replica import (
     Join,
     Joined,
     KVHandoff,
+    LeasePrefix,
     Preempted,
+    PrefixLeased,
+    PullPrefix,
     PullsFailed,
     Released,
     RunPrompts,
@@ -151,6 +154,13 @@ class EngineLoop:
                     else:
                         self._arrivals.receive(arrival)
                 events += self._give_up_unmappable({arrival.handoff.source for arrival in arrivals})
+                self.start_pulls()
+                return events
+            case LeasePrefix(lease_id=lease_id, hashes=hashes):
+                return [PrefixLeased(handoff=self._lease_prefix(lease_id, hashes))]
+            case PullPrefix(handoff=handoff, hashes=hashes):
+                self._arrivals.receive_prefix(handoff, hashes)
+                events = self._give_up_unmappable({handoff.source})
                 self.start_pulls()
                 return events
             case CancelRequests(request_ids=request_ids):
@@ -321,6 +331,7 @@ class EngineLoop:
                     transports=[pull.source.transport for pull in pulls],
                 )
             )
+        events += ended.prefixes
         events += self._released([*ended.cancelled, *ended.failed])
         if ended.failed:
             events.append(PullsFailed(reasons=ended.failed))
@@ -393,6 +404,18 @@ class EngineLoop:
             life=self.life,
             num_kv_tokens=sequence.num_computed_tokens,
             block_ids=sequence.block_ids,
+        )
+
+    def _lease_prefix(self, lease_id: int, hashes: list[bytes]) -> KVHandoff:
+        block_ids = [] if self.cache is None else self.cache.lease(Owner("transfer", lease_id), hashes)
+        if block_ids:
+            self.leases.grant(lease_id, block_ids)
+        return KVHandoff(
+            request_id=lease_id,
+            source=self.address,
+            life=self.life,
+            num_kv_tokens=len(block_ids) * self._device_blocks.block_size,
+            block_ids=block_ids,
         )
 
     def _end_lease(self, request_id: int) -> None:

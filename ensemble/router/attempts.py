@@ -111,6 +111,7 @@ class Attempts:
                 flush=True,
             )
         self._dispatch.admission.cannot_reach(source.id, reader.id)
+        self._dispatch.prefix_moves.attach_failed(source, reader)
         source.down_reason = f"replica {reader.id} cannot map the KV pool of replica {source.id}: {failed.reason}"
         for attempt_id in failed.request_ids:
             life = self._lives.of_attempt(attempt_id)

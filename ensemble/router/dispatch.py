@@ -23,6 +23,7 @@ from ensemble.protocol.router_replica import (
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.lives import Life, Lives
 from ensemble.router.predictions import DEFAULT_TTFT_S, Predictions
+from ensemble.router.prefix_moves import PrefixMoves
 from ensemble.router.ways import Ways
 from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
 from ensemble.scheduling.decode_policies import DecodePolicySettings
@@ -46,6 +47,7 @@ class Dispatch:
         fleet: Fleet,
         send: Send,
         fail: Callable[[Life, DistServeError], None],
+        new_id: Callable[[], int],
     ) -> None:
         self._deployment = deployment
         self._lives = lives
@@ -79,7 +81,8 @@ class Dispatch:
         self.predictions = Predictions(
             deployment, lives, fleet, self.prefill, self.admission, self.output_estimate, self.prefixes
         )
-        self.ways = Ways(deployment, lives, fleet, self.prefill, self.admission, self.predictions)
+        self.prefix_moves = PrefixMoves(fleet, self.prefill, self.admission, self.prefixes, self.command, new_id)
+        self.ways = Ways(deployment, lives, fleet, self.prefill, self.admission, self.predictions, self.prefix_moves)
 
     # ---- replicas
 
@@ -107,6 +110,7 @@ class Dispatch:
         self.admission.replica_down(replica.id)
         if self.prefixes is not None:
             self.prefixes.replica_down(replica.id)
+        self.prefix_moves.replica_down(replica)
 
     def replica_removed(self, replica: Replica) -> None:
         self.prefill.replica_removed(replica.id)
@@ -120,7 +124,9 @@ class Dispatch:
         """Who will read a pool maps it now: the first hand-off need not wait for that."""
         others = [other for other in self._fleet.up_ones() if other.id != replica.id]
         for source, reader in [(other, replica) for other in others] + [(replica, other) for other in others]:
-            if source.takes_prompts and reader.takes_sequences and "mixed" not in (source.role, reader.role):
+            hands_off = source.takes_prompts and reader.takes_sequences
+            may_fetch = self.prefixes is not None and source.takes_sequences and reader.takes_prompts
+            if (hands_off or may_fetch) and "mixed" not in (source.role, reader.role):
                 self.command(reader, AttachPeer(address=source.peer_address))
 
     # ---- requests
@@ -167,6 +173,7 @@ class Dispatch:
     def ended(self, attempt_id: int) -> None:
         """An attempt is over: it has all its tokens, or is given up."""
         self.ways.clear_alone(attempt_id)
+        self.prefix_moves.attempt_ended(attempt_id)
 
     def no_longer_alone(self, life: Life) -> None:
         life.is_alone = False
@@ -191,13 +198,10 @@ class Dispatch:
                 return
             replica = self._fleet.get(batch.replica)
             assert replica is not None, "the scheduler has only replicas of the fleet"
-            time_ns = time.time_ns()
             chunks = []
             for chunk in batch.chunks:
                 life = self._lives.of_attempt(chunk.request_id)
                 assert life is not None, "the queue has only live requests"
-                if chunk.is_first:
-                    self._started(life, replica, time_ns)
                 stays = life.decode_replica is not None
                 request = chunk.request if chunk.is_first else None
                 chunks.append(PromptChunk(request_id=chunk.request_id, end=chunk.end, request=request, stays=stays))
@@ -207,14 +211,6 @@ class Dispatch:
                 num_behind=self.prefill.num_waiting_each,
             )
             self.command(replica, run)
-
-    def _started(self, life: Life, replica: Replica, time_ns: int) -> None:
-        life.phase, timeline = "prefill", life.client.timeline
-        timeline.first_scheduled_ns = timeline.first_scheduled_ns or time_ns
-        if life.decode_replica is not None:  # it stays
-            timeline.prefill_replica, timeline.decode_replica = -1, replica.id
-        else:
-            life.prefill_replica = timeline.prefill_replica = replica.id
 
     def _join(self, replica_id: int, attempt_ids: list[int]) -> None:
         replica, time_ns = self._fleet.get(replica_id), time.time_ns()

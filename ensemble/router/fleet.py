@@ -41,6 +41,7 @@ class Replica:
     down_reason: str = ""
     estimator: StepEstimator = field(default_factory=StepEstimator)  # of all its lives: they have one device
     handoffs: HandoffEstimator = field(default_factory=HandoffEstimator)  # to it
+    prefix_pulls: HandoffEstimator = field(default_factory=HandoffEstimator)  # cached prefixes that it fetched
     step_error: float = 0.0  # relative, of predicted step times: the mean of about the last 50
     kv_token_bytes: float = 0.0  # of KV that came to it
     mean_context_len: float = 0.0  # of the sequences of its last step that had any

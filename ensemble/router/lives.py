@@ -12,6 +12,7 @@ A token that is held is committed all the same: only its delivery waits, until t
 token comes that is not held.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -112,6 +113,16 @@ class Life:
     @property
     def attempt_id(self) -> int:
         return self.attempt.request_id
+
+    def started(self, replica: int, *, stays: bool) -> None:
+        """Its prompt is computed there from now on."""
+        self.phase, timeline = "prefill", self.client.timeline
+        timeline.first_scheduled_ns = timeline.first_scheduled_ns or time.time_ns()
+        if stays:
+            self.decode_replica = replica
+            timeline.prefill_replica, timeline.decode_replica = -1, replica
+        else:
+            self.prefill_replica = timeline.prefill_replica = replica
 
     @property
     def is_unseen(self) -> bool:

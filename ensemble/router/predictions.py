@@ -121,9 +121,14 @@ class Predictions:
         return min(1.0, self._tokens_per_s * step_s / full_len)
 
     def work(self, replica: Replica, life: Life) -> Work:
-        request, start = life.attempt, 0
+        start = 0
         if self._prefixes is not None:
-            start = self._prefixes.num_cached_tokens(replica.id, life.hashes, request.prefill_len)
+            start = self._prefixes.num_cached_tokens(replica.id, life.hashes, life.attempt.prefill_len)
+        return self.work_from(life, start)
+
+    def work_from(self, life: Life, start: int) -> Work:
+        """Where so many tokens are cached."""
+        request = life.attempt
         works = self._works.setdefault(request.request_id, {})
         if start not in works:
             prefill_len = request.prefill_len

@@ -29,6 +29,8 @@ from ensemble.protocol.router_replica import (
     Joined,
     KVHandoff,
     Preempted,
+    PrefixLeased,
+    PrefixPulled,
     PrefixReport,
     PullsFailed,
     Released,
@@ -71,7 +73,7 @@ class Router:
         self.lives = Lives()
         self.fleet = Fleet(deployment.replicas(), is_auto=deployment.scheduler.roles == "auto")
         self.dispatch = Dispatch(
-            deployment, self.lives, self.fleet, send, lambda life, error: self.attempts.fail(life, error)
+            deployment, self.lives, self.fleet, send, lambda life, error: self.attempts.fail(life, error), new_id
         )
         self.attempts = Attempts(
             deployment, self.lives, self.fleet, self.dispatch, self._deadlines, self._totals, new_id
@@ -211,6 +213,11 @@ class Router:
                     self.dispatch.prefixes.update(replica.id, event.stored, event.evicted)
                 self._totals["vllm:prefix_cache_queries_total", ()] += event.num_queried_tokens
                 self._totals["vllm:prefix_cache_hits_total", ()] += event.num_hit_tokens
+            case PrefixLeased():
+                self.dispatch.prefix_moves.leased(event, now)
+            case PrefixPulled():
+                self._count_transfer(event.transport, event.num_bytes, event.seconds)
+                self.dispatch.prefix_moves.pulled(event, now)
             case PullsFailed(reasons=reasons):
                 self.attempts.pulls_failed(replica, reasons, now)
             case AttachFailed():
@@ -287,10 +294,8 @@ class Router:
         ):
             life = self.lives.of_attempt(attempt_id)
             if life is not None and transport:
-                labels = (("transport", transport),)
-                self._totals["distserve:kv_transfer_bytes_total", labels] += num_bytes
-                self._observe("distserve:kv_transfer_time_seconds", [seconds], labels)
-                self._observe("distserve:kv_transfer_wait_seconds", [waited_s], labels)
+                self._count_transfer(transport, num_bytes, seconds)
+                self._observe("distserve:kv_transfer_wait_seconds", [waited_s], (("transport", transport),))
             if life is not None:
                 life.prefill_replica = None  # nothing of it is there any more
                 timeline = life.client.timeline
@@ -301,6 +306,12 @@ class Router:
                     # Blocks that were there already did not come.
                     reader.kv_token_bytes = max(reader.kv_token_bytes, num_bytes / life.attempt.prefill_len)
                 life.deliver()
+
+    def _count_transfer(self, transport: str, num_bytes: int, seconds: float) -> None:
+        if transport:
+            labels = (("transport", transport),)
+            self._totals["distserve:kv_transfer_bytes_total", labels] += num_bytes
+            self._observe("distserve:kv_transfer_time_seconds", [seconds], labels)
 
     def gauges(self) -> Gauges:
         return gauges(self.lives, self.fleet, self.dispatch, self._totals)

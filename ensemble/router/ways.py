@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from ensemble.config import Deployment
 from ensemble.errors import TargetOutOfReach
@@ -10,12 +11,18 @@ from ensemble.request import Request
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.lives import Life, Lives
 from ensemble.router.predictions import Predictions
+from ensemble.router.prefix_moves import Offer, PrefixMoves
 from ensemble.scheduling.admission import DecodeAdmission
-from ensemble.scheduling.placement import Reader, Site, Way, Work, best, hand_off, num_missed, smallest, stay
+from ensemble.scheduling.placement import NO_WORK, Reader, Site, Way, Work, best, hand_off, num_missed, smallest, stay
 from ensemble.scheduling.prefill import Limits, PrefillScheduler
 
 # Where sequences run too, a step is launched before the one before is read, and told then: with three it never waits.
 MAX_BATCHES_BESIDE = 3
+
+
+class _Choice(NamedTuple):
+    way: Way
+    offer: Offer | None  # a prefix that is to be fetched first
 
 
 class Ways:
@@ -27,6 +34,7 @@ class Ways:
         prefill: PrefillScheduler,
         admission: DecodeAdmission,
         predictions: Predictions,
+        prefix_moves: PrefixMoves,
     ) -> None:
         self._deployment = deployment
         self._lives = lives
@@ -34,8 +42,9 @@ class Ways:
         self._prefill = prefill
         self._admission = admission
         self._predictions = predictions
+        self._prefix_moves = prefix_moves
         self._is_auto = deployment.scheduler.roles == "auto"
-        self._chosen: tuple[int, Way | None] | None = None  # for the attempt asked of last, as long as it holds
+        self._chosen: tuple[int, _Choice | None] | None = None  # for the attempt asked of last, as long as it holds
         self._refused: list[tuple[Life, TargetOutOfReach]] = []
         self._alone: set[int] = set()  # attempt ids
 
@@ -97,59 +106,82 @@ class Ways:
     # ---- the choice
 
     def may_start(self, replica_id: int, request: Request) -> bool:
-        life = self._lives.of_attempt(request.request_id)
-        if life is None:
+        life, replica = self._lives.of_attempt(request.request_id), self._fleet.get(replica_id)
+        if life is None or replica is None:
             return False
         if self._chosen is None or self._chosen[0] != request.request_id:
             self._chosen = request.request_id, self._best_way(life)
-        way = self._chosen[1]
-        if way is not None and self._refuses(life, way):
+        if self._chosen[1] is None or self._refuses(life, self._chosen[1].way):
             return False
-        if way is None or way.replica != replica_id:
-            return False
-        if way.stays and not self._admission.try_start_at(replica_id, request):
+        way, offer = self._chosen[1]
+        if way.replica != replica_id or (way.stays and not self._admission.try_start_at(replica_id, request)):
             return False
         if not way.stays:  # there is room for it, or will be soon enough: else this was no way
             self._admission.promise(request)
         self._chosen = None
         self._predictions.forget(replica_id, stays=way.stays)
-        if way.stays:
-            life.decode_replica = replica_id
+        life.started(replica_id, stays=way.stays)
+        if offer is not None:
+            self._prefix_moves.begin(life, replica, offer, self._predictions.now)
         timeline = life.client.timeline
         if not timeline.predicted_first_token_ns:
             timeline.predicted_first_token_ns = time.time_ns() + int(way.ttft_s * 1e9)
         return True
 
-    def _best_way(self, life: Life) -> Way | None:
+    def _best_way(self, life: Life) -> _Choice | None:
         """None: nobody could start it, were it idle."""
         target_s, itl_target_s = self._targets(life)
         left_s = None if target_s is None else life.arrived_s + target_s - self._predictions.now
-        return best(self._ways(life), left_s, itl_target_s)
+        choices = [_Choice(*each) for each in self._ways(life)]
+        way = best([each.way for each in choices], left_s, itl_target_s)
+        return next((each for each in choices if each.way is way), None)
 
-    def _ways(self, life: Life) -> Iterator[Way]:
+    def _ways(self, life: Life) -> Iterator[tuple[Way, Offer | None]]:
         """Those that are open now, or will be when the replica has run a batch; of equals who only prefills first."""
-        request = life.attempt
+        request, up_ones = life.attempt, self._predictions.up_ones
         order = {"prefill": 0, "mixed": 1, "decode": 2}
         prefill_len = request.prefill_len
         num_blocks = -(-prefill_len // self._deployment.block_size)
         may_promise = self._admission.may_start(request)
         readers = self._readers(life) if may_promise and request.sampling.max_tokens > 1 else []
-        for replica in sorted(self._predictions.up_ones, key=lambda replica: order[replica.role]):
+        for replica in sorted(up_ones, key=lambda replica: order[replica.role]):
             limits = self.prompt_limits(replica)
             if limits is None or (limits.max_prompt_len or prefill_len) < prefill_len:
                 continue
             if self._alone and not self._may_share(replica.id, life):
                 continue
-            work = self._predictions.work(replica, life)
-            site = self._predictions.site(replica, work)
-            if (limits.stays or self.is_spare(replica)) and self._admission.may_start_at(replica.id, request):
-                yield stay(site, work)
-            if replica.role == "decode" or not may_promise or not replica.credits.fits(num_blocks):
+            may_stay = (limits.stays or self.is_spare(replica)) and self._admission.may_start_at(replica.id, request)
+            may_leave = replica.role != "decode" and may_promise and replica.credits.fits(num_blocks)
+            if not (may_stay or may_leave):
                 continue
-            if request.sampling.max_tokens == 1:
-                yield stay(site, work)._replace(stays=False)
-            elif way := hand_off(site, work, self._readers_of(replica, readers, site, work, request)):
-                yield way
+            work = self._predictions.work(replica, life)
+            for way in self._ways_at(replica, life, work, readers, may_stay, may_leave):
+                yield way, None
+            offer = self._prefix_moves.offer(life, replica, up_ones, prefill_len - work.num_tokens)
+            if offer is not None:
+                later_s = max(0.0, offer.seconds - self._predictions.site(replica).until_computed(NO_WORK))
+                less = self._predictions.work_from(life, offer.num_tokens)
+                for way in self._ways_at(replica, life, less, readers, may_stay, may_leave):
+                    yield way.later(later_s), offer
+
+    def _ways_at(
+        self,
+        replica: Replica,
+        life: Life,
+        work: Work,
+        readers: list[tuple[Replica, Reader]],
+        may_stay: bool,
+        may_leave: bool,
+    ) -> Iterator[Way]:
+        request, site = life.attempt, self._predictions.site(replica, work)
+        if may_stay:
+            yield stay(site, work)
+        if not may_leave:
+            return
+        if request.sampling.max_tokens == 1:
+            yield stay(site, work)._replace(stays=False)
+        elif way := hand_off(site, work, self._readers_of(replica, readers, site, work, request)):
+            yield way
 
     def _readers(self, life: Life) -> list[tuple[Replica, Reader]]:
         """Who may decode what others compute."""
@@ -209,7 +241,7 @@ class Ways:
             return
         ttft_target_s, itl_target_s = self._targets(life)
         self._predictions.look_again(now)
-        way = best(self._ways(life), ttft_target_s, itl_target_s)
+        way = best([way for way, _ in self._ways(life)], ttft_target_s, itl_target_s)
         if way is None:
             return
         ttft_s = way.ttft_s + (

@@ -172,6 +172,10 @@ class HandoffEstimator:
         self._samples = _Samples()
         self._coefficients = [0.0, 0.0]
 
+    @property
+    def has_samples(self) -> bool:
+        return self._samples.num_samples > 0
+
     def observe(self, num_bytes: int, seconds: float) -> None:
         if seconds > 0 and self._samples.add((num_bytes,), seconds):
             kinds, medians, weights = self._samples.medians()

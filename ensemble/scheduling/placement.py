@@ -113,6 +113,10 @@ class Way(NamedTuple):
     cost_s: float
     others_target_s: float | None = None  # the smallest ITL target of those that it would decode with
 
+    def later(self, seconds: float) -> "Way":
+        """The same, if the prompt can be computed only so much later."""
+        return self._replace(ttft_s=self.ttft_s + seconds, cost_s=self.cost_s + seconds)
+
 
 def stay(site: Site, work: Work) -> Way:
     computed_s, itl_s = site.until_computed(work), site.itl(work)

@@ -4,7 +4,7 @@ queued --first chunk--> at a replica --last chunk--> leased --released--> gone
 [one queue, late binding]  [all blocks of the prompt are held from the first chunk until the replica releases them]
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, KeysView
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -126,6 +126,7 @@ class PrefillScheduler:
         self._replicas: dict[int, _Replica] = {}
         self._max_prompt_lens: dict[int, int] = {}  # replica |-> longest prompt it takes, kept while it is down
         self._replica_of: dict[int, int] = {}  # request_id |-> replica, from the first chunk until the release
+        self._held: dict[int, int] = {}  # request_id |-> tokens that are on their way: its replica waits for these
         self._num_batches = 0
 
     @property
@@ -203,7 +204,9 @@ class PrefillScheduler:
 
     def replica_down(self, replica: int) -> None:
         """Forgets a replica, and which requests are there."""
-        if self._replicas.pop(replica, None) is not None:
+        gone = self._replicas.pop(replica, None)
+        if gone is not None:
+            self._held = {each: num_tokens for each, num_tokens in self._held.items() if each not in gone.prompts}
             self._replica_of = {request_id: at for request_id, at in self._replica_of.items() if at != replica}
             self._hold_back()
 
@@ -250,6 +253,22 @@ class PrefillScheduler:
         parts += [(each.num_dispatched_tokens, each.num_left_tokens) for each in state.prompts.values()]
         return sum(length for _, length in parts), sum(prompt_keys(*part) for part in parts)
 
+    @property
+    def held_ids(self) -> KeysView[int]:
+        return self._held.keys()
+
+    def hold(self, request_id: int, num_tokens: int) -> None:
+        """Of a prompt that is being started no chunk goes out until `resume`: so much of it is to be cached there."""
+        self._held[request_id] = num_tokens
+
+    def resume(self, request_id: int, num_tokens: int) -> None:
+        """So many tokens, or what the replica is taken to have anyway, are cached there."""
+        del self._held[request_id]
+        replica = self._replica_of[request_id]
+        prompt = self._replicas[replica].prompts[request_id]
+        num_cached_tokens = max(num_tokens, self._num_cached_tokens(replica, prompt.request))
+        prompt.num_dispatched_tokens = min(num_cached_tokens, prompt.request.prefill_len - 1)
+
     def unfinished(self, replica: int) -> list[int]:
         """Requests whose prompts are being computed there, or have begun."""
         state = self._replicas.get(replica)
@@ -275,6 +294,7 @@ class PrefillScheduler:
         for request_id in request_ids:
             state.credits.release(request_id)
             state.prompts.pop(request_id, None)
+            self._held.pop(request_id, None)
             if self._replica_of.get(request_id) == replica:
                 del self._replica_of[request_id]
 
@@ -289,6 +309,7 @@ class PrefillScheduler:
         replica = self._replica_of.get(request_id)
         if replica is not None:
             self._replicas[replica].prompts.pop(request_id, None)
+            self._held.pop(request_id, None)
         return replica
 
     def check_integrity(self) -> None:
@@ -326,6 +347,8 @@ class PrefillScheduler:
                 if prompt is None:
                     return
                 request_id = prompt.request.request_id
+                if request_id in self._held:
+                    continue
                 if request_id not in lengths and len(lengths) == self.max_num_seqs:
                     continue
                 length = min(prompt.num_left_tokens - lengths.get(request_id, 0), num_left_tokens)
@@ -360,7 +383,8 @@ class PrefillScheduler:
         if request_id not in state.credits:  # else it stays, and holds there what its whole way needs
             state.credits.hold(request_id, self._blocks_for(request))
         self._replica_of[request_id] = replica
-        state.prompts[request_id] = _Prompt(request, self._num_cached_tokens(replica, request))
+        num_cached_tokens = self._held.get(request_id) or self._num_cached_tokens(replica, request)
+        state.prompts[request_id] = _Prompt(request, num_cached_tokens)
         return state.prompts[request_id]
 
     def _fits(self, state: _Replica, limits: Limits, request: Request) -> bool:

@@ -175,6 +175,32 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert num_here < len(block_ids) == num_blocks
         self.prompts[owner] = [tokens, block_ids, num_here * B]
 
+    @rule(tokens=st.lists(st.sampled_from([1, 1, 1, 2]), min_size=B, max_size=20))
+    def prefix_arrives(self, tokens):
+        """Of a prefix that another replica has cached those blocks are copied, by `compute`, that are not here."""
+        owner, hashes = Owner("transfer", self.num_requests), block_hashes(tokens, B)
+        num_free_blocks = self.cache.num_free_blocks
+        try:
+            num_here = self.cache.allocate_prefix(owner, hashes)
+        except OutOfBlocks:
+            assert num_free_blocks < len(hashes) and self.cache.num_free_blocks == num_free_blocks
+            return
+        self.num_requests += 1
+        block_ids = list(self.cache.blocks_of(owner))
+        assert len(block_ids) == len(hashes)
+        self.prompts[owner] = [tokens[: len(hashes) * B], block_ids, num_here * B]
+
+    @rule(tokens=st.lists(st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=20))
+    def keep_for_another_replica(self, tokens):
+        """What is cached of a prefix is leased, and evicted by nobody."""
+        owner, num_tokens = Owner("transfer", self.num_requests), self.cache.num_cached_tokens([*tokens, 3])
+        block_ids = self.cache.lease(owner, block_hashes(tokens, B))
+        assert len(block_ids) * B == num_tokens
+        assert (owner in self.cache) == bool(block_ids)
+        if block_ids:
+            self.num_requests += 1
+            self.prompts[owner] = [tokens[:num_tokens], block_ids, num_tokens]
+
     @precondition(lambda self: self.prompts)
     @rule(data=st.data(), token=st.sampled_from([1, 1, 2]))
     def answer(self, data, token):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import zmq
 
+from ensemble.cache.prefix_cache import block_hashes
 from ensemble.config import Deployment, StageName
 from ensemble.engine.engine import load_engine
 from ensemble.models.fingerprint import fingerprint
@@ -15,7 +16,11 @@ from ensemble.protocol.router_replica import (
     Event,
     Join,
     KVHandoff,
+    LeasePrefix,
+    PrefixLeased,
+    PrefixPulled,
     PromptChunk,
+    PullPrefix,
     Released,
     RunPrompts,
     StepDone,
@@ -109,6 +114,23 @@ def whole_prompts(requests: list[Request], *, batch_id: int = 0, stays: bool = F
             for each in requests
         ],
     )
+
+
+def fetch_prefix(pair: Pair, lease_id: int, token_ids: list[int]) -> list[Event]:
+    """What the router asks of the two, so that the one for prompts has what of them is cached at the other one."""
+    block_size = pair.decode.engine.pool.layout.block_size
+    hashes = block_hashes(token_ids, block_size)
+    (leased,) = pair.decode.handle(LeasePrefix(lease_id=lease_id, hashes=hashes))
+    assert isinstance(leased, PrefixLeased)
+    num_blocks = len(leased.handoff.block_ids)
+    assert leased.handoff.num_kv_tokens == num_blocks * block_size
+    if not num_blocks:
+        return []
+    return pair.prefill.handle(PullPrefix(handoff=leased.handoff, hashes=hashes[:num_blocks]))
+
+
+def fetched_in(events: list[Event]) -> list[PrefixPulled]:
+    return [event for event in events if isinstance(event, PrefixPulled)]
 
 
 def handoffs_of(events: list[Event]) -> dict[int, KVHandoff]:

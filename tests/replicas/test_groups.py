@@ -22,7 +22,17 @@ from ensemble.protocol.router_replica import (
 )
 from ensemble.request import Request, SamplingParams, Sequence
 from tests.checkpoints import make_tiny_llama, make_tiny_opt
-from tests.replicas.pair import CPU, Pair, join, released_in, swaps_in, tokens_of, whole_prompts
+from tests.replicas.pair import (
+    CPU,
+    Pair,
+    fetch_prefix,
+    fetched_in,
+    join,
+    released_in,
+    swaps_in,
+    tokens_of,
+    whole_prompts,
+)
 from tests.replicas.ranks import GroupPair
 from tools.offline import generate
 
@@ -111,18 +121,35 @@ def test_any_degrees_on_either_side(
     make_pair: Callable[[Deployment], Pair],
     tmp_path: Path,
 ) -> None:
+    """And back: of a second turn only what the first one did not have is computed, the answer's KV is fetched."""
     deployment = deploy(
         MODELS[name](tmp_path / "model"), stage(*prefill, num_blocks=2048), stage(*decode, num_blocks=2048)
     )
     requests = make_requests(16)
     expected = expected_tokens(deployment, requests)
     pair = make_pair(deployment)
-    pair.prefill.handle(whole_prompts(requests))
-    events = pair.prefill.run()
-    pair.decode.handle(join(events, requests))
-    assert tokens_of(events + pair.decode.run()) == expected
-    while pair.prefill.loop.leases:
-        pair.prefill.acknowledged()
+
+    def serve(requests: list[Request]) -> list[Event]:
+        pair.prefill.handle(whole_prompts(requests))
+        events = pair.prefill.run()
+        pair.decode.handle(join(events, requests))
+        events += pair.decode.run()
+        while pair.prefill.loop.leases:
+            pair.prefill.acknowledged()
+        return events
+
+    assert tokens_of(serve(requests)) == expected
+    first = max(requests, key=lambda request: len(expected[request.request_id]))
+    history = first.prompt_token_ids + expected[first.request_id]
+    second = replace(first, request_id=100, prompt_token_ids=[*history, 5])
+    fetch_prefix(pair, 200, history[:-1])  # the last token is not computed
+    (fetched,) = fetched_in(pair.prefill.run())
+    assert fetched.reason is None and fetched.num_tokens == (len(history) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert fetched.num_bytes > 0 and pair.decode.acknowledged()
+    events = serve([second])
+    assert tokens_of(events)[100] == expected_tokens(deployment, [second])[100]
+    num_hit_tokens = sum(event.num_hit_tokens for event in events if isinstance(event, PrefixReport))
+    assert num_hit_tokens == fetched.num_tokens
     pair.assert_empty()
 
 

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from ensemble.cache.prefix_cache import block_hashes
 from ensemble.config import Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.protocol.router_replica import (
     CancelRequests,
+    DetachPeer,
     Event,
     Joined,
+    LeasePrefix,
+    PrefixPulled,
     PrefixReport,
     PromptChunk,
     RunPrompts,
@@ -19,7 +23,7 @@ from ensemble.protocol.router_replica import (
 )
 from ensemble.request import Request, SamplingParams
 from tests.checkpoints import make_tiny_llama
-from tests.replicas.pair import CPU, Pair, join, tokens_of, whole_prompts
+from tests.replicas.pair import CPU, Pair, fetch_prefix, fetched_in, join, released_in, tokens_of, whole_prompts
 from tools.offline import generate
 
 BLOCK_SIZE = 4
@@ -150,7 +154,7 @@ def test_shared_prefixes_in_chunks_with_cancels(
     assert 0 < num_copied_blocks < 0.6 * num_blocks_of_prompts  # the rest was there
 
 
-@pytest.mark.parametrize("second_turn_at", ["decode", "prefill"])
+@pytest.mark.parametrize("second_turn_at", ["decode", "prefill", "prefill, fetched"])
 def test_a_second_turn_finds_the_first_one_where_it_was_decoded(
     model: Path, make_pair: Callable[[Deployment], Pair], second_turn_at: str
 ) -> None:
@@ -170,6 +174,12 @@ def test_a_second_turn_finds_the_first_one_where_it_was_decoded(
     events += pair.decode.run()
     pair.prefill.acknowledged()
     at = pair.decode if second_turn_at == "decode" else pair.prefill
+    if second_turn_at == "prefill, fetched":
+        fetch_prefix(pair, 77, second.prompt_token_ids)
+        (fetched,) = fetched_in(pair.prefill.run())
+        assert (fetched.lease_id, fetched.num_tokens, fetched.reason) == (77, 336, None)
+        assert fetched.num_bytes == 36 // BLOCK_SIZE * BLOCK_BYTES  # the prompt of the first turn is there
+        assert released_in(pair.decode.acknowledged()) == [77]
     at.handle(whole_prompts([second], stays=second_turn_at == "decode"))
     turn = at.run()
     pair.decode.handle(join(turn, [second]))
@@ -180,7 +190,76 @@ def test_a_second_turn_finds_the_first_one_where_it_was_decoded(
     num_new = len(question) + (len(answer) if second_turn_at == "prefill" else 0)  # there it was not decoded
     assert num_computed <= 1.1 * num_new
     moved = [num_bytes for event in turn if isinstance(event, Joined) for num_bytes in event.transfer_bytes]
-    if second_turn_at == "prefill":
+    if second_turn_at != "decode":
         assert sum(moved) <= (len(question) // BLOCK_SIZE + 2) * BLOCK_BYTES  # the ends are not whole blocks
         pair.prefill.acknowledged()
+    pair.assert_empty()
+
+
+@pytest.mark.parametrize("num_blocks", [60, 400], ids=["with eviction", "room for all"])
+@pytest.mark.parametrize("transport", ["cuda_ipc", "host"])
+def test_prefixes_fetched_in_the_midst_of_evictions_cancels_and_a_dead_source(
+    model: Path, make_pair: Callable[[Deployment], Pair], num_blocks: int, transport: str
+) -> None:
+    """Conversations of three turns. Before each a prefix is fetched, by chance while others run; leases are cancelled,
+    and at the end the source is detached in the midst of a copy: no block stays leased, and every answer is right."""
+    raw = deploy(model, num_blocks).model_dump() | {"transfer": {"transport": transport}}
+    raw["decode"]["kv_cache_bytes"] = num_blocks * BLOCK_BYTES
+    deployment, rng = Deployment.parse(raw), random.Random(num_blocks)
+    pair, alone = make_pair(deployment), load_engine(deploy(model, 512), deployment.decode, CPU)
+    caches = [replica.loop.cache for replica in (pair.prefill, pair.decode)]
+    fetched: list[PrefixPulled] = []
+    num_leases, num_cancelled = 0, 0
+
+    def move(events: list[Event], requests: list[Request]) -> list[Event]:
+        """A round of each replica; what is handed off in it goes on."""
+        events = [*events, *pair.prefill.serve_once()]
+        going_on = join(events, requests)
+        if going_on.arrivals:
+            pair.decode.handle(going_on)
+        return events + pair.decode.serve_once()
+
+    histories = [[rng.randrange(3, 380) for _ in range(rng.choice([12, 30, 41]))] for _ in range(4)]
+    for turn in range(3):
+        requests = [
+            Request(
+                request_id=10 * turn + index,
+                prompt_token_ids=history,
+                sampling=SamplingParams(max_tokens=9, temperature=1.0, seed=index, ignore_eos=True),
+            )
+            for index, history in enumerate(histories)
+        ]
+        events: list[Event] = []
+        for request in requests:
+            num_leases += 1
+            lease_id = 1000 + num_leases
+            if rng.random() < 0.2:  # its request has ended before the reader was told
+                num_cancelled += 1
+                pair.decode.handle(LeasePrefix(lease_id=-lease_id, hashes=block_hashes(histories[0], BLOCK_SIZE)))
+                pair.decode.handle(CancelRequests(request_ids=[-lease_id]))
+            new = fetch_prefix(pair, lease_id, request.prompt_token_ids)
+            if rng.random() < 0.5:
+                new += pair.prefill.run()
+            pair.prefill.handle(whole_prompts([request], batch_id=request.request_id))
+            events += move(new, requests)
+        while any(replica.loop.has_work or replica.peers.attaching for replica in (pair.prefill, pair.decode)):
+            events += move([], requests)
+            assert all(cache is not None and cache.check_integrity() is None for cache in caches)
+        while pair.prefill.loop.leases:
+            pair.prefill.acknowledged()
+        while pair.decode.loop.leases:
+            pair.decode.acknowledged()
+        tokens = tokens_of(events)
+        for request, sequence in zip(requests, generate(alone, requests).values(), strict=True):
+            assert tokens[request.request_id] == sequence.output_token_ids
+        fetched += fetched_in(events)
+        histories = [
+            each.prompt_token_ids + tokens[each.request_id] + [rng.randrange(3, 380) for _ in range(5)]
+            for each in requests
+        ]
+    assert num_cancelled and sum(each.num_bytes for each in fetched) > 0
+    fetch_prefix(pair, 2000, histories[0])
+    events = pair.prefill.handle(DetachPeer(address=pair.decode.address)) + pair.prefill.run()
+    assert all(each.num_bytes == 0 for each in fetched_in(events))
+    pair.decode.handle(CancelRequests(request_ids=[2000]))
     pair.assert_empty()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ensemble.cache.block_manager import BlockManager, Owner
+from ensemble.cache.prefix_cache import block_hashes
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError
 from ensemble.protocol.router_replica import (
@@ -28,7 +29,12 @@ from ensemble.protocol.router_replica import (
     Join,
     Joined,
     KVHandoff,
+    LeasePrefix,
     Preempted,
+    PrefixLeased,
+    PrefixPulled,
+    PrefixReport,
+    PullPrefix,
     PullsFailed,
     Released,
     RemoveReplica,
@@ -128,6 +134,9 @@ class FakeReplica:
     prompts: dict[int, _Prompt] = field(default_factory=dict)
     chunks: deque[tuple[int, int, int | None]] = field(default_factory=deque)  # request_id, end, batch it ends
     leases: dict[int, list[int]] = field(default_factory=dict)
+    cached: set[bytes] = field(default_factory=set)  # hashes of blocks of prompts that it has computed, or fetched
+    fetching: dict[int, PullPrefix] = field(default_factory=dict)
+    num_fetched_tokens: int = 0
     arrivals: dict[int, Arrival] = field(default_factory=dict)
     running: dict[int, _Running] = field(default_factory=dict)
     num_given_up: int = 0
@@ -164,6 +173,10 @@ class FakeReplica:
             case Join(arrivals=arrivals):
                 for arrival in arrivals:
                     self._join(arrival, fleet)
+            case LeasePrefix(lease_id=lease_id, hashes=hashes):
+                self._lease_prefix(lease_id, hashes)
+            case PullPrefix() as pull:
+                self.fetching[pull.handoff.request_id] = pull
             case CancelRequests(request_ids=request_ids):
                 for request_id in request_ids:
                     self._cancel(request_id, fleet)
@@ -171,9 +184,42 @@ class FakeReplica:
                 for request_id, arrival in list(self.arrivals.items()):
                     if arrival.handoff.source == address:
                         self._cancel(request_id, fleet)
+                for lease_id, pull in list(self.fetching.items()):
+                    if pull.handoff.source == address:
+                        self._end_fetching(lease_id, fleet, "detached")
                 self.out.append(Detached(address=address))
             case AttachPeer():
                 pass
+
+    def _lease_prefix(self, lease_id: int, hashes: list[bytes]) -> None:
+        """As many as are cached, and as are free: what is cached takes no blocks here."""
+        num_cached = next((index for index, each in enumerate(hashes) if each not in self.cached), len(hashes))
+        num_blocks = min(num_cached, self.blocks.num_free_blocks)
+        assert num_blocks == num_cached or self.is_optimistic, "more was leased than there is credit for"
+        if num_blocks:
+            self.leases[lease_id] = self.blocks.allocate(Owner("transfer", lease_id), num_blocks)
+        handoff = KVHandoff(
+            request_id=lease_id,
+            source=self.address,
+            num_kv_tokens=num_blocks * BLOCK_SIZE,
+            block_ids=list(self.leases.get(lease_id, [])),
+        )
+        self.out.append(PrefixLeased(handoff=handoff))
+
+    def _end_fetching(self, lease_id: int, fleet: "FakeFleet", reason: str | None = None) -> None:
+        pull = self.fetching.pop(lease_id)
+        num_tokens = 0 if reason is not None else pull.handoff.num_kv_tokens
+        assert reason is not None or fleet.leases(pull.handoff), "what is read is not leased"
+        fleet.acknowledge(pull.handoff)
+        self.num_fetched_tokens += num_tokens
+        self.out.append(
+            PrefixPulled(lease_id=lease_id, num_tokens=num_tokens, seconds=1e-5, num_bytes=num_tokens, reason=reason)
+        )
+        self._cache(pull.hashes[: num_tokens // BLOCK_SIZE])
+
+    def _cache(self, hashes: list[bytes]) -> None:
+        self.cached.update(hashes)
+        self.out.append(PrefixReport(stored=hashes, evicted=[], num_queried_tokens=0, num_hit_tokens=0))
 
     def _begin(self, request: Request, stays: bool) -> None:
         assert request.resumed_token_ids == answer(request)[: len(request.resumed_token_ids)]
@@ -267,6 +313,8 @@ class FakeReplica:
                 break
             del self.arrivals[request_id]
             fleet.acknowledge(arrival.handoff)
+        for lease_id in list(self.fetching):
+            self._end_fetching(lease_id, fleet)
         self._grow()
         tokens = [
             each
@@ -286,6 +334,7 @@ class FakeReplica:
                 prompt.num_computed = end
                 if end == prompt.request.prefill_len:
                     del self.prompts[request_id]
+                    self._cache(block_hashes(prompt.request.prompt_token_ids, BLOCK_SIZE))
                     first = _Running(prompt.request, list(prompt.request.resumed_token_ids))
                     tokens.append(first)
                     if prompt.stays:
@@ -329,7 +378,7 @@ class FakeReplica:
 
     @property
     def is_idle(self) -> bool:
-        return not (self.inbox or self.out or self.chunks or self.arrivals or self.running)
+        return not (self.inbox or self.out or self.chunks or self.arrivals or self.running or self.fetching)
 
 
 class FakeFleet:
@@ -381,6 +430,11 @@ class FakeFleet:
             if replica.address == handoff.source:
                 replica.end_lease(handoff.request_id)
 
+    def leases(self, handoff: KVHandoff) -> bool:
+        """Whether what a hand-off speaks of is kept for its reader, or its source is dead."""
+        sources = [replica for replica in self.replicas.values() if replica.address == handoff.source]
+        return all(handoff.request_id in replica.leases for replica in sources)
+
     def arrive(
         self,
         prompt_len: int,
@@ -388,10 +442,12 @@ class FakeFleet:
         hints: Hints = DEFAULT_HINTS,
         deadline: float | None = None,
         same_prompt: Request | None = None,
+        beginning: int = 0,
     ) -> tuple[Request, FakeClient]:
+        """`beginning`: prompts with the same one begin alike; 0: it is like no other's."""
         request_id = self.new_id()
         sampling = SamplingParams(max_tokens=max_tokens)
-        prompt = [request_id % 997 + 1] + [1] * (prompt_len - 1)
+        prompt = [beginning + 1000 if beginning else request_id % 997 + 1] + [1] * (prompt_len - 1)
         prompt = prompt if same_prompt is None else same_prompt.prompt_token_ids
         request = Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling)
         client = FakeClient(hints, deadline)
@@ -435,6 +491,7 @@ class FakeFleet:
         """The books of the router and of the replicas agree with themselves."""
         self.router.dispatch.prefill.check_integrity()
         self.router.dispatch.admission.check_integrity()
+        self.router.dispatch.prefix_moves.check_integrity()
         for replica in self.replicas.values():
             replica.blocks.check_integrity()
 

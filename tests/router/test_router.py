@@ -5,8 +5,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from ensemble.cache.prefix_cache import block_hashes
 from ensemble.config import Deployment
 from ensemble.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, StageUnavailable, TargetOutOfReach
+from ensemble.protocol.router_replica import AttachFailed, LeasePrefix, PullPrefix
 from ensemble.scheduling.policies import Hints
 from tests.router.fake_fleet import BLOCK_SIZE, FakeFleet, answer
 
@@ -425,6 +427,57 @@ def test_a_lost_acknowledgement_keeps_no_block_for_longer_than_the_request():
     fleet.assert_empty()
 
 
+def second_turn(fleet):
+    """A prompt whose beginning is cached where the first one was decoded alone."""
+    known = fleet.replicas[1]
+    first, _ = fleet.arrive(24, 2, beginning=1)
+    fleet.run()
+    known._cache(block_hashes(first.prompt_token_ids, 4))
+    fleet.replicas[0].cached.clear()
+    fleet.run()
+    fleet.router.dispatch.prefixes.update(0, [], block_hashes(first.prompt_token_ids, 4))
+    return fleet.arrive(28, 4, beginning=1)
+
+
+def test_a_prefix_that_another_replica_has_is_fetched_before_the_rest_is_computed():
+    fleet = make_fleet(1, 1)
+    request, client = second_turn(fleet)
+    assert [type(each) for each in fleet.replicas[1].inbox] == [LeasePrefix] and not fleet.replicas[0].inbox
+    fleet.run()
+    assert client.tokens == answer(request)
+    assert fleet.replicas[0].num_fetched_tokens == 24
+    known = fleet.router.fleet.get(0)
+    assert known is not None and known.prefix_pulls.has_samples
+    fleet.assert_empty()
+
+
+@pytest.mark.parametrize("ends", ["kill source", "kill reader", "cancel", "evict", "unmappable", "lose"])
+@pytest.mark.parametrize("num_rounds", range(5))
+def test_whatever_happens_while_a_prefix_is_fetched_nothing_stays_leased(ends, num_rounds):
+    fleet = make_fleet(1, 1)
+    request, client = second_turn(fleet)
+    fleet.loses_acknowledgements = ends == "lose"
+    for number in range(num_rounds):
+        fleet.deliver(1 - number % 2)
+    match ends:
+        case "kill source":
+            fleet.kill(1)
+        case "kill reader":
+            fleet.kill(0)
+        case "cancel":
+            fleet.router.cancel(request.request_id)
+        case "evict":
+            fleet.replicas[1].cached.clear()
+        case "unmappable":
+            for pull in [each for each in fleet.replicas[0].inbox if isinstance(each, PullPrefix)]:
+                fleet.replicas[0].inbox.remove(pull)
+                failed = AttachFailed(address=fleet.replicas[1].address, reason="no such pool", request_ids=[])
+                fleet.replicas[0].out.append(failed)
+    fleet.run()
+    assert client.tokens == ([] if ends == "cancel" else answer(request))
+    fleet.assert_empty()
+
+
 @pytest.mark.parametrize("num_failing", [1, 3])
 def test_kv_that_does_not_come_is_computed_again(num_failing):
     fleet = make_fleet(1, 1)
@@ -528,9 +581,19 @@ class AnyFleet(RuleBasedStateMachine):
     def known(self):
         return sorted(replica.id for replica in self.fleet.router.fleet)
 
-    @rule(prompt_len=st.integers(1, 40), max_tokens=st.integers(1, 12))
-    def arrive(self, prompt_len, max_tokens):
-        self.asked.append(self.fleet.arrive(prompt_len, max_tokens))
+    @rule(prompt_len=st.integers(1, 40), max_tokens=st.integers(1, 12), beginning=st.sampled_from([0, 1, 1, 2]))
+    def arrive(self, prompt_len, max_tokens, beginning):
+        self.asked.append(self.fleet.arrive(prompt_len, max_tokens, beginning=beginning))
+
+    @precondition(lambda self: self.fleet.replicas)
+    @rule(data=st.data(), beginning=st.integers(1, 2), is_kept=st.booleans())
+    def decode_elsewhere(self, data, beginning, is_kept):
+        """A replica has a beginning by an answer; or has evicted all, which the router has not heard."""
+        replica = self.fleet.replicas[data.draw(st.sampled_from(sorted(self.fleet.replicas)))]
+        if is_kept:
+            replica._cache(block_hashes([beginning + 1000] + [1] * 31, BLOCK_SIZE))
+        else:
+            replica.cached.clear()
 
     @rule(data=st.data())
     def deliver(self, data):

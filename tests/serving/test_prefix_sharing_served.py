@@ -1,11 +1,14 @@
 """The prefix cache, through the whole server."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ensemble.serving.control import call
+from ensemble.serving.fleet_table import ChangeRole, DrainReplica, FleetTable, UndrainReplica
 from ensemble.serving.inputs import choice_seed
 from tests.serving.clients import blocks_in_use, generate, read_metrics, run_streams, total
 from tests.serving.deployments import deploy
@@ -17,8 +20,62 @@ SYSTEM_PROMPT = [5 + index % 300 for index in range(200)]
 COMMON: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0, "ignore_eos": True, "return_output_ids": True}
 
 
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    deployment = deploy(tiny_llama, prefill={"max_num_batched_tokens": 64}, scheduler={"roles": "auto"})
+    with TritonServer(deployment, log_path=tmp_path_factory.mktemp("prefixes") / "log") as server:
+        server.wait_ready(timeout_s=120)
+        yield server
+
+
+def settled_metrics(server: TritonServer, num_queried_tokens: float) -> dict[str, float]:
+    """When all blocks are free, and so many tokens of prompts have been asked of the caches."""
+    deadline = time.monotonic() + 5
+    while True:  # the metrics' own interval
+        metrics = read_metrics(server.metrics_url)
+        is_settled = total(metrics, "vllm:prefix_cache_queries_total") == num_queried_tokens
+        if (is_settled and not blocks_in_use(metrics)) or time.monotonic() > deadline:
+            return metrics
+        time.sleep(0.1)
+
+
+def test_a_second_turn_fetches_the_first_one_from_where_it_was_decoded(
+    server: TritonServer, tiny_server: TritonServer
+) -> None:
+    """One replica computes and decodes the first turn, another one the second: the first one's KV goes over."""
+    question = [9 + index % 200 for index in range(60)]
+    prompt = [5 + index * index % 300 for index in range(304)]
+    turn = COMMON | {"max_tokens": 33, "seed": 1}
+
+    def only(replica: int) -> None:
+        """This one does it all."""
+        for command in (
+            UndrainReplica(replica=replica),
+            ChangeRole(replica=replica, role="mixed"),
+            DrainReplica(replica=1 - replica),
+        ):
+            call(server.run_dir, command, FleetTable, timeout_s=10.0)
+
+    only(1)
+    answer = generate(server.grpc_url, input_ids=prompt, **turn).output_ids
+    before = settled_metrics(server, len(prompt))
+    only(0)
+    second = prompt + answer + question
+    found = generate(server.grpc_url, input_ids=second, **turn)
+    after = settled_metrics(server, len(prompt) + len(second))
+    for command in (UndrainReplica(replica=1), ChangeRole(replica=1, role="decode")):
+        call(server.run_dir, command, FleetTable, timeout_s=10.0)
+    call(server.run_dir, ChangeRole(replica=0, role="prefill"), FleetTable, timeout_s=10.0)
+    num_found = total(after, "vllm:prefix_cache_hits_total") - total(before, "vllm:prefix_cache_hits_total")
+    assert len(second) - num_found <= 1.1 * len(question)
+    assert total(after, "distserve:kv_transfer_bytes_total") > total(before, "distserve:kv_transfer_bytes_total")
+    assert blocks_in_use(after) == 0
+    assert answer == generate(tiny_server.grpc_url, input_ids=prompt, **turn).output_ids
+    assert found.output_ids == generate(tiny_server.grpc_url, input_ids=second, **turn).output_ids
+
+
 def test_a_common_beginning_is_computed_once_and_changes_no_output(
-    tiny_server: TritonServer, tiny_llama: Path, tmp_path: Path
+    server: TritonServer, tiny_server: TritonServer
 ) -> None:
     requests = [
         {"input_ids": SYSTEM_PROMPT[: 200 - index % 3] + [7 + index] * (index % 5), "seed": index, **COMMON}
@@ -27,20 +84,15 @@ def test_a_common_beginning_is_computed_once_and_changes_no_output(
     first_alone = [run_streams(tiny_server.grpc_url, [each], 1)[0] for each in requests[:3]]
     expected = run_streams(tiny_server.grpc_url, requests, 8)
     assert [answer.output_ids for answer in expected[:3]] == [answer.output_ids for answer in first_alone]
-    deployment = deploy(tiny_llama, prefill={"max_num_batched_tokens": 64}, scheduler={"roles": "auto"})
-    with TritonServer(deployment, log_path=tmp_path / "log") as server:
-        server.wait_ready(timeout_s=120)
-        answers = run_streams(server.grpc_url, requests, 8)
-        num_tokens = sum(len(request["input_ids"]) for request in requests)
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:  # the metrics' own interval
-            metrics = read_metrics(server.metrics_url)
-            if not blocks_in_use(metrics) and total(metrics, "vllm:prefix_cache_queries_total") == num_tokens:
-                break
-            time.sleep(0.1)
+    before = read_metrics(server.metrics_url)
+    answers = run_streams(server.grpc_url, requests, 8)
+    num_tokens = sum(len(request["input_ids"]) for request in requests)
+    num_before = total(before, "vllm:prefix_cache_queries_total")
+    metrics = settled_metrics(server, num_before + num_tokens)
     assert [answer.output_ids for answer in answers] == [answer.output_ids for answer in expected]
-    assert total(metrics, "vllm:prefix_cache_queries_total") == num_tokens
-    assert total(metrics, "vllm:prefix_cache_hits_total") > 0.6 * num_tokens
+    assert total(metrics, "vllm:prefix_cache_queries_total") == num_before + num_tokens
+    num_hits_before = total(before, "vllm:prefix_cache_hits_total")
+    assert total(metrics, "vllm:prefix_cache_hits_total") - num_hits_before > 0.6 * num_tokens
     assert blocks_in_use(metrics) == 0
 
 
