@@ -18,10 +18,12 @@ def time_steps(
 ) -> list[TimedStep]:
     """Runs steps of all kinds, the small ones first, as long as the budget lasts. Overwrites what is in the pool.
 
+    A pipeline's are those of one place: what lies between the ends of two steps when all places have one.
     To be called in every rank of the engine's group, which all run the same steps.
     """
     deadline = time.monotonic() + (budget_s or (GPU_BUDGET_S if engine.pool.tensor.is_cuda else CPU_BUDGET_S))
     longest = max(1, min(max_model_len, engine.pool.num_blocks * engine.pool.layout.block_size) - 2)
+    num_places = engine.group.pipeline.size  # a step alone passes them one after the other
     steps: list[TimedStep] = []
     for chunk, rows in _kinds(max_num_prompt_tokens, max_num_seqs, longest):
         shape = StepShape.of([chunk] if chunk[1] else [], rows)
@@ -29,8 +31,9 @@ def time_steps(
             batch = _batch(engine, chunk, rows)
             start = time.monotonic()
             engine.step(batch)
-            steps.append(TimedStep(shape, time.monotonic() - start))
-        if not engine.group.smallest(int(time.monotonic() + _TWICE * steps[-1].seconds <= deadline)):
+            seconds = time.monotonic() - start
+            steps.append(TimedStep(shape, seconds / num_places))
+        if not engine.group.smallest(int(time.monotonic() + _TWICE * seconds <= deadline)):
             break
     return steps
 

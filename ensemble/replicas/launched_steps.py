@@ -79,8 +79,10 @@ class LaunchedSteps:
         sampled = self._engine.commit(step.launched, self._log_probs_of(step))
         self._num_committed += 1
         now = self._clock()
-        # Steps that follow one another take what lies between their ends: the host's part of the next is hidden.
-        timed = TimedStep(step.shape, now - max(step.began, self._committed_at))
+        # Steps that follow one another take what lies between their ends: the host's part of the next is hidden. One
+        # that follows none passes all places of a pipeline meanwhile, and what it takes at each is a share of that.
+        num_places = self._engine.max_num_unread + 1 if self._engine.is_pipeline else 1
+        timed = TimedStep(step.shape, min((now - step.began) / num_places, now - self._committed_at))
         self._committed_at = now
         return step, sampled, timed
 

@@ -98,6 +98,7 @@ class Predictions:
             known.target_s if rows.num_rows else None,
             self._prompt_load(replica),
             self._deployment.prefill.max_num_batched_tokens if replica.role == "prefill" else 0,
+            self._num_places(replica),
         )
 
     def _standing(self, replica: Replica) -> "_Standing":
@@ -137,13 +138,22 @@ class Predictions:
         return works[start]
 
     def rows(self, replica: Replica) -> StepShape:
-        """The sequences that a step of the replica decodes, as far as the router knows."""
+        """The sequences that a step of the replica decodes, as far as the router knows: of a pipeline's a part."""
         return self._standing(replica).rows
 
     def _rows(self, replica: Replica, num_unfinished: int) -> StepShape:
         num_seqs = self._admission.num_seqs(replica.id) - (num_unfinished if replica.role != "prefill" else 0)
         num_rows = max(0, min(num_seqs, self._deployment.stage(replica.home).max_num_seqs))
+        num_rows = -(-num_rows // self._num_places(replica))
         return StepShape(0, 0, num_rows, round(num_rows * replica.mean_context_len))
+
+    def _num_places(self, replica: Replica) -> int:
+        """Of its pipeline."""
+        return self._deployment.stage(replica.home).pipeline_parallel_size
+
+    def _token_s(self, replica: Replica) -> float:
+        """Between two tokens of each of its sequences, without prompts."""
+        return self._num_places(replica) * replica.estimator.seconds(self.rows(replica))
 
     def _itl_target_of(self, replica: Replica) -> float | None:
         """The smallest ITL target among its sequences, or where it has none the deployment's."""
@@ -157,9 +167,10 @@ class Predictions:
         """Prompt tokens from `start` on that its steps take beside these sequences, as its loop will find too."""
         if not rows.num_rows:
             return self._deployment.prefill.max_num_batched_tokens
+        target_s = None if known.target_s is None else known.target_s / self._num_places(replica)
         max_len = self._deployment.num_prompt_tokens_beside
         adapts = self._deployment.scheduler.roles == "auto"
-        return chunk_beside(replica.estimator, rows, start, known.target_s, max_len, known.num_prompts, adapts=adapts)
+        return chunk_beside(replica.estimator, rows, start, target_s, max_len, known.num_prompts, adapts=adapts)
 
     def wait_for_blocks_s(self, num_blocks: int) -> float:
         """Until the replicas that decode have freed so many: outputs end evenly, as many as there are in their time."""
@@ -178,7 +189,7 @@ class Predictions:
         if num_output_tokens is None:
             lengths = [life.attempt.sampling.max_tokens for life in self._lives]
             num_output_tokens = sum(lengths) / max(1, len(lengths))
-        step_s = max(replica.estimator.seconds(self.rows(replica)) for replica in readers)
+        step_s = max(self._token_s(replica) for replica in readers)
         return num_output_tokens * step_s / num_held
 
     def queue_s(self, computing: Sequence[Replica]) -> float:
@@ -209,7 +220,7 @@ class Predictions:
         )
         decode = (num_held + self._admission.num_promised_blocks) / max(1, num_blocks)
         if scheduler.itl_target_s is not None and decoding:
-            step_s = sum(replica.estimator.seconds(self.rows(replica)) for replica in decoding) / len(decoding)
+            step_s = sum(self._token_s(replica) for replica in decoding) / len(decoding)
             decode = max(decode, step_s / scheduler.itl_target_s)
         return Pressure(prefill, decode)
 

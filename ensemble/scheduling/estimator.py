@@ -3,6 +3,7 @@
     step      base + per_token * max(0, tokens - knee) + per_prompt_key * prompt_keys
               + per_row * rows + per_row_key * row_keys
               (reading the weights takes as long as the products of `knee` tokens, which it hides)
+              of a pipeline: what one of its places takes
     hand-off  base + per_byte * bytes
 
 No coefficient is negative, so what is predicted never falls when there is more to do. Samples are kept by what kind of

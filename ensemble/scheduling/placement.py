@@ -44,16 +44,20 @@ class Site:
     mean_start: int = 0  # of the chunks
     num_backlog_tokens: int = 0  # of prompts that it has been sent
     num_backlog_keys: int = 0
-    rows: StepShape = NO_STEP  # its running sequences
+    rows: StepShape = NO_STEP  # its running sequences, as many as are in a step
     target_s: float | None = None  # the smallest ITL target among them
     prompt_load: float = 0.0  # share of its time that prompts take, as they came lately
     full_len: int = 0  # prompt tokens of its steps without sequences, where it is there for prompts
+    num_places: int = 1  # of a pipeline: so many steps are in flight, and a sequence is in one of them
 
     def until_computed(self, work: Work) -> float:
         """Seconds until the last token of the prompt is computed, behind those that are there."""
-        return self.steps.seconds_of_prompts(
-            self.num_backlog_tokens + work.num_tokens, self.num_backlog_keys + work.num_keys, self.chunk_len, self.rows
-        )
+        num_tokens, num_keys = self.num_backlog_tokens + work.num_tokens, self.num_backlog_keys + work.num_keys
+        seconds = self.steps.seconds_of_prompts(num_tokens, num_keys, self.chunk_len, self.rows)
+        if self.num_places > 1 and num_tokens:  # the last step passes the other places
+            last_len = min(self.chunk_len, num_tokens)
+            seconds += (self.num_places - 1) * self.steps.seconds(self.rows.with_chunk(self.mean_start, last_len))
+        return seconds
 
     def delay(self, work: Work) -> float:
         """Seconds by which the prompt holds up the running sequences."""
@@ -67,15 +71,13 @@ class Site:
 
         num_promised: sequences like it that are on their way here.
         """
-        num_rows, num_row_keys = (
-            self.rows.num_rows + num_promised,
-            self.rows.num_row_keys + num_promised * work.context_len,
-        )
-        rows = StepShape(0, 0, round(num_rows) + 1, round(num_row_keys) + work.context_len)
-        bare_s, share = self.steps.seconds(rows), 1.0 if self.num_backlog_tokens else self.prompt_load
-        if not share:
-            return bare_s
-        return bare_s + share * (self.steps.seconds(rows.with_chunk(self.mean_start, self.beside_len)) - bare_s)
+        num_more = (num_promised + 1) / self.num_places
+        num_rows = max(1, round(self.rows.num_rows + num_more))
+        rows = StepShape(0, 0, num_rows, round(self.rows.num_row_keys + num_more * work.context_len))
+        step_s, share = self.steps.seconds(rows), 1.0 if self.num_backlog_tokens else self.prompt_load
+        if share:
+            step_s += share * (self.steps.seconds(rows.with_chunk(self.mean_start, self.beside_len)) - step_s)
+        return self.num_places * step_s
 
     def lost(self, output_s: float) -> float:
         """Seconds of computing prompts that are lost by the shorter chunks beside an answer of so many seconds."""
@@ -86,7 +88,9 @@ class Site:
         full_s = self.steps.seconds(NO_STEP.with_chunk(self.mean_start, self.full_len)) / self.full_len
         if not beside_s:
             return 0.0
-        later_s = output_s / (self.rows.num_rows + 1)  # by which the last sequence ends later, where all are alike
+        later_s = output_s / (
+            self.num_places * self.rows.num_rows + 1
+        )  # by which the last sequence ends later, where all are alike
         return self.prompt_load * max(0.0, 1 - full_s / beside_s) * later_s
 
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
@@ -20,6 +20,8 @@ from ensemble.protocol.router_replica import (
     PullsFailed,
     RunPrompts,
 )
+from ensemble.replicas.launched_steps import LaunchedSteps
+from ensemble.replicas.prompts import PromptStep
 from ensemble.request import Request, SamplingParams, Sequence
 from tests.checkpoints import make_tiny_llama, make_tiny_opt
 from tests.replicas.pair import (
@@ -284,6 +286,33 @@ def test_swaps_cached_prefixes_chunks_and_cancels(
     assert sum(event.num_hit_tokens for event in events if isinstance(event, PrefixReport)) > 0
     assert len(released_in(events)) > 0
     pair.assert_empty()
+
+
+def test_steps_of_a_pipeline_are_timed_as_one_place_s_whether_the_others_are_idle_or_not() -> None:
+    """Places of 10 ms: alone a step takes 30 ms, in a row 10 ms lie between two ends."""
+
+    class Places:
+        is_pipeline, max_num_unread = True, 2
+        now, free_at = 0.0, [0.0, 0.0, 0.0]
+
+        def launch(self, batch: Batch) -> Launched:
+            end = self.now
+            for place, free_at in enumerate(self.free_at):
+                end = self.free_at[place] = max(end, free_at) + 0.01
+            return Launched(batch, cast(Any, end))
+
+        def commit(self, launched: Launched, log_probs_of: None) -> list[Sequence]:
+            self.now = max(self.now, cast(float, launched.handle))
+            return []
+
+    places = Places()
+    steps = LaunchedSteps(cast(Engine, places), None, lambda: places.now)
+    seconds = []
+    for number in range(9):
+        steps.launch(Batch([], []), PromptStep())
+        if number < 3 or len(steps) > 2:  # three alone, then as many in flight as there are places
+            seconds.append(steps.commit()[2].seconds)
+    assert seconds[:3] == pytest.approx([0.01] * 3) and seconds[-3:] == pytest.approx([0.01] * 3)
 
 
 def test_a_pipeline_has_as_many_steps_in_flight_as_places(

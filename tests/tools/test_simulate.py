@@ -10,6 +10,7 @@ import pytest
 
 from ensemble.config import Deployment
 from ensemble.scheduling.estimator import StepShape, TimedStep
+from ensemble.scheduling.placement import Site, Work
 from tools.load.records import Record, Run
 from tools.load.workloads import arrivals
 from tools.simulation.against_runs import compare
@@ -153,6 +154,22 @@ def test_a_deployment_file_of_other_devices_is_simulated(tmp_path: Path) -> None
     both = deployment("colocated", decode={"devices": [f"cuda:{index}" for index in range(4)]})
     records = Simulation(both, costs()).run([Ask(0.001 * index, 64, 4) for index in range(8)])
     assert max(record.ttft for record in records) < 3 * 0.065 + 0.05  # two each, not eight in a row
+
+
+def test_what_is_predicted_of_a_pipeline_is_what_its_steps_in_flight_take() -> None:
+    """Nine sequences in three places: three in a step, and one token every three steps; a prompt's chunks stream."""
+    places = {"devices": ["cpu"] * 3, "pp": 3}
+    piped = deployment("colocated", decode=places, prefill={"max_num_batched_tokens": 64})
+    records = Simulation(piped, costs()).run([Ask(0.0, 16, 80) for _ in range(9)])
+    steps = costs().estimator()
+    running = Site(0, steps, 64, 64, rows=StepShape(0, 0, 3, 150), num_places=3)
+    gaps = sorted(gap for record in records for gap in record.gaps[30:60])
+    assert running.itl(Work(16, 136, 16, 1)) == pytest.approx(gaps[len(gaps) // 2], rel=0.1)
+    (record,) = Simulation(piped, costs()).run([Ask(0.0, 256, 1)])
+    idle = Site(0, steps, 64, 64, num_places=3)
+    assert idle.until_computed(Work(256, 256 * 257 // 2, 256, 1)) == pytest.approx(record.ttft, rel=0.05)
+    one = Site(0, steps, 64, 64)
+    assert one.until_computed(Work(256, 256 * 257 // 2, 256, 1)) < 0.7 * record.ttft
 
 
 @pytest.mark.parametrize("output_len", [16, 128])

@@ -63,29 +63,33 @@ class _Pool:
 
 
 class SimulatedEngine:
-    """Steps take what the estimator says, and every token is 0."""
+    """Steps take what the estimator says, at each place of a pipeline, and every token is 0."""
 
-    def __init__(self, steps: StepEstimator, costs: Costs, block_size: int, num_blocks: int, clock: Clock) -> None:
+    def __init__(
+        self, steps: StepEstimator, costs: Costs, block_size: int, num_blocks: int, clock: Clock, num_places: int
+    ) -> None:
         head_dim = -(-costs.kv_token_bytes // 2)  # one layer, one head: only the bytes of a block matter
         layout = KVLayout(1, 1, block_size, head_dim, torch.int8)
         self.pool = _Pool(layout, num_blocks, torch.zeros(num_blocks, 1, 1, 1, 1, 1, dtype=torch.int8))
         self.blocks = BlockManager(num_blocks, block_size)
-        self.group, self.is_pipeline = ALONE, False
-        self.runs_ahead = costs.runs_ahead
-        self.max_num_unread = int(costs.runs_ahead)
+        self.group, self.is_pipeline = ALONE, num_places > 1
+        self.runs_ahead = costs.runs_ahead and not self.is_pipeline
+        self.max_num_unread = num_places - 1 if self.is_pipeline else int(costs.runs_ahead)
         self._steps = steps
         self._clock = clock
-        self._free_at = 0.0  # when the last launched step has run
+        self._free_at = [0.0] * num_places  # when the last launched step has passed each
 
     def launch(self, batch: Batch) -> Launched:
         chunks = [(row.start, row.length) for row in batch.prefills]
         shape = StepShape.of(chunks, [sequence.num_tokens for sequence in batch.decodes])
-        self._free_at = max(self._free_at, self._clock.now) + self._steps.seconds(shape)
-        if not self.runs_ahead:
-            self._clock.now = self._free_at
+        end, seconds = self._clock.now, self._steps.seconds(shape)
+        for place, free_at in enumerate(self._free_at):
+            end = self._free_at[place] = max(end, free_at) + seconds
+        if not (self.runs_ahead or self.is_pipeline):
+            self._clock.now = end
         for row in batch.prefills:
             row.sequence.num_computed_tokens = row.end
-        return Launched(batch, cast(Any, _Handle(self._free_at, self._clock)))
+        return Launched(batch, cast(Any, _Handle(end, self._clock)))
 
     def commit(self, launched: Launched, log_probs_of: None = None) -> list[Sequence]:
         self._clock.now = max(self._clock.now, cast(_Handle, launched.handle).end)
@@ -213,6 +217,7 @@ class SimulatedReplica:
         steps: StepEstimator,
         settings: LoopSettings,
         block_size: int,
+        num_places: int,  # of its pipeline
         sources: dict[str, Source],
         acknowledge: Callable[[float, KVHandoff], None],  # told when, too
     ) -> None:
@@ -222,7 +227,7 @@ class SimulatedReplica:
         self.inbox: deque[Command | int] = deque()  # an id: the lease that is to end
         self.num_blocks = max(1, costs.num_kv_tokens // block_size)
         self.wakes_at: float | None = None  # by the simulation's list of events
-        engine = SimulatedEngine(steps, costs, block_size, self.num_blocks, self.clock)
+        engine = SimulatedEngine(steps, costs, block_size, self.num_blocks, self.clock, num_places)
         peers = SimulatedPeers(sources, lambda handoff: acknowledge(self.clock.now, handoff))
         self.loop = EngineLoop(
             cast(Engine, engine),

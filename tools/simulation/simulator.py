@@ -104,6 +104,7 @@ class Simulation:
                 steps[known.home],
                 settings,
                 deployment.block_size,
+                deployment.stage(known.home).pipeline_parallel_size,
                 self._sources,
                 self._acknowledge,
             )
