@@ -65,6 +65,13 @@ class Join(_Message, frozen=True, kw_only=True):
     arrivals: list[Arrival]
 
 
+class HandOff(_Message, frozen=True, kw_only=True):
+    """These running sequences go on elsewhere: their KV is leased when their launched steps have run. Answered by
+    HandedOff, in one or in parts, for those that have not ended meanwhile."""
+
+    request_ids: list[int]
+
+
 class LeasePrefix(_Message, frozen=True, kw_only=True):
     """Another replica wants the cached blocks with these hashes, as many of the first as are there: keep them until
     it acknowledges, or the router cancels. Answered by PrefixLeased."""
@@ -99,7 +106,7 @@ class DetachPeer(_Message, frozen=True, kw_only=True):
     address: str  # of its peer socket
 
 
-Command: TypeAlias = RunPrompts | Join | LeasePrefix | PullPrefix | CancelRequests | AttachPeer | DetachPeer
+Command: TypeAlias = RunPrompts | Join | HandOff | LeasePrefix | PullPrefix | CancelRequests | AttachPeer | DetachPeer
 
 
 # ---- events, of one replica
@@ -164,6 +171,13 @@ class PrefixReport(_Message, frozen=True, kw_only=True):
     num_hit_tokens: int  # of them found
 
 
+class HandedOff(_Message, frozen=True, kw_only=True):
+    """Running sequences that decode here no more, all their tokens told."""
+
+    handoffs: list[KVHandoff]
+    stay: list[int] = []  # request ids of those that cannot go: their KV is not all on the device
+
+
 class PrefixLeased(_Message, frozen=True, kw_only=True):
     """What is kept of a prefix; without blocks nothing is, and no lease is there."""
 
@@ -208,6 +222,7 @@ Event: TypeAlias = (
     | Preempted
     | SwapReport
     | PrefixReport
+    | HandedOff
     | PrefixLeased
     | PrefixPulled
     | AttachFailed

@@ -33,6 +33,8 @@ from ensemble.protocol.router_replica import (
     Detached,
     DetachPeer,
     Event,
+    HandedOff,
+    HandOff,
     Join,
     Joined,
     KVHandoff,
@@ -115,6 +117,7 @@ class EngineLoop:
         self._makes_room = settings.policy.fills_host_pool
         self._running: dict[int, Sequence] = {}  # request_id |-> decodes here and is not removed
         self._given_up: set[int] = set()  # request ids, to be told of when their launched step has run
+        self._going: set[int] = set()  # the same, of those that go on elsewhere
         self.estimator = StepEstimator()
         self._launched = LaunchedSteps(engine, followers, clock)
         self._swap_reports = SwapReports(layout.block_bytes, self.num_host_blocks)
@@ -156,6 +159,8 @@ class EngineLoop:
                 events += self._give_up_unmappable({arrival.handoff.source for arrival in arrivals})
                 self.start_pulls()
                 return events
+            case HandOff(request_ids=request_ids):
+                return self._hand_off(request_ids)
             case LeasePrefix(lease_id=lease_id, hashes=hashes):
                 return [PrefixLeased(handoff=self._lease_prefix(lease_id, hashes))]
             case PullPrefix(handoff=handoff, hashes=hashes):
@@ -382,20 +387,51 @@ class EngineLoop:
         ended = [sequence.request_id for sequence in step.sequences if sequence.is_finished]
         released = self._released([request_id for request_id in ended if self._leave(request_id)])
         self._given_up.difference_update(ended)  # with that step's tokens, or by a cancel
+        self._going.difference_update(ended)
         given_up = [each.request_id for each in step.sequences if each.request_id in self._given_up]
         preempted = self._preempted([request_id for request_id in given_up if self._leave(request_id)])
         handoffs = [self._lease(each) for each in step.finished_prompts if self._goes_on_elsewhere(each)]
-        return [self._step_done(sampled, handoffs, step.prompts.batch_ids, timed), *released, *preempted]
+        done = self._step_done(sampled, handoffs, step.prompts.batch_ids, timed)
+        going = [each.request_id for each in step.sequences if each.request_id in self._going]
+        return [done, *released, *preempted, *self._handed_off(going, [])]
 
     def _goes_on_elsewhere(self, sequence: Sequence) -> bool:
         request_id = sequence.request_id
         return not sequence.is_finished and request_id in self._prompts and not self._prompts.stays(request_id)
 
+    def _hand_off(self, request_ids: list[int]) -> list[Event]:
+        """Running sequences go on elsewhere, at once or when their launched steps have run."""
+        running = [each for each in request_ids if each in self._running and not self._running[each].is_finished]
+        going = [each for each in running if self._scheduler.may_leave(each)]
+        self._going.update(going)
+        for request_id in self._launched.request_ids.intersection(going):
+            self._scheduler.retire(request_id)
+        coming = [each for each in request_ids if each in self._arrivals or each in self._prompts]
+        stay = coming + [each for each in running if each not in going and each in self._scheduler]
+        return self._handed_off(going, stay)
+
+    def _handed_off(self, request_ids: list[int], stay: list[int]) -> list[Event]:
+        """Of these, those that no launched step uses any more."""
+        handoffs = []
+        for request_id in request_ids:
+            if request_id in self._launched.request_ids:
+                continue
+            self._going.discard(request_id)
+            self._scheduler.take(request_id)
+            sequence = self._running.pop(request_id)
+            self._keep(sequence)
+            handoffs.append(self._offer(sequence))
+        return [HandedOff(handoffs=handoffs, stay=stay)] if handoffs or stay else []
+
     def _lease(self, sequence: Sequence) -> KVHandoff:
+        """Of a finished prompt."""
+        self._prompts.take(sequence.request_id)
+        return self._offer(sequence)
+
+    def _offer(self, sequence: Sequence) -> KVHandoff:
         """From here on the blocks are the reader's to release."""
         request_id = sequence.request_id
         self._device_blocks.reassign(Owner("sequence", request_id), Owner("transfer", request_id))
-        self._prompts.take(request_id)
         self._runs_no_more(request_id)
         self.leases.grant(request_id, sequence.block_ids)
         return KVHandoff(

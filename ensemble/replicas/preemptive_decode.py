@@ -175,6 +175,17 @@ class PreemptiveDecodeScheduler:
         self.blocks.free(Owner("sequence", request_id))
         return True
 
+    def may_leave(self, request_id: int) -> bool:
+        """Whether a sequence's KV is on the device, so that another replica can read it."""
+        footprint = self._footprints.get(request_id)
+        return footprint is not None and footprint.place == "device"
+
+    def take(self, request_id: int) -> None:
+        """Ends a sequence that may leave, or is retired. Its blocks are the caller's, with their owner as it was."""
+        if self._retired.pop(request_id, None) is None:
+            del self._sequences[request_id], self._footprints[request_id]
+            self._policy.remove(request_id)
+
     def check_integrity(self) -> None:
         """Raises InternalError if the books contradict each other."""
         self.blocks.check_integrity()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ensemble.config import Deployment, StageName
 from ensemble.errors import DistServeError, StageUnavailable
-from ensemble.protocol.router_replica import AttachFailed, CancelRequests, Preempted
+from ensemble.protocol.router_replica import AttachFailed, CancelRequests, HandedOff, HandOff, Preempted
 from ensemble.router.dispatch import Dispatch
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.gauges import Totals
@@ -71,6 +71,38 @@ class Attempts:
                 life.client.timeline.num_preemptions += 1
                 self._begin_again(life, now)
 
+    def move(self, replica: Replica, now: float) -> None:
+        """Nothing that the replica has is to wait for its end there: what runs goes over, with its KV, if there is a
+        reader; the rest is computed again."""
+        attempt_ids = []
+        for attempt_id in replica.credits.request_ids:
+            life = self._lives.of_attempt(attempt_id)
+            if life is None or replica.id not in (life.prefill_replica, life.decode_replica):
+                continue
+            may_leave = self._dispatch.admission.may_leave(life.attempt, replica.id)
+            if may_leave and life.phase == "decode" and life.decode_replica == replica.id:
+                attempt_ids.append(attempt_id)
+            elif life.phase != "bridge" or not may_leave:
+                self.recover(life, "drain", now)
+        if attempt_ids:
+            self._dispatch.command(replica, HandOff(request_ids=attempt_ids))
+
+    def handed_off(self, replica: Replica, event: HandedOff, now: float) -> None:
+        """Sequences decode there no more; some cannot leave with their KV, and are computed again."""
+        for attempt_id in event.stay:
+            life = self._lives.of_attempt(attempt_id)
+            if life is not None and life.decode_replica == replica.id:
+                self.recover(life, "drain", now)
+        for handoff in event.handoffs:
+            life = self._lives.of_attempt(handoff.request_id)
+            if life is None:
+                continue  # it was cancelled meanwhile: the replica was told, and ends the lease
+            if not self._dispatch.admission.may_leave(life.attempt, replica.id):
+                self.recover(life, "drain", now)
+                continue
+            self._dispatch.admission.leave(life.attempt, replica.id)
+            life.phase, life.handoff, life.prefill_replica, life.decode_replica = "bridge", handoff, replica.id, None
+
     def count_preemptions(self, by: str, number: int) -> None:
         self._totals["vllm:num_preemptions_total", ()] += number
         self._totals["distserve:preemptions_total", (("by", by),)] += number
@@ -116,7 +148,7 @@ class Attempts:
         for attempt_id in failed.request_ids:
             life = self._lives.of_attempt(attempt_id)
             if life is not None and not self._dispatch.admission.is_reachable_from(source.id):
-                self.fail(life, StageUnavailable("decode", source.down_reason))
+                self._cannot_leave(life, source)
             elif life is not None:
                 self.recover(life, "unreachable", now)
         self.fail_unreachable(source)
@@ -140,7 +172,14 @@ class Attempts:
             return
         for life in self._lives:
             if life.phase == "bridge" and life.prefill_replica == source.id:
-                self.fail(life, StageUnavailable("decode", source.down_reason))
+                self._cannot_leave(life, source)
+
+    def _cannot_leave(self, life: Life, source: Replica) -> None:
+        """No reader can map the pool that it is in: it is computed again, unless that could be there again."""
+        if source.takes_prompts:
+            self.fail(life, StageUnavailable("decode", source.down_reason))
+        else:
+            self.recover(life, "unreachable", self._dispatch.predictions.now)
 
     def fail(self, life: Life, error: DistServeError) -> None:
         """Ends a live request with an error, wherever it is, and has its blocks freed."""

@@ -145,10 +145,7 @@ class FleetChanges:
                 continue
             if replica.drain_until is not None and now >= replica.drain_until:
                 replica.drain_until = None
-                for attempt_id in replica.credits.request_ids:
-                    life = self._lives.of_attempt(attempt_id)
-                    if life is not None and replica.id in (life.prefill_replica, life.decode_replica):
-                        self._attempts.recover(life, "drain", now)
+                self._attempts.move(replica, now)
             if replica.is_leaving and not replica.credits.num_requests:
                 replica.state = "leaving"
                 self._send(replica.home, RemoveReplica(replica=replica.id))

@@ -65,11 +65,18 @@ class PrefixMoves:
 
     # ---- before
 
-    def offer(self, life: Life, reader: Replica, up_ones: Sequence[Replica], num_cached_tokens: int) -> Offer | None:
-        """The longest prefix of a prompt that another replica has, at least a block more than `num_cached_tokens`."""
+    def may_offer(self, life: Life) -> bool:
+        """Whether any replica has the beginning of the prompt."""
         prefixes = self._prefixes
-        if prefixes is None or life.is_alone or not life.hashes:
-            return None
+        return prefixes is not None and bool(life.hashes) and not life.is_alone and prefixes.is_anywhere(life.hashes[0])
+
+    def offer(self, life: Life, reader: Replica, up_ones: Sequence[Replica], num_cached_tokens: int) -> Offer | None:
+        """The longest prefix of a prompt that another replica has, at least a block more than `num_cached_tokens`.
+
+        To be asked only where one `may_offer`.
+        """
+        prefixes = self._prefixes
+        assert prefixes is not None, "nothing may be offered without"
         prefill_len, best = life.attempt.prefill_len, None
         for source in up_ones:
             num_tokens = prefixes.num_cached_tokens(source.id, life.hashes, prefill_len)

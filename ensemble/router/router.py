@@ -26,6 +26,7 @@ from ensemble.protocol.router_replica import (
     Event,
     FromReplica,
     FromStage,
+    HandedOff,
     Joined,
     KVHandoff,
     Preempted,
@@ -213,6 +214,8 @@ class Router:
                     self.dispatch.prefixes.update(replica.id, event.stored, event.evicted)
                 self._totals["vllm:prefix_cache_queries_total", ()] += event.num_queried_tokens
                 self._totals["vllm:prefix_cache_hits_total", ()] += event.num_hit_tokens
+            case HandedOff():
+                self.attempts.handed_off(replica, event, now)
             case PrefixLeased():
                 self.dispatch.prefix_moves.leased(event, now)
             case PrefixPulled():

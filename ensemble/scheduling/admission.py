@@ -7,6 +7,7 @@ promised (in prefill) --arrive--> bridge --next_submission--> decode --released-
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple, TypeAlias
 
 from ensemble.errors import InternalError, InvalidRequest
@@ -290,6 +291,18 @@ class DecodeAdmission:
             raise InternalError(f"request {request_id} arrived in the bridge without a promise")
         self._bridge[request_id] = source
 
+    def may_leave(self, request: Request, source: int) -> bool:
+        """Whether there is a replica that takes hand-offs, could hold the request, and may map the source's pool."""
+        return self._could_ever_go(source, self._need(request))
+
+    def leave(self, request: Request, source: int) -> None:
+        """A sequence decodes at a replica no more, and waits in the bridge, with its KV there, to go on elsewhere."""
+        state = self._replicas[source]
+        del state.prices[request.request_id], self._replica_of[request.request_id]
+        state.beyond_credit.pop(request.request_id, None)
+        self.promise(request)
+        self.arrive(request.request_id, source)
+
     def next_submission(self) -> Submission | None:
         """Takes the head of the bridge, and those behind it bound for the same replica; None if the head has to wait.
 
@@ -298,11 +311,13 @@ class DecodeAdmission:
         wait for the very blocks that they have leased. Call again until None.
         """
         request_ids: list[int] = []
-        replica = None
-        for request_id, source in list(self._bridge.items()):
+        replica, stays = None, 0  # those that stand before nobody
+        while entry := next(islice(self._bridge.items(), stays, None), None):
+            request_id, source = entry
             need = self._promised[request_id]
             best = self._best_replica(request_id, source, need)
             if best is None and not self._could_ever_go(source, need):
+                stays += 1
                 continue
             if best is None or (request_ids and best != replica):
                 break

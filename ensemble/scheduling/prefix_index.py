@@ -24,6 +24,10 @@ class PrefixIndex:
         """Blocks that it has."""
         return len(self._hashes.get(replica, ()))
 
+    def is_anywhere(self, block_hash: bytes) -> bool:
+        """Whether a replica has that block."""
+        return any(block_hash in hashes for hashes in self._hashes.values())
+
     def num_cached_tokens(self, replica: int, hashes: Sequence[bytes], prompt_len: int) -> int:
         """Tokens of a prompt, given by the hashes of its full blocks, that the replica has; the last one never."""
         known: Set[bytes] = self._hashes.get(replica, frozenset())

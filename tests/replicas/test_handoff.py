@@ -11,10 +11,13 @@ from msgspec.structs import replace
 from ensemble.config import Deployment
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.protocol.router_replica import (
+    Arrival,
     AttachFailed,
     AttachPeer,
     CancelRequests,
     DetachPeer,
+    HandedOff,
+    HandOff,
     Join,
     Joined,
     PromptChunk,
@@ -328,4 +331,46 @@ def test_a_stale_or_made_up_reference_is_refused_by_name_and_costs_no_block(pair
     assert sorted(released_in(events)) == [0, 1]
     while pair.prefill.loop.leases:
         pair.prefill.acknowledged()
+    pair.assert_empty()
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True], ids=["step by step", "launched ahead"])
+def test_running_sequences_go_over_in_the_midst_of_their_answers(
+    pair: Pair, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, runs_ahead: bool
+) -> None:
+    """From decode to where they were prefilled, and what ends or is cancelled on the way ends there."""
+    requests = [replace(each, sampling=replace(each.sampling, max_tokens=12)) for each in make_requests(6, 1.0)]
+    alone = generate(load_engine(deployment, deployment.decode, CPU), requests)
+    monkeypatch.setattr(Engine, "runs_ahead", runs_ahead)
+    pair.prefill.handle(whole_prompts(requests))
+    events = pair.prefill.run()
+    pair.decode.handle(join(events, requests))
+    while max(len(each) for each in tokens_of(events).values()) < 5:
+        events += pair.decode.serve_once()
+    events += pair.decode.handle(HandOff(request_ids=[each.request_id for each in requests]))
+    events += pair.decode.handle(CancelRequests(request_ids=[requests[-1].request_id]))
+    events += pair.decode.run()
+    while pair.prefill.loop.leases:
+        pair.prefill.acknowledged()
+    handoffs = [each for event in events if isinstance(event, HandedOff) for each in event.handoffs]
+    told = tokens_of(events)
+    by_id = {each.request_id: each for each in requests}
+    going = {each.request_id for each in handoffs} - {requests[-1].request_id}
+    assert len(going) >= 3 and set(pair.decode.loop.leases) >= going
+    pair.prefill.handle(
+        Join(
+            arrivals=[
+                Arrival(request=by_id[each.request_id], output_token_ids=told[each.request_id], handoff=each)
+                for each in handoffs
+                if each.request_id in going
+            ]
+        )
+    )
+    events += pair.prefill.run()
+    while pair.decode.loop.leases:
+        pair.decode.acknowledged()
+    for request_id, sequence in alone.items():
+        said = tokens_of(events)[request_id]
+        assert said == sequence.output_token_ids[: len(said)]
+        assert len(said) == len(sequence.output_token_ids) or request_id == requests[-1].request_id
     pair.assert_empty()

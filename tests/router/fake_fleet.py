@@ -26,6 +26,8 @@ from ensemble.protocol.router_replica import (
     Event,
     FromReplica,
     FromStage,
+    HandedOff,
+    HandOff,
     Join,
     Joined,
     KVHandoff,
@@ -173,6 +175,10 @@ class FakeReplica:
             case Join(arrivals=arrivals):
                 for arrival in arrivals:
                     self._join(arrival, fleet)
+            case HandOff(request_ids=request_ids):
+                going = [self.running.pop(each).request for each in request_ids if each in self.running]
+                if going:
+                    self.out.append(HandedOff(handoffs=[self._lease(each) for each in going]))
             case LeasePrefix(lease_id=lease_id, hashes=hashes):
                 self._lease_prefix(lease_id, hashes)
             case PullPrefix() as pull:
@@ -260,7 +266,7 @@ class FakeReplica:
     def _join(self, arrival: Arrival, fleet: "FakeFleet") -> None:
         request = arrival.request
         outputs = arrival.output_token_ids
-        assert outputs == answer(request)[: len(outputs)] and len(outputs) == len(request.resumed_token_ids) + 1
+        assert outputs == answer(request)[: len(outputs)] and len(outputs) > len(request.resumed_token_ids)
         if arrival.handoff.source == self.address:
             if request.request_id not in self.leases:
                 return

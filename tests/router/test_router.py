@@ -252,8 +252,45 @@ def test_a_drain_that_takes_too_long_moves_what_runs():
     fleet.now += 1.5
     fleet.run()
     assert all(client.tokens == answer(request) for request, client in asked)
-    assert any(client.timeline.num_recoveries for _, client in asked)
+    assert not any(client.timeline.num_recoveries for _, client in asked)  # with its KV
     assert all(client.timeline.decode_replica == 2 for _, client in asked)
+    fleet.assert_empty()
+
+
+@pytest.mark.parametrize("ends", ["kill source", "kill reader", "cancel", "undrain", "unmappable"])
+@pytest.mark.parametrize("num_rounds", range(4))
+def test_whatever_happens_while_sequences_go_over_costs_no_answer(ends, num_rounds):
+    fleet = make_fleet(1, 2)
+    asked = [fleet.arrive(4, max_tokens=20) for _ in range(4)]
+    for _ in range(6):
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    source = fleet.router.fleet.get(1)
+    fleet.router.changes.drain(source, fleet.now)
+    fleet.tick()
+    for number in range(num_rounds):
+        fleet.deliver(1 + number % 2)
+    match ends:
+        case "kill source":
+            fleet.kill(1)
+        case "kill reader":
+            fleet.kill(2)
+        case "cancel":
+            fleet.router.cancel(asked[0][0].request_id)
+        case "undrain":
+            fleet.router.changes.undrain(source)
+        case "unmappable":
+            arrived = list(fleet.replicas[2].arrivals)
+            for request_id in arrived:
+                fleet.replicas[2]._cancel(request_id, fleet)
+            failed = AttachFailed(address=fleet.replicas[1].address, reason="no such pool", request_ids=arrived)
+            fleet.replicas[2].out.append(failed)
+    fleet.run()
+    for number, (request, client) in enumerate(asked):
+        is_cancelled = ends == "cancel" and number == 0
+        assert client.error is None or is_cancelled
+        assert client.tokens == answer(request) or is_cancelled
     fleet.assert_empty()
 
 
