@@ -66,6 +66,7 @@ class Load:
     output: tuple[int, int]
     rates: tuple[float, float]  # between which the goodput of every mode is looked for
     targets: tuple[Targets, ...] = ()  # none: what is looked for is throughput, and the mean time
+    share: float = 1.0  # of the requests that are asked for: prompts that are long take long
     ttft_prefills: float = 0.0  # each request's TTFT target: so many times its own prefill on an idle GPU
 
     def asks(self, rate: float, number: int, seed: int) -> list[Ask]:
@@ -121,6 +122,7 @@ LOADS = (
             Targets(f"TTFT 3 prefills, ITL {ms:g} ms ({times:g} decode steps)", (("itl", ms),))
             for times, ms in LONG_STEPS_MS.items()
         ),
+        0.4,
         3.0,
     ),
     Load("short outputs: 1,949 in, 16 out, LLaMA-2-13B", LLAMA_2_13B, (1949, 1949), (16, 16), (2.0, 30.0)),
@@ -217,7 +219,8 @@ def main(
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
 
         def each_mode(load: Load, what: Callable[..., Any], *arguments: Any) -> dict[str, Future[Any]]:
-            runs = [Runs(load, mode, num_requests, range(num_seeds)) for mode in (*STATIC, AUTO)]
+            number = round(load.share * num_requests)
+            runs = [Runs(load, mode, number, range(num_seeds)) for mode in (*STATIC, AUTO)]
             return {each.mode: pool.submit(what, each, *arguments) for each in runs}
 
         goodputs = [(load, each_mode(load, Runs.goodputs)) for load in loads if load.targets]
