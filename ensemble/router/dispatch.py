@@ -99,6 +99,7 @@ class Dispatch:
 
     def role_changed(self, replica: Replica) -> list[int]:
         """Its role or its state is another one; what it has goes on there. See `replica_up`."""
+        self.predictions.forget(replica.id)
         is_spare = self.ways.is_spare(replica)
         self.admission.set_open(replica.id, replica.takes_sequences or is_spare, is_spare=is_spare)
         refused = self.prefill.set_limits(replica.id, self.ways.prompt_limits(replica))
@@ -106,6 +107,7 @@ class Dispatch:
         return refused
 
     def replica_down(self, replica: Replica) -> None:
+        self.predictions.forget(replica.id)
         self.prefill.replica_down(replica.id)
         self.admission.replica_down(replica.id)
         if self.prefixes is not None:
@@ -226,6 +228,7 @@ class Dispatch:
             timeline = life.client.timeline
             timeline.decode_submitted_ns, timeline.decode_replica = time_ns, replica_id
             life.submitted_s = self.predictions.now
+        self.predictions.forget(replica_id)
         self.command(replica, Join(arrivals=arrivals))
 
     # ---- roles

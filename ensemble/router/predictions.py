@@ -15,19 +15,22 @@ from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.scheduling.prefix_index import PrefixIndex
 from ensemble.scheduling.roles import Pressure
 
+STALE_S = 0.05  # after which a replica is looked at again: what prompts take of its time changes by itself
 DEFAULT_TTFT_S = 1.0  # edf's deadline, and roles' measure, where there is no target
 
 
 @dataclass(slots=True)
 class _Standing:
-    """What the router knows of a replica, as long as nothing is told or sent."""
+    """What the router knows of a replica, as long as it says nothing and is told nothing."""
 
     rows: StepShape  # its running sequences
     target_s: float | None  # the smallest ITL target among them
     num_tokens: int  # of prompts that it has been sent
     num_keys: int  # that those attend to
-    num_prompts: float  # that wait for its steps: those, its share of the queue, and the one that is to be placed
-    sites: dict[int, Site] = field(default_factory=dict)  # power of two of where prompts begin |->
+    num_prompts: int  # of those
+    seen_s: float
+    sites: dict[tuple[int, int], Site] = field(default_factory=dict)  # powers of two of where prompts begin, and of its
+    # share of the queue |->
 
 
 class Predictions:
@@ -59,38 +62,39 @@ class Predictions:
         self.has_targets = False  # whether a request ever came with an ITL target of its own
 
     def look_again(self, now: float) -> None:
-        """What is known of the replicas holds no more."""
+        """Time has passed, and things have happened. What has to do with a replica was told by `forget`."""
         self.now = now
         self.up_ones = self._fleet.up_ones()
         self._tokens_per_s = self._prefill.tokens_per_s(now) / max(1, sum(each.takes_prompts for each in self.up_ones))
-        self._standings.clear()
         self._works.clear()
         self._block_s = None
 
-    def forget(self, replica_id: int, *, stays: bool) -> None:
-        """A request has started there, and stays, or will be handed off."""
+    def forget(self, replica_id: int, *, frees_blocks: bool = True) -> None:
+        """Something has changed there: it has said something, or been told."""
         self._standings.pop(replica_id, None)
-        if stays:
+        if frees_blocks:
             self._block_s = None
 
     def site(self, replica: Replica, work: Work = NO_WORK) -> Site:
         """As it is, if this prompt comes to those that it has; near enough: those are one that begin, on average, at
-        positions with the same power of two."""
+        positions with the same power of two, before a queue with the same one."""
         known = self._standing(replica)
         start = (known.num_keys + work.num_keys) // max(1, known.num_tokens + work.num_tokens)
-        site = known.sites.get(start.bit_length())
+        num_queued = self._prefill.num_waiting_each
+        key = start.bit_length(), int(num_queued).bit_length()
+        site = known.sites.get(key)
         if site is None:
-            site = known.sites[start.bit_length()] = self._site(replica, known, start)
+            site = known.sites[key] = self._site(replica, known, start, num_queued)
         return site
 
-    def _site(self, replica: Replica, known: "_Standing", start: int) -> Site:
-        rows = known.rows
+    def _site(self, replica: Replica, known: "_Standing", start: int, num_queued: float) -> Site:
+        rows, num_prompts = known.rows, known.num_prompts + num_queued + 1
         one_more = StepShape(0, 0, rows.num_rows + 1, rows.num_row_keys)
         return Site(
             replica.id,
             replica.estimator,
-            self._chunk_len(replica, known, rows, start),
-            self._chunk_len(replica, known, one_more, start),
+            self._chunk_len(replica, known, rows, start, num_prompts),
+            self._chunk_len(replica, known, one_more, start, num_prompts),
             start,
             known.num_tokens,
             known.num_keys,
@@ -103,13 +107,14 @@ class Predictions:
 
     def _standing(self, replica: Replica) -> "_Standing":
         known = self._standings.get(replica.id)
-        if known is None:
+        if known is None or self.now - known.seen_s > STALE_S:
             num_unfinished = len(set(self._prefill.unfinished(replica.id)))
             known = self._standings[replica.id] = _Standing(
                 self._rows(replica, num_unfinished),
                 self._itl_target_of(replica),
                 *self._prefill.backlog(replica.id),
-                num_unfinished + self._prefill.num_waiting_each + 1,
+                num_unfinished,
+                self.now,
             )
         return known
 
@@ -163,14 +168,14 @@ class Predictions:
         targets = [life.attempt.itl_target_s for life in lives if life is not None]
         return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
 
-    def _chunk_len(self, replica: Replica, known: "_Standing", rows: StepShape, start: int) -> int:
+    def _chunk_len(self, replica: Replica, known: "_Standing", rows: StepShape, start: int, num_prompts: float) -> int:
         """Prompt tokens from `start` on that its steps take beside these sequences, as its loop will find too."""
         if not rows.num_rows:
             return self._deployment.prefill.max_num_batched_tokens
         target_s = None if known.target_s is None else known.target_s / self._num_places(replica)
         max_len = self._deployment.num_prompt_tokens_beside
         adapts = self._deployment.scheduler.roles == "auto"
-        return chunk_beside(replica.estimator, rows, start, target_s, max_len, known.num_prompts, adapts=adapts)
+        return chunk_beside(replica.estimator, rows, start, target_s, max_len, num_prompts, adapts=adapts)
 
     def wait_for_blocks_s(self, num_blocks: int) -> float:
         """Until the replicas that decode have freed so many: outputs end evenly, as many as there are in their time."""

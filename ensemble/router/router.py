@@ -187,6 +187,7 @@ class Router:
                     self._event(replica, decode_event(item.event), now)
 
     def _event(self, replica: Replica, event: Event, now: float) -> None:
+        self.dispatch.predictions.forget(replica.id)
         match event:
             case StepDone():
                 self._step_done(replica, event)

@@ -119,7 +119,7 @@ class Ways:
         if not way.stays:  # there is room for it, or will be soon enough: else this was no way
             self._admission.promise(request)
         self._chosen = None
-        self._predictions.forget(replica_id, stays=way.stays)
+        self._predictions.forget(replica_id, frees_blocks=way.stays)
         life.started(replica_id, stays=way.stays)
         if offer is not None:
             self._prefix_moves.begin(life, replica, offer, self._predictions.now)

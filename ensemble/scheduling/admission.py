@@ -376,7 +376,7 @@ class DecodeAdmission:
         return _Need(min(life, -(-self._expected_kv_tokens(request) // self.block_size)), life)
 
     def _fits(self, state: _Replica, request_id: int, need: _Need, num_held_blocks: int = 0) -> bool:
-        if state.prices and (request_id in self._alone or not self._alone.isdisjoint(state.prices)):
+        if self._alone and state.prices and (request_id in self._alone or not self._alone.isdisjoint(state.prices)):
             return False
         return state.fits(need, num_held_blocks)
 
@@ -391,14 +391,16 @@ class DecodeAdmission:
         return max(fitting, key=lambda replica: self._replicas[replica].num_free_blocks, default=None)
 
     def _next_in_place(self) -> Submission | None:
-        may_take = {replica for replica, state in self._replicas.items() if state.is_open and state.num_free_seqs > 0}
+        may_take = {each for each, state in self._replicas.items() if state.is_open and state.num_free_seqs > 0}
         if may_take.isdisjoint(self._bridge.values()):
             return None
         num_lacking = -sum(each.num_free_blocks for each in self._replicas.values() if self._takes_hand_offs(each))
         for request_id, source in self._bridge.items():
             state, need = self._replicas.get(source), self._promised[request_id]
             num_lacking += need.expected
-            if state is None or not self._fits(state, request_id, need, state.credits.held(request_id)):
+            if state is None or source not in may_take:
+                continue
+            if not self._fits(state, request_id, need, state.credits.held(request_id)):
                 continue
             may_wait = state.is_spare and self._could_ever_go(source, need)
             if may_wait and self._wait_s(max(1, num_lacking)) <= self.max_bridge_wait_s:

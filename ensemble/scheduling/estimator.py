@@ -12,7 +12,7 @@ second, and of each kind the median counts, so that a step which something else 
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from math import inf, sqrt
@@ -112,6 +112,20 @@ class StepEstimator:
         seconds = base + per_token * max(0, shape.num_tokens - self._knee) + per_prompt_key * shape.num_prompt_keys
         return max(_LEAST_S, seconds + per_row * shape.num_rows + per_row_key * shape.num_row_keys)
 
+    def beside(self, rows: StepShape, start: int) -> Callable[[int], float]:
+        """Seconds of a step with these rows by the length of the chunk, from `start` on, in it: quick to ask again."""
+        base, per_token, per_prompt_key, per_row, per_row_key = self._coefficients
+        fixed = base + per_prompt_key * rows.num_prompt_keys + per_row * rows.num_rows + per_row_key * rows.num_row_keys
+        num_beyond = rows.num_tokens - self._knee
+        if not self.has_samples:
+            return lambda length: 0.0
+
+        def seconds(length: int) -> float:
+            keys_s = per_prompt_key * (length * start + length * (length + 1) // 2)
+            return max(_LEAST_S, fixed + keys_s + per_token * max(0, num_beyond + length))
+
+        return seconds
+
     def seconds_of_prompts(self, num_tokens: int, num_keys: int, chunk_len: int, beside: StepShape = NO_STEP) -> float:
         """Of all steps that compute so much of prompts, at most `chunk_len` tokens each, beside the same rest."""
         num_whole, num_left = divmod(num_tokens, chunk_len)
@@ -127,9 +141,10 @@ class StepEstimator:
 
     def max_chunk_len(self, limit_s: float, beside: StepShape, start: int, max_len: int) -> int:
         """The most tokens of a prompt, from `start` on, with which the step takes no longer than `limit_s`; 0: none."""
-        if self.seconds(beside.with_chunk(start, max_len)) <= limit_s:
+        seconds = self.beside(beside, start)
+        if seconds(max_len) <= limit_s:
             return max_len
-        if self.seconds(beside.with_chunk(start, 1)) > limit_s:
+        if seconds(1) > limit_s:
             return 0
         # base + per_token * max(0, tokens - knee) + per_key * (length * start + length * (length + 1) / 2) = limit
         base, per_token, per_key, per_row, per_row_key = self._coefficients
@@ -141,9 +156,9 @@ class StepEstimator:
                 per_key / 2, per_key * (start + 0.5) + per_token, limit_s - base + per_token * num_hidden
             )
         fits = min(max_len - 1, max(1, int(keys_only)))
-        while self.seconds(beside.with_chunk(start, fits)) > limit_s:  # by a rounding error
+        while seconds(fits) > limit_s:  # by a rounding error
             fits -= 1
-        while self.seconds(beside.with_chunk(start, fits + 1)) <= limit_s:
+        while seconds(fits + 1) <= limit_s:
             fits += 1
         return fits
 

@@ -191,9 +191,11 @@ def chunk_beside(
         fitting_len = steps.max_chunk_len(_limit_s(bare_s, target_s), rows, start, max_len)
         return max(min(MIN_CHUNK_LEN, max_len), fitting_len)
 
+    seconds = steps.beside(rows, start)
+
     def cost_of_token(length: int) -> float:
         """Seconds: the whole step for who waits for prompts, and what the chunk adds to it for who runs."""
-        step_s = steps.seconds(rows.with_chunk(start, length))
+        step_s = seconds(length)
         return (max(1.0, num_prompts) * step_s + rows.num_rows * (step_s - bare_s)) / length
 
     free_len = steps.max_chunk_len(FREE_STRETCH * bare_s, rows, start, max_len)

@@ -26,7 +26,7 @@ import typer
 
 from ensemble import request as requests
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
-from ensemble.config import DecodePolicyName, Deployment, PolicyName, StageName
+from ensemble.config import DecodePolicyName, Deployment, PolicyName, Roles, StageName
 from ensemble.errors import DistServeError
 from ensemble.protocol.router_replica import (
     Command,
@@ -50,6 +50,7 @@ from ensemble.router.lives import Timeline
 from ensemble.router.router import Router
 from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.scheduling.estimator import StepShape, TimedStep
 from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
 
@@ -57,6 +58,15 @@ BLOCK_SIZE = 16
 NUM_DECISIONS = 100
 NUM_RUNNING = 1000
 GOAL_MS = 1.0
+# Of a 13B model on an H100, about: weights 10 ms, which hide 128 tokens; what the replicas' estimators are fitted to.
+SHAPES = [
+    StepShape.of([(0, chunk)] if chunk else [], [500] * rows) for chunk in (0, 64, 256, 2048) for rows in (0, 8, 64)
+]
+STEPS = [
+    TimedStep(each, 1e-2 + 4e-5 * max(0, each.num_tokens - 128) + 3e-7 * each.num_row_keys)
+    for each in SHAPES
+    if each.num_tokens
+]
 
 
 def make_request(rng: random.Random, request_id: int) -> Request:
@@ -124,10 +134,10 @@ def decode_ms(name: DecodePolicyName, num_running: int) -> list[float]:
     return times_ms
 
 
-def router_ms(name: PolicyName, num_queued: int) -> dict[str, list[float]]:
+def router_ms(name: PolicyName, num_queued: int, roles: Roles = "fixed") -> dict[str, list[float]]:
     """What a router is told |-> milliseconds until it has sent what follows; and those of its metrics."""
     rng = random.Random(0)
-    fleet = FullFleet(name, num_queued, rng)
+    fleet = FullFleet(name, num_queued, rng, roles)
     times_ms: dict[str, list[float]] = {
         "a decode step": [],
         "a sequence's end": [],
@@ -170,12 +180,12 @@ class FullFleet:
     `step`, `end` and `answer` tell it something and return the milliseconds that it took to send out what follows.
     """
 
-    def __init__(self, policy: PolicyName, num_queued: int, rng: random.Random) -> None:
+    def __init__(self, policy: PolicyName, num_queued: int, rng: random.Random, roles: Roles) -> None:
         self._rng, self._num_queued, self._num_requests = rng, num_queued, 0
         self._sent: deque[tuple[int, Command]] = deque()
         self._prompt_lens: dict[int, int] = {}  # request_id |-> tokens
         self._running: dict[int, dict[int, int]] = {}  # replica |-> request_id |-> tokens of its output so far
-        queue = {"policy": policy, "max_wait_s": 1e9, "max_queue_requests": 2 * num_queued}
+        queue = {"roles": roles, "policy": policy, "max_wait_s": 1e9, "max_queue_requests": 2 * num_queued}
         deployment = Deployment.parse(
             {
                 "model": {"path": "."},
@@ -197,6 +207,7 @@ class FullFleet:
                 num_places=deployment.num_places(home),
                 pid=0,
                 peer_address=f"ipc://{index}",
+                timed=STEPS,
             )
             self.router.receive(up, 0.0)
         while sum(map(len, self._running.values())) < NUM_RUNNING:
@@ -233,8 +244,14 @@ class FullFleet:
         times_ms: list[float] = []
         for replica, command in list(self._sent):
             if isinstance(command, RunPrompts):
-                ids = [each.request_id for each in command.chunks if each.end == self._prompt_lens[each.request_id]]
-                handoffs = [KVHandoff(request_id=each, source="", num_kv_tokens=0, block_ids=[]) for each in ids]
+                done_chunks = [each for each in command.chunks if each.end == self._prompt_lens[each.request_id]]
+                ids = [each.request_id for each in done_chunks]
+                self._running[replica] |= {each.request_id: 1 for each in done_chunks if each.stays}
+                handoffs = [
+                    KVHandoff(request_id=each.request_id, source="", num_kv_tokens=0, block_ids=[])
+                    for each in done_chunks
+                    if not each.stays
+                ]
                 done = _step_done(ids, [0] * len(ids), handoffs=handoffs, batch_ids=[command.batch_id])
                 times_ms.append(self._tell([(replica, done)]))
             elif isinstance(command, Join):
@@ -300,6 +317,10 @@ def main(out: Path = Path("docs/results/scheduler-cost.json")) -> None:
         for event in small:
             label = f"router {policy}, 10,000 queued, 1,000 running, {event}"
             rows += rows_for(label, small[event], large[event], "100,000 to 10,000 queued")
+    small, large = router_ms("fcfs", 10_000, "auto"), router_ms("fcfs", 100_000, "auto")
+    for event in small:
+        label = f"router fcfs, roles auto, 10,000 queued, 1,000 running, {event}"
+        rows += rows_for(label, small[event], large[event], "100,000 to 10,000 queued")
     for name in get_args(DecodePolicyName):
         label = f"decode {name}, 1,000 running"
         rows += rows_for(label, decode_ms(name, 1000), decode_ms(name, 10_000), "10,000 to 1,000")
