@@ -11,6 +11,7 @@ import pytest
 from ensemble.config import Deployment
 from ensemble.scheduling.estimator import StepShape, TimedStep
 from ensemble.scheduling.placement import Site, Work
+from tools.benchmarks.simulate_goodput import Load, Runs, itl
 from tools.load.records import Record, Run
 from tools.load.workloads import arrivals
 from tools.simulation.against_runs import compare
@@ -154,6 +155,15 @@ def test_a_deployment_file_of_other_devices_is_simulated(tmp_path: Path) -> None
     both = deployment("colocated", decode={"devices": [f"cuda:{index}" for index in range(4)]})
     records = Simulation(both, costs()).run([Ask(0.001 * index, 64, 4) for index in range(8)])
     assert max(record.ttft for record in records) < 3 * 0.065 + 0.05  # two each, not eight in a row
+
+
+def test_goodput_is_found_between_what_is_attained_and_what_is_not() -> None:
+    """Prompts of one token's answer, each alone in its step: below what two replicas can compute at all."""
+    load = Load("", LLAMA_2_13B, (1949, 1949), (1, 1), (2.0, 60.0), (itl(20.0),))
+    capacity = 2 / step_s(LLAMA_2_13B, GPUS["h100"], StepShape.of([(0, 1949)], []), 1)
+    (found,) = Runs(load, "colocated:2048", 600, range(1)).goodputs()
+    assert 0.7 * capacity < found < 1.15 * capacity  # 600 requests are over before the queue is too long
+    assert Runs(load, "colocated:2048", 40, range(1)).throughput() == pytest.approx(capacity, rel=0.1)
 
 
 def test_what_is_predicted_of_a_pipeline_is_what_its_steps_in_flight_take() -> None:
