@@ -16,7 +16,7 @@ Totals: TypeAlias = Counter[tuple[str, Labels]]
 def gauges(lives: Lives, fleet: Fleet, dispatch: Dispatch, totals: Totals) -> Gauges:
     levels: dict[tuple[str, Labels], float] = {
         ("vllm:num_requests_waiting", ()): dispatch.prefill.num_waiting,
-        ("vllm:num_requests_running", ()): sum(life.phase in ("prefill", "bridge", "decode") for life in lives),
+        ("vllm:num_requests_running", ()): lives.num_attempts - dispatch.prefill.num_waiting,
         ("distserve:num_requests_bridge", ()): dispatch.admission.num_bridge_seqs,
         ("distserve:num_tokens_waiting", ()): dispatch.prefill.num_waiting_tokens,
         ("vllm:num_requests_swapped", ()): sum(replica.num_swapped_seqs for replica in fleet.up_ones()),

@@ -170,6 +170,11 @@ class Lives:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    @property
+    def num_attempts(self) -> int:
+        """Of those that have tokens to come: in the queue, or at replicas."""
+        return len(self._by_attempt)
+
     def __iter__(self) -> Iterator[Life]:
         return iter(list(self._by_id.values()))
 

@@ -498,6 +498,8 @@ class FakeFleet:
         self.router.dispatch.prefill.check_integrity()
         self.router.dispatch.admission.check_integrity()
         self.router.dispatch.prefix_moves.check_integrity()
+        running = sum(life.phase in ("prefill", "bridge", "decode") for life in self.router.lives)
+        assert self.router.gauges()["vllm:num_requests_running", ()] == running
         for replica in self.replicas.values():
             replica.blocks.check_integrity()
 
