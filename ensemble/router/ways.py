@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 from ensemble.config import Deployment
@@ -44,6 +43,7 @@ class Ways:
         self._predictions = predictions
         self._prefix_moves = prefix_moves
         self._is_auto = deployment.scheduler.roles == "auto"
+        self._beside = Limits(deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
         self._chosen: tuple[int, _Choice | None] | None = None  # for the attempt asked of last, as long as it holds
         self._refused: list[tuple[Life, TargetOutOfReach]] = []
         self._alone: set[int] = set()  # attempt ids
@@ -84,9 +84,9 @@ class Ways:
         if replica.takes_prompts and replica.role == "prefill":
             return self._prefill.limits
         if replica.takes_prompts:
-            return Limits(self._deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
+            return self._beside
         if replica.takes_sequences and self._is_auto:
-            return Limits(self._deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
+            return self._beside
         if replica.takes_sequences and decode.local_prefill_tokens:
             return Limits(decode.local_prefill_tokens, MAX_BATCHES_BESIDE, decode.max_local_prompt_len, stays=True)
         return None
@@ -97,11 +97,8 @@ class Ways:
         if replica is None or not self._predictions.rows(replica).num_rows:
             return limits
         chunk_len = self._predictions.site(replica).chunk_len
-        return replace(
-            limits,
-            max_num_batched_tokens=min(limits.max_num_batched_tokens, chunk_len),
-            max_batches_in_flight=MAX_BATCHES_BESIDE,
-        )
+        num_tokens = min(limits.max_num_batched_tokens, chunk_len)
+        return Limits(num_tokens, MAX_BATCHES_BESIDE, limits.max_prompt_len, limits.stays)
 
     # ---- the choice
 
