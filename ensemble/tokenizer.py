@@ -177,8 +177,11 @@ def _decoder_of(
         space, has_bytes = steps[0]["pattern"]["String"], "ByteFallback" in kinds
         tokens = SentencePieceTokens(backend, special_tokens, space, has_bytes)
         return partial(SentencePieceText, tokens), tokens, "Strip" in kinds
+    if kinds == ["Metaspace"]:
+        tokens = SentencePieceTokens(backend, special_tokens, steps[0]["replacement"], has_bytes=False)
+        return partial(SentencePieceText, tokens), tokens, steps[0].get("prepend_scheme") != "never"
     raise ModelError(
-        f"tokenizer decoder {'+'.join(kinds)} is not supported; supported: ByteLevel,"
+        f"tokenizer decoder {'+'.join(kinds)} is not supported; supported: ByteLevel, Metaspace,"
         f" {' and '.join('+'.join(names) for names in _SENTENCEPIECE_DECODERS)}"
     )
 
