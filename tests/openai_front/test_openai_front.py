@@ -93,6 +93,12 @@ def test_a_completion(client: openai.OpenAI, oracle: Oracle) -> None:
     assert usage.total_tokens == len(token_ids) + NUM_TOKENS
     assert complete(client, prompt=token_ids).choices[0].text == choice.text
     assert complete(client, echo=True).choices[0].text == PROMPT + choice.text
+    assert complete(client, echo=True, prompt=token_ids).choices[0].text == PROMPT + choice.text
+    marked = f"{oracle.tokenizer.eos_token}{PROMPT}"
+    for each in complete(client, echo=True, prompt=[marked, PROMPT], n=2).choices:
+        assert each.text.startswith(marked if each.index < 2 else PROMPT)
+    streamed = complete(client, echo=True, prompt=marked, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed).startswith(marked)
     assert complete(client, max_tokens=openai.NOT_GIVEN).usage.completion_tokens == 16
 
 
