@@ -314,6 +314,20 @@ def test_a_missing_or_broken_tokenizer_is_named_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("options", [{}, {"legacy": True}, {"legacy": False}, {"legacy": None}])
+def test_llamas_own_class_is_as_transformers_builds_it(tmp_path, sentencepiece, model_type, options):
+    (tmp_path / "tokenizer.json").write_bytes((sentencepiece / "tokenizer.json").read_bytes())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": BOS, "eos_token": EOS, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | options))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the cat", " the", f"the{EOS}{BOS}the {EOS} the", f"{SPACE}a  b", "Größe 你"):
+        token_ids = theirs(text).input_ids
+        assert ours.encode(text) == token_ids
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
 def test_unigram_as_transformers_has_long_saved_it(tmp_path, scheme):
     pieces = ["<unk>", EOS, SPACE, f"{SPACE}the", f"{SPACE}b", *"abcdeht", "你"]
