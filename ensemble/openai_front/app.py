@@ -70,6 +70,9 @@ class Front:
     async def _answer(
         self, request: Request, asked_kind: type[Asked], kind: type[ChatAnswer] | type[CompletionAnswer]
     ) -> Response:
+        coding = request.headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise ApiError(415, f"Content-Encoding {coding[:64]!r} is not taken here.", code="unsupported_encoding")
         body = await read_body(request, self._max_body_bytes)
         arrival_ns = time.time_ns()
         asked = parse(body, asked_kind)

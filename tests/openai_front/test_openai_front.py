@@ -1,6 +1,7 @@
 """OpenAI's API on the real server, by OpenAI's own client, against what transformers says of the same checkpoint."""
 
 import contextlib
+import gzip
 import http.client
 import json
 import os
@@ -293,6 +294,13 @@ def test_the_template_gets_its_own_members(client: openai.OpenAI) -> None:
 def test_a_body_that_is_too_large(openai_server: TritonServer) -> None:
     status, answer, _ = post(openai_server, "completions", b" " * (5 << 20))
     assert (status, answer["error"]["code"]) == (413, "too_large")
+
+
+def test_a_compressed_body_is_refused_as_such(openai_server: TritonServer) -> None:
+    url, body = f"{openai_server.openai_url}/completions", gzip.compress(b"{}")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Encoding": "gzip"}), timeout=30)
+    assert (caught.value.code, json.load(caught.value)["error"]["code"]) == (415, "unsupported_encoding")
 
 
 @pytest.mark.parametrize("head", [b"X: " + b"a" * (1 << 20), b"X: a\r\n" * (1 << 17), b" " * (1 << 20)])
