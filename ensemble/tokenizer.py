@@ -18,7 +18,7 @@ from ensemble.detokenizer import (
     TextDecoder,
 )
 from ensemble.errors import ModelError
-from ensemble.sentencepiece_model import read_sentencepiece_model
+from ensemble.sentencepiece_model import SPACE, read_sentencepiece_model
 from ensemble.tokenizer_config import read_tokenizer_config
 
 _SENTENCEPIECE_DECODERS = (
@@ -59,6 +59,8 @@ class Tokenizer:
             has_post_processor = (path / "tokenizer.json").exists()  # then the options to add BOS and EOS mean nothing
             if has_post_processor:
                 backend = tokenizers.Tokenizer.from_str((path / "tokenizer.json").read_text(encoding="utf-8"))
+                if _is_llamas(path, config.fields, backend):
+                    _build_as_llamas(backend, config.fields)
             elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
                 backend = _read_gpt2_files(path, config.fields)
             elif (path / "tokenizer.model").exists():
@@ -177,8 +179,11 @@ def _decoder_of(
         space, has_bytes = steps[0]["pattern"]["String"], "ByteFallback" in kinds
         tokens = SentencePieceTokens(backend, special_tokens, space, has_bytes)
         return partial(SentencePieceText, tokens), tokens, "Strip" in kinds
+    if kinds == ["Metaspace"]:
+        tokens = SentencePieceTokens(backend, special_tokens, steps[0]["replacement"], has_bytes=False)
+        return partial(SentencePieceText, tokens), tokens, steps[0].get("prepend_scheme") != "never"
     raise ModelError(
-        f"tokenizer decoder {'+'.join(kinds)} is not supported; supported: ByteLevel,"
+        f"tokenizer decoder {'+'.join(kinds)} is not supported; supported: ByteLevel, Metaspace,"
         f" {' and '.join('+'.join(names) for names in _SENTENCEPIECE_DECODERS)}"
     )
 
@@ -204,10 +209,31 @@ def _read_gpt2_files(path: Path, fields: Mapping[str, Any]) -> tokenizers.Tokeni
 
 def _is_qwens(path: Path, fields: Mapping[str, Any]) -> bool:
     """As the configuration says, or, where that names no tokenizer, the model's."""
-    name = fields.get("tokenizer_class")
-    if name is None and (path / "config.json").exists():
-        name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    return str(name).lower().startswith("qwen")
+    return str(fields.get("tokenizer_class") or _model_type(path)).lower().startswith("qwen")
+
+
+def _model_type(path: Path) -> Any:
+    file = path / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.exists() else None
+
+
+def _is_llamas(path: Path, fields: Mapping[str, Any], backend: tokenizers.Tokenizer) -> bool:
+    """Of LLaMA's own class, and spelled by SentencePiece: of other models' transformers takes the file as it is."""
+    model_type = _model_type(path)
+    name = str(fields.get("tokenizer_class") or model_type)
+    is_named = name in ("LlamaTokenizer", "LlamaTokenizerFast", "llama") and model_type in (None, "llama")
+    return is_named and isinstance(backend.model, models.BPE) and "ByteFallback()" in str(backend.decoder)
+
+
+def _build_as_llamas(backend: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> None:
+    """As transformers 5 builds it, whatever the file says: a space before a text (before what follows an added token
+    only if it is `legacy`), but not before another one."""
+    scheme = "always" if fields.get("legacy") else "first"
+    is_off = fields.get("add_prefix_space") is False
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "never" if is_off else scheme, split=False)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps if is_off else [*steps, decoders.Strip(" ", 1, 0)])
 
 
 def _found_as_written(token: AddedToken) -> AddedToken:

@@ -7,7 +7,7 @@ import pytest
 from checkpoints import BOS, BOS_ID, EOS, PAD, make_tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
@@ -312,6 +312,38 @@ def test_a_missing_or_broken_tokenizer_is_named_in_one_line(tmp_path):
     with pytest.raises(ModelError, match="tokenizer cannot be read") as error:
         Tokenizer.from_dir(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("options", [{}, {"legacy": True}, {"legacy": False}, {"legacy": None}])
+def test_llamas_own_class_is_as_transformers_builds_it(tmp_path, sentencepiece, model_type, options):
+    (tmp_path / "tokenizer.json").write_bytes((sentencepiece / "tokenizer.json").read_bytes())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": BOS, "eos_token": EOS, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | options))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the cat", " the", f"the{EOS}{BOS}the {EOS} the", f"{SPACE}a  b", "Größe 你"):
+        token_ids = theirs(text).input_ids
+        assert ours.encode(text) == token_ids
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_unigram_as_transformers_has_long_saved_it(tmp_path, scheme):
+    pieces = ["<unk>", EOS, SPACE, f"{SPACE}the", f"{SPACE}b", *"abcdeht", "你"]
+    backend = Backend(models.Unigram([(piece, -float(len(piece) < 2)) for piece in pieces], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(SPACE, prepend_scheme=scheme)
+    backend.add_special_tokens([EOS])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the abc the", "a 你 b", f"the{EOS} the", "b  b"):
+        token_ids = theirs(text).input_ids
+        assert ours.encode(text) == token_ids
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+        deltas, rest = stream(ours, token_ids)
+        assert "".join(deltas) + rest == ours.decode(token_ids)
 
 
 def test_an_unknown_decoder_is_refused_by_name(tmp_path):

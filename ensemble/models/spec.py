@@ -171,15 +171,15 @@ def _parse_llama(model_type: str, config: Mapping[str, Any], common: dict[str, A
 
 
 def _parse_windows(model_type: str, config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    """Mistral's window is of every layer; Qwen's of the layers that `layer_types` names, or after the first ones."""
+    """Of layers that `layer_types` names; without it Mistral's is of all layers, Qwen's of those after the first."""
     window = config.get("sliding_window")
     if model_type == "llama" or window is None or (model_type != "mistral" and not config.get("use_sliding_window")):
         return (None,) * num_layers
     if int(window) < 1:
         raise ValueError(f"sliding_window = {window} is not valid: at least 1, or null")
-    if model_type == "mistral":
-        return (int(window),) * num_layers
     kinds = config.get("layer_types")
+    if kinds is None and model_type == "mistral":
+        return (int(window),) * num_layers
     if kinds is None:
         num_full = 28 if config.get("max_window_layers") is None else int(config["max_window_layers"])
         return tuple(int(window) if layer >= num_full else None for layer in range(num_layers))

@@ -70,6 +70,9 @@ class Front:
     async def _answer(
         self, request: Request, asked_kind: type[Asked], kind: type[ChatAnswer] | type[CompletionAnswer]
     ) -> Response:
+        coding = request.headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise ApiError(415, f"Content-Encoding {coding[:64]!r} is not taken here.", code="unsupported_encoding")
         body = await read_body(request, self._max_body_bytes)
         arrival_ns = time.time_ns()
         asked = parse(body, asked_kind)
@@ -86,9 +89,20 @@ class Front:
             self._upstream.generate(answer.id, prompt, sampling, options, arrival_ns)
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
+        if isinstance(asked, CompletionRequest) and asked.echo and isinstance(asked.prompt[0], str):
+            options["echo"] = False  # of ids alone, whose text would be without special tokens
+            streams = [after(str(text), stream) for text, stream in zip(asked.prompt, streams, strict=True)]
         several = [numbered(stream, index * asked.n) for index, stream in enumerate(streams)]
         pieces = streams[0] if len(streams) == 1 else merged(several)
         return Delivery(answer, pieces, asked.stream, asked.includes_usage)
+
+
+async def after(prompt: str, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    """Each answer begins with the prompt."""
+    begun: set[int] = set()
+    async for piece in pieces:
+        yield piece if piece.choice in begun else replace(piece, text=prompt + piece.text)
+        begun.add(piece.choice)
 
 
 async def numbered(pieces: AsyncIterator[Piece], first_choice: int) -> AsyncIterator[Piece]:

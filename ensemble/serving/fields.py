@@ -140,6 +140,7 @@ IN_SAMPLING_PARAMETERS = {
 }
 MAX_NAME_LEN = 64  # of one that may be a misspelling
 INTERNAL = {"ensemble_mark", "return_vllm_outputs"}  # between the models, not for clients
+SCHEDULER_ONLY = {"input_ids", "return_output_ids"}  # the ensembles have neither this input nor the output
 # What the Triton server and its clients put among a request's parameters by themselves.
 OF_THE_SERVER = re.compile(r"triton_\w*|sequence_(?:id|start|end)|priority|timeout|headers|binary_data_output|id")
 
@@ -150,9 +151,11 @@ def collect(tensors: Tensors, parameters: Mapping[str, Any]) -> Values:
     parameters: the request's own, without those of the server and of the relay.
     """
     given = {name: from_tensor(name, tensor) for name, tensor in tensors.items()}
+    is_of_ensemble = "ensemble_mark" in tensors
+    names = [name for name in KINDS if name not in INTERNAL and not (is_of_ensemble and name in SCHEDULER_ONLY)]
     for name in parameters:
-        if name not in KINDS or name in INTERNAL:
-            raise unknown(name, parameters[name], KINDS)
+        if name not in names:
+            raise unknown(name, parameters[name], names)
     asked = {name: from_json(name, value) for name, value in parameters.items()}
     packed = given.pop("sampling_parameters", None) or asked.pop("sampling_parameters", None) or {}
     for name, value in packed.items():

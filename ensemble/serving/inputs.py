@@ -136,6 +136,8 @@ def parse_request(
     sampling = parse_sampling(values, options, tokenizer, limits)
     field = next((name for name in ("messages", "text_input") if name in values), "input_ids")
     if "input_ids" in values:  # from a client, or from `preprocess`, beside the text that they were made of
+        is_alone = field == "input_ids" or "ensemble_mark" in values
+        _check(field, "given beside input_ids", is_alone, "one of the two")
         token_ids = values["input_ids"]
         text = values.get("text_input")
     else:

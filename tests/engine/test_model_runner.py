@@ -49,6 +49,10 @@ CHECKPOINTS = {
     ),
     "mistral": (make_tiny_mistral, {"head_dim": 32}),
     "mistral-window": (make_tiny_mistral, {"sliding_window": 10}),
+    "mistral-window-of-some-layers": (
+        make_tiny_mistral,
+        {"sliding_window": 10, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
     "qwen2": (make_tiny_qwen2, {}),
     "qwen2-tied": (make_tiny_qwen2, {"tie_word_embeddings": True}),
     "qwen2-window": (make_tiny_qwen2, {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1}),

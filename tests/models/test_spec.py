@@ -108,6 +108,8 @@ def test_mistral(tmp_path):
     assert spec.windows == (4096,) * 32
     assert load_model_spec(write(tmp_path, without(MISTRAL, "sliding_window"))).windows == (4096,) * 32
     assert load_model_spec(write(tmp_path, MISTRAL | {"sliding_window": None})).windows == (None,) * 32
+    kinds = ["full_attention", "sliding_attention"] * 16  # Ministral 8B's, which transformers reads as `ministral`
+    assert load_model_spec(write(tmp_path, MISTRAL | {"layer_types": kinds})).windows == (None, 4096) * 16
 
 
 def test_qwen2(tmp_path):

@@ -1,6 +1,7 @@
 """OpenAI's API on the real server, by OpenAI's own client, against what transformers says of the same checkpoint."""
 
 import contextlib
+import gzip
 import http.client
 import json
 import os
@@ -93,6 +94,12 @@ def test_a_completion(client: openai.OpenAI, oracle: Oracle) -> None:
     assert usage.total_tokens == len(token_ids) + NUM_TOKENS
     assert complete(client, prompt=token_ids).choices[0].text == choice.text
     assert complete(client, echo=True).choices[0].text == PROMPT + choice.text
+    assert complete(client, echo=True, prompt=token_ids).choices[0].text == PROMPT + choice.text
+    marked = f"{oracle.tokenizer.eos_token}{PROMPT}"
+    for each in complete(client, echo=True, prompt=[marked, PROMPT], n=2).choices:
+        assert each.text.startswith(marked if each.index < 2 else PROMPT)
+    streamed = complete(client, echo=True, prompt=marked, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed).startswith(marked)
     assert complete(client, max_tokens=openai.NOT_GIVEN).usage.completion_tokens == 16
 
 
@@ -287,6 +294,13 @@ def test_the_template_gets_its_own_members(client: openai.OpenAI) -> None:
 def test_a_body_that_is_too_large(openai_server: TritonServer) -> None:
     status, answer, _ = post(openai_server, "completions", b" " * (5 << 20))
     assert (status, answer["error"]["code"]) == (413, "too_large")
+
+
+def test_a_compressed_body_is_refused_as_such(openai_server: TritonServer) -> None:
+    url, body = f"{openai_server.openai_url}/completions", gzip.compress(b"{}")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Encoding": "gzip"}), timeout=30)
+    assert (caught.value.code, json.load(caught.value)["error"]["code"]) == (415, "unsupported_encoding")
 
 
 @pytest.mark.parametrize("head", [b"X: " + b"a" * (1 << 20), b"X: a\r\n" * (1 << 17), b" " * (1 << 20)])

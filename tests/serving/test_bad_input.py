@@ -39,6 +39,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
 BAD_IDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "id outside the vocabulary": ({"input_ids": [5, 384]}, ["input_ids = 384", "0 to 383"]),
     "negative id": ({"input_ids": [-1, 5]}, ["input_ids = -1", "0 to 383"]),
+    "ids beside a text": ({"input_ids": [5], "text_input": "x"}, ["text_input", "given beside input_ids"]),
     "too many ids": ({"input_ids": [5] * 512}, ["input_ids = 512", "at most 511 tokens"]),
 }
 

@@ -110,6 +110,13 @@ def test_what_is_refused_is_named(parameters: dict[str, Any], message: str) -> N
         collect({}, parameters)
 
 
+@pytest.mark.parametrize("name", ["input_ids", "return_output_ids"])
+def test_what_only_the_scheduler_has_is_refused_by_the_ensembles(name: str) -> None:
+    collect({}, {name: "1" if name == "input_ids" else True})
+    with pytest.raises(InvalidRequest, match=f"{name} = .* there is no input of this name"):
+        collect({"ensemble_mark": np.array([b"x"], object)}, {name: "1"})
+
+
 def test_a_number_that_equals_nothing_is_no_other_value_of_its_name() -> None:
     assert np.isnan(collect({"temperature": np.array([np.nan], np.float32)}, {})["temperature"])
 
