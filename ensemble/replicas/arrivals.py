@@ -86,21 +86,22 @@ class Arrivals:
         self.num_wanted_blocks = 0
         for request_id, arriving in list(self._arriving.items()):
             source, handoff = self._peers.source(arriving.handoff.source), arriving.handoff
-            if arriving.is_copying or source is None:
+            is_prefix = not isinstance(arriving.what, Sequence)
+            if arriving.is_copying or source is None or (self.num_wanted_blocks and not is_prefix):
                 continue
             num_blocks = self._blocks.blocks_for(handoff.num_kv_tokens)
-            is_prefix = not isinstance(arriving.what, Sequence)
             reason = _why_not(source, handoff, num_blocks)
-            if reason is None and is_prefix and not has_room_for(num_blocks):
+            has_room = has_room_for(num_blocks + self.num_wanted_blocks)  # beside what came before
+            if reason is None and is_prefix and not has_room:
                 reason = f"{num_blocks} blocks: so many are not free"
             if reason is not None:
                 if not is_prefix:
                     self._refused[request_id] = reason
                 self.cancel(request_id, reason)
                 continue
-            if not has_room_for(num_blocks):
+            if not has_room:
                 self.num_wanted_blocks = num_blocks
-                return
+                continue
             num_here = self._allocate(arriving, num_blocks)
             if num_here == num_blocks:
                 self._end_prefix(arriving)
