@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+import msgspec
+
 from ensemble.config import Deployment, StageName
 from ensemble.errors import DistServeError, StageUnavailable
 from ensemble.protocol.router_replica import AttachFailed, CancelRequests, HandedOff, HandOff, Preempted
@@ -100,7 +102,9 @@ class Attempts:
             if not self._dispatch.admission.may_leave(life.attempt, replica.id):
                 self.recover(life, "drain", now)
                 continue
-            self._dispatch.admission.leave(life.attempt, replica.id)
+            self._release_everywhere(life.attempt_id, but=replica.id)  # what is told of its lease before may be lost
+            so_far = msgspec.structs.replace(life.attempt, resumed_token_ids=list(life.output_token_ids))
+            self._dispatch.admission.leave(so_far, replica.id)  # who is left is longer than was expected
             life.phase, life.handoff, life.prefill_replica, life.decode_replica = "bridge", handoff, replica.id, None
 
     def count_preemptions(self, by: str, number: int) -> None:
@@ -127,9 +131,9 @@ class Attempts:
         if life.phase != "answering":  # else the replicas have ended it themselves
             self._release_everywhere(attempt_id)
 
-    def _release_everywhere(self, attempt_id: int) -> None:
+    def _release_everywhere(self, attempt_id: int, *, but: int | None = None) -> None:
         for replica in self._fleet.up_ones():
-            if attempt_id in replica.credits:
+            if attempt_id in replica.credits and replica.id != but:
                 self._dispatch.command(replica, CancelRequests(request_ids=[attempt_id]))
 
     def attach_failed(self, reader: Replica, failed: AttachFailed, now: float) -> None:

@@ -114,6 +114,11 @@ class Life:
     def attempt_id(self) -> int:
         return self.attempt.request_id
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, and committed. The last one has no KV yet."""
+        return self.request.prompt_len + len(self.output_token_ids)
+
     def started(self, replica: int, *, stays: bool) -> None:
         """Its prompt is computed there from now on."""
         self.phase, timeline = "prefill", self.client.timeline

@@ -7,7 +7,7 @@ A lease has an id of its own and holds credit at the source, until the source ha
 that may be lost, so the router ends it too when it hears of the copy's end, or of the reader's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,22 +70,21 @@ class PrefixMoves:
         prefixes = self._prefixes
         return prefixes is not None and bool(life.hashes) and not life.is_alone and prefixes.is_anywhere(life.hashes[0])
 
-    def offer(self, life: Life, reader: Replica, up_ones: Sequence[Replica], num_cached_tokens: int) -> Offer | None:
-        """The longest prefix of a prompt that another replica has, at least a block more than `num_cached_tokens`.
+    def offer(self, reader: Replica, up_ones: Sequence[Replica], cached: Mapping[int, int]) -> Offer | None:
+        """The longest prefix of a prompt that another replica has, at least a block more than the reader.
 
-        To be asked only where one `may_offer`.
+        `cached`: replica |-> tokens of the prompt. To be asked only where one `may_offer`.
         """
         prefixes = self._prefixes
         assert prefixes is not None, "nothing may be offered without"
-        prefill_len, best = life.attempt.prefill_len, None
+        num_cached_tokens, best = cached[reader.id], None
         for source in up_ones:
-            num_tokens = prefixes.num_cached_tokens(source.id, life.hashes, prefill_len)
-            num_tokens -= num_tokens % prefixes.block_size
+            num_tokens = cached[source.id] - cached[source.id] % prefixes.block_size
             if num_tokens < num_cached_tokens + prefixes.block_size or source.id == reader.id:
                 continue
             if best is not None and num_tokens <= best.num_tokens:
                 continue
-            if (source.id, reader.id) in self._admission.unreachable:
+            if (source.id, reader.id) in self._admission.unreachable or source.state == "leaving":
                 continue
             if source.credits.fits(num_tokens // prefixes.block_size):
                 best = Offer(source, num_tokens, self._seconds(source, reader, num_tokens - num_cached_tokens, up_ones))
@@ -146,12 +145,13 @@ class PrefixMoves:
                 self._settle(lease_id, 0)
 
     def attempt_ended(self, attempt_id: int) -> None:
-        """A prompt that is held is computed no more: its replica does not know of it yet."""
-        lease_id = self._lease_of.pop(attempt_id, None)
-        if lease_id is not None:
-            reader = self._moves[lease_id].reader
-            self._prefill.released(reader.id, [attempt_id])
-            self._admission.released(reader.id, [attempt_id])
+        """It is computed no more. A replica that has been sent nothing of it, as of what is or was held, frees nothing
+        and says nothing."""
+        self._lease_of.pop(attempt_id, None)
+        reader_id = self._prefill.unsent_at(attempt_id)
+        if reader_id is not None:
+            self._prefill.released(reader_id, [attempt_id])
+            self._admission.released(reader_id, [attempt_id])
 
     def replica_down(self, replica: Replica) -> None:
         for lease_id, move in list(self._moves.items()):

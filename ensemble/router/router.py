@@ -307,8 +307,10 @@ class Router:
                 timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
                 if num_bytes and (reader := self.fleet.get(timeline.decode_replica)) is not None:
                     reader.handoffs.observe(num_bytes, now - life.submitted_s)
-                    # Blocks that were there already did not come.
-                    reader.kv_token_bytes = max(reader.kv_token_bytes, num_bytes / life.attempt.prefill_len)
+                    # Blocks that were there already did not come; of all others the whole did.
+                    num_blocks = -(-(life.num_tokens - 1) // self.dispatch.admission.block_size)
+                    num_tokens = num_blocks * self.dispatch.admission.block_size
+                    reader.kv_token_bytes = max(reader.kv_token_bytes, num_bytes / num_tokens)
                 life.deliver()
 
     def _count_transfer(self, transport: str, num_bytes: int, seconds: float) -> None:

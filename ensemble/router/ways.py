@@ -141,7 +141,9 @@ class Ways:
         num_blocks = -(-prefill_len // self._deployment.block_size)
         may_promise = self._admission.may_start(request)
         readers = self._readers(life) if may_promise and request.sampling.max_tokens > 1 else []
-        may_offer = self._prefix_moves.may_offer(life)
+        cached: dict[int, int] = {}  # replica |-> tokens of the prompt, where any of it is anywhere
+        if self._prefix_moves.may_offer(life):
+            cached = {each.id: self._predictions.num_cached_tokens(each.id, request) for each in up_ones}
         for replica in sorted(up_ones, key=lambda replica: order[replica.role]):
             limits = self.prompt_limits(replica)
             if limits is None or (limits.max_prompt_len or prefill_len) < prefill_len:
@@ -155,9 +157,7 @@ class Ways:
             work = self._predictions.work(replica, life)
             for way in self._ways_at(replica, life, work, readers, may_stay, may_leave):
                 yield way, None
-            if not may_offer:
-                continue
-            offer = self._prefix_moves.offer(life, replica, up_ones, prefill_len - work.num_tokens)
+            offer = self._prefix_moves.offer(replica, up_ones, cached) if cached else None
             if offer is not None:
                 later_s = max(0.0, offer.seconds - self._predictions.site(replica).until_computed(NO_WORK))
                 less = self._predictions.work_from(life, offer.num_tokens)

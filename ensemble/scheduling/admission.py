@@ -385,6 +385,7 @@ class DecodeAdmission:
             replica
             for replica, state in self._replicas.items()
             if not state.is_spare
+            and (replica == source or request_id not in state.credits)  # its lease there, of before, has to end first
             and (source, replica) not in self.unreachable
             and self._fits(state, request_id, need, state.credits.held(request_id))
         ]

@@ -223,6 +223,14 @@ class PrefillScheduler:
         than `max_long_tokens` take no more than that of a batch as long as shorter ones can use the rest. A prompt's
         next chunk may follow while the one before is in flight, because a replica runs its batches in order.
         """
+        while True:
+            num_waiting = len(self._waiting)
+            batch = self._next_batch(now, may_start)
+            if batch is not None or len(self._waiting) == num_waiting:
+                return batch
+            # What has been started is held: who comes after it may start at a replica that was asked before.
+
+    def _next_batch(self, now: float, may_start: MayStart) -> PromptBatch | None:
         head = self._waiting.head(now)
 
         def load(replica: int) -> tuple[bool, int]:
@@ -268,6 +276,12 @@ class PrefillScheduler:
         prompt = self._replicas[replica].prompts[request_id]
         num_cached_tokens = max(num_tokens, self._num_cached_tokens(replica, prompt.request))
         prompt.num_dispatched_tokens = min(num_cached_tokens, prompt.request.prefill_len - 1)
+
+    def unsent_at(self, request_id: int) -> int | None:
+        """The replica at which a prompt has been started, but which has been sent nothing of it: it knows nothing."""
+        replica = self._replica_of.get(request_id)
+        prompt = None if replica is None else self._replicas[replica].prompts.get(request_id)
+        return None if prompt is None or prompt.has_begun else replica
 
     def unfinished(self, replica: int) -> list[int]:
         """Requests whose prompts are being computed there, or have begun."""

@@ -283,7 +283,10 @@ class FakeReplica:
             assert self.is_optimistic, "more was sent than fits"
             return False
         self.running[request.request_id] = _Running(request, list(outputs))
-        self.out.append(Joined(request_ids=[request.request_id], transfer_s=[0.0], transfer_bytes=[0]))
+        num_bytes = 0  # a byte for each token of the blocks that came
+        if request.request_id in self.arrivals:
+            num_bytes = BLOCK_SIZE * self.blocks.blocks_for(request.prompt_len + len(outputs) - 1)
+        self.out.append(Joined(request_ids=[request.request_id], transfer_s=[0.0], transfer_bytes=[num_bytes]))
         return True
 
     def _cancel(self, request_id: int, fleet: "FakeFleet") -> None:

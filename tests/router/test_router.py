@@ -294,6 +294,52 @@ def test_whatever_happens_while_sequences_go_over_costs_no_answer(ends, num_roun
     fleet.assert_empty()
 
 
+@pytest.mark.parametrize("is_lost", [False, True], ids=["late", "lost"])
+def test_a_sequence_can_go_back_to_where_the_end_of_its_lease_was_not_told(is_lost):
+    fleet = make_fleet(1, 2)
+    request, client = fleet.arrive(4, max_tokens=30)
+    life = fleet.router.lives.get(request.request_id)
+    for _ in range(50):
+        fleet.router.dispatch.output_estimate.observe(request, 1)
+
+    def go(source_id, reader_id):
+        """Of the source the router hears no more than it has to."""
+        fleet.router.changes.drain(fleet.router.fleet.get(source_id), fleet.now)
+        fleet.tick()
+        while life.decode_replica != reader_id or life.prefill_replica is not None:
+            if life.phase == "decode" and life.decode_replica == source_id:
+                fleet.deliver(source_id)
+            fleet.deliver(reader_id)
+            fleet.replicas[reader_id].step(fleet)
+
+    while life.phase != "decode" or life.prefill_replica is not None:
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    first = life.decode_replica
+    second = 3 - first
+    fleet.loses_acknowledgements = is_lost
+    go(first, second)
+    fleet.loses_acknowledgements = False
+    assert request.request_id in fleet.router.fleet.get(first).credits
+    for _ in range(6):
+        fleet.deliver(second)
+        fleet.replicas[second].step(fleet)
+    fleet.router.changes.undrain(fleet.router.fleet.get(first))
+    fleet.router.changes.drain(fleet.router.fleet.get(second), fleet.now)
+    fleet.tick()
+    while life.phase == "decode" and life.decode_replica == second:
+        fleet.deliver(second)
+    assert len(life.output_token_ids) > 6
+    num_blocks = -(-(4 + len(life.output_token_ids)) // BLOCK_SIZE)
+    assert fleet.router.dispatch.admission.num_promised_blocks >= num_blocks  # though shorter ones were expected
+    fleet.run()
+    assert client.tokens == answer(request) and not client.timeline.num_recoveries
+    assert client.timeline.decode_replica == first
+    assert fleet.router.fleet.get(first).kv_token_bytes == 1.0  # its output counts too
+    fleet.assert_empty()
+
+
 def test_roles_change_under_load():
     fleet = make_fleet(1, 2)
     asked = []
@@ -512,6 +558,27 @@ def test_whatever_happens_while_a_prefix_is_fetched_nothing_stays_leased(ends, n
                 fleet.replicas[0].out.append(failed)
     fleet.run()
     assert client.tokens == ([] if ends == "cancel" else answer(request))
+    fleet.assert_empty()
+
+
+def test_a_prompt_whose_prefix_has_come_and_that_waits_for_its_turn_can_be_cancelled():
+    """Its replica, which is busy, has been sent nothing of it."""
+    fleet = make_fleet(1, 1)
+    request, client = second_turn(fleet)
+    others = [fleet.arrive(20, 2) for _ in range(2)]  # as many batches as may be in flight
+    fleet.deliver(1)
+    reader = fleet.replicas[0]
+    while reader.inbox or reader.out:
+        fleet.deliver(0)
+    (lease_id,) = reader.fetching
+    reader._end_fetching(lease_id, fleet)
+    while reader.out:
+        fleet.deliver(0)
+    assert reader.num_fetched_tokens == 24 and request.request_id not in reader.prompts
+    fleet.router.cancel(request.request_id)
+    fleet.run()
+    assert isinstance(client.error, Cancelled)
+    assert all(each.tokens == answer(asked) for asked, each in others)
     fleet.assert_empty()
 
 

@@ -33,6 +33,28 @@ def spans(batch):
     return [(chunk.request_id, chunk.start, chunk.length) for chunk in batch.chunks]
 
 
+def test_behind_a_prompt_that_is_held_another_replica_gets_the_next(make_request):
+    """Though that one, with less to do, was asked before."""
+    scheduler = make_scheduler()
+    bring_up(scheduler, 0)
+    bring_up(scheduler, 1)
+    for index in range(2):
+        scheduler.add(make_request(request_id=index, prompt_len=8), 0.0)
+
+    def may_start(replica, request):
+        if replica == 1 and request.request_id == 0:
+            scheduler.hold(0, 4)
+            return True
+        return replica == 0 and request.request_id == 1
+
+    batch = scheduler.next_batch(0.0, may_start)
+    assert batch is not None and (batch.replica, spans(batch)) == (0, [(1, 0, 8)])
+    assert scheduler.unsent_at(0) == 1 and scheduler.unsent_at(1) is None
+    scheduler.resume(0, 4)
+    assert spans(scheduler.next_batch(0.0, may_start)) == [(0, 4, 4)]
+    assert scheduler.unsent_at(0) is None
+
+
 def test_short_prompts_share_a_batch_up_to_the_token_budget(make_request):
     scheduler = make_scheduler()
     bring_up(scheduler, 0)
