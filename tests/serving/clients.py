@@ -99,8 +99,9 @@ class StreamClient:
     def _receive(self, result: Any, error: InferenceServerException | None) -> None:
         if error is not None:
             match = re.search(r"\[request id: ([^\]]+)\]", str(error))
-            request_id = match.group(1) if match else next(iter(self.answers))
-            self.answers[request_id].error = error
+            request_id = match.group(1) if match else next(iter(self.answers), None)
+            if request_id is not None:  # else the stream ended before the first request
+                self.answers[request_id].error = error
             self._done.put(None)
             return
         response = result.get_response()

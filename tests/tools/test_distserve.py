@@ -94,7 +94,7 @@ def test_it_serves_talks_and_lists_replicas(distserve: Path, tmp_path: Path) -> 
         assert server.wait(30) == 0
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
     assert (named.model, labels) == ("mine", {"mine"})
-    assert re.search(r"0 +. prefill +. up", fleet.stdout), fleet.stdout + fleet.stderr
+    assert re.search(r"^0 +prefill +up ", fleet.stdout, re.MULTILINE), fleet.stdout + fleet.stderr
 
 
 def test_without_the_servers_wheel_it_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
