@@ -48,6 +48,8 @@ IDLE_POLL_MS = 500  # between two beats of an idle loop
 MAX_UNSENT = 100_000  # events that the stage has not taken: it hangs
 ORDERS = "orders"  # by this name the leader publishes where it gives them
 LOAD_TIMEOUT_S = 1800.0  # of a rank, after the first one
+# On a CPU: tokens leave before more are computed. On two cores 64 streams have gaps of 150 instead of 240 ms at P99.
+NICENESS = 5
 
 
 def main() -> None:
@@ -71,6 +73,7 @@ def main() -> None:
     stage = deployment.stage(stage_name)
     device = torch.device(device_names[rank])
     if device.type == "cpu":
+        os.nice(NICENESS)
         torch.set_num_threads(stage.num_threads or cpu_threads(deployment))
     progress = Progress(progress_fd)
     try:
