@@ -63,11 +63,11 @@ def deployment(path: Path, mode: str) -> Deployment:
     )
 
 
-def start(deployment: Deployment, log: Path) -> tuple[float, float]:
+def start(deployment: Deployment, log: Path, timeout_s: float = 300.0) -> tuple[float, float]:
     """Seconds to ready, and of the first request after that."""
     begin = time.perf_counter()
     with TritonServer(deployment, log_path=log) as server:
-        server.wait_ready(timeout_s=300)
+        server.wait_ready(timeout_s=timeout_s)
         ready_s = time.perf_counter() - begin
         begin = time.perf_counter()
         answer = ask(server.grpc_url, greedy_inputs(PROMPT, 1), REQUEST_TIMEOUT_S)

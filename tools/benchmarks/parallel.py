@@ -1,0 +1,412 @@
+"""What a second GPU gives one model: tensor and pipeline parallelism, the all-reduce, KV between ranks, the start.
+
+    python -m tools.benchmarks.parallel --output docs/results/parallel.json
+
+Dummy weights. Replicas are the worker processes that a stage starts, commanded as a stage does it, with one rank, with
+tp=2 and with pp=2: their loops, followers and graphs are what is timed, on devices that nothing else uses. On CPUs
+(`--devices cpu,cpu`) the model is tiny and only shows that all of this runs. A section that fails or is late is a row
+that says so; the others go on.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ensemble.config import DEPLOYMENT_VARIABLE, GPU_BLOCK_SIZE, Deployment
+from ensemble.engine.engine import use_device
+from ensemble.parallel.group import meet
+from ensemble.transfer import nccl
+from tools.benchmarks import transports
+from tools.benchmarks.engine_shapes import SHAPES
+from tools.benchmarks.rank_processes import RankProcesses, SeenStep
+from tools.benchmarks.results import at_most, report, write_results
+from tools.benchmarks.sections import Row, end_with_parent, run_section
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 1024,
+}
+LAYOUTS = {"one rank": (1, 1), "tp=2": (2, 1), "pp=2": (1, 2)}  # tp, pp
+NUM_WARM_UP = 4  # steps, or prompts
+NUM_ALL_REDUCES, NUM_REPLAYS = 80, 20  # in a graph: two for each of 40 layers
+ALL_REDUCE_GOAL_US, START_GOAL_S = 12.0, 20.0
+MEET_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    model: str
+    config: dict[str, Any]
+    dtype: str
+    block_size: int
+    num_rows: int  # of a decode step
+    num_micro_rows: int  # in each micro-batch
+    context_len: int  # before the first of `num_steps`
+    num_steps: int
+    prompt_len: int
+    num_prompts: int
+    stage: dict[str, Any]
+    is_dry: bool = False  # nothing is measured against a goal
+
+    def goal(self, goal: float) -> float | None:
+        return None if self.is_dry else goal
+
+
+def load_for(device: str, model: str) -> Load:
+    if device == "cpu":
+        stage = {"kv_cache_bytes": 32 << 20, "num_threads": 1}
+        return Load("tiny", TINY, "float32", 16, 4, 4, 24, 16, 64, 8, stage, is_dry=True)
+    return Load(model, SHAPES[model].config, "float16", GPU_BLOCK_SIZE, 32, 64, 512, 64, 2048, 24, {})
+
+
+# ---- replicas
+
+
+def replica_rows(load: Load, devices: list[str], layout: str, measures: list[str], run_dir: Path) -> Iterator[Row]:
+    deployment = deploy(load, devices, layout, run_dir)
+    deployment_file = run_dir / "deployment.yaml"
+    deployment_file.write_text(deployment.to_yaml(), encoding="utf-8")
+    os.environ[DEPLOYMENT_VARIABLE] = str(deployment_file)
+    random.seed(0)
+    start = time.monotonic()
+    with RankProcesses(deployment, run_dir) as replica:
+        replica.wait_until_up(timeout_s=600.0)  # the section's limit is less
+        yield {"name": f"{load.model}, {layout}: ranks up", "value": round(time.monotonic() - start, 1), "unit": "s"}
+        for name in measures:
+            measured = MEASURES[name](replica, load, deployment.decode.pipeline_parallel_size)
+            yield {"name": f"{load.model}, {layout}: {name}"} | measured
+
+
+def deploy(load: Load, devices: list[str], layout: str, run_dir: Path) -> Deployment:
+    tp, pp = LAYOUTS[layout]
+    path = run_dir / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(load.config), encoding="utf-8")
+    decode = {
+        "devices": devices[: tp * pp],
+        "tp": tp,
+        "pp": pp,
+        "max_num_seqs": max(load.num_rows, load.num_micro_rows * pp),
+        "batching": "prefill-first",  # all rows begin to decode together
+    }
+    return Deployment.parse(
+        {
+            "mode": "colocated",
+            "model": {"path": path, "dtype": load.dtype, "load_format": "dummy"},
+            "prefill": {"max_num_batched_tokens": load.prompt_len, "prefix_cache": False},
+            "decode": decode | load.stage,
+            "block_size": load.block_size,
+        }
+    )
+
+
+def decode_step(replica: RankProcesses, load: Load, num_places: int) -> Row:
+    seconds = decode_seconds(replica, load, load.num_rows, num_places)
+    return {"value": round(seconds * 1e3, 3), "unit": "ms", "rows": load.num_rows} | mean_context(load)
+
+
+def decode_throughput(replica: RankProcesses, load: Load, num_places: int) -> Row:
+    seconds = decode_seconds(replica, load, load.num_micro_rows, num_places)
+    rate = load.num_micro_rows / seconds
+    return {
+        "value": round(rate, 1),
+        "unit": "tokens/s",
+        "rows": num_places * load.num_micro_rows,
+        "step_ms": round(seconds * 1e3, 3),
+    } | mean_context(load)
+
+
+def mean_context(load: Load) -> Row:
+    return {"mean_context": load.context_len + load.num_steps // 2}
+
+
+def decode_seconds(replica: RankProcesses, load: Load, num_rows: int, num_places: int) -> float:
+    """Between the ends of steps with so many rows each, as many in flight as there are places."""
+    prompts = make_prompts(load, num_places * num_rows, load.context_len)
+    steps = replica.run(prompts, load.num_steps + NUM_WARM_UP)
+    full = [step for step in steps if step.num_rows == num_rows and not step.num_prompt_tokens]
+    if len(full) < num_places * load.num_steps // 2:
+        raise RuntimeError(f"only {len(full)} of {len(steps)} steps had {num_rows} rows")
+    return seconds_each(full[NUM_WARM_UP:], num_places)
+
+
+def prefill(replica: RankProcesses, load: Load, num_places: int) -> Row:
+    """Of one prompt at a time, from its launch to its token."""
+    step_s, seen_s = [], []
+    for prompt in make_prompts(load, load.num_prompts // 2 + NUM_WARM_UP, load.prompt_len):
+        start = time.monotonic()
+        [step] = replica.run([prompt], max_tokens=1)
+        step_s.append(num_places * step.seconds)
+        seen_s.append(step.at - start)
+    value, seen = (median(each[NUM_WARM_UP:]) * 1e3 for each in (step_s, seen_s))
+    return {"value": round(value, 2), "unit": "ms", "tokens": load.prompt_len, "seen_by_the_stage_ms": round(seen, 2)}
+
+
+def prompts_in_a_row(replica: RankProcesses, load: Load, num_places: int) -> Row:
+    """With as many prompts in flight as there are places."""
+    prompts = make_prompts(load, load.num_prompts + NUM_WARM_UP, load.prompt_len)
+    steps = replica.run(prompts, max_tokens=1)
+    if len(steps) != len(prompts):
+        raise RuntimeError(f"{len(prompts)} prompts took {len(steps)} steps")
+    steps = steps[NUM_WARM_UP:]
+    rate = load.prompt_len / seconds_each(steps, num_places)
+    mean_rate = load.prompt_len * (len(steps) - 1) / (steps[-1].at - steps[0].at)
+    return {"value": round(rate, 1), "unit": "tokens/s", "tokens": load.prompt_len, "mean": round(mean_rate, 1)}
+
+
+def seconds_each(steps: list[SeenStep], num_places: int) -> float:
+    """The median time of a step, while those of other places run: of so many that follow one another, its share."""
+    spans = [last.at - first.at for first, last in zip(steps, steps[num_places:], strict=False)]
+    return median(spans) / num_places
+
+
+def make_prompts(load: Load, num_prompts: int, prompt_len: int) -> list[list[int]]:
+    return [random.choices(range(3, load.config["vocab_size"]), k=prompt_len) for _ in range(num_prompts)]
+
+
+Measure = Callable[[RankProcesses, Load, int], Row]
+MEASURES: dict[str, Measure] = {
+    "decode step": decode_step,
+    "prefill": prefill,
+    "prefill, prompts in a row": prompts_in_a_row,
+    "decode, rows in each micro-batch": decode_throughput,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Of a layout with one rank."""
+
+    layout: str
+    measure: str
+    goal: float  # times as fast
+
+
+COMPARISONS = {
+    "tp-decode": Comparison("tp=2", "decode step", 1.70),
+    "tp-prefill": Comparison("tp=2", "prefill", 1.70),
+    "pp-prefill": Comparison("pp=2", "prefill, prompts in a row", 1.85),
+    "pp-decode": Comparison("pp=2", "decode, rows in each micro-batch", 1.7),
+}
+
+
+# ---- what has no replica of its own
+
+
+def all_reduce_rows(load: Load, devices: list[str], run_dir: Path) -> Iterator[Row]:
+    """As decode steps have them: in a graph, by the group of the ranks; on CPUs one after the other."""
+    address = f"file://{run_dir}/group"
+    other = multiprocessing.get_context("spawn").Process(
+        target=_other_rank, args=(load, devices[1], address), daemon=True
+    )
+    other.start()
+    times_us = all_reduce_us(load, devices[0], 0, address)
+    name = f"all-reduce of {load.num_rows} x {load.config['hidden_size']}, {load.dtype}"
+    value = round(median(times_us), 2)
+    if load.is_dry:
+        yield {"name": name, "value": value, "unit": "us"}
+    else:
+        yield at_most(name, value, "us", ALL_REDUCE_GOAL_US) | {"nccl": nccl.version()}
+
+
+def _other_rank(load: Load, device: str, address: str) -> None:
+    end_with_parent()
+    all_reduce_us(load, device, 1, address)
+
+
+def all_reduce_us(load: Load, device_name: str, rank: int, address: str) -> list[float]:
+    """Microseconds of each of NUM_ALL_REDUCES, by replay."""
+    device = torch.device(device_name)
+    use_device(device)
+    parallel = meet(address, rank, 2, 1, device, MEET_S).tensor
+    x = torch.zeros(load.num_rows, load.config["hidden_size"], dtype=getattr(torch, load.dtype), device=device)
+
+    def reduce_all() -> None:
+        for _ in range(NUM_ALL_REDUCES):
+            parallel.all_reduce(x)
+
+    reduce_all()
+    if device.type == "cpu":
+        return [_seconds_of(reduce_all) / NUM_ALL_REDUCES * 1e6 for _ in range(NUM_REPLAYS)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog calls too
+        reduce_all()
+    times_us = []
+    for _ in range(NUM_WARM_UP + NUM_REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # both ranks are there when it ends
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times_us.append(start.elapsed_time(end) / NUM_ALL_REDUCES * 1e3)
+    return times_us[NUM_WARM_UP:]
+
+
+def _seconds_of(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def transport_rows(devices: list[str], num_ranks: int) -> Iterator[Row]:
+    random.seed(0)
+    target = torch.device(devices[1])
+    use_device(target)
+    for row in transports.rows_of(devices[0], target, num_ranks):
+        yield row | {"name": f"KV by {row['name']}"}
+
+
+def start_rows(load: Load, devices: list[str], run_dir: Path, limit_s: float) -> Iterator[Row]:
+    """Twice: caches of kernels and files are warm the second time."""
+    # What a server needs and ranks do not may be missing: that is this section's failure alone.
+    from tools.benchmarks.start import SHARE, start
+    from tools.proofs.gpu_smoke import write_model_dir
+
+    path = run_dir / "model"
+    write_model_dir(path, load.config)
+    decode = {"devices": devices, "tp": 2, "gpu_memory_utilization": SHARE["colocated"]} | load.stage
+    deployment = Deployment.parse(
+        {
+            "mode": "colocated",
+            "model": {"path": path, "dtype": load.dtype, "load_format": "dummy"},
+            "decode": decode,
+            "block_size": load.block_size,
+        }
+    )
+    for caches in ("as found", "warm"):
+        ready_s, first_token_s = start(deployment, run_dir / "log", timeout_s=0.4 * limit_s)
+        name = f"{load.model}, tp=2, colocated, caches {caches}"
+        if caches == "warm" and not load.is_dry:
+            yield at_most(f"{name}: start to ready", ready_s, "s", START_GOAL_S)
+        else:
+            yield {"name": f"{name}: start to ready", "value": ready_s, "unit": "s"}
+        yield {"name": f"{name}: first request, one token", "value": first_token_s, "unit": "s"}
+
+
+# ---- all of it
+
+ALONE = "one rank"
+SECTIONS = [*COMPARISONS, "all-reduce", "transports", "start"]
+
+
+class Report:
+    """Runs sections, each for `limit_s` at most and all for `total_s`, and writes their rows as they come."""
+
+    def __init__(self, limit_s: float, total_s: float, output: Path | None) -> None:
+        self.rows: list[Row] = []
+        self.limit_s = limit_s
+        self._output = output
+        self._start = time.monotonic()
+        self._deadline = self._start + total_s
+
+    def run(self, section: str, work: Callable[..., Iterator[Row]], arguments: tuple[Any, ...]) -> str | None:
+        """Why the section did not come to its end; None if it did."""
+        self._say(f"{section} ...")
+        limit_s = min(self.limit_s, self._deadline - time.monotonic())
+        reason = run_section(work, arguments, limit_s, self.add) if limit_s > 0 else "no time is left"
+        if reason is not None:
+            self._say(f"{section}: {reason}")
+        if self._output is not None:
+            write_results(self._output, self.rows)
+        return reason
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self._say(f"{row['name']}: {row['value']} {row['unit']}")
+
+    def fail(self, name: str, reason: str, goal: float | None = None) -> None:
+        self.add({"name": name, "value": reason, "unit": "", "goal": goal, "met": False})
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:5.1f} s] {text}", flush=True)
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(SECTIONS)}; may be repeated")] = None,
+    devices: Annotated[str, typer.Option(help="of two ranks")] = "cuda:0,cuda:1",
+    model: Annotated[str, typer.Option(help=f"of {', '.join(SHAPES)}; on CPUs a tiny one")] = "LLaMA-2-13B",
+    limit_s: Annotated[float, typer.Option(help="for each section, or replica")] = 120.0,
+    total_s: Annotated[float, typer.Option(help="for all of them")] = 540.0,
+) -> None:
+    """Exit status 1 if a goal is missed or a section has failed."""
+    wanted, both = only or SECTIONS, devices.split(",")
+    if unknown := [each for each in wanted if each not in SECTIONS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: {', '.join(SECTIONS)} are allowed", param_hint="--only")
+    if len(both) != 2 or len({device.partition(":")[0] for device in both}) != 1:
+        raise typer.BadParameter(f"{devices}: two of a kind are needed, by a comma", param_hint="--devices")
+    if model not in SHAPES:
+        raise typer.BadParameter(f"{model}: {', '.join(SHAPES)} are allowed", param_hint="--model")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
+    load, progress = load_for(both[0], model), Report(limit_s, total_s, output)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run_dir(name: str) -> Path:
+            path = Path(folder) / name
+            path.mkdir()
+            return path
+
+        compare(progress, load, both, [COMPARISONS[each] for each in wanted if each in COMPARISONS], run_dir)
+        if "all-reduce" in wanted and (
+            reason := progress.run("all-reduce", all_reduce_rows, (load, both, run_dir("ar")))
+        ):
+            progress.fail("all-reduce", reason, load.goal(ALL_REDUCE_GOAL_US))
+        for num_ranks in (1, 2) if "transports" in wanted else ():
+            section = f"KV from {num_ranks} ranks to one"
+            if reason := progress.run(section, transport_rows, (both, num_ranks)):
+                progress.fail(section, reason)
+        if "start" in wanted and (reason := progress.run("start", start_rows, (load, both, run_dir("start"), limit_s))):
+            progress.fail("start to ready", reason, load.goal(START_GOAL_S))
+    report(progress.rows, output)
+
+
+def compare(
+    progress: Report, load: Load, devices: list[str], comparisons: list[Comparison], run_dir: Callable[[str], Path]
+) -> None:
+    """Each layout's replica runs for all that is measured of it."""
+    reasons: dict[str, str | None] = {}
+    for layout in LAYOUTS:
+        of_layout = [each for each in comparisons if layout in (ALONE, each.layout)]
+        if not of_layout:
+            continue
+        measures = [each.measure for each in of_layout]
+        arguments = (load, devices, layout, measures, run_dir(layout.replace(" ", "-")))
+        reasons[layout] = progress.run(layout, replica_rows, arguments)
+        for each in of_layout if layout != ALONE else ():
+            progress.add(ratio_row(progress.rows, load, each, reasons[ALONE] or reasons[layout]))
+
+
+def ratio_row(rows: list[Row], load: Load, comparison: Comparison, reason: str | None) -> Row:
+    name = f"{comparison.layout}: {comparison.measure}, against {ALONE}"
+    goal = load.goal(comparison.goal)
+    values = {row["name"]: row for row in rows}
+    names = [f"{load.model}, {layout}: {comparison.measure}" for layout in (ALONE, comparison.layout)]
+    if any(each not in values for each in names):
+        return {"name": name, "value": reason or "not measured", "unit": "", "goal": goal, "met": False}
+    alone, several = (values[each]["value"] for each in names)
+    ratio = alone / several if values[names[0]]["unit"] == "ms" else several / alone
+    met = None if goal is None else ratio >= goal
+    return {"name": name, "value": round(ratio, 3), "unit": "times as fast", "goal": goal, "met": met}
+
+
+if __name__ == "__main__":
+    typer.run(main)
