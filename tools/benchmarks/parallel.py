@@ -2,13 +2,11 @@
 
     python -m tools.benchmarks.parallel --output docs/results/parallel.json
 
-Dummy weights. Replicas are the worker processes that a stage starts, commanded as a stage does it, with one rank, with
-tp=2 and with pp=2: their loops, followers and graphs are what is timed, on devices that nothing else uses. On CPUs
+Dummy weights. A replica's processes run with one rank, with tp=2 and with pp=2, one after the other. On CPUs
 (`--devices cpu,cpu`) the model is tiny and only shows that all of this runs. A section that fails or is late is a row
 that says so; the others go on.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -23,171 +21,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ensemble.config import DEPLOYMENT_VARIABLE, GPU_BLOCK_SIZE, Deployment
+from ensemble.config import Deployment
 from ensemble.engine.engine import use_device
 from ensemble.parallel.group import meet
 from ensemble.transfer import nccl
 from tools.benchmarks import transports
 from tools.benchmarks.engine_shapes import SHAPES
-from tools.benchmarks.rank_processes import RankProcesses, SeenStep
+from tools.benchmarks.parallel_steps import ALONE, LAYOUTS, NUM_WARM_UP, Load, load_for, replica_rows
 from tools.benchmarks.results import at_most, report, write_results
 from tools.benchmarks.sections import Row, end_with_parent, run_section
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 1024,
-}
-LAYOUTS = {"one rank": (1, 1), "tp=2": (2, 1), "pp=2": (1, 2)}  # tp, pp
-NUM_WARM_UP = 4  # steps, or prompts
 NUM_ALL_REDUCES, NUM_REPLAYS = 80, 20  # in a graph: two for each of 40 layers
 ALL_REDUCE_GOAL_US, START_GOAL_S = 12.0, 20.0
 MEET_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    model: str
-    config: dict[str, Any]
-    dtype: str
-    block_size: int
-    num_rows: int  # of a decode step
-    num_micro_rows: int  # in each micro-batch
-    context_len: int  # before the first of `num_steps`
-    num_steps: int
-    prompt_len: int
-    num_prompts: int
-    stage: dict[str, Any]
-    is_dry: bool = False  # nothing is measured against a goal
-
-    def goal(self, goal: float) -> float | None:
-        return None if self.is_dry else goal
-
-
-def load_for(device: str, model: str) -> Load:
-    if device == "cpu":
-        stage = {"kv_cache_bytes": 32 << 20, "num_threads": 1}
-        return Load("tiny", TINY, "float32", 16, 4, 4, 24, 16, 64, 8, stage, is_dry=True)
-    return Load(model, SHAPES[model].config, "float16", GPU_BLOCK_SIZE, 32, 64, 512, 64, 2048, 24, {})
-
-
-# ---- replicas
-
-
-def replica_rows(load: Load, devices: list[str], layout: str, measures: list[str], run_dir: Path) -> Iterator[Row]:
-    deployment = deploy(load, devices, layout, run_dir)
-    deployment_file = run_dir / "deployment.yaml"
-    deployment_file.write_text(deployment.to_yaml(), encoding="utf-8")
-    os.environ[DEPLOYMENT_VARIABLE] = str(deployment_file)
-    random.seed(0)
-    start = time.monotonic()
-    with RankProcesses(deployment, run_dir) as replica:
-        replica.wait_until_up(timeout_s=600.0)  # the section's limit is less
-        yield {"name": f"{load.model}, {layout}: ranks up", "value": round(time.monotonic() - start, 1), "unit": "s"}
-        for name in measures:
-            measured = MEASURES[name](replica, load, deployment.decode.pipeline_parallel_size)
-            yield {"name": f"{load.model}, {layout}: {name}"} | measured
-
-
-def deploy(load: Load, devices: list[str], layout: str, run_dir: Path) -> Deployment:
-    tp, pp = LAYOUTS[layout]
-    path = run_dir / "model"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(load.config), encoding="utf-8")
-    decode = {
-        "devices": devices[: tp * pp],
-        "tp": tp,
-        "pp": pp,
-        "max_num_seqs": max(load.num_rows, load.num_micro_rows * pp),
-        "batching": "prefill-first",  # all rows begin to decode together
-    }
-    return Deployment.parse(
-        {
-            "mode": "colocated",
-            "model": {"path": path, "dtype": load.dtype, "load_format": "dummy"},
-            "prefill": {"max_num_batched_tokens": load.prompt_len, "prefix_cache": False},
-            "decode": decode | load.stage,
-            "block_size": load.block_size,
-        }
-    )
-
-
-def decode_step(replica: RankProcesses, load: Load, num_places: int) -> Row:
-    seconds = decode_seconds(replica, load, load.num_rows, num_places)
-    return {"value": round(seconds * 1e3, 3), "unit": "ms", "rows": load.num_rows} | mean_context(load)
-
-
-def decode_throughput(replica: RankProcesses, load: Load, num_places: int) -> Row:
-    seconds = decode_seconds(replica, load, load.num_micro_rows, num_places)
-    rate = load.num_micro_rows / seconds
-    return {
-        "value": round(rate, 1),
-        "unit": "tokens/s",
-        "rows": num_places * load.num_micro_rows,
-        "step_ms": round(seconds * 1e3, 3),
-    } | mean_context(load)
-
-
-def mean_context(load: Load) -> Row:
-    return {"mean_context": load.context_len + load.num_steps // 2}
-
-
-def decode_seconds(replica: RankProcesses, load: Load, num_rows: int, num_places: int) -> float:
-    """Between the ends of steps with so many rows each, as many in flight as there are places."""
-    prompts = make_prompts(load, num_places * num_rows, load.context_len)
-    steps = replica.run(prompts, load.num_steps + NUM_WARM_UP)
-    full = [step for step in steps if step.num_rows == num_rows and not step.num_prompt_tokens]
-    if len(full) < num_places * load.num_steps // 2:
-        raise RuntimeError(f"only {len(full)} of {len(steps)} steps had {num_rows} rows")
-    return seconds_each(full[NUM_WARM_UP:], num_places)
-
-
-def prefill(replica: RankProcesses, load: Load, num_places: int) -> Row:
-    """Of one prompt at a time, from its launch to its token."""
-    step_s, seen_s = [], []
-    for prompt in make_prompts(load, load.num_prompts // 2 + NUM_WARM_UP, load.prompt_len):
-        start = time.monotonic()
-        [step] = replica.run([prompt], max_tokens=1)
-        step_s.append(num_places * step.seconds)
-        seen_s.append(step.at - start)
-    value, seen = (median(each[NUM_WARM_UP:]) * 1e3 for each in (step_s, seen_s))
-    return {"value": round(value, 2), "unit": "ms", "tokens": load.prompt_len, "seen_by_the_stage_ms": round(seen, 2)}
-
-
-def prompts_in_a_row(replica: RankProcesses, load: Load, num_places: int) -> Row:
-    """With as many prompts in flight as there are places."""
-    prompts = make_prompts(load, load.num_prompts + NUM_WARM_UP, load.prompt_len)
-    steps = replica.run(prompts, max_tokens=1)
-    if len(steps) != len(prompts):
-        raise RuntimeError(f"{len(prompts)} prompts took {len(steps)} steps")
-    steps = steps[NUM_WARM_UP:]
-    rate = load.prompt_len / seconds_each(steps, num_places)
-    mean_rate = load.prompt_len * (len(steps) - 1) / (steps[-1].at - steps[0].at)
-    return {"value": round(rate, 1), "unit": "tokens/s", "tokens": load.prompt_len, "mean": round(mean_rate, 1)}
-
-
-def seconds_each(steps: list[SeenStep], num_places: int) -> float:
-    """The median time of a step, while those of other places run: of so many that follow one another, its share."""
-    spans = [last.at - first.at for first, last in zip(steps, steps[num_places:], strict=False)]
-    return median(spans) / num_places
-
-
-def make_prompts(load: Load, num_prompts: int, prompt_len: int) -> list[list[int]]:
-    return [random.choices(range(3, load.config["vocab_size"]), k=prompt_len) for _ in range(num_prompts)]
-
-
-Measure = Callable[[RankProcesses, Load, int], Row]
-MEASURES: dict[str, Measure] = {
-    "decode step": decode_step,
-    "prefill": prefill,
-    "prefill, prompts in a row": prompts_in_a_row,
-    "decode, rows in each micro-batch": decode_throughput,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +51,6 @@ COMPARISONS = {
     "pp-prefill": Comparison("pp=2", "prefill, prompts in a row", 1.85),
     "pp-decode": Comparison("pp=2", "decode, rows in each micro-batch", 1.7),
 }
-
-
-# ---- what has no replica of its own
 
 
 def all_reduce_rows(load: Load, devices: list[str], run_dir: Path) -> Iterator[Row]:
@@ -302,9 +145,6 @@ def start_rows(load: Load, devices: list[str], run_dir: Path, limit_s: float) ->
         yield {"name": f"{name}: first request, one token", "value": first_token_s, "unit": "s"}
 
 
-# ---- all of it
-
-ALONE = "one rank"
 SECTIONS = [*COMPARISONS, "all-reduce", "transports", "start"]
 
 
@@ -396,14 +236,14 @@ def compare(
 
 
 def ratio_row(rows: list[Row], load: Load, comparison: Comparison, reason: str | None) -> Row:
-    name = f"{comparison.layout}: {comparison.measure}, against {ALONE}"
-    goal = load.goal(comparison.goal)
-    values = {row["name"]: row for row in rows}
+    """How many times as fast the layout is; `reason`: why there may be no figures of the two."""
+    name, goal = f"{comparison.layout}: {comparison.measure}, against {ALONE}", load.goal(comparison.goal)
     names = [f"{load.model}, {layout}: {comparison.measure}" for layout in (ALONE, comparison.layout)]
-    if any(each not in values for each in names):
+    measured = [row for row in rows if row["name"] in names and row["unit"]]
+    if len(measured) < len(names):
         return {"name": name, "value": reason or "not measured", "unit": "", "goal": goal, "met": False}
-    alone, several = (values[each]["value"] for each in names)
-    ratio = alone / several if values[names[0]]["unit"] == "ms" else several / alone
+    alone, several = (row["value"] for row in measured)
+    ratio = alone / several if measured[0]["unit"] == "ms" else several / alone
     met = None if goal is None else ratio >= goal
     return {"name": name, "value": round(ratio, 3), "unit": "times as fast", "goal": goal, "met": met}
 

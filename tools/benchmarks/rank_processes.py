@@ -97,6 +97,8 @@ class RankProcesses:
                 if kind == b"failed":
                     raise RuntimeError(payload.decode())
                 return kind, payload
+            if self._processes.is_collected:
+                raise RuntimeError("the replica has ended")
             if select.select([self._processes.exit_fd], [], [], 0)[0]:
                 raise RuntimeError(self._processes.collect())
             self._socket.poll(100)
