@@ -34,7 +34,6 @@ from tools.installation.model_source import resolve_model
 from tools.load.client import LoadError
 from tools.load.goodput import SHARE, Measured, curve_targets
 from tools.load.load import MAX_LAG_MS, Load, put
-from tools.load.plots import plot_curve, plot_phases
 from tools.load.records import METRICS, Run, describe, parse_targets
 from tools.load.summary import why_invalid
 from tools.load.workloads import DATASETS, Workload
@@ -255,12 +254,18 @@ def write(out: Path, output: Path | None, measured: list[Measured], targets_ms: 
     console = Console(width=120, highlight=False)
     console.print(attainment_table(measured, targets_ms))
     console.print(curve_table(measured, targets_ms, curve, curve_ms[::4]))
-    plot_curve(out / "goodput.png", measured, curve, curve_ms, targets_ms)
-    plot_phases(out / "phases.png", measured)
     rows = [row for each in measured for row in rows_of(each, targets_ms, curve, curve_ms[::4])]
     for path in filter(None, (out / "goodput.json", output)):
         write_results(path, rows)
-    console.print(f"Plots and figures: {out}/goodput.png, phases.png, goodput.json", soft_wrap=True)
+    console.print(f"Figures: {out}/goodput.json", soft_wrap=True)
+    try:
+        from tools.load.plots import plot_curve, plot_phases
+    except ImportError:
+        console.print("No plots: matplotlib is not installed (pip install matplotlib, and the same command again)")
+        return
+    plot_curve(out / "goodput.png", measured, curve, curve_ms, targets_ms)
+    plot_phases(out / "phases.png", measured)
+    console.print(f"Plots: {out}/goodput.png, phases.png", soft_wrap=True)
 
 
 def attainment_table(measured: list[Measured], targets_ms: dict[str, float]) -> Table:
