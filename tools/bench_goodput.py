@@ -133,7 +133,9 @@ def deployment_of(mode: str, devices: str | None, common: dict[str, Any]) -> Dep
 
 def fields_of(mode: str) -> dict[str, Any]:
     """Of the deployment, by which a mode differs."""
-    return {"mode": "disaggregated", "scheduler.roles": "auto"} if mode == "auto" else {"mode": mode}
+    if mode == "auto":
+        return {"mode": "disaggregated", "scheduler.roles": "auto"}
+    return {"mode": mode} | ({"scheduler.roles": "fixed"} if mode == "disaggregated" else {})
 
 
 # ---- runs

@@ -29,6 +29,9 @@ _NEW_KIND_INTERVAL = 8
 _FADE = 0.7  # of what a kind's samples have counted, at each fit
 _LEAST_S = 1e-6
 _KNEE_GAIN = 0.9  # of the squared error: a knee has to be worth its parameter
+_NUM_MIXED = 128  # steps of the newest, whose times say by how much a mixed step overruns its prediction
+_OVERRUN_SHARE = 0.95  # of them take no longer than that
+_MAX_OVERRUN = 1.3  # what takes longer was held up by something else
 _Array = npt.NDArray[np.float64]
 
 
@@ -79,6 +82,8 @@ class StepEstimator:
         self._samples = _Samples()
         self._knee = 0
         self._coefficients = [0.0] * 5
+        self._mixed: deque[float] = deque(maxlen=_NUM_MIXED)  # seconds over those predicted
+        self.overrun = 1.0  # what nearly all steps with a chunk and rows take at most of what is predicted, if it is more
 
     @property
     def has_samples(self) -> bool:
@@ -93,6 +98,9 @@ class StepEstimator:
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step has run. What took no time is no sample."""
         if seconds > 0 and shape.num_tokens:
+            if self.has_samples and shape.num_prompt_tokens and shape.num_rows:
+                self._mixed.append(seconds / self.seconds(shape))
+                self.overrun = _overrun(sorted(self._mixed))
             kind = (shape.num_prompt_tokens, shape.num_prompt_keys, shape.num_rows, shape.num_row_keys)
             if self._samples.add(kind, seconds):
                 self._fit()
@@ -104,6 +112,8 @@ class StepEstimator:
             self.observe(step.shape, step.seconds)
         if self._samples.num_samples > num_samples:
             self._fit()
+        self._mixed.clear()  # predicted by too few samples
+        self.overrun = 1.0
 
     def seconds(self, shape: StepShape) -> float:
         if not self.has_samples:
@@ -172,6 +182,13 @@ class StepEstimator:
             error *= 1 if knee else _KNEE_GAIN
             if error < least_error:
                 least_error, self._knee, self._coefficients = error, knee, coefficients
+
+
+def _overrun(ratios: list[float]) -> float:
+    """Of the newest steps' seconds over those predicted, in order."""
+    if len(ratios) < _NUM_MIXED // 8:
+        return 1.0
+    return min(_MAX_OVERRUN, max(1.0, ratios[int(_OVERRUN_SHARE * len(ratios))]))
 
 
 def _positive_root(a: float, b: float, c: float) -> float:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape
 
 MIN_CHUNK_LEN = 16  # tokens, so that prompts get on where steps are too long already
-AIM = 0.9  # of an ITL target: predictions err, and the longest gap of an answer counts
+AIM = 0.9  # of an ITL target, by what nearly all steps take: the longest gap of an answer counts, and tokens have a way
 LEAST_STRETCH = 1.1  # of a step by the chunk in it, where it misses its target without any
 FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading the weights hides it
 NUM_HALVES = 5  # lengths of chunks that are looked at: the longest, half of it, and so on
@@ -162,11 +162,12 @@ def smallest(targets: Iterable[float | None], default: float | None) -> float | 
     return min((each for target in targets if (each := default if target is None else target)), default=None)
 
 
-def _limit_s(bare_s: float, target_s: float) -> float:
-    """Seconds of a step with a chunk, that takes so long without."""
+def _limit_s(bare_s: float, target_s: float, overrun: float) -> float:
+    """Predicted seconds of a step with a chunk, that takes so long without."""
     if bare_s > target_s:
         return LEAST_STRETCH * bare_s
-    return AIM * target_s if bare_s < AIM * target_s else target_s
+    aim_s = AIM * target_s / overrun
+    return aim_s if bare_s < aim_s else target_s
 
 
 def chunk_beside(
@@ -188,7 +189,7 @@ def chunk_beside(
         return max_len
     bare_s = steps.seconds(rows)
     if target_s is not None:
-        fitting_len = steps.max_chunk_len(_limit_s(bare_s, target_s), rows, start, max_len)
+        fitting_len = steps.max_chunk_len(_limit_s(bare_s, target_s, steps.overrun), rows, start, max_len)
         return max(min(MIN_CHUNK_LEN, max_len), fitting_len)
 
     seconds = steps.beside(rows, start)

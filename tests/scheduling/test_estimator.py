@@ -123,6 +123,21 @@ def test_a_prompt_takes_what_its_steps_take_together(start, length, chunk_len) -
     assert estimator.seconds_of_prompts(length, num_keys, chunk_len, beside) == pytest.approx(together, rel=1e-3)
 
 
+def test_what_nearly_all_mixed_steps_overrun_their_prediction_by() -> None:
+    """One in ten takes a fifth longer: the median, and so the prediction, does not see it. One in fifty takes ten times
+    as long: something else held it up."""
+    estimator = StepEstimator()
+    shape, plain = StepShape.of([(0, 200)], [500] * 8), StepShape.of([], [500] * 8)
+    assert estimator.overrun == 1.0
+    for number in range(400):
+        estimator.observe(plain, 0.03 if number % 3 == 0 else 0.01)
+        estimator.observe(shape, 0.024 if number % 10 == 0 else 0.2 if number % 50 == 7 else 0.02)
+    assert estimator.seconds(shape) == pytest.approx(0.02, rel=0.02)
+    assert estimator.overrun == pytest.approx(1.2, rel=0.02)
+    estimator.learn([TimedStep(shape, 0.02)])
+    assert estimator.overrun == 1.0
+
+
 def test_chunks_attend_to_as_many_keys_as_the_whole() -> None:
     assert prompt_keys(0, 10) == sum(range(1, 11)) == prompt_keys(0, 4) + prompt_keys(4, 6)
 

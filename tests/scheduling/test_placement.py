@@ -96,6 +96,24 @@ def test_a_chunk_beside_sequences_keeps_their_target_or_is_the_least_that_gets_p
         assert STEPS.seconds(rows.with_chunk(0, length)) <= max(target_s, 1.1 * STEPS.seconds(rows))
 
 
+def test_a_chunk_is_shorter_where_steps_take_longer_than_predicted() -> None:
+    def length_at(overrun: float) -> int:
+        steps = StepEstimator()
+        for _ in range(64):
+            for length in (32, 128, 512):
+                shape = StepShape.of([(0, length)], [100] * 4)
+                steps.observe(shape, 1e-2 + 4e-5 * length)
+        for number in range(128):
+            shape = StepShape.of([(0, 128)], [100] * 4)
+            steps.observe(shape, (overrun if number % 10 == 0 else 1.0) * (1e-2 + 4e-5 * 128))
+        rows = StepShape(0, 0, 4, 400)
+        length = chunk_beside(steps, rows, 0, 0.02, 2048, 1)
+        assert overrun * steps.seconds(rows.with_chunk(0, length)) <= 0.02
+        return length
+
+    assert length_at(1.1) < length_at(1.0)
+
+
 def test_chunks_are_as_long_as_those_who_wait_want_against_those_who_run() -> None:
     """Of steps whose weights hide 128 tokens: a chunk that delays nobody, a full one, or one between."""
     steps = StepEstimator()

@@ -101,6 +101,12 @@ def test_both_modes_are_measured_and_never_twice(tmp_path: Path, model: Path, mo
     assert "colocated:64: goodput at 90%" in (tmp_path / "figures.json").read_text()
 
 
+def test_roles_are_fixed_but_for_auto(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # where make serve takes auto
+    modes = [deployment_of(mode, "cpu,cpu", {"model.path": model}) for mode in ("disaggregated", "auto", "colocated")]
+    assert [mode.scheduler.roles for mode in modes] == ["fixed", "auto", "fixed"]
+
+
 def test_auto_is_told_the_targets(model: Path) -> None:
     auto = deployment_of("auto", "cpu,cpu", {"model.path": model, "scheduler.itl_target_ms": 20.0})
     assert (auto.scheduler.roles, auto.scheduler.itl_target_ms, auto.mode) == ("auto", 20.0, "disaggregated")
