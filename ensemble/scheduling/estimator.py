@@ -83,7 +83,7 @@ class StepEstimator:
         self._knee = 0
         self._coefficients = [0.0] * 5
         self._mixed: deque[float] = deque(maxlen=_NUM_MIXED)  # seconds over those predicted
-        self.overrun = 1.0  # what nearly all steps with a chunk and rows take at most of what is predicted, if it is more
+        self.overrun = 1.0  # at least: what nearly all steps with a chunk and rows take of what is predicted
 
     @property
     def has_samples(self) -> bool:
