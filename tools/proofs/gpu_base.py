@@ -15,30 +15,26 @@ two-gpus  tools.proofs.gpu_smoke's shapes from cuda:0 to cuda:1, where there are
 import os
 import random
 import subprocess
-import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from ensemble.config import GPU_BLOCK_SIZE, Deployment
-from tools.benchmarks.results import at_most, write_results
+from tools.benchmarks.results import at_most
 from tools.installation.server_files import ServerError
 from tools.proofs.fault_storm import settled, storm, storm_rows
 from tools.proofs.faults import Shape
 from tools.proofs.gpu_smoke import SHAPES, greedy_inputs, make_requests, run_shape, serve, write_model_dir
 from tools.proofs.known_requests import REQUEST_TIMEOUT_S, Load, Outcome, alone, judge, send
+from tools.proofs.sections import Row, Section, run_sections
 from tools.proofs.transfer_deaths import death_rows
 from tools.server.processes import session_pids
 from tools.server.server_state import Metrics, workers
 from tools.server.triton_server import TritonServer
-
-Row = dict[str, Any]
 
 FAULTS_MODEL: Row = {  # 786 KB of KV a token in fp32
     "architectures": ["LlamaForCausalLM"],
@@ -166,7 +162,7 @@ def fault_rows(deployment: Deployment, shape: Shape, prompts: list[list[int]], k
     yield from machine.left_rows(session)
 
 
-def faults(folder: Path, devices: list[str], kills: int) -> Iterable[Row]:
+def faults(folder: Path, logs: Path, devices: list[str], kills: int) -> Iterable[Row]:
     write_model_dir(folder / "model", FAULTS_MODEL)
     rng = random.Random(1)
     prompts = [[rng.randrange(3, FAULTS_MODEL["vocab_size"]) for _ in range(PROMPT_LEN)] for _ in range(NUM_PROMPTS)]
@@ -177,11 +173,11 @@ def faults(folder: Path, devices: list[str], kills: int) -> Iterable[Row]:
         model = {"path": folder / "model", "dtype": "float32", "load_format": "dummy"}
         deployment = Deployment.parse({"model": model, "block_size": GPU_BLOCK_SIZE} | fields)
         count = kills * (index + 1) // len(FAULTS_SHAPES) - kills * index // len(FAULTS_SHAPES)
-        for row in fault_rows(deployment, shape, prompts, count, folder / f"faults-{shape}.log"):
+        for row in fault_rows(deployment, shape, prompts, count, logs / f"faults-{shape}.log"):
             yield row | {"name": f"faults, {shape} on {len(devices)} GPUs: {row['name']}"}
 
 
-def shares(folder: Path) -> Iterable[Row]:
+def shares(folder: Path, logs: Path) -> Iterable[Row]:
     write_model_dir(folder / "model", SHAPES["OPT-1.3b"])
     model = {"path": folder / "model", "dtype": "float16", "load_format": "dummy"}
 
@@ -192,7 +188,7 @@ def shares(folder: Path) -> Iterable[Row]:
     machine = Machine()
     used_before = gpu_memory_mib()[0]
     [total] = nvidia_smi("gpu=memory.total")[0]
-    with TritonServer(deployment(SHARE), log_path=folder / "shares.log") as server:
+    with TritonServer(deployment(SHARE), log_path=logs / "shares.log") as server:
         server.wait_ready(timeout_s=300)
         session = server.pid
         serve(server, make_requests(64, SHAPES["OPT-1.3b"]["vocab_size"], 64))
@@ -217,7 +213,7 @@ def shares(folder: Path) -> Iterable[Row]:
     yield from ({**row, "name": f"shares of 0.45: {row['name']}"} for row in machine.left_rows(session))
 
     reason = "it started"
-    with TritonServer(deployment(TOO_SMALL_SHARE), log_path=folder / "too-small.log") as server:
+    with TritonServer(deployment(TOO_SMALL_SHARE), log_path=logs / "too-small.log") as server:
         try:
             server.wait_ready(timeout_s=300)
         except ServerError as error:
@@ -226,7 +222,7 @@ def shares(folder: Path) -> Iterable[Row]:
     yield {"name": "a share that is too small", "value": reason, "unit": "", "goal": "one line", "met": is_named}
 
 
-def two_gpus(folder: Path) -> Iterable[Row]:
+def two_gpus(folder: Path, logs: Path) -> Iterable[Row]:
     for name, config in SHAPES.items():
         path = folder / name
         write_model_dir(path, config)
@@ -239,7 +235,7 @@ def two_gpus(folder: Path) -> Iterable[Row]:
             }
         )
         requests = make_requests(32, config["vocab_size"], 64)
-        rows = run_shape(name, deployment, requests, folder / f"{name}.log")
+        rows = run_shape(name, deployment, requests, logs / f"{name}.log")
         yield from ({**row, "name": f"cuda:0 to cuda:1, {row['name']}"} for row in rows)
 
 
@@ -251,42 +247,17 @@ def main(
     log_dir: Annotated[Path | None, typer.Option(help="keeps the servers' logs here")] = None,
 ) -> None:
     """Exit status 1 if a goal is missed."""
-    console = Console(width=150, highlight=False)
     has_two = torch.cuda.device_count() > 1
     devices = ("cuda:0", "cuda:1") if has_two and not one_gpu else ("cuda:0", "cuda:0")
     gpus = sorted({*devices})
-    sections: dict[str, Callable[[Path], Iterable[Row]]] = {
-        "faults": lambda folder: faults(folder, gpus, kills),
-        "deaths": lambda folder: death_rows(*devices),
+    sections: dict[str, Section] = {
+        "faults": lambda folder, logs: faults(folder, logs, gpus, kills),
+        "deaths": lambda folder, logs: death_rows(*devices),
         "shares": shares,
     }
     if has_two:
         sections["two-gpus"] = two_gpus  # last: it makes a CUDA context in this process
-    rows: list[Row] = []
-    for name, run in sections.items():
-        if only and name not in only:
-            continue
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                for row in run(Path(folder)):
-                    rows.append(row)
-                    met = {True: "yes", False: "NO", None: ""}[row.get("met")]
-                    console.print(f"{met:3} {row['name']:95} {row['value']} {row['unit']} {row.get('seen') or ''}")
-            except Exception as error:  # the other sections' results are worth having
-                traceback.print_exc()
-                rows.append(
-                    {"name": f"{name}: ran", "value": str(error), "unit": "", "goal": "to its end", "met": False}
-                )
-            if log_dir is not None:
-                log_dir.mkdir(parents=True, exist_ok=True)
-                for log in Path(folder).glob("*.log"):
-                    (log_dir / log.name).write_bytes(log.read_bytes())
-        rows.append({"name": f"{name}: time of this part", "value": round(time.monotonic() - start), "unit": "s"})
-        if output is not None:
-            write_results(output, rows)
-    if not all(row.get("met") in (None, True) for row in rows):
-        raise typer.Exit(1)
+    run_sections(sections, only, output, log_dir)
 
 
 if __name__ == "__main__":

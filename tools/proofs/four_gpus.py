@@ -1,0 +1,132 @@
+"""Runs fleets of groups of ranks on four GPUs of one host, through the real server, with dummy weights.
+
+    python -m tools.proofs.four_gpus --log-dir logs --output docs/results/four-gpus.json
+
+equality  greedy tokens of LLaMA-2-13B's shape in fp16 by each fleet, beside one GPU's offline engine, up to near ties
+
+`--devices cpu,cpu,cpu,cpu` runs the same with tiny models.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from typer import Option
+
+from ensemble.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Deployment
+from ensemble.engine.engine import load_engine
+from ensemble.errors import ConfigError
+from tools.benchmarks.engine_shapes import SHAPES
+from tools.command_line import run
+from tools.offline import generate
+from tools.proofs.gpu_smoke import compare, free_memory, make_requests, rows_of, serve_fleet, write_model_dir
+from tools.proofs.sections import Row, Section, failed, run_sections
+from tools.server.degrees import parse_degrees
+from tools.server.tiny_server import TINY_MODEL
+
+NUM_DEVICES = 4
+# A log-probability in fp16 is off by 0.01 on average at most (as outputs are compared in this project), so with a
+# standard deviation of 0.0125; the gap between two tokens, of one run beside another, is the sum of four such errors:
+# 0.025. Four of these, for the largest of some ten thousand gaps.
+FP16_NEAR_TIE = 0.1
+CPU_STAGE = {"num_threads": 1, "kv_cache_bytes": 32 << 20}
+DEVICES = ",".join(f"cuda:{index}" for index in range(NUM_DEVICES))
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Ranks and replicas of the two sides, as `make serve PREFILL= DECODE=` takes them."""
+
+    name: str
+    prefill: str
+    decode: str
+
+    @property
+    def has_groups(self) -> bool:
+        return "tp=" in self.prefill + self.decode
+
+    def deployment(self, model: dict[str, Any], devices: Sequence[str]) -> Deployment:
+        """Prefill's ranks on the first devices, decode's on those after them."""
+        on_gpus = devices[0] != "cpu"
+        stages: dict[str, dict[str, Any]] = {}
+        left = list(devices)
+        for side, words in (("prefill", self.prefill), ("decode", self.decode)):
+            fields: dict[str, Any] = dict(parse_degrees(side, words))
+            num_ranks = fields.get("tensor_parallel_size", 1) * fields.get("pipeline_parallel_size", 1)
+            number = fields.pop("replicas", 1) * num_ranks
+            stages[side] = fields | {"devices": left[:number]} | ({} if on_gpus else CPU_STAGE)
+            del left[:number]
+        return Deployment.parse({"model": model, **stages, "block_size": GPU_BLOCK_SIZE if on_gpus else CPU_BLOCK_SIZE})
+
+
+FLEETS = (
+    Fleet("2P2D", "replicas=2", "replicas=2"),
+    Fleet("P tp=2, D tp=2", "tp=2", "tp=2"),
+    Fleet("P tp=2, two D tp=1", "tp=2", "replicas=2"),
+    Fleet("P pp=2, D tp=2", "pp=2", "tp=2"),
+)
+
+
+def equality(folder: Path, logs: Path, devices: Sequence[str], num_requests: int, max_tokens: int) -> Iterator[Row]:
+    """Every fleet first, then the offline engine, which has the first device to itself."""
+    on_gpus = devices[0] != "cpu"
+    config = SHAPES["LLaMA-2-13B"].config if on_gpus else TINY_MODEL | {"max_position_embeddings": 2048}
+    write_model_dir(folder / "model", config)
+    model = {"path": folder / "model", "dtype": "float16" if on_gpus else "float32", "load_format": "dummy"}
+    requests = make_requests(num_requests, config["vocab_size"], max_tokens)
+    served = {}
+    for fleet in FLEETS:
+        try:
+            served[fleet.name] = serve_fleet(fleet.deployment(model, devices), requests, logs / f"{slug(fleet)}.log")
+            yield note(f"equality, {fleet.name}: served in", round(served[fleet.name].seconds, 2), "s")
+        except Exception as error:  # the other fleets' results are worth having
+            yield failed(f"equality, {fleet.name}", error)
+    alone = Fleet("one device", "", "").deployment(model, [devices[0]] * 2)
+    engine = load_engine(alone, alone.decode, torch.device(devices[0]))
+    expected = generate(engine, requests)
+    outputs = {tuple(each.output_token_ids) for each in expected.values()}
+    yield note("equality: distinct outputs of the offline engine", len(outputs), "outputs")
+    for name, each in served.items():
+        comparison = compare(engine, requests, expected, each.output_ids, FP16_NEAR_TIE)
+        for row in rows_of(name, each, comparison, is_apart=True):
+            yield row | {"name": f"equality, {row['name']}"}
+        widest = max(comparison.tie_margins, default=0.0)
+        yield note(f"equality, {name}: widest near tie", round(widest, 4), f"of {FP16_NEAR_TIE}, log-probability")
+    del engine
+    free_memory()
+
+
+def note(name: str, value: Any, unit: str) -> Row:
+    return {"name": name, "value": value, "unit": unit}
+
+
+def slug(fleet: Fleet) -> str:
+    """For files."""
+    return fleet.name.replace(", ", "-").replace(" ", "").replace("=", "")
+
+
+def main(
+    output: Annotated[Path | None, Option(help="JSON file for the results")] = None,
+    only: Annotated[list[str] | None, Option(help="equality. Default: all.")] = None,
+    devices: Annotated[str, Option(help="four of them")] = DEVICES,
+    log_dir: Annotated[Path | None, Option(help="keeps the servers' logs here")] = None,
+    num_requests: Annotated[int, Option(min=1, help="equality")] = 24,
+    max_tokens: Annotated[int, Option(min=1, help="equality: of each request")] = 64,
+) -> None:
+    """Exit status 1 if a goal is missed."""
+    names = devices.split(",")
+    if len(names) != NUM_DEVICES or ("cpu" in names and {*names} != {"cpu"}):
+        raise ConfigError(f"--devices {devices}: {NUM_DEVICES} GPUs, or cpu as many times, are needed")
+    torch.manual_seed(0)
+    random.seed(0)
+    sections: dict[str, Section] = {
+        "equality": lambda folder, logs: equality(folder, logs, names, num_requests, max_tokens),
+    }
+    run_sections(sections, only, output, log_dir)
+
+
+if __name__ == "__main__":
+    run(main)
