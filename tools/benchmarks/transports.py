@@ -9,11 +9,12 @@ KV is small.
 """
 
 import random
+import select
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -39,7 +40,8 @@ LAYOUTS = {  # of the whole model; 512 tokens are 8 and 32 blocks
     "cpu": (KVLayout(8, 8, 16, 64, torch.float16), 32),
 }
 GOALS = {("nccl", 1): 0.75, ("nccl", 2): 0.6, ("host", 1): 0.8}
-REQUEST_ID, REPEATS, ATTACH_S = 1, 15, 60.0
+REQUEST_ID, REPEATS = 1, 15
+START_S, ATTACH_S, PULL_S = 120.0, 60.0, 60.0
 
 
 def rank_layouts(device: torch.device, num_ranks: int) -> list[PoolLayout]:
@@ -73,12 +75,12 @@ def pattern(layout: PoolLayout, device: torch.device) -> torch.Tensor:
     return ((blocks * 61 + layers * 7 + heads) % 1999).half()
 
 
-def serve(run_dir: Path, device: torch.device, num_ranks: int) -> None:
-    layouts = rank_layouts(device, num_ranks)
-    addresses = [rank_address(f"ipc://{run_dir}/source", rank) for rank in range(num_ranks)]
+def serve(run_dir: Path, devices: Sequence[torch.device]) -> None:
+    layouts = rank_layouts(devices[0], len(devices))
+    addresses = [rank_address(f"ipc://{run_dir}/source", rank) for rank in range(len(devices))]
     leases = Leases()
     leases.grant(REQUEST_ID, list(range(layouts[0].num_blocks)))
-    for address, layout in zip(addresses, layouts, strict=True):
+    for address, layout, device in zip(addresses, layouts, devices, strict=True):
         pool = make_pool(layout, device)
         pool.tensor.copy_(pattern(layout, device))
         PeerServer(zmq.Context(), address, pool, layout, rank_addresses=addresses, leases=leases)
@@ -87,14 +89,18 @@ def serve(run_dir: Path, device: torch.device, num_ranks: int) -> None:
 
 
 @contextmanager
-def source_ranks(device: str, num_ranks: int) -> Iterator[str]:
-    """The address of a source in another process."""
+def source_ranks(*devices: str) -> Iterator[str]:
+    """The address of a source in another process, with a rank on each device. Raises TimeoutError."""
     with tempfile.TemporaryDirectory() as run_dir:
-        arguments = ["--serve", run_dir, device, str(num_ranks)]
+        arguments = ["--serve", run_dir, *devices]
         command = [sys.executable, "-m", "tools.benchmarks.transports", *arguments]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
-            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            assert process.stdout is not None
+            if not select.select([process.stdout], [], [], START_S)[0]:
+                raise TimeoutError(f"the source on {', '.join(devices)} was not there within {START_S:g} s")
+            if process.stdout.readline() != b"ready\n":
+                raise RuntimeError(f"the source on {', '.join(devices)} ended")
             yield f"ipc://{run_dir}/source"
         finally:
             process.kill()
@@ -102,48 +108,72 @@ def source_ranks(device: str, num_ranks: int) -> Iterator[str]:
 
 
 class Reader:
-    """One rank, with the whole model's layers and heads."""
+    """One rank, with the whole model's layers and its share of the heads."""
 
-    def __init__(self, device: torch.device, transport: Transport) -> None:
-        [self.layout] = rank_layouts(device, 1)
+    def __init__(self, device: torch.device, transport: Transport, rank: int = 0, num_ranks: int = 1) -> None:
+        self.layout = rank_layouts(device, num_ranks)[rank]
         self.pool = make_pool(self.layout, device)
         self.expected = pattern(self.layout, device)
         self.context = zmq.Context()
         config = TransferConfig(transport=transport)
-        self.peers = Peers(self.context, self.pool.tensor, self.layout, config)
+        self.peers = Peers(self.context, self.pool.tensor, self.layout, config, rank=rank)
         self.puller = Puller(self.pool.tensor)
 
     def attach(self, address: str) -> str | None:
         """None, or why not."""
-        self.peers.attach(address)
-        deadline = time.monotonic() + ATTACH_S
-        while not (received := self.peers.receive_handles()):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{address} did not answer within {ATTACH_S:g} s")
-            zmq.select(self.peers.attaching, [], [], 1.0)
+        with torch.cuda.device_of(self.pool.tensor):
+            self.peers.attach(address)
+            deadline = time.monotonic() + ATTACH_S
+            while not (received := self.peers.receive_handles()):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{address} did not answer within {ATTACH_S:g} s")
+                zmq.select(self.peers.attaching, [], [], 1.0)
         return received[0][1]
 
-    def pull(self, address: str, num_blocks: int) -> float:
-        """Seconds from its start to its end, as this process sees it. Raises RuntimeError for wrong bytes."""
+    def prepared(self, address: str, num_blocks: int) -> Pull:
+        """Of blocks at random into an empty pool."""
         source_ids, target_ids = (random.sample(range(self.layout.num_blocks), num_blocks) for _ in range(2))
         self.pool.tensor.zero_()
         synchronize(self.pool.tensor)
         source = self.peers.source(address)
         assert source is not None
-        start = time.perf_counter()
-        self.puller.start(Pull(REQUEST_ID, source, source_ids, target_ids))
+        return Pull(REQUEST_ID, source, source_ids, target_ids)
+
+    def start(self, pull: Pull) -> None:
+        with torch.cuda.device_of(self.pool.tensor):
+            self.puller.start(pull)
+
+    def wait(self) -> None:
+        """Raises TransferError or TimeoutError."""
+        deadline = time.monotonic() + PULL_S
         while not (done := self.puller.completed()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a pull did not end within {PULL_S:g} s")
             self.puller.wait(1.0)
-        seconds = time.perf_counter() - start
         if done[0].error is not None:
             raise done[0].error
-        if bool((self.pool.tensor[target_ids] != self.expected[source_ids]).any()):
-            raise RuntimeError("pulled blocks differ from their source")
-        return seconds
 
     def close(self) -> None:
         self.peers.close()
         self.context.term()
+
+
+def pull_s(readers: Sequence[Reader], address: str, num_blocks: int) -> float:
+    """Seconds from the start of a pull by each reader, all at once, to the end of the last, as this process sees it.
+
+    Raises RuntimeError for wrong bytes.
+    """
+    pulls = [reader.prepared(address, num_blocks) for reader in readers]
+    start = time.perf_counter()
+    for reader, pull in zip(readers, pulls, strict=True):
+        reader.start(pull)
+    for reader in readers:
+        reader.wait()
+    seconds = time.perf_counter() - start
+    for reader, pull in zip(readers, pulls, strict=True):
+        if bool((reader.pool.tensor[pull.target_block_ids] != reader.expected[pull.source_block_ids]).any()):
+            raise RuntimeError("pulled blocks differ from their source")
+    return seconds
 
 
 def synchronize(tensor: torch.Tensor) -> None:
@@ -163,12 +193,34 @@ def copy_rate(source: torch.Tensor, target: torch.Tensor) -> float:
     return source.nbytes / median(times)
 
 
+def contiguous_rate(source: torch.device, target: torch.device) -> float:
+    """Bytes a second, of a copy of as many bytes as a pull brings."""
+    layout, num_blocks = LAYOUTS[target.type]
+    size = num_blocks * layout.block_bytes
+    return copy_rate(*(torch.zeros(size, dtype=torch.uint8, device=device) for device in (source, target)))
+
+
 def ceilings(source: torch.device, target: torch.device, num_bytes: int) -> dict[str, float]:
     """Transport |-> bytes a second that it cannot pass."""
+    peer = contiguous_rate(source, target)
     there, here = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for device in (source, target))
     host = host_memory(num_bytes, target)
-    peer = copy_rate(there, here)
     return {"cuda_ipc": peer, "nccl": peer, "host": min(copy_rate(there, host), copy_rate(host, here))}
+
+
+def pulled(readers: Sequence[Reader], address: str, ceiling: float) -> dict[str, Any]:
+    """Value and unit of a row: the rate at which all of the model's KV comes to the readers, of bytes a second."""
+    layout, num_blocks = LAYOUTS[readers[0].pool.tensor.device.type]
+    num_bytes = num_blocks * layout.block_bytes
+    pull_s(readers, address, num_blocks)
+    seconds = median(pull_s(readers, address, num_blocks) for _ in range(REPEATS))
+    return {
+        "value": round(num_bytes / seconds / ceiling, 3),
+        "unit": "of the ceiling",
+        "pull_GBps": round(num_bytes / seconds / 1e9, 2),
+        "ceiling_GBps": round(ceiling / 1e9, 2),
+        "pull_ms": round(seconds * 1e3, 2),
+    }
 
 
 def rows_of(source: str, target: torch.device, num_ranks: int) -> Iterator[dict[str, Any]]:
@@ -176,7 +228,7 @@ def rows_of(source: str, target: torch.device, num_ranks: int) -> Iterator[dict[
     num_bytes = num_blocks * layout.block_bytes
     limits = ceilings(torch.device(source), target, num_bytes)
     ranks = "equal ranks" if num_ranks == 1 else f"{num_ranks} ranks to one"
-    with source_ranks(source, num_ranks) as address:
+    with source_ranks(*[source] * num_ranks) as address:
         for transport in (each for each in get_args(Transport) if each != "auto"):
             reader = Reader(target, transport)
             name = f"{transport}, {ranks}: {num_bytes >> 20} MiB in {num_blocks} scattered blocks"
@@ -186,19 +238,8 @@ def rows_of(source: str, target: torch.device, num_ranks: int) -> Iterator[dict[
                 missed = None if goal is None else False
                 yield {"name": name, "value": reason, "unit": "", "goal": goal, "met": missed}
             else:
-                reader.pull(address, num_blocks)
-                seconds = median(reader.pull(address, num_blocks) for _ in range(REPEATS))
-                ratio = num_bytes / seconds / limits[transport]
-                yield {
-                    "name": name,
-                    "value": round(ratio, 3),
-                    "unit": "of the ceiling",
-                    "goal": goal,
-                    "met": None if goal is None else ratio >= goal,
-                    "pull_GBps": round(num_bytes / seconds / 1e9, 2),
-                    "ceiling_GBps": round(limits[transport] / 1e9, 2),
-                    "pull_ms": round(seconds * 1e3, 2),
-                }
+                row = {"name": name, **pulled([reader], address, limits[transport])}
+                yield row | {"goal": goal, "met": None if goal is None else row["value"] >= goal}
             reader.close()
 
 
@@ -217,9 +258,9 @@ def main(
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        run_dir, device, num_ranks = sys.argv[2:]
-        if device != "cpu":
-            torch.cuda.set_device(torch.device(device))
-        serve(Path(run_dir), torch.device(device), int(num_ranks))
+        run_dir, *devices = sys.argv[2:]
+        if devices[0] != "cpu":
+            torch.cuda.set_device(torch.device(devices[0]))
+        serve(Path(run_dir), [torch.device(device) for device in devices])
     else:
         typer.run(main)

@@ -3,6 +3,7 @@
     python -m tools.proofs.four_gpus --log-dir logs --output docs/results/four-gpus.json
 
 equality  greedy tokens of LLaMA-2-13B's shape in fp16 by each fleet, beside one GPU's offline engine, up to near ties
+handoff   KV by CUDA IPC from each GPU to each other one, and between one rank and two, beside a contiguous copy
 
 `--devices cpu,cpu,cpu,cpu` runs the same with tiny models.
 """
@@ -20,6 +21,7 @@ from ensemble.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Deployment
 from ensemble.engine.engine import load_engine
 from ensemble.errors import ConfigError
 from tools.benchmarks.engine_shapes import SHAPES
+from tools.benchmarks.transports import Reader, contiguous_rate, pulled, source_ranks
 from tools.command_line import run
 from tools.offline import generate
 from tools.proofs.gpu_smoke import compare, free_memory, make_requests, rows_of, serve_fleet, write_model_dir
@@ -32,6 +34,7 @@ NUM_DEVICES = 4
 # standard deviation of 0.0125; the gap between two tokens, of one run beside another, is the sum of four such errors:
 # 0.025. Four of these, for the largest of some ten thousand gaps.
 FP16_NEAR_TIE = 0.1
+UNEQUAL_GOAL = 0.85  # of a contiguous copy
 CPU_STAGE = {"num_threads": 1, "kv_cache_bytes": 32 << 20}
 DEVICES = ",".join(f"cuda:{index}" for index in range(NUM_DEVICES))
 
@@ -99,6 +102,45 @@ def equality(folder: Path, logs: Path, devices: Sequence[str], num_requests: int
     free_memory()
 
 
+# ---- hand-offs
+
+
+def handoffs(devices: Sequence[str]) -> Iterator[Row]:
+    """From every device to every other; then between one rank and two, each on a device of its own."""
+    others = {source: [each for each in range(NUM_DEVICES) if each != source] for source in range(NUM_DEVICES)}
+    for source, targets in others.items():
+        with source_ranks(devices[source]) as address:
+            for target in targets:
+                yield pulled_row(address, [source], [target], devices)
+            yield pulled_row(address, [source], targets[-2:], devices)
+    for sources in ([0, 1], [2, 3]):
+        with source_ranks(*(devices[source] for source in sources)) as address:
+            for target in (each for each in range(NUM_DEVICES) if each not in sources):
+                yield pulled_row(address, sources, [target], devices)
+
+
+def pulled_row(address: str, sources: Sequence[int], targets: Sequence[int], devices: Sequence[str]) -> Row:
+    """KV of 512 tokens by CUDA IPC, beside a contiguous copy of as much from the first source to the first target."""
+    is_equal = len(sources) == len(targets)
+    names = [" and ".join(f"{devices[each]}" for each in group) for group in (sources, targets)]
+    name = f"hand-off, {names[0]} to {names[1]}: {'equal' if is_equal else 'unequal'} layouts"
+    source, *places = (torch.device(devices[each]) for each in (sources[0], *targets))
+    readers = [Reader(place, "cuda_ipc", rank, len(places)) for rank, place in enumerate(places)]
+    try:
+        for reader in readers:
+            if reason := reader.attach(address):
+                raise RuntimeError(reason)
+        row = {"name": name, **pulled(readers, address, contiguous_rate(source, places[0]))}
+    except Exception as error:  # the other pairs' results are worth having
+        return failed(name, error)
+    finally:
+        for reader in readers:
+            reader.close()
+    if is_equal or source.type == "cpu":
+        return row
+    return row | {"goal": UNEQUAL_GOAL, "met": row["value"] >= UNEQUAL_GOAL}
+
+
 def note(name: str, value: Any, unit: str) -> Row:
     return {"name": name, "value": value, "unit": unit}
 
@@ -110,7 +152,7 @@ def slug(fleet: Fleet) -> str:
 
 def main(
     output: Annotated[Path | None, Option(help="JSON file for the results")] = None,
-    only: Annotated[list[str] | None, Option(help="equality. Default: all.")] = None,
+    only: Annotated[list[str] | None, Option(help="equality, handoff. Default: all.")] = None,
     devices: Annotated[str, Option(help="four of them")] = DEVICES,
     log_dir: Annotated[Path | None, Option(help="keeps the servers' logs here")] = None,
     num_requests: Annotated[int, Option(min=1, help="equality")] = 24,
@@ -124,6 +166,7 @@ def main(
     random.seed(0)
     sections: dict[str, Section] = {
         "equality": lambda folder, logs: equality(folder, logs, names, num_requests, max_tokens),
+        "handoff": lambda folder, logs: handoffs(names),
     }
     run_sections(sections, only, output, log_dir)
 
