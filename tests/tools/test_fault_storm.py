@@ -15,7 +15,7 @@ KNOWN = Known({"stream": np.ones(1, bool)}, [1, 2], "ab")
 
 
 def kill(served_at: float | None = 11.0, *, is_stop: bool = False) -> Fault:
-    return Fault(["prefill"], is_stop, 10.0, 10_000, 15.0 if is_stop else 5.0, False, 0.1, served_at)
+    return Fault(["prefill"], [0], is_stop, 10.0, 10_000, 15.0 if is_stop else 5.0, False, 0.1, served_at)
 
 
 def answer(

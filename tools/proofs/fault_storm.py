@@ -11,6 +11,7 @@ at once. The model is tiny, on the CPU and in float64, where outputs are the sam
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from rich.console import Console
 from ensemble.config import Deployment
 from tools.benchmarks.results import at_least, at_most, exactly, report
 from tools.proofs.faults import Fault, Shape, list_fleet, silence_rows, strike, verdict_rows
+from tools.proofs.grpc_request import Inputs
 from tools.proofs.known_requests import (
     COMPLETE,
     REQUEST_TIMEOUT_S,
@@ -39,7 +41,7 @@ from tools.server.triton_server import TritonServer
 Row = dict[str, Any]
 NUM_KNOWN = 24
 SERVICE_GOAL_S = 10.0  # after a fault, without the time that a replica takes to load
-UP_TIMEOUT_S = 120.0
+UP_TIMEOUT_S = READY_TIMEOUT_S = 120.0
 # Its next life would be delayed, as in a crash loop, if it were struck sooner (replicas/supervisor.py).
 MIN_LIFE_S = 10.5
 STOP_EVERY, TWO_EVERY = 5, 7  # faults
@@ -53,7 +55,10 @@ def storm(
     rng: random.Random,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Fault]:
-    """Strikes one role after the other, each time when requests sent since the last fault are served again."""
+    """Strikes one role after the other, each time when requests sent since the last fault are served again.
+
+    Of a group every rank has its turn.
+    """
     faults: list[Fault] = []
     up_since: dict[int, float] = {}
     roles = sorted({row.role for row in list_fleet(server)})
@@ -73,7 +78,8 @@ def storm(
         time.sleep(rng.uniform(0.0, 0.5))  # a random moment
         others = [row for row in ripe if row.replica != first.replica]
         struck = [first, *rng.sample(others, min(num_struck - 1, len(others)))]
-        fault = strike(server, struck, is_stop=index % STOP_EVERY == STOP_EVERY - 1, load_s=load_s)
+        is_stop, turn = index % STOP_EVERY == STOP_EVERY - 1, index // len(roles)
+        fault = strike(server, struck, is_stop=is_stop, load_s=load_s, turn=turn)
         faults.append(fault)
         for row in struck:
             up_since.pop(row.replica)
@@ -112,8 +118,10 @@ def storm_rows(
     back_s = [f.served_at - f.struck_at if f.served_at is not None else float("inf") for f in faults]
     goal_s = round(SERVICE_GOAL_S + load_s + max((fault.max_silence_s for fault in faults), default=0.0), 1)
     num_stops = sum(len(fault.roles) for fault in faults if fault.is_stop)
+    ranks = Counter(f"{role} {rank}" for fault in faults for role, rank in zip(fault.roles, fault.ranks, strict=True))
     return [
         at_least("faults", len(faults), "faults", num_asked),
+        {"name": "struck: role and rank", "value": dict(sorted(ranks.items())), "unit": "times"},
         {"name": "replicas killed", "value": sum(len(f.roles) for f in faults) - num_stops, "unit": "replicas"},
         {"name": "replicas stopped", "value": num_stops, "unit": "replicas"},
         {"name": "faults of two at once", "value": sum(len(f.roles) > 1 for f in faults), "unit": "faults"},
@@ -138,12 +146,28 @@ def cpu_storm(
         fields[home] |= {"kv_cache_bytes": 16 << 20, "num_threads": 1}
     deployment = Deployment.parse({"model": {"path": model, "dtype": "float64"}, "hang_timeout_s": 2.0} | fields)
     rng = random.Random(seed)
+    asked = [make_inputs(rng, VOCAB_SIZE) for _ in range(NUM_KNOWN)]
+    return storm_fleet(deployment, asked, num_faults, num_clients, rng, log, shape, progress)
+
+
+def storm_fleet(
+    deployment: Deployment,
+    asked: list[Inputs],  # what the clients send
+    num_faults: int,
+    num_clients: int,
+    rng: random.Random,
+    log: Path,
+    shape: Shape | None = None,  # None: roles are the deployment's
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """A server of its own under load and faults. Raises ServerError."""
     start = time.monotonic()
     with TritonServer(deployment, log_path=log) as server:
-        server.wait_ready(timeout_s=120)
+        server.wait_ready(timeout_s=READY_TIMEOUT_S)
         load_s = time.monotonic() - start
-        shape.assign_roles(server)
-        known = [alone(server, make_inputs(rng, VOCAB_SIZE)) for _ in range(NUM_KNOWN)]
+        if shape is not None:
+            shape.assign_roles(server)
+        known = [alone(server, inputs) for inputs in asked]
 
         def send_one(rng: random.Random) -> Outcome:
             asked = rng.choice(known)

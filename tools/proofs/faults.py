@@ -75,6 +75,7 @@ class Fault:
     """Replicas were killed, or stopped and then killed by their stage."""
 
     roles: list[Role]  # of those that were struck
+    ranks: list[int]  # which one of each
     is_stop: bool  # by SIGSTOP
     struck_at: float  # time.monotonic(), as all times here
     struck_at_ns: int  # time.time_ns()
@@ -93,27 +94,31 @@ def list_fleet(server: TritonServer) -> list[ReplicaRow]:
     return call(server.run_dir, ListFleet(), FleetTable, timeout_s=10.0).replicas
 
 
-def process_of(server: TritonServer, replica: int) -> psutil.Process | None:
+def process_of(server: TritonServer, replica: int, rank: int = 0) -> psutil.Process | None:
     for process in workers(server):
         arguments = process.cmdline()
-        if arguments[arguments.index("ensemble.replicas.worker") + 2] == str(replica):
+        _, its_replica, _, its_rank = arguments[arguments.index("ensemble.replicas.worker") + 1 :][:4]
+        if (its_replica, its_rank) == (str(replica), str(rank)):
             return process
     return None
 
 
-def strike(server: TritonServer, struck: list[ReplicaRow], *, is_stop: bool, load_s: float) -> Fault:
-    """Sends SIGKILL or SIGSTOP to replicas that are up, and waits until their processes have ended.
+def strike(server: TritonServer, struck: list[ReplicaRow], *, is_stop: bool, load_s: float, turn: int = 0) -> Fault:
+    """Sends SIGKILL or SIGSTOP to a rank of replicas that are up, and waits until those processes have ended.
 
+    `turn`: whose, of the ranks of a replica, which take turns.
     Where nobody is left who does what they did, streams may be silent while they start again: for `load_s` more.
     """
     left = [row for row in list_fleet(server) if row.state == "up" and row.replica not in {r.replica for r in struck}]
     serves = any(row.role != "decode" for row in left) and any(row.role != "prefill" for row in left)
     hang_s = server.deployment.hang_timeout_s if is_stop else 0.0
     max_silence_s = round(SILENCE_GOAL_S + hang_s + (0.0 if serves else load_s), 1)
-    pids = [process.pid for row in struck if (process := process_of(server, row.replica)) is not None]
+    ranks = [turn % server.deployment.stage(row.home).num_ranks for row in struck]
+    found = [process_of(server, row.replica, rank) for row, rank in zip(struck, ranks, strict=True)]
+    pids = [process.pid for process in found if process is not None]
     ends = [os.pidfd_open(pid) for pid in pids]
     roles: list[Role] = [row.role for row in struck]
-    fault = Fault(roles, is_stop, time.monotonic(), time.time_ns(), max_silence_s, not serves)
+    fault = Fault(roles, ranks, is_stop, time.monotonic(), time.time_ns(), max_silence_s, not serves)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP if is_stop else signal.SIGKILL)
     for end in ends:

@@ -4,6 +4,7 @@
 
 equality  greedy tokens of LLaMA-2-13B's shape in fp16 by each fleet, beside one GPU's offline engine, up to near ties
 handoff   KV by CUDA IPC from each GPU to each other one, and between one rank and two, beside a contiguous copy
+kills     each rank of a replica killed under load: every request completes with the right answer
 
 `--devices cpu,cpu,cpu,cpu` runs the same with tiny models.
 """
@@ -24,12 +25,17 @@ from tools.benchmarks.engine_shapes import SHAPES
 from tools.benchmarks.transports import Reader, contiguous_rate, pulled, source_ranks
 from tools.command_line import run
 from tools.offline import generate
+from tools.proofs.fault_storm import storm_fleet
+from tools.proofs.gpu_base import FAULTS_MODEL
 from tools.proofs.gpu_smoke import compare, free_memory, make_requests, rows_of, serve_fleet, write_model_dir
+from tools.proofs.known_requests import make_inputs
 from tools.proofs.sections import Row, Section, failed, run_sections
 from tools.server.degrees import parse_degrees
 from tools.server.tiny_server import TINY_MODEL
 
 NUM_DEVICES = 4
+KILLS_KV_BYTES = 16 << 30  # of a rank: the next life's pool fits beside one that a peer still has mapped
+NUM_KNOWN, KILLS_MAX_TOKENS, NUM_CLIENTS = 12, 48, 16
 # A log-probability in fp16 is off by 0.01 on average at most (as outputs are compared in this project), so with a
 # standard deviation of 0.0125; the gap between two tokens, of one run beside another, is the sum of four such errors:
 # 0.025. Four of these, for the largest of some ten thousand gaps.
@@ -47,12 +53,10 @@ class Fleet:
     prefill: str
     decode: str
 
-    @property
-    def has_groups(self) -> bool:
-        return "tp=" in self.prefill + self.decode
-
-    def deployment(self, model: dict[str, Any], devices: Sequence[str]) -> Deployment:
-        """Prefill's ranks on the first devices, decode's on those after them."""
+    def deployment(
+        self, model: dict[str, Any], devices: Sequence[str], kv_cache_bytes: int | None = None
+    ) -> Deployment:
+        """Prefill's ranks on the first devices, decode's on those after them. kv_cache_bytes: of a rank, on GPUs."""
         on_gpus = devices[0] != "cpu"
         stages: dict[str, dict[str, Any]] = {}
         left = list(devices)
@@ -60,7 +64,8 @@ class Fleet:
             fields: dict[str, Any] = dict(parse_degrees(side, words))
             num_ranks = fields.get("tensor_parallel_size", 1) * fields.get("pipeline_parallel_size", 1)
             number = fields.pop("replicas", 1) * num_ranks
-            stages[side] = fields | {"devices": left[:number]} | ({} if on_gpus else CPU_STAGE)
+            stages[side] = fields | {"devices": left[:number], "kv_cache_bytes": kv_cache_bytes}
+            stages[side] |= {} if on_gpus else CPU_STAGE
             del left[:number]
         return Deployment.parse({"model": model, **stages, "block_size": GPU_BLOCK_SIZE if on_gpus else CPU_BLOCK_SIZE})
 
@@ -71,6 +76,7 @@ FLEETS = (
     Fleet("P tp=2, two D tp=1", "tp=2", "replicas=2"),
     Fleet("P pp=2, D tp=2", "pp=2", "tp=2"),
 )
+KILLED_FLEETS = FLEETS[2:]  # a group by either degree and on either side, beside replicas of one rank
 
 
 def equality(folder: Path, logs: Path, devices: Sequence[str], num_requests: int, max_tokens: int) -> Iterator[Row]:
@@ -100,6 +106,24 @@ def equality(folder: Path, logs: Path, devices: Sequence[str], num_requests: int
         yield note(f"equality, {name}: widest near tie", round(widest, 4), f"of {FP16_NEAR_TIE}, log-probability")
     del engine
     free_memory()
+
+
+def kills(folder: Path, logs: Path, devices: Sequence[str], num_kills: int) -> Iterator[Row]:
+    """Of each role in turn, and of each rank of a group: in float32, where outputs are the same whatever the batch."""
+    on_gpus = devices[0] != "cpu"
+    config = FAULTS_MODEL if on_gpus else TINY_MODEL
+    write_model_dir(folder / "model", config)
+    model = {"path": folder / "model", "dtype": "float32" if on_gpus else "float64", "load_format": "dummy"}
+    for fleet in KILLED_FLEETS:
+        rng = random.Random(0)
+        asked = [make_inputs(rng, config["vocab_size"], max_tokens=KILLS_MAX_TOKENS) for _ in range(NUM_KNOWN)]
+        deployment, log = fleet.deployment(model, devices, KILLS_KV_BYTES), logs / f"kills-{slug(fleet)}.log"
+        name = f"kills, {fleet.name}"
+        try:
+            for row in storm_fleet(deployment, asked, num_kills, NUM_CLIENTS, rng, log):
+                yield row | {"name": f"{name}: {row['name']}"}
+        except Exception as error:  # the other fleets' results are worth having
+            yield failed(name, error)
 
 
 # ---- hand-offs
@@ -152,11 +176,12 @@ def slug(fleet: Fleet) -> str:
 
 def main(
     output: Annotated[Path | None, Option(help="JSON file for the results")] = None,
-    only: Annotated[list[str] | None, Option(help="equality, handoff. Default: all.")] = None,
+    only: Annotated[list[str] | None, Option(help="equality, handoff, kills. Default: all.")] = None,
     devices: Annotated[str, Option(help="four of them")] = DEVICES,
     log_dir: Annotated[Path | None, Option(help="keeps the servers' logs here")] = None,
     num_requests: Annotated[int, Option(min=1, help="equality")] = 24,
     max_tokens: Annotated[int, Option(min=1, help="equality: of each request")] = 64,
+    num_kills: Annotated[int, Option(min=1, help="kills: of each fleet; every fifth is a stop")] = 4,
 ) -> None:
     """Exit status 1 if a goal is missed."""
     names = devices.split(",")
@@ -167,6 +192,7 @@ def main(
     sections: dict[str, Section] = {
         "equality": lambda folder, logs: equality(folder, logs, names, num_requests, max_tokens),
         "handoff": lambda folder, logs: handoffs(names),
+        "kills": lambda folder, logs: kills(folder, logs, names, num_kills),
     }
     run_sections(sections, only, output, log_dir)
 
