@@ -128,7 +128,8 @@ def main(
     console.print(table_of(choices, targets_ms, time.monotonic() - started))
     for number, choice in enumerate(choices[: 1 + alternatives]):
         file = out if number == 0 else out.with_stem(f"{out.stem}-{number + 1}")
-        file.write_text(f"# {choice.name}\n" + yaml.safe_dump(choice.deployment, sort_keys=False), encoding="utf-8")
+        heading = f"# {choice.name}: {choice.goodput:.2f} requests/s, judged by {choice.judged_by}\n"
+        file.write_text(heading + yaml.safe_dump(choice.deployment, sort_keys=False), encoding="utf-8")
         console.print(f"{choice.name}: {file}", soft_wrap=True)
 
 
@@ -320,6 +321,8 @@ class Plan:
         raw: dict[str, Any] = {"mode": mode, "model": {"path": str(self.spec.path)}, **self.common(fields)}
         raw["prefill"] |= {"devices": [f"cuda:{index}" for index in prefill_devices]}
         raw["decode"] |= {"devices": [f"cuda:{index}" for index in decode_devices]}
+        if mode == "disaggregated":
+            raw["scheduler"] = {"roles": "fixed"}  # else `make serve` would take auto
         for stage, (tp, pp) in (("prefill", prefill), ("decode", decode)):
             if mode == "disaggregated" or stage == "decode":
                 raw[stage] |= {"tensor_parallel_size": tp} if tp > 1 else {}

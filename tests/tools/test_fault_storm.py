@@ -107,7 +107,7 @@ def test_silence_of_a_stream_is_seen(silence: tuple[float, float], fault: Fault,
 
 
 def test_a_fault_does_not_excuse_what_the_next_one_did() -> None:
-    lenient = Fault(["mixed"], False, 10.0, 10_000, 20.0, True, 0.1, 12.0)
+    lenient = Fault(["mixed"], [0], False, 10.0, 10_000, 20.0, True, 0.1, 12.0)
     rows = silence_rows([lenient, replace(kill(), struck_at=25.0)], [Outcome(COMPLETE, 0.0, 40.0, [(24.9, 33.0)])])
     assert [row["value"] for row in rows if not row["met"]] == [8.1]
 

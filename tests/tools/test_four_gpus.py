@@ -6,6 +6,7 @@ import pytest
 from tools.offline import generate
 from tools.proofs.four_gpus import FLEETS
 from tools.proofs.gpu_smoke import Comparison, compare, make_requests, write_model_dir
+from tools.proofs.planned_goodput import CASES, PLANS, RESOLUTION, deployment_for, heading, plan_files, search
 from tools.proofs.soak_swaps import load
 from tools.server.tiny_server import TINY_MODEL
 
@@ -47,3 +48,30 @@ def test_only_tokens_that_are_nearly_the_best_count_as_near_ties(tmp_path):
     for wrong in ([*output[:3], third], output[:3], []):
         found = judged(wrong)
         assert (found.num_equal, found.tie_margins, len(found.faults)) == (0, [], 1)
+
+
+@pytest.mark.parametrize("first", [5.0, 36.9, 37.1, 200.0])
+def test_rates_close_in_on_the_goodput_from_either_side(first):
+    asked: list[float] = []
+
+    def attainment(rate: float) -> float:
+        asked.append(rate)
+        return 1.0 if rate <= 37.0 else 0.7
+
+    points = search(attainment, first, lambda: True)
+    assert sorted(points) == sorted(asked)
+    low, high = (pick(rate for rate in points if points[rate] == share) for pick, share in ((max, 1.0), (min, 0.7)))
+    assert low <= 37.0 < high <= RESOLUTION * low
+    assert len(search(attainment, first, lambda: False)) == 1
+
+
+def test_the_plans_that_are_kept_are_the_planners_for_four_gpus(tmp_path):
+    write_model_dir(tmp_path / "model", TINY_MODEL)
+    for name in CASES:
+        files = plan_files(name, PLANS, tmp_path)
+        rates = [heading(file)[1] for file in files]
+        assert rates == sorted(rates, reverse=True), "the choice is the best"
+        for file in files:
+            planned = deployment_for(str(file), tmp_path / "model", ["cpu"] * 4)
+            assert len(planned.prefill.devices + planned.decode.devices) <= 4
+            assert planned.model.path == tmp_path / "model" and planned.model.load_format == "dummy"

@@ -156,3 +156,6 @@ def test_a_plan_is_a_deployment_that_is_served(tmp_path: Path) -> None:
         devices = deployment.prefill.devices + deployment.decode.devices
         assert len(devices) == choice.num_gpus == len(set(devices)) <= 2
         assert deployment.prefill.prefix_cache
+        if deployment.mode == "disaggregated":  # by default `make serve` takes auto where there are GPUs
+            assert "roles" in deployment.scheduler.model_fields_set
+            assert (deployment.scheduler.roles == "auto") is ("roles auto" in choice.name)

@@ -5,13 +5,16 @@
 equality  greedy tokens of LLaMA-2-13B's shape in fp16 by each fleet, beside one GPU's offline engine, up to near ties
 handoff   KV by CUDA IPC from each GPU to each other one, and between one rank and two, beside a contiguous copy
 kills     each rank of a replica killed under load: every request completes with the right answer
+goodput   tools.plan's choice beside what it rejected and four colocated replicas (planned_goodput.py)
 
 `--devices cpu,cpu,cpu,cpu` runs the same with tiny models.
 """
 
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +32,7 @@ from tools.proofs.fault_storm import storm_fleet
 from tools.proofs.gpu_base import FAULTS_MODEL
 from tools.proofs.gpu_smoke import compare, free_memory, make_requests, rows_of, serve_fleet, write_model_dir
 from tools.proofs.known_requests import make_inputs
+from tools.proofs.planned_goodput import CASES, PLANS, goodputs, plan_files
 from tools.proofs.sections import Row, Section, failed, run_sections
 from tools.server.degrees import parse_degrees
 from tools.server.tiny_server import TINY_MODEL
@@ -42,6 +46,7 @@ NUM_KNOWN, KILLS_MAX_TOKENS, NUM_CLIENTS = 12, 48, 16
 FP16_NEAR_TIE = 0.1
 UNEQUAL_GOAL = 0.85  # of a contiguous copy
 CPU_STAGE = {"num_threads": 1, "kv_cache_bytes": 32 << 20}
+SECTIONS = ("equality", "handoff", "kills", *(f"goodput-{name}" for name in CASES))
 DEVICES = ",".join(f"cuda:{index}" for index in range(NUM_DEVICES))
 
 
@@ -176,24 +181,35 @@ def slug(fleet: Fleet) -> str:
 
 def main(
     output: Annotated[Path | None, Option(help="JSON file for the results")] = None,
-    only: Annotated[list[str] | None, Option(help="equality, handoff, kills. Default: all.")] = None,
+    only: Annotated[list[str] | None, Option(help=f"{', '.join(SECTIONS)}. Default: all.")] = None,
     devices: Annotated[str, Option(help="four of them")] = DEVICES,
     log_dir: Annotated[Path | None, Option(help="keeps the servers' logs here")] = None,
     num_requests: Annotated[int, Option(min=1, help="equality")] = 24,
     max_tokens: Annotated[int, Option(min=1, help="equality: of each request")] = 64,
     num_kills: Annotated[int, Option(min=1, help="kills: of each fleet; every fifth is a stop")] = 4,
+    seconds: Annotated[float, Option(min=1, help="goodput: of arrivals, at each rate")] = 15.0,
+    limit_s: Annotated[float, Option(min=1, help="goodput: for all servers of a workload")] = 500.0,
+    plans: Annotated[Path, Option(help="goodput: folder of the planner's files, made where missing")] = PLANS,
+    plan_only: Annotated[bool, Option(help="makes them, and no more")] = False,
 ) -> None:
     """Exit status 1 if a goal is missed."""
     names = devices.split(",")
     if len(names) != NUM_DEVICES or ("cpu" in names and {*names} != {"cpu"}):
         raise ConfigError(f"--devices {devices}: {NUM_DEVICES} GPUs, or cpu as many times, are needed")
-    torch.manual_seed(0)
+    if plan_only:
+        for name in CASES:
+            with tempfile.TemporaryDirectory() as folder:
+                plan_files(name, plans, Path(folder))
+        return
     random.seed(0)
     sections: dict[str, Section] = {
-        "equality": lambda folder, logs: equality(folder, logs, names, num_requests, max_tokens),
+        "equality": partial(equality, devices=names, num_requests=num_requests, max_tokens=max_tokens),
         "handoff": lambda folder, logs: handoffs(names),
-        "kills": lambda folder, logs: kills(folder, logs, names, num_kills),
+        "kills": partial(kills, devices=names, num_kills=num_kills),
     }
+    for name in CASES:
+        run_case = partial(goodputs, devices=names, name=name, plans=plans, seconds=seconds, limit_s=limit_s)
+        sections[f"goodput-{name}"] = run_case
     run_sections(sections, only, output, log_dir)
 
 
