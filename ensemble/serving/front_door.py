@@ -54,6 +54,9 @@ class FrontDoor:
         self._metrics = Metrics(deployment.model.name)
         self._traces = make_traces(deployment, self._without_spans)
         self._senders = SenderPool(self._answered, self._send_failed, partial(self._metrics.observe, ITL))
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakSet[ClientStream] = weakref.WeakSet()
+        self._is_draining = False
         # Its calls fail until the Triton server, which forbids BLS while a model initialises, lets them through.
         self._router = RouterThread(
             deployment,
@@ -67,9 +70,6 @@ class FrontDoor:
         self._page = MetricsPage.from_environment(lambda: self._metrics.text(self._router.gauges()))
         self._cancels = CancelReceiver(self._router.cancel, self._senders.passed)
         self._watch = CancelWatch(self._router.live_streams, self._router.cancel, self._senders)
-        self._lock = threading.Lock()
-        self._streams: weakref.WeakSet[ClientStream] = weakref.WeakSet()
-        self._is_draining = False
         handlers: Mapping[type[control.Command[Any]], Callable[[Any], msgspec.Struct]] = {
             control.Status: self._load,
             control.Drain: self._drain,
