@@ -3,10 +3,11 @@
 import msgspec
 import pytest
 
+from tools.load.goodput import Goodput
 from tools.offline import generate
 from tools.proofs.four_gpus import FLEETS
 from tools.proofs.gpu_smoke import Comparison, compare, make_requests, write_model_dir
-from tools.proofs.planned_goodput import CASES, PLANS, RESOLUTION, deployment_for, heading, plan_files, search
+from tools.proofs.planned_goodput import CASES, PLANS, RESOLUTION, deployment_for, heading, plan_files, search, verdict
 from tools.proofs.soak_swaps import load
 from tools.server.tiny_server import TINY_MODEL
 
@@ -75,3 +76,17 @@ def test_the_plans_that_are_kept_are_the_planners_for_four_gpus(tmp_path):
             planned = deployment_for(str(file), tmp_path / "model", ["cpu"] * 4)
             assert len(planned.prefill.devices + planned.decode.devices) <= 4
             assert planned.model.path == tmp_path / "model" and planned.model.load_format == "dummy"
+
+
+@pytest.mark.parametrize(
+    ("choice", "best", "is_met"),
+    [
+        (Goodput(97.0), Goodput(100.0), True),
+        (Goodput(96.0), Goodput(100.0), False),
+        (Goodput(120.0, "at least"), Goodput(100.0), True),
+        (Goodput(100.0), Goodput(90.0, "at least"), False),
+        (Goodput(100.0, "less than"), Goodput(90.0), False),
+    ],
+)
+def test_a_goodput_that_is_only_a_bound_meets_no_goal_that_it_may_miss(choice, best, is_met):
+    assert verdict("a choice", choice, best)["met"] is is_met

@@ -39,6 +39,7 @@ from tools.server.tiny_server import TINY_MODEL
 
 NUM_DEVICES = 4
 KILLS_KV_BYTES = 16 << 30  # of a rank: the next life's pool fits beside one that a peer still has mapped
+REFERENCE_KV_BYTES = 16 << 30
 NUM_KNOWN, KILLS_MAX_TOKENS, NUM_CLIENTS = 12, 48, 16
 # A log-probability in fp16 is off by 0.01 on average at most (as outputs are compared in this project), so with a
 # standard deviation of 0.0125; the gap between two tokens, of one run beside another, is the sum of four such errors:
@@ -98,7 +99,7 @@ def equality(folder: Path, logs: Path, devices: Sequence[str], num_requests: int
             yield note(f"equality, {fleet.name}: served in", round(served[fleet.name].seconds, 2), "s")
         except Exception as error:  # the other fleets' results are worth having
             yield failed(f"equality, {fleet.name}", error)
-    alone = Fleet("one device", "", "").deployment(model, [devices[0]] * 2)
+    alone = Fleet("one device", "", "").deployment(model, [devices[0]] * 2, REFERENCE_KV_BYTES)
     engine = load_engine(alone, alone.decode, torch.device(devices[0]))
     expected = generate(engine, requests)
     outputs = {tuple(each.output_token_ids) for each in expected.values()}
@@ -146,6 +147,7 @@ def handoffs(devices: Sequence[str]) -> Iterator[Row]:
         with source_ranks(*(devices[source] for source in sources)) as address:
             for target in (each for each in range(NUM_DEVICES) if each not in sources):
                 yield pulled_row(address, sources, [target], devices)
+    free_memory()
 
 
 def pulled_row(address: str, sources: Sequence[int], targets: Sequence[int], devices: Sequence[str]) -> Row:

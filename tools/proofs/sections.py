@@ -48,7 +48,6 @@ def run_sections(
                 for row in sections[name](Path(folder), logs):
                     add(row)
             except Exception as error:  # the other sections' results are worth having
-                traceback.print_exc()
                 add(failed(name, error))
         add({"name": f"{name}: time of this part", "value": round(time.monotonic() - begin), "unit": "s"})
     if not all(row.get("met") in (None, True) for row in rows):
@@ -56,4 +55,6 @@ def run_sections(
 
 
 def failed(name: str, error: Exception) -> Row:
+    """Instead of what the error kept from being measured; its traceback goes to standard error."""
+    traceback.print_exception(error)
     return {"name": f"{name}: ran", "value": str(error), "unit": "", "goal": "to its end", "met": False}
