@@ -64,6 +64,7 @@ def test_rates_close_in_on_the_goodput_from_either_side(first):
     low, high = (pick(rate for rate in points if points[rate] == share) for pick, share in ((max, 1.0), (min, 0.7)))
     assert low <= 37.0 < high <= RESOLUTION * low
     assert len(search(attainment, first, lambda: False)) == 1
+    assert len(search(lambda rate: None if rate != first else 1.0, first, lambda: True)) == 1
 
 
 def test_the_plans_that_are_kept_are_the_planners_for_four_gpus(tmp_path):

@@ -116,7 +116,8 @@ def goodputs(
         try:
             deadline_s = limit_s / len(modes)
             log = logs / f"goodput-{name}-{index}.log"
-            ready_s, points = served(deployment, case, log, first, seconds, deadline_s, 1.0 if on_gpus else CPU_SCALE)
+            scale = 1.0 if on_gpus else CPU_SCALE
+            ready_s, points, invalid = served(deployment, case, log, first, seconds, deadline_s, scale)
         except Exception as error:  # the other servers' results are worth having
             yield failed(row_name, error)
             continue
@@ -124,6 +125,8 @@ def goodputs(
         for rate, share in sorted(points.items()):
             unit = f"of the requests: {describe(case.targets_ms)}"
             yield {"name": f"{row_name}, {rate:.2f}/s", "value": round(share, 4), "unit": unit}
+        for reason in invalid:
+            yield {"name": f"{row_name}: a run that does not count", "value": reason, "unit": "", "met": False}
         reached = goodput(sorted(points.items()))
         found[label] = reached
         unit = f"{reached.bound} requests/s".strip()
@@ -157,37 +160,52 @@ def deployment_for(mode: str, model: Path, devices: Sequence[str]) -> Deployment
 
 def served(
     deployment: Deployment, case: Case, log: Path, first: float, seconds: float, limit_s: float, scale: float
-) -> tuple[float, dict[float, float]]:
-    """Seconds from the start to ready, and at each rate the share of the requests that met the targets.
+) -> tuple[float, dict[float, float], list[str]]:
+    """Seconds from the start to ready, at each rate the share of the requests that met the targets, and why no more
+    rates were tried, if the client was too slow for one.
 
-    Raises ServerError, LoadError.
+    Raises ServerError; LoadError where no run counts.
     """
     start = time.monotonic()
     workload = Workload(case.workload.name, output_len=case.workload.output_len, scale=scale)
+    invalid: list[str] = []
     with TritonServer(deployment, log_path=log) as server:
         server.wait_ready(timeout_s=READY_TIMEOUT_S)
         ready_s = time.monotonic() - start
         tokenizer = Tokenizer.from_dir(deployment.model.path)
         max_model_len = load_model_spec(deployment.model.path).max_model_len
 
-        def attainment(rate: float) -> float:
+        def attainment(rate: float) -> float | None:
             number = max(1, round(rate * seconds))
             load = Load(workload, number, rate, endpoint="scheduler", timeout_s=REQUEST_TIMEOUT_S)
             requests = load.requests(tokenizer, max_model_len)
-            run = put(server.grpc_url, load, requests, num_processes=default_processes(), num_warmups=8)
-            if not run.is_valid:
-                raise LoadError(f"{rate:.2f}/s: {why_invalid(run)}")
-            return run.attainment(case.targets_ms)
+            run = put(server.grpc_url, load, requests, num_processes=num_processes(), num_warmups=8)
+            if run.is_valid:
+                return run.attainment(case.targets_ms)
+            invalid.append(f"{rate:.2f}/s: {why_invalid(run)}")
+            return None
 
-        return ready_s, search(attainment, first, lambda: time.monotonic() + 1.3 * seconds < start + limit_s)
+        points = search(attainment, first, lambda: time.monotonic() + 1.3 * seconds < start + limit_s)
+    if not points:
+        raise LoadError(invalid[0])
+    return ready_s, points, invalid
 
 
-def search(attainment: Callable[[float], float], first: float, has_time: Callable[[], bool]) -> dict[float, float]:
-    """Rate |-> what was attained there, of rates around the goodput: at least one."""
+def num_processes() -> int:
+    """Of the client: more where four would leave many cores idle."""
+    return max(default_processes(), (os.cpu_count() or 1) // 8)
+
+
+def search(
+    attainment: Callable[[float], float | None], first: float, has_time: Callable[[], bool]
+) -> dict[float, float]:
+    """Rate |-> what was attained there, of rates around the goodput; none after one that gave nothing."""
     points: dict[float, float] = {}
     rate: float | None = first
     while rate is not None and (not points or has_time()):
-        points[rate] = attainment(rate)
+        if (share := attainment(rate)) is None:
+            break
+        points[rate] = share
         rate = next_rate(points)
     return points
 
