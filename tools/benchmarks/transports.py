@@ -139,12 +139,10 @@ class Reader:
         assert source is not None
         return Pull(REQUEST_ID, source, source_ids, target_ids)
 
-    def start(self, pull: Pull) -> None:
+    def run(self, pull: Pull) -> None:
+        """Raises TransferError or TimeoutError."""
         with torch.cuda.device_of(self.pool.tensor):
             self.puller.start(pull)
-
-    def wait(self) -> None:
-        """Raises TransferError or TimeoutError."""
         deadline = time.monotonic() + PULL_S
         while not (done := self.puller.completed()):
             if time.monotonic() > deadline:
@@ -153,27 +151,23 @@ class Reader:
         if done[0].error is not None:
             raise done[0].error
 
+    def check(self, pull: Pull) -> None:
+        """Raises RuntimeError for wrong bytes."""
+        if bool((self.pool.tensor[pull.target_block_ids] != self.expected[pull.source_block_ids]).any()):
+            raise RuntimeError("pulled blocks differ from their source")
+
+    def timed(self, address: str, num_blocks: int) -> float:
+        """Seconds of a pull from its start to its end, as this process sees it."""
+        pull = self.prepared(address, num_blocks)
+        start = time.perf_counter()
+        self.run(pull)
+        seconds = time.perf_counter() - start
+        self.check(pull)
+        return seconds
+
     def close(self) -> None:
         self.peers.close()
         self.context.term()
-
-
-def pull_s(readers: Sequence[Reader], address: str, num_blocks: int) -> float:
-    """Seconds from the start of a pull by each reader, all at once, to the end of the last, as this process sees it.
-
-    Raises RuntimeError for wrong bytes.
-    """
-    pulls = [reader.prepared(address, num_blocks) for reader in readers]
-    start = time.perf_counter()
-    for reader, pull in zip(readers, pulls, strict=True):
-        reader.start(pull)
-    for reader in readers:
-        reader.wait()
-    seconds = time.perf_counter() - start
-    for reader, pull in zip(readers, pulls, strict=True):
-        if bool((reader.pool.tensor[pull.target_block_ids] != reader.expected[pull.source_block_ids]).any()):
-            raise RuntimeError("pulled blocks differ from their source")
-    return seconds
 
 
 def synchronize(tensor: torch.Tensor) -> None:
@@ -208,12 +202,8 @@ def ceilings(source: torch.device, target: torch.device, num_bytes: int) -> dict
     return {"cuda_ipc": peer, "nccl": peer, "host": min(copy_rate(there, host), copy_rate(host, here))}
 
 
-def pulled(readers: Sequence[Reader], address: str, ceiling: float) -> dict[str, Any]:
-    """Value and unit of a row: the rate at which all of the model's KV comes to the readers, of bytes a second."""
-    layout, num_blocks = LAYOUTS[readers[0].pool.tensor.device.type]
-    num_bytes = num_blocks * layout.block_bytes
-    pull_s(readers, address, num_blocks)
-    seconds = median(pull_s(readers, address, num_blocks) for _ in range(REPEATS))
+def pulled(seconds: float, num_bytes: int, ceiling: float) -> dict[str, Any]:
+    """Value and unit of a row; `ceiling`: bytes a second."""
     return {
         "value": round(num_bytes / seconds / ceiling, 3),
         "unit": "of the ceiling",
@@ -238,7 +228,9 @@ def rows_of(source: str, target: torch.device, num_ranks: int) -> Iterator[dict[
                 missed = None if goal is None else False
                 yield {"name": name, "value": reason, "unit": "", "goal": goal, "met": missed}
             else:
-                row = {"name": name, **pulled([reader], address, limits[transport])}
+                reader.timed(address, num_blocks)
+                seconds = median(reader.timed(address, num_blocks) for _ in range(REPEATS))
+                row = {"name": name, **pulled(seconds, num_bytes, limits[transport])}
                 yield row | {"goal": goal, "met": None if goal is None else row["value"] >= goal}
             reader.close()
 

@@ -25,12 +25,12 @@ from ensemble.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Deployment
 from ensemble.engine.engine import load_engine
 from ensemble.errors import ConfigError
 from tools.benchmarks.engine_shapes import SHAPES
-from tools.benchmarks.transports import Reader, contiguous_rate, pulled, source_ranks
 from tools.command_line import run
 from tools.offline import generate
 from tools.proofs.fault_storm import storm_fleet
 from tools.proofs.gpu_base import FAULTS_MODEL
 from tools.proofs.gpu_smoke import compare, free_memory, make_requests, rows_of, serve_fleet, write_model_dir
+from tools.proofs.handoffs import handoffs
 from tools.proofs.known_requests import make_inputs
 from tools.proofs.planned_goodput import CASES, PLANS, goodputs, plan_files
 from tools.proofs.sections import Row, Section, failed, run_sections
@@ -45,7 +45,6 @@ NUM_KNOWN, KILLS_MAX_TOKENS, NUM_CLIENTS = 12, 48, 16
 # standard deviation of 0.0125; the gap between two tokens, of one run beside another, is the sum of four such errors:
 # 0.025. Four of these, for the largest of some ten thousand gaps.
 FP16_NEAR_TIE = 0.1
-UNEQUAL_GOAL = 0.85  # of a contiguous copy
 CPU_STAGE = {"num_threads": 1, "kv_cache_bytes": 32 << 20}
 SECTIONS = ("equality", "handoff", "kills", *(f"goodput-{name}" for name in CASES))
 DEVICES = ",".join(f"cuda:{index}" for index in range(NUM_DEVICES))
@@ -130,46 +129,6 @@ def kills(folder: Path, logs: Path, devices: Sequence[str], num_kills: int) -> I
                 yield row | {"name": f"{name}: {row['name']}"}
         except Exception as error:  # the other fleets' results are worth having
             yield failed(name, error)
-
-
-# ---- hand-offs
-
-
-def handoffs(devices: Sequence[str]) -> Iterator[Row]:
-    """From every device to every other; then between one rank and two, each on a device of its own."""
-    others = {source: [each for each in range(NUM_DEVICES) if each != source] for source in range(NUM_DEVICES)}
-    for source, targets in others.items():
-        with source_ranks(devices[source]) as address:
-            for target in targets:
-                yield pulled_row(address, [source], [target], devices)
-            yield pulled_row(address, [source], targets[-2:], devices)
-    for sources in ([0, 1], [2, 3]):
-        with source_ranks(*(devices[source] for source in sources)) as address:
-            for target in (each for each in range(NUM_DEVICES) if each not in sources):
-                yield pulled_row(address, sources, [target], devices)
-    free_memory()
-
-
-def pulled_row(address: str, sources: Sequence[int], targets: Sequence[int], devices: Sequence[str]) -> Row:
-    """KV of 512 tokens by CUDA IPC, beside a contiguous copy of as much from the first source to the first target."""
-    is_equal = len(sources) == len(targets)
-    names = [" and ".join(f"{devices[each]}" for each in group) for group in (sources, targets)]
-    name = f"hand-off, {names[0]} to {names[1]}: {'equal' if is_equal else 'unequal'} layouts"
-    source, *places = (torch.device(devices[each]) for each in (sources[0], *targets))
-    readers = [Reader(place, "cuda_ipc", rank, len(places)) for rank, place in enumerate(places)]
-    try:
-        for reader in readers:
-            if reason := reader.attach(address):
-                raise RuntimeError(reason)
-        row = {"name": name, **pulled(readers, address, contiguous_rate(source, places[0]))}
-    except Exception as error:  # the other pairs' results are worth having
-        return failed(name, error)
-    finally:
-        for reader in readers:
-            reader.close()
-    if is_equal or source.type == "cpu":
-        return row
-    return row | {"goal": UNEQUAL_GOAL, "met": row["value"] >= UNEQUAL_GOAL}
 
 
 def note(name: str, value: Any, unit: str) -> Row:
