@@ -531,6 +531,39 @@ def test_a_prefix_that_another_replica_has_is_fetched_before_the_rest_is_compute
     assert fleet.replicas[0].num_fetched_tokens == 24
     known = fleet.router.fleet.get(0)
     assert known is not None and known.prefix_pulls.has_samples
+    assert fetches(fleet) == {"fetched": 1}
+    fleet.assert_empty()
+
+
+def fetches(fleet):
+    """Of prefixes, by what came of them, as the metrics tell."""
+    levels = fleet.router.gauges().items()
+    return {
+        dict(labels)["result"]: count for (name, labels), count in levels if name == "distserve:prefix_fetches_total"
+    }
+
+
+@pytest.mark.parametrize(
+    ("ends", "result"), [("broken link", "failed"), ("kill reader", "failed"), ("evict", "evicted")]
+)
+def test_a_prefix_that_does_not_come_is_counted_and_computed(ends, result):
+    fleet = make_fleet(1, 1)
+    request, client = second_turn(fleet)
+    if ends == "evict":
+        fleet.replicas[1].cached.clear()
+    fleet.deliver(1)
+    while fleet.replicas[1].out:
+        fleet.deliver(1)
+    fleet.deliver(0)
+    match ends:
+        case "broken link":
+            (lease_id,) = fleet.replicas[0].fetching
+            fleet.replicas[0]._end_fetching(lease_id, fleet, "the link is broken")
+        case "kill reader":
+            fleet.kill(0)
+    fleet.run()
+    assert client.tokens == answer(request)
+    assert fetches(fleet)[result] == 1
     fleet.assert_empty()
 
 
