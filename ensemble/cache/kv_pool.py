@@ -72,9 +72,14 @@ class KVPool:
             self.tensor = _map_file(self._fd, num_bytes, layout.dtype).view(shape)
 
     def copy_blocks(self, source_ids: list[int], target_ids: list[int]) -> None:
-        """Within the pool, after the steps launched before: block source_ids[i] |-> block target_ids[i]."""
+        """Within the pool, after the steps launched before: block source_ids[i] |-> block target_ids[i].
+
+        Returns when that is done: both may be given to a copy on another stream, which waits for no step.
+        """
         sources, targets = torch.tensor([source_ids, target_ids], device=self.tensor.device)
         copy_blocks(self.tensor, self.tensor, sources, targets)
+        if self.tensor.is_cuda:
+            torch.cuda.current_stream(self.tensor.device).synchronize()
 
     def export(self) -> PoolHandle:
         """The handle by which a peer process maps this pool, for as long as this process lives."""

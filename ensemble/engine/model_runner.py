@@ -199,6 +199,18 @@ class ModelRunner:
         longest = min(max_num_batched_tokens, max_model_len - 1)
         self.run(_largest_batch(max_num_batched_tokens, longest, self.block_size))
 
+    def run_every_path(self, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """Runs steps of every kind, with no more positions than the model has. Overwrites block 0."""
+        batches = _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size)
+        for batch in batches:
+            self.run(batch)
+        if max_model_len == 2:
+            return  # a prompt's token and one of output
+        for sequence in batches[-1].decodes:
+            sequence.output_token_ids.append(0)
+            sequence.block_ids = [0] * -(-sequence.num_tokens // self.block_size)
+        self.run(batches[-1])  # one more token of rows with penalties
+
     def _with_plan(self, attention: AttentionMetadata) -> AttentionMetadata:
         spec, lens, num_tokens = self.model.spec, attention.context_lens, len(attention.slot_mapping)
         heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -217,8 +229,7 @@ class ModelRunner:
         """
         if self.kv_pool.device.type != "cuda":
             return
-        for batch in _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size):
-            self.run(batch)
+        self.run_every_path(max_num_batched_tokens, max_model_len)
         self._decode_graphs = DecodeGraphs(self.model, self.kv_pool, self.block_size, max_num_seqs, max_model_len)
         self._prefill_graphs = PrefillGraphs(
             self.model,
@@ -229,13 +240,7 @@ class ModelRunner:
             max_model_len,
             self._group.tensor,
         )
-        batches = _warm_up_batches(max_num_batched_tokens, max_model_len, self.block_size)
-        for batch in batches:
-            self.run(batch)
-        for sequence in batches[-1].decodes:
-            sequence.output_token_ids.append(0)
-            sequence.block_ids.append(0)  # where blocks are small, it needs one more
-        self.run(batches[-1])  # one more token of rows with penalties
+        self.run_every_path(max_num_batched_tokens, max_model_len)
         block_ids = torch.zeros(1, dtype=torch.int64, device=self.kv_pool.device)
         copy_blocks(self.kv_pool, self.kv_pool, block_ids, block_ids)  # for hand-offs, swaps and cached blocks
 
@@ -245,20 +250,22 @@ def _warm_up_batches(max_num_batched_tokens: int, max_model_len: int, block_size
     one is of rows with penalties.
     """
     sequence = partial(_warm_up_sequence, block_size=block_size)
+    longest = max_model_len - 1  # of prompts: a token is to come
     greedy = SamplingParams(max_tokens=2, temperature=0)
     drawn = SamplingParams(max_tokens=2, temperature=1, top_k=5, top_p=0.9, min_p=0.1, min_tokens=2)
     penalised = SamplingParams(max_tokens=2, temperature=0, repetition_penalty=1.1, num_logprobs=1)
     decodes = [
-        Batch(decodes=[sequence(7, sampling, request_id=row) for row in range(num_rows)])
+        Batch(decodes=[sequence(max(1, min(7, longest - 1)), sampling, request_id=row) for row in range(num_rows)])
         for sampling in (greedy, drawn, penalised)
         for num_rows in (1, 2, 16, 17, 33)
     ]
-    chunks = [PrefillRow(sequence(length, greedy), 0, length) for length in (1, 2, 16, 17)]
-    chunks.append(PrefillRow(sequence(32, greedy), 16, 16))
+    spans = [(0, min(end, longest)) for end in (1, 2, 16, 17)]
+    spans.append((min(32, longest) // 2, min(32, longest)))
+    chunks = [PrefillRow(sequence(end, greedy), start, end - start) for start, end in spans]
     return [
-        _largest_batch(max_num_batched_tokens, min(max_num_batched_tokens, max_model_len - 1), block_size),
+        _largest_batch(max_num_batched_tokens, min(max_num_batched_tokens, longest), block_size),
         *(Batch(prefills=[chunk]) for chunk in chunks),
-        Batch(prefills=chunks, decodes=[sequence(16, greedy)]),
+        Batch(prefills=chunks, decodes=[sequence(min(16, longest), greedy)]),
         *decodes,
     ]
 

@@ -142,18 +142,10 @@ class Checkpoint:
             return opened.read(key, tuple(slice(0, size) for size in opened.shape(key)))
 
     def _find_files(self) -> dict[str, str]:
-        for name in _SINGLE_FILES:
-            index = self.path / f"{name}.index.json"
-            if (self.path / name).exists():
-                return dict.fromkeys(self._keys(self.path / name), name)
-            if index.exists():
-                _refuse_pointer(index)
-                try:
-                    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                    return {str(key): str(file) for key, file in weight_map.items()}
-                except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                    raise ModelError(f"{index}: cannot be read: {_one_line(error)}") from None
-        raise ModelError(f"model path {self.path}: {what_it_is(self.path)}")
+        counts = _what_counts(self.path)
+        if counts.suffix == ".json":
+            return _weight_map(counts)
+        return dict.fromkeys(self._keys(counts), counts.name)
 
     def _keys(self, file: Path) -> list[str]:
         if file.suffix == ".bin":
@@ -171,6 +163,31 @@ class Checkpoint:
             self._last_pickle = None
             self._last_pickle = (file, _load_pickled(file))
         return self._last_pickle[1]
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of a model directory that are loaded, in order. Raises ModelError."""
+    counts = _what_counts(path)
+    return sorted({path / name for name in _weight_map(counts).values()}) if counts.suffix == ".json" else [counts]
+
+
+def _what_counts(path: Path) -> Path:
+    """A file with all weights, or the index of several."""
+    for name in _SINGLE_FILES:
+        for file in (path / name, path / f"{name}.index.json"):
+            if file.exists():
+                return file
+    raise ModelError(f"model path {path}: {what_it_is(path)}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """key |-> name of the file that holds it"""
+    _refuse_pointer(index)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(key): str(file) for key, file in weight_map.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: cannot be read: {_one_line(error)}") from None
 
 
 def _load_pickled(file: Path) -> dict[str, Tensor]:

@@ -5,16 +5,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from ensemble.config import ModelConfig
+from ensemble.models.checkpoint import weight_files
 from ensemble.models.spec import ModelSpec
 
-_PATTERNS = ("*.safetensors", "*.bin")
-_SAMPLE_BYTES = (
-    64 * 1024
-)  # of the beginning and of the end of each file: two trainings of one model have the same sizes
+_SAMPLE_BYTES = 64 << 10  # of the beginning and of the end of each file: two trainings of one model have the same sizes
 
 
 def fingerprint(spec: ModelSpec, config: ModelConfig) -> str:
-    """The same on every host that has the same model, wherever it lies; another one with other weights."""
+    """The same on every host that has the same model, wherever it lies and whatever lies beside it; another one with
+    other weights. Raises ModelError."""
     digest = hashlib.sha256()
     for field in fields(spec):
         if field.name != "path":
@@ -23,7 +22,7 @@ def fingerprint(spec: ModelSpec, config: ModelConfig) -> str:
     if config.load_format == "dummy":
         digest.update(f"dummy, seed {config.seed}".encode())
     else:
-        for file in sorted(file for pattern in _PATTERNS for file in spec.path.glob(pattern)):
+        for file in weight_files(spec.path):
             digest.update(_sample(file))
     return digest.hexdigest()[:16]
 

@@ -23,12 +23,14 @@ from ensemble.openai_front.app import Front, Limits, make_app
 from ensemble.openai_front.bounded_http import BoundedHttp
 from ensemble.openai_front.live_page import LivePage
 from ensemble.openai_front.prompts import Prompts
+from ensemble.openai_front.reading_on import ReadsOn
 from ensemble.openai_front.upstream import Upstream
 from ensemble.tokenizer import Tokenizer
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close first
 SHUTDOWN_S = 2
+UNREAD_BODIES = 8  # so many times the longest body is read of one that is refused: else its client would not read why
 
 
 def main() -> None:
@@ -57,7 +59,7 @@ async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
         LivePage(*about, upstream.is_ready, arguments.metrics_url, arguments.run_dir).add_to(app)
     guard(app, os.environ.get(API_KEY_VARIABLE), arguments.allowed_origin)
     config = uvicorn.Config(
-        app,
+        ReadsOn(app, UNREAD_BODIES * limits.max_body_bytes),
         http=BoundedHttp,
         access_log=False,
         log_level="warning",

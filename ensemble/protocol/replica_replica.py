@@ -132,12 +132,16 @@ class SendChunks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     chunks: list[int]
 
 
+class Beat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From the source to a link's reader, who passes it over: that it can be sent tells that the reader is there."""
+
+
 class CloseLink(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Not answered."""
 
 
 LinkCall: TypeAlias = OpenLink | ReadProbe | ReadChunk | SendChunks | CloseLink
-LinkAnswer: TypeAlias = LinkOpened | ChunkReady | ChunkRefused | Refused
+LinkAnswer: TypeAlias = LinkOpened | ChunkReady | ChunkRefused | Refused | Beat
 PeerCall: TypeAlias = AttachPool | TransferDone | LinkCall
 PeerAnswer: TypeAlias = PoolOffer | LinkAnswer
 

@@ -11,6 +11,7 @@ from ensemble.engine.engine import Engine
 from ensemble.protocol.curve import CurveKey, bind
 from ensemble.protocol.replica_replica import (
     AttachPool,
+    Beat,
     PoolLayout,
     PoolOffer,
     Refused,
@@ -73,12 +74,13 @@ class PeerServer:
         self.socket.bind(ACKNOWLEDGEMENTS)
         self.life = life  # of the replica; another one may begin in the same process
         self._router = context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else nobody would be told that a reader has gone
         bind(self._router, address, key)
         self._context = context
         self._layout = layout
         self._rank_addresses = list(rank_addresses) or [address]
         self._handle = pool.export()
-        self._links = LinkServer(pool.tensor, leases, lambda: self.life, timeout_s)
+        self._links = LinkServer(pool.tensor, leases, lambda: self.life, timeout_s, self._is_there)
         start_vital_thread(self._serve, "peer-server")
 
     def acknowledged(self) -> list[int]:
@@ -106,16 +108,27 @@ class PeerServer:
                 self._links.answered.clear()
                 while not self._links.answers.empty():
                     identity, answer, frame = self._links.answers.get()
-                    self._send([identity, encode(answer), *([] if frame is None else [frame])])
+                    if not self._send([identity, encode(answer), *([] if frame is None else [frame])]):
+                        self._links.end(identity)
         except zmq.ContextTerminated:
             self._links.close()
             forward.close(linger=0)
             self._router.close(linger=0)
 
-    def _send(self, frames: list[bytes]) -> None:
-        """Never waits: what its reader does not take is dropped, and missed by it in time."""
-        with contextlib.suppress(zmq.Again):
+    def _send(self, frames: list[bytes]) -> bool:
+        """Never waits: what its reader does not take is dropped, and missed by it in time. False: it is not there."""
+        try:
             self._router.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            pass
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        return True
+
+    def _is_there(self, identity: bytes) -> bool:
+        return self._send([identity, encode(Beat())])
 
     def _handle_call(self, identity: bytes, frames: list[bytes], forward: "zmq.Socket[bytes]") -> None:
         if len(frames) != 1:

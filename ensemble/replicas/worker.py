@@ -46,6 +46,7 @@ from ensemble.transfer.leases import Leases
 GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
 IDLE_POLL_MS = 500  # between two beats of an idle loop
 MAX_UNSENT = 100_000  # events that the stage has not taken: it hangs
+LAST_WORD_MS = 5_000  # for the stage to take why a worker cannot serve
 ORDERS = "orders"  # by this name the leader publishes where it gives them
 LOAD_TIMEOUT_S = 1800.0  # of a rank, after the first one
 # On a CPU: tokens leave before more are computed. On two cores 64 streams have gaps of 150 instead of 240 ms at P99.
@@ -61,7 +62,8 @@ def main() -> None:
 
     context, key = zmq.Context(), CurveKey.from_environment()
     guard(context, key)
-    socket = context.socket(zmq.DEALER)
+    to_stage = zmq.Context()  # apart, so that it ends without all else, which has threads in it
+    socket = to_stage.socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
     socket.identity = f"{replica}:{life}{f':{rank}' if rank else ''}".encode()
     if key is not None:
@@ -116,9 +118,9 @@ def main() -> None:
             loop = EngineLoop(engine, peers, settings, peer_address, followers, leases=leases)
     except ConfigError as error:
         socket.send_multipart([b"failed", life.encode(), str(error).encode()])
-        socket.close()
-        context.term()  # returns when the message is out
-        sys.exit(1)
+        socket.close(linger=LAST_WORD_MS)
+        to_stage.term()  # returns when the message is out
+        os._exit(1)  # other ranks, or readers of the pool, may keep what is here from being torn down
     max_model_len = deployment.model.limit_model_len(engine.spec.max_model_len)
     timed = time_steps(engine, deployment.prefill.max_num_batched_tokens, stage.max_num_seqs, max_model_len)
     if rank:

@@ -226,7 +226,9 @@ class Dispatch:
             )
             life.phase, life.handoff, life.decode_replica = "decode", None, replica_id
             timeline = life.client.timeline
-            timeline.decode_submitted_ns, timeline.decode_replica = time_ns, replica_id
+            timeline.decode_replica = replica_id
+            if not life.has_decoded:
+                timeline.decode_submitted_ns = time_ns
             life.submitted_s = self.predictions.now
         self.predictions.forget(replica_id)
         self.command(replica, Join(arrivals=arrivals))

@@ -22,6 +22,8 @@ def gauges(lives: Lives, fleet: Fleet, dispatch: Dispatch, totals: Totals) -> Ga
         ("vllm:num_requests_swapped", ()): sum(replica.num_swapped_seqs for replica in fleet.up_ones()),
         **totals,
     }
+    for result, number in dispatch.prefix_moves.results.items():
+        levels["distserve:prefix_fetches_total", (("result", result),)] = number
     prefixes = dispatch.prefixes
     for replica in fleet:
         labels = (("stage", replica.home), ("replica", str(replica.id)))

@@ -30,7 +30,10 @@ TOKENS_OF_PROGRESS = 16  # an attempt that has got on by so many was not ended b
 
 @dataclass(slots=True, eq=False)
 class Timeline:
-    """When a request passed each point, in nanoseconds of time.time_ns(); 0 until it has. Of the last attempt."""
+    """When a request passed each point, in nanoseconds of time.time_ns(); 0 until it has.
+
+    Its hand-off is the one after which it began to decode: what moves it later, or computes it again, is decode, too.
+    """
 
     arrival_ns: int = 0
     first_scheduled_ns: int = 0
@@ -104,6 +107,7 @@ class Life:
     num_deaths: int = 0  # of replicas that had it, in a row
     num_alone_deaths: int = 0
     num_failed_pulls: int = 0
+    has_decoded: bool = False  # in any attempt
     is_alone: bool = False  # suspected of those deaths: it runs with no other beside it
 
     @property

@@ -7,9 +7,10 @@ A lease has an id of its own and holds credit at the source, until the source ha
 that may be lost, so the router ends it too when it hears of the copy's end, or of the reader's.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ensemble.protocol.router_replica import (
     CancelRequests,
@@ -24,6 +25,9 @@ from ensemble.router.lives import Life
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.scheduling.prefix_index import PrefixIndex
+
+# What has come of a prompt's fetch: its tokens are at the reader; the source had them no more; or it failed.
+FetchResult = Literal["fetched", "evicted", "failed"]
 
 
 class Offer(NamedTuple):
@@ -62,6 +66,7 @@ class PrefixMoves:
         self._new_id = new_id
         self._moves: dict[int, _Move] = {}  # lease id |->
         self._lease_of: dict[int, int] = {}  # attempt that is held |-> lease id
+        self.results: Counter[FetchResult] = Counter()
 
     # ---- before
 
@@ -123,7 +128,7 @@ class PrefixMoves:
             self._end_lease(lease_id, move)
         else:
             move.source.credits.release(lease_id)
-        self._settle(lease_id, 0)
+        self._settle(lease_id, 0, "failed" if num_blocks else "evicted")
 
     def pulled(self, event: PrefixPulled, now: float) -> None:
         move = self._moves.get(event.lease_id)
@@ -135,14 +140,14 @@ class PrefixMoves:
             # Blocks that were there already did not come.
             move.reader.kv_token_bytes = max(move.reader.kv_token_bytes, event.num_bytes / event.num_tokens)
         self._end_lease(event.lease_id, move)
-        self._settle(event.lease_id, event.num_tokens)
+        self._settle(event.lease_id, event.num_tokens, "fetched" if event.reason is None else "failed")
 
     def attach_failed(self, source: Replica, reader: Replica) -> None:
         """The reader cannot map the source's pool."""
         for lease_id, move in list(self._moves.items()):
             if move.source is source and move.reader is reader and move.leased_s is not None:
                 self._end_lease(lease_id, move)
-                self._settle(lease_id, 0)
+                self._settle(lease_id, 0, "failed")
 
     def attempt_ended(self, attempt_id: int) -> None:
         """It is computed no more. A replica that has been sent nothing of it, as of what is or was held, frees nothing
@@ -156,9 +161,10 @@ class PrefixMoves:
     def replica_down(self, replica: Replica) -> None:
         for lease_id, move in list(self._moves.items()):
             if move.source is replica:  # and its credit with it; the reader is told to detach it
-                self._settle(lease_id, 0)
+                self._settle(lease_id, 0, "failed")
             elif move.reader is replica:
-                self._lease_of.pop(move.attempt_id, None)
+                if self._lease_of.pop(move.attempt_id, None) is not None:
+                    self.results["failed"] += 1
                 if move.leased_s is not None:  # else its lease is to be granted yet
                     self._end_lease(lease_id, move)
                     del self._moves[lease_id]
@@ -167,10 +173,11 @@ class PrefixMoves:
         if lease_id in move.source.credits:
             self._command(move.source, CancelRequests(request_ids=[lease_id]))
 
-    def _settle(self, lease_id: int, num_tokens: int) -> None:
+    def _settle(self, lease_id: int, num_tokens: int, result: FetchResult) -> None:
         """The prompt goes on, if it lives."""
         move = self._moves.pop(lease_id)
         if self._lease_of.pop(move.attempt_id, None) is not None:
+            self.results[result] += 1
             self._prefill.resume(move.attempt_id, num_tokens)
 
     def check_integrity(self) -> None:

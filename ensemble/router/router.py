@@ -260,6 +260,7 @@ class Router:
         if len(life.output_token_ids) == 1:
             timeline.first_token_ns = time.time_ns()
             self.dispatch.share_prompt(life)
+        life.has_decoded |= life.phase == "decode"
         if life.phase == "prefill" and life.decode_replica is not None:
             life.phase = "decode"
         if life.is_alone and life.has_progressed:
@@ -303,8 +304,9 @@ class Router:
             if life is not None:
                 life.prefill_replica = None  # nothing of it is there any more
                 timeline = life.client.timeline
-                timeline.decode_joined_ns = time_ns
-                timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
+                if not life.has_decoded:
+                    timeline.decode_joined_ns = time_ns
+                    timeline.kv_transfer_ns, timeline.kv_transfer_bytes = int(seconds * 1e9), num_bytes
                 if num_bytes and (reader := self.fleet.get(timeline.decode_replica)) is not None:
                     reader.handoffs.observe(num_bytes, now - life.submitted_s)
                     # Blocks that were there already did not come; of all others the whole did.

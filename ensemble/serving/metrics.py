@@ -21,6 +21,7 @@ from ensemble.request import FinishReason, SamplingParams
 from ensemble.router.fleet import State
 from ensemble.router.gauges import Gauges, Labels
 from ensemble.router.lives import Timeline
+from ensemble.router.prefix_moves import FetchResult
 from ensemble.serving.inputs import NO_TARGETS, Targets
 
 # vLLM's bounds, and finer ones below where ours begin.
@@ -71,6 +72,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "vllm:prefix_cache_queries_total": Family("counter", "Prompt tokens looked up in the replicas' prefix caches"),
     "vllm:prefix_cache_hits_total": Family("counter", "Prompt tokens found there, and not computed again"),
+    "distserve:prefix_fetches_total": Family(
+        "counter",
+        "Prompts that waited for a prefix that another replica had cached, by what came of it",
+        _by("result", *get_args(FetchResult)),
+    ),
     "vllm:num_preemptions_total": Family("counter", "Sequences that made room for others in the midst of decode"),
     TTFT: Family("histogram", "Arrival at the front to the hand-over of the first response", bounds=_TTFT_S),
     ITL: Family("histogram", "Between two tokens of a request, as they reach the front", bounds=_TOKEN_S),

@@ -1,7 +1,8 @@
 """The source's side of links: packs the blocks that readers ask for, as long as a lease keeps them.
 
 Each link has threads of its own, so that a reader that hangs in the midst of a send holds up nobody else. Answers are
-left in `answers` for the thread that owns the socket, which `answered` wakes.
+left in `answers` for the thread that owns the socket, which `answered` wakes. A reader that was killed closes no link:
+those whose reader is gone end when another reader opens one, or when they have something to say.
 """
 
 import threading
@@ -34,7 +35,7 @@ from ensemble.transfer.plan import Part
 from ensemble.transfer.slots import MAX_BYTES, Slots, map_slots, own_slots
 from ensemble.transfer.wakeup import Wakeup
 
-MAX_LINKS = 64  # the one that was silent for longest goes: its reader may be dead
+MAX_LINKS = 64  # the one that was silent for longest goes
 MAX_QUEUED_CALLS = 64  # of a link: a reader asks for no more than it has slots
 NUM_THREADS = 2  # of a link: the next chunk's copy is launched while one is waited for
 COPY_ENGINE_RUN_BYTES = 2 << 20  # to the host, as swaps
@@ -51,22 +52,26 @@ class LinkServer:
         leases: Leases | None,  # None: the leader's are trusted
         life: Callable[[], int],  # the replica's present one
         timeout_s: float,  # of a pair
+        is_there: Callable[[bytes], bool],  # a reader, by its socket's identity
     ) -> None:
         self.answers: SimpleQueue[Answer] = SimpleQueue()
         self.answered = Wakeup()
         self.pool, self.leases, self.life, self.timeout_s = pool, leases, life, timeout_s
+        self._is_there = is_there
         self.copier = make_copier(pool.device, COPY_ENGINE_RUN_BYTES)
         self._links: OrderedDict[bytes, _ServedLink] = OrderedDict()  # identity |->, the last that called last
 
     def handle(self, identity: bytes, call: LinkCall) -> None:
         link = self._links.get(identity)
         if isinstance(call, OpenLink):
-            self._close(identity)
+            self.end(identity)
+            for gone in [each for each in self._links if not self._is_there(each)]:
+                self.end(gone)
             while len(self._links) >= MAX_LINKS:
-                self._close(next(iter(self._links)))
+                self.end(next(iter(self._links)))
             link = self._links[identity] = _ServedLink(self, identity)
         elif isinstance(call, CloseLink):
-            self._close(identity)
+            self.end(identity)
             return
         if link is None:
             self.answer(identity, Refused(reason="link: one that is open is wanted"))
@@ -80,9 +85,10 @@ class LinkServer:
 
     def close(self) -> None:
         for identity in list(self._links):
-            self._close(identity)
+            self.end(identity)
 
-    def _close(self, identity: bytes) -> None:
+    def end(self, identity: bytes) -> None:
+        """The reader's link, if it has one."""
         link = self._links.pop(identity, None)
         if link is not None:
             link.close()

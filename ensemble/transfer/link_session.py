@@ -16,6 +16,7 @@ from ensemble.cache.block_copier import Copy, StreamCopier, ThreadCopier, wait_f
 from ensemble.errors import LinkBroken, PullRefused, TransferError
 from ensemble.protocol.curve import CurveKey, connect
 from ensemble.protocol.replica_replica import (
+    Beat,
     Carrier,
     ChunkReady,
     ChunkRefused,
@@ -37,6 +38,7 @@ from ensemble.transfer.wakeup import Wakeup
 
 NUM_SLOTS = 4
 MAX_UNSENT = 64  # calls that the source does not take
+BEAT = encode(Beat())
 
 Copier = StreamCopier | ThreadCopier
 
@@ -277,7 +279,8 @@ class Session:
         while not self._socket.poll(50):
             if self._link.is_closing or time.monotonic() > deadline:
                 raise LinkBroken(f"the source did not answer within {self._link.timeout_s:g} s")
-        return self._socket.recv_multipart()
+        frames = self._socket.recv_multipart()
+        return self._answer_frames() if frames == [BEAT] else frames
 
     def _take_frame(self, slot: int, num_bytes: int, frames: list[bytes]) -> None:
         if self._carrier == "frames":

@@ -88,10 +88,12 @@ def llama(tmp_path_factory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("llama"))
 
 
-def make_runner(path: Path, device: str = "cpu", dtype: str = "float64") -> ModelRunner:
+def make_runner(
+    path: Path, device: str = "cpu", dtype: str = "float64", max_model_len: int | None = None
+) -> ModelRunner:
     """Over a pool of NaN, so that reading a slot that was not written shows."""
     spec = load_model_spec(path)
-    config = ModelConfig(path=path, dtype=dtype)
+    config = ModelConfig(path=path, dtype=dtype, max_model_len=max_model_len)
     device = torch.device(device)
     dtype = resolve_dtype(config, spec, device)
     pool_shape = (NUM_BLOCKS, spec.num_layers, 2, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
@@ -365,6 +367,14 @@ def test_a_chunk_that_ends_inside_its_prompt_samples_nothing(llama):
     (sequence,) = make_sequences([prompt], [SamplingParams(max_tokens=2, temperature=0)])
     assert runner.run(Batch(prefills=[PrefillRow(sequence, 0, 8)])) == []
     assert sequence.output_token_ids == [] and sequence.num_computed_tokens == 0
+
+
+@pytest.mark.parametrize("max_model_len", [2, 3, 8, 17, 32, None])
+def test_the_warm_up_has_no_more_positions_than_the_model(llama, max_model_len):
+    """On a CPU one beyond the rotary table is an error; on a GPU it would read what lies behind it."""
+    runner = make_runner(llama, max_model_len=max_model_len)
+    runner.kv_pool.zero_()
+    runner.run_every_path(64, max_model_len or runner.model.spec.max_model_len)
 
 
 def test_dtype_is_float32_on_a_cpu_and_the_checkpoint_s_on_a_gpu(llama):

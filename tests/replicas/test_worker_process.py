@@ -44,18 +44,20 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
+def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    """Of a decode replica; the test's parameter: more of its settings."""
     progress = Progress()
     stage = {"devices": ["cpu"], "kv_cache_bytes": 1 << 20}
+    decode = {**stage, **getattr(request, "param", {})}
     model = {"path": make_tiny_llama(tmp_path / "model")}
     deployment = tmp_path / "deployment.yaml"
-    deployment.write_text(Deployment.parse({"model": model, "prefill": stage, "decode": stage}).to_yaml())
+    deployment.write_text(Deployment.parse({"model": model, "prefill": stage, "decode": decode}).to_yaml())
     context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.bind(f"ipc://{tmp_path}/stage")
     alive, stage_lives = os.pipe()
     addresses = [f"ipc://{tmp_path}/stage", f"ipc://{tmp_path}/peer"]
-    arguments = ["prefill", "0", str(LIFE), "0", "cpu", *addresses, "none", str(alive), str(progress.fd)]
+    arguments = ["decode", "0", str(LIFE), "0", "cpu", *addresses, "none", str(alive), str(progress.fd)]
     process = subprocess.Popen(
         [sys.executable, "-m", "ensemble.replicas.worker", *arguments],
         pass_fds=[alive, progress.fd],
@@ -80,6 +82,16 @@ def test_a_fault_in_the_worker_s_loop_ends_the_process(stage: Stage) -> None:
     _, errors = stage.process.communicate(timeout=20)
     assert stage.process.returncode == 1
     assert "msgspec" in errors
+
+
+@pytest.mark.parametrize("stage", [{"policy": "mlfq", "host_kv_bytes": 1}], indirect=True)
+def test_what_its_loop_cannot_have_is_said_and_the_process_ends(stage: Stage) -> None:
+    """By itself, though its pool is served already."""
+    kind, life, reason = stage.receive()
+    assert (kind, life) == (b"failed", LIFE)
+    assert reason.startswith(b"host_kv_bytes = 1: a block has ")
+    stage.process.communicate(timeout=20)
+    assert stage.process.returncode == 1
 
 
 def test_after_a_reset_it_is_empty_and_lives_another_life(stage: Stage) -> None:

@@ -257,6 +257,37 @@ def test_a_drain_that_takes_too_long_moves_what_runs():
     fleet.assert_empty()
 
 
+@pytest.mark.parametrize("ends", ["drain", "kill"])
+@pytest.mark.parametrize("role", ["decode", "mixed"])
+def test_what_was_decoded_before_a_move_is_decode_in_the_timeline(role, ends):
+    """And neither the bridge nor the transfer before it."""
+    fleet = make_fleet(1, 1)
+    fleet.router.changes.set_role(fleet.router.fleet.get(1), role)
+    if role == "mixed":
+        fleet.router.changes.drain(fleet.router.fleet.get(0), None)
+    request, client = fleet.arrive(4, max_tokens=20)
+    while len(client.tokens) < 6:
+        for replica in list(fleet.replicas.values()):
+            fleet.deliver(replica.id)
+            replica.step(fleet)
+    timeline = client.timeline
+    before = timeline.decode_submitted_ns, timeline.decode_joined_ns, timeline.kv_transfer_bytes
+    assert all(before) if role == "decode" else not any(before)
+    fleet.router.changes.add("decode", "cpu", "decode")
+    fleet.start(2)
+    fleet.router.changes.undrain(fleet.router.fleet.get(0))
+    if ends == "kill":
+        fleet.kill(1)
+    else:
+        fleet.router.changes.drain(fleet.router.fleet.get(1), fleet.now)
+    fleet.run()
+    assert client.tokens == answer(request)
+    assert timeline.decode_replica == 2 or ends == "kill"
+    assert timeline.num_recoveries == (ends == "kill")
+    assert (timeline.decode_submitted_ns, timeline.decode_joined_ns, timeline.kv_transfer_bytes) == before
+    fleet.assert_empty()
+
+
 @pytest.mark.parametrize("ends", ["kill source", "kill reader", "cancel", "undrain", "unmappable"])
 @pytest.mark.parametrize("num_rounds", range(4))
 def test_whatever_happens_while_sequences_go_over_costs_no_answer(ends, num_rounds):
@@ -531,6 +562,39 @@ def test_a_prefix_that_another_replica_has_is_fetched_before_the_rest_is_compute
     assert fleet.replicas[0].num_fetched_tokens == 24
     known = fleet.router.fleet.get(0)
     assert known is not None and known.prefix_pulls.has_samples
+    assert fetches(fleet) == {"fetched": 1}
+    fleet.assert_empty()
+
+
+def fetches(fleet):
+    """Of prefixes, by what came of them, as the metrics tell."""
+    levels = fleet.router.gauges().items()
+    return {
+        dict(labels)["result"]: count for (name, labels), count in levels if name == "distserve:prefix_fetches_total"
+    }
+
+
+@pytest.mark.parametrize(
+    ("ends", "result"), [("broken link", "failed"), ("kill reader", "failed"), ("evict", "evicted")]
+)
+def test_a_prefix_that_does_not_come_is_counted_and_computed(ends, result):
+    fleet = make_fleet(1, 1)
+    request, client = second_turn(fleet)
+    if ends == "evict":
+        fleet.replicas[1].cached.clear()
+    fleet.deliver(1)
+    while fleet.replicas[1].out:
+        fleet.deliver(1)
+    fleet.deliver(0)
+    match ends:
+        case "broken link":
+            (lease_id,) = fleet.replicas[0].fetching
+            fleet.replicas[0]._end_fetching(lease_id, fleet, "the link is broken")
+        case "kill reader":
+            fleet.kill(0)
+    fleet.run()
+    assert client.tokens == answer(request)
+    assert fetches(fleet)[result] == 1
     fleet.assert_empty()
 
 

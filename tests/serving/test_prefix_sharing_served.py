@@ -69,6 +69,7 @@ def test_a_second_turn_fetches_the_first_one_from_where_it_was_decoded(
     num_found = total(after, "vllm:prefix_cache_hits_total") - total(before, "vllm:prefix_cache_hits_total")
     assert len(second) - num_found <= 1.1 * len(question)
     assert total(after, "distserve:kv_transfer_bytes_total") > total(before, "distserve:kv_transfer_bytes_total")
+    assert total(after, "distserve:prefix_fetches_total") == total(before, "distserve:prefix_fetches_total") + 1
     assert blocks_in_use(after) == 0
     assert answer == generate(tiny_server.grpc_url, input_ids=prompt, **turn).output_ids
     assert found.output_ids == generate(tiny_server.grpc_url, input_ids=second, **turn).output_ids

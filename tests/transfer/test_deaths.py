@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def test_the_source_is_killed(monkeypatch, tmp_path, transport, num_copies):
 @pytest.mark.parametrize("num_copies", [BEFORE, IN, AFTER], ids=["before", "in", "after"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_the_reader_is_killed(monkeypatch, tmp_path, transport, num_copies):
-    """Its lease stays until the router ends it; others read meanwhile, in the midst of it and when it is dead."""
+    """Its lease stays until the router ends it; others read meanwhile, in the midst of it and when it is dead. Its link
+    ends when another wants one, and only its own."""
     monkeypatch.setattr(link, "SLOT_BYTES", dict.fromkeys(link.SLOT_BYTES, 1))
     source = SourceRanks([LAYOUT], tmp_path, timeout_s=2.0)
     source.leases.grant(REQUEST_ID, BLOCK_IDS)
@@ -97,6 +99,19 @@ def test_the_reader_is_killed(monkeypatch, tmp_path, transport, num_copies):
     assert list(source.leases) == [REQUEST_ID] and source.servers[0].acknowledged() == []
     expected = fleet.part_of(fleet.whole_model(num_kv_heads=4), LAYOUT)
     assert torch.equal(source.pools[0].tensor, expected)
+    served, its_links = source.servers[0]._links._links, reader.peers.source(source.address).links
+    deadline = time.monotonic() + fleet.WAIT_S
+    while True:  # until the source has noticed
+        another = Reader(LAYOUT, transport=transport)
+        another.attach(source.address)
+        if len(served) == 2:
+            break
+        assert time.monotonic() < deadline
+        another.close()
+    assert_pulled(another, source.address)
+    another.close()
+    assert_pulled(reader, source.address)
+    assert reader.peers.source(source.address).links is its_links
     reader.close()
     source.close()
 
