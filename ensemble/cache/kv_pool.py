@@ -83,13 +83,19 @@ class KVPool:
 
     def export(self) -> PoolHandle:
         """The handle by which a peer process maps this pool, for as long as this process lives."""
-        shape, dtype = list(self.tensor.shape), str(self.layout.dtype).removeprefix("torch.")
         if self._fd is None:
-            torch.cuda.synchronize(self.tensor.device)  # what the pool has by now is there: peers wait for no event
-            shared: tuple[object, ...] = self.tensor.untyped_storage()._share_cuda_()
-            return PoolHandle(kind="cuda_ipc", handle=encode(shared), shape=shape, dtype=dtype, host=_this_host())
+            return export_cuda(self.tensor)
+        shape, dtype = list(self.tensor.shape), str(self.layout.dtype).removeprefix("torch.")
         path = f"/proc/{os.getpid()}/fd/{self._fd} {self._name}"
         return PoolHandle(kind="memfd", handle=path.encode(), shape=shape, dtype=dtype)
+
+
+def export_cuda(tensor: torch.Tensor) -> PoolHandle:
+    """The handle of a tensor on a GPU that is the only one of its storage, for as long as this process lives."""
+    shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    torch.cuda.synchronize(tensor.device)  # what it holds by now is there: peers wait for no event
+    shared: tuple[object, ...] = tensor.untyped_storage()._share_cuda_()
+    return PoolHandle(kind="cuda_ipc", handle=encode(shared), shape=shape, dtype=dtype, host=_this_host())
 
 
 def map_peer_pool(handle: PoolHandle, device: torch.device) -> torch.Tensor:

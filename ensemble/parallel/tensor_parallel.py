@@ -2,8 +2,10 @@
 
 A rank is an object here, not a global of its process: several may live in one process, each on a thread of its own.
 Collectives are gloo's on CPUs and NCCL's on GPUs, where they run on the current stream and may be captured in a graph.
+Few rows are added up by a kernel of ours, where the GPUs can.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,10 +14,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.nn import functional as F
 
 from ensemble.errors import ConfigError, InternalError
+from ensemble.parallel.one_shot import OneShot, map_buffers
 
 
 class Collectives(Protocol):
@@ -37,10 +40,14 @@ class TensorParallel:
     size: int = 1
     collectives: Collectives | None = None  # None: this rank is alone
     device_type: str = "cpu"
+    one_shot: OneShot | None = None  # None: all is gloo's or NCCL's
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Adds up the ranks' tensors, in place, to the same bits on every rank. Returns `x`."""
-        self._reduce(x, dist.ReduceOp.SUM)
+        if self.one_shot is not None and self.one_shot.takes(x):
+            self.one_shot.all_reduce(x)
+        else:
+            self._reduce(x, dist.ReduceOp.SUM)
         return x
 
     def smallest(self, value: int) -> int:
@@ -103,8 +110,14 @@ def connect(
     if size == 1:
         return TensorParallel(device_type=device.type)
     name = f"tensor parallel rank {rank} of {size}"
-    collectives = make_process_group(store, rank, size, device, timeout_s, name, host)
-    return TensorParallel(rank, size, cast(Collectives, collectives), device.type)
+    collectives = cast(Collectives, make_process_group(store, rank, size, device, timeout_s, name, host))
+    if device.type == "cpu":
+        return TensorParallel(rank, size, collectives, device.type)
+    try:
+        one_shot = map_buffers(PrefixStore("one-shot", store), rank, size, device, timeout_s)
+    except RuntimeError as error:
+        raise _cannot_meet(name, error) from None
+    return TensorParallel(rank, size, collectives, device.type, one_shot)
 
 
 def make_process_group(
@@ -119,9 +132,18 @@ def make_process_group(
             by_gloo._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
             by_gloo._timeout = timeout
             return gloo(store, rank, size, by_gloo)
+        keep_nccl_off_multicast()
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, size, options)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise InternalError(f"{name}: cannot meet its peers: {reason}") from None
+        raise _cannot_meet(name, error) from None
+
+
+def _cannot_meet(name: str, error: RuntimeError) -> InternalError:
+    return InternalError(f"{name}: cannot meet its peers: {' '.join(str(error).split())}")
+
+
+def keep_nccl_off_multicast() -> None:
+    """Before NCCL's first use in a process: NVLink multicast (NVLS) is not to be used on hosts that others use too."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")

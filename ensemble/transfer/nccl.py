@@ -7,7 +7,6 @@ than it may, also before the other side has come. The library is the one that to
 import contextlib
 import ctypes
 import functools
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from ensemble.errors import LinkBroken
+from ensemble.parallel.tensor_parallel import keep_nccl_off_multicast
 
 MEET_TIMEOUT_S = 60.0  # NCCL looks at all GPUs and network cards of the host, and loads its kernels
 _SUCCESS, _IN_PROGRESS = 0, 7
@@ -57,7 +57,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
+    keep_nccl_off_multicast()
     try:
         library = ctypes.CDLL("libnccl.so.2")
     except OSError as error:
