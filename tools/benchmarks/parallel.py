@@ -8,12 +8,11 @@ that says so; the others go on.
 """
 
 import multiprocessing
-import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ import typer
 from ensemble.config import Deployment
 from ensemble.engine.engine import use_device
 from ensemble.parallel.group import meet
+from ensemble.parallel.tensor_parallel import TensorParallel
 from ensemble.transfer import nccl
 from tools.benchmarks import transports
 from tools.benchmarks.engine_shapes import SHAPES
@@ -32,6 +32,7 @@ from tools.benchmarks.results import at_most, report, write_results
 from tools.benchmarks.sections import Row, end_with_parent, run_section
 
 NUM_ALL_REDUCES, NUM_REPLAYS = 80, 20  # in a graph: two for each of 40 layers
+ALL_REDUCE_ROWS = (1, 32, 128)
 ALL_REDUCE_GOAL_US, START_GOAL_S = 12.0, 20.0
 MEET_S = 60.0
 
@@ -54,39 +55,56 @@ COMPARISONS = {
 
 
 def all_reduce_rows(load: Load, devices: list[str], run_dir: Path) -> Iterator[Row]:
-    """As decode steps have them: in a graph, by the group of the ranks; on CPUs one after the other."""
+    """As decode steps have them: in a graph, by the group of the ranks; on CPUs one after the other.
+
+    In each way that the ranks have. The goal is that of the way which they take.
+    """
     address = f"file://{run_dir}/group"
     other = multiprocessing.get_context("spawn").Process(
         target=_other_rank, args=(load, devices[1], address), daemon=True
     )
     other.start()
-    times_us = all_reduce_us(load, devices[0], 0, address)
-    name = f"all-reduce of {load.num_rows} x {load.config['hidden_size']}, {load.dtype}"
-    value = round(median(times_us), 2)
-    if load.is_dry:
-        yield {"name": name, "value": value, "unit": "us"}
-    else:
-        yield at_most(name, value, "us", ALL_REDUCE_GOAL_US) | {"nccl": nccl.version()}
+    for num_rows, way, is_taken, times_us in all_reduce_times(load, devices[0], 0, address):
+        name = f"all-reduce of {num_rows} x {load.config['hidden_size']}, {load.dtype}, {way}"
+        value = round(median(times_us), 2)
+        version = {"nccl": nccl.version()} if way == "nccl" else {}
+        if is_taken and num_rows == load.num_rows and not load.is_dry:
+            yield at_most(name, value, "us", ALL_REDUCE_GOAL_US) | version
+        else:
+            yield {"name": name, "value": value, "unit": "us"} | version
 
 
 def _other_rank(load: Load, device: str, address: str) -> None:
     end_with_parent()
-    all_reduce_us(load, device, 1, address)
+    for _ in all_reduce_times(load, device, 1, address):
+        pass
 
 
-def all_reduce_us(load: Load, device_name: str, rank: int, address: str) -> list[float]:
-    """Microseconds of each of NUM_ALL_REDUCES, by replay."""
+def all_reduce_times(
+    load: Load, device_name: str, rank: int, address: str
+) -> Iterator[tuple[int, str, bool, list[float]]]:
+    """For each number of rows and each way: whether the ranks take it, and microseconds."""
     device = torch.device(device_name)
     use_device(device)
     parallel = meet(address, rank, 2, 1, device, MEET_S).tensor
-    x = torch.zeros(load.num_rows, load.config["hidden_size"], dtype=getattr(torch, load.dtype), device=device)
+    library = "gloo" if device.type == "cpu" else "nccl"
+    for num_rows in ALL_REDUCE_ROWS:
+        x = torch.zeros(num_rows, load.config["hidden_size"], dtype=getattr(torch, load.dtype), device=device)
+        is_one_shot = parallel.one_shot is not None and parallel.one_shot.takes(x)
+        if is_one_shot:
+            yield num_rows, "one shot", True, all_reduce_us(parallel, x)
+        yield num_rows, library, not is_one_shot, all_reduce_us(replace(parallel, one_shot=None), x)
+
+
+def all_reduce_us(parallel: TensorParallel, x: torch.Tensor) -> list[float]:
+    """Microseconds of each of NUM_ALL_REDUCES, by replay."""
 
     def reduce_all() -> None:
         for _ in range(NUM_ALL_REDUCES):
             parallel.all_reduce(x)
 
     reduce_all()
-    if device.type == "cpu":
+    if x.device.type == "cpu":
         return [_seconds_of(reduce_all) / NUM_ALL_REDUCES * 1e6 for _ in range(NUM_REPLAYS)]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -196,7 +214,6 @@ def main(
         raise typer.BadParameter(f"{devices}: two of a kind are needed, by a comma", param_hint="--devices")
     if model not in SHAPES:
         raise typer.BadParameter(f"{model}: {', '.join(SHAPES)} are allowed", param_hint="--model")
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
     load, progress = load_for(both[0], model), Report(limit_s, total_s, output)
     with tempfile.TemporaryDirectory() as folder:
 
