@@ -84,9 +84,10 @@ def test_the_answer_does_not_wait_for_the_body(port: int) -> None:
     """Nor does a client that asks first get told to send it."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         client.sendall(b"POST /v1/take HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n")
-        assert client.recv(1 << 16).startswith(b"HTTP/1.1 401 ")
+        answer = client.recv(1 << 16)
         client.sendall(b"123456789")
-        assert client.recv(1 << 16) == b"", "closed, in order"
+        answer += b"".join(iter(lambda: client.recv(1 << 16), b""))  # closed, in order
+    assert answer.startswith(b"HTTP/1.1 401 ") and answer.count(b"HTTP/1.1") == 1
 
 
 def test_a_body_without_an_end_is_read_so_far_and_no_further(port: int) -> None:
