@@ -303,19 +303,6 @@ def test_a_compressed_body_is_refused_as_such(openai_server: TritonServer) -> No
     assert (caught.value.code, json.load(caught.value)["error"]["code"]) == (415, "unsupported_encoding")
 
 
-@pytest.mark.parametrize("head", [b"X: " + b"a" * (1 << 20), b"X: a\r\n" * (1 << 17), b" " * (1 << 20)])
-def test_a_head_without_an_end(openai_server: TritonServer, head: bytes) -> None:
-    host, port = openai_server.openai_url.removeprefix("http://").removesuffix("/v1").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        with contextlib.suppress(ConnectionError):  # it answers before all has been sent
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + head)
-        answer = b""
-        with contextlib.suppress(ConnectionError):
-            while data := connection.recv(4096):
-                answer += data
-    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
-
-
 def test_many_requests_on_a_connection(openai_server: TritonServer) -> None:
     """Whose heads have more bytes together than one may have, as have their bodies."""
     host, port = openai_server.openai_url.removeprefix("http://").removesuffix("/v1").split(":")
