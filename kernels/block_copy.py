@@ -45,7 +45,7 @@ def _copy_blocks_kernel(
         tl.store(to_row + words, values, mask=inside, eviction_policy="evict_first")
 
 
-def _as_rows(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def as_rows(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both pools as [num_blocks, rows, words] of the widest integers that fit; a contiguous block is one row."""
     pools = [source, target]
     if all(pool[:1].is_contiguous() for pool in pools):
@@ -79,7 +79,7 @@ def copy_blocks(
     if not (source.is_cuda or target.is_cuda or backend.interpret):
         copy_blocks_reference(source, target, source_ids, target_ids)
         return
-    source, target = _as_rows(source, target)
+    source, target = as_rows(source, target)
     _, rows_per_block, num_words = source.shape
     chunk = min(_CHUNK_BYTES // source.element_size(), triton.next_power_of_2(num_words))
     chunks_per_row = triton.cdiv(num_words, chunk)

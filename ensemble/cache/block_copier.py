@@ -4,16 +4,18 @@ Copies of one copier run one after the other. A pool, `[num_blocks, num_layers, 
 lies on this device, on a peer's (a CUDA IPC mapping) or, page-locked, on the host.
 """
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import repeat
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from kernels.block_copy import copy_blocks
+from kernels.block_copy import as_rows, copy_blocks
 
 # (source, target), of the same shape but for the number of blocks: whole pools, or the same layers and heads of both
 Pieces: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
@@ -21,7 +23,10 @@ Pieces: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
 # Of the kernel: as many reach 0.94 of NVLink's rate and nearly PCIe's, and leave the other multiprocessors to the
 # engine's steps: a step of LLaMA-2-7B beside pulls takes 1.07 to 1.09 times as long, with all programs 1.18 to 1.41.
 NUM_PROGRAMS = 32
+NUM_LOCAL_PROGRAMS = 128  # within the device it is over in some 50 us
 NUM_CHEAP_RUNS = 8  # calls, which took the host 124 us; the kernel's launch, its ids included, 97 to 250 us
+
+_PR_SET_TIMERSLACK = 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +35,30 @@ class Copy:
     seconds: Callable[[], float]  # of the copy itself, once it is done; raises what the copy raised
 
 
-def make_copier(device: torch.device, min_run_bytes: int) -> "StreamCopier | ThreadCopier":
-    """Few pieces, and pieces of `min_run_bytes` and more on average, go by the copy engine, as far as there is one."""
-    return StreamCopier(device, min_run_bytes) if device.type == "cuda" else ThreadCopier()
+def make_copier(device: torch.device, min_run_bytes: int, *, is_local: bool = False) -> "Copier":
+    """Few pieces, and pieces of `min_run_bytes` and more on average, go by the copy engine, as far as there is one.
+
+    is_local: parts of blocks are copied within the device alone, and shortly: by many programs, or few by torch.
+    """
+    return StreamCopier(device, min_run_bytes, is_local=is_local) if device.type == "cuda" else ThreadCopier()
 
 
 def wait_for_any(copies: list[Copy], timeout_s: float) -> None:
     """Returns when one is done, if there are any, or after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while copies and not any(copy.is_done() for copy in copies) and time.monotonic() < deadline:
-        time.sleep(20e-6)
+        nap()
+
+
+def nap() -> None:
+    """Between two looks at a copy: some 25 us. With the slack that Linux gives a thread's timers it would be 75."""
+    _libc().prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1))  # nanoseconds; of this thread
+    time.sleep(20e-6)
+
+
+@cache
+def _libc() -> ctypes.PyDLL:
+    return ctypes.PyDLL(None)
 
 
 class ThreadCopier:
@@ -62,7 +81,11 @@ class ThreadCopier:
 
     def start_pieces(self, pieces: Pieces, source_ids: list[int], target_ids: list[int]) -> Copy:
         """Starts target[target_ids] = source[source_ids] of every piece."""
-        future = self._thread.submit(_copy_timed, pieces, source_ids, target_ids)
+        return self.run(_copy_timed, pieces, source_ids, target_ids)
+
+    def run(self, function: Callable[..., float], *arguments: Any) -> Copy:
+        """Calls it, which returns seconds, after the copies that were started before."""
+        future = self._thread.submit(function, *arguments)
         return Copy(future.done, future.result)
 
 
@@ -79,9 +102,9 @@ class StreamCopier:
     are in a row on both sides; where runs are many and short, or not whole, a kernel copies all blocks in one launch.
     """
 
-    def __init__(self, device: torch.device, min_run_bytes: int) -> None:
-        self._device, self._min_run_bytes = device, min_run_bytes
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, min_run_bytes: int, *, is_local: bool = False) -> None:
+        self._device, self._min_run_bytes, self._is_local = device, min_run_bytes, is_local
+        self.stream = torch.cuda.Stream(device)
 
     def start(
         self,
@@ -94,7 +117,7 @@ class StreamCopier:
     ) -> Copy:
         """Starts target[target_ids] = source[source_ids]; `after_steps`: once the steps launched before have ended."""
         if after_steps:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            self.stream.wait_stream(torch.cuda.current_stream(self._device))
         return self.start_pieces([(source, target)], source_ids, target_ids)
 
     def start_pieces(self, pieces: Pieces, source_ids: list[int], target_ids: list[int]) -> Copy:
@@ -105,8 +128,10 @@ class StreamCopier:
         runs = list(runs_of(source_ids, target_ids)) if are_whole else list(zip(source_ids, target_ids, repeat(1)))
         num_bytes = len(source_ids) * sum(source[0].nbytes for source, _ in pieces)
         are_long = num_bytes >= self._min_run_bytes * len(runs) * len(pieces)
-        with torch.cuda.stream(self._stream):
-            if are_contiguous and (are_long or len(runs) * len(pieces) <= NUM_CHEAP_RUNS):
+        num_programs = NUM_LOCAL_PROGRAMS if self._is_local else NUM_PROGRAMS
+        are_few = len(runs) * len(pieces) <= NUM_CHEAP_RUNS
+        with torch.cuda.stream(self.stream):
+            if (are_contiguous and (are_long or are_few)) or (self._is_local and are_few):
                 began.record()
                 for source, target in pieces:
                     copy_runs(source, target, runs)
@@ -114,13 +139,20 @@ class StreamCopier:
                 ids = torch.tensor([source_ids, target_ids]).pin_memory().to(self._device, non_blocking=True)
                 began.record()
                 for source, target in pieces:
-                    copy_blocks(source, target, ids[0], ids[1], num_programs=NUM_PROGRAMS)
+                    copy_blocks(source, target, ids[0], ids[1], num_programs=num_programs)
             ended.record()
         return Copy(ended.query, lambda: began.elapsed_time(ended) / 1e3)
 
 
+Copier: TypeAlias = StreamCopier | ThreadCopier
+
+
 def copy_runs(source: torch.Tensor, target: torch.Tensor, runs: list[tuple[int, int, int]]) -> None:
-    """By the copy engine, a call for each (first source block, first target block, length)."""
+    """By the copy engine, a call for each (first source block, first target block, length); parts of blocks by torch's
+    kernel, on all multiprocessors.
+    """
+    if not (source[:1].is_contiguous() and target[:1].is_contiguous()):
+        source, target = as_rows(source, target)  # of wide words
     for first, to, length in runs:
         target[to : to + length].copy_(source[first : first + length], non_blocking=True)
 

@@ -79,8 +79,8 @@ Carrier: TypeAlias = Literal["shared", "frames", "pair"]
 class OpenLink(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Asks for a link; answered by LinkOpened, when the source has slots for it, or by Refused.
 
-    A slot's bytes come in memory that both map (`shared`), in a frame behind ChunkReady (`frames`), or by a send to the
-    reader's receive (`pair`: NCCL's, or gloo's between CPUs).
+    A chunk's bytes come in memory that both map (`shared`), in a frame behind ChunksReady (`frames`), or by a send to
+    the reader's receive (`pair`: NCCL's, or gloo's between CPUs).
     """
 
     carrier: Carrier
@@ -94,15 +94,15 @@ class LinkOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ReadProbe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Asks for the beginning of a slot full of a byte, as a chunk is asked for."""
+    """Asks for the beginning of a slot full of a byte, which comes as a chunk does."""
 
     chunk: int
     slot: int
     byte: int
 
 
-class ReadChunk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Asks for some layers and heads of blocks, packed into a slot; answered by ChunkReady or ChunkRefused."""
+class ReadChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """Some layers and heads of blocks."""
 
     chunk: int  # number, of one link
     slot: int
@@ -115,21 +115,32 @@ class ReadChunk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     block_ids: list[int]
 
 
-class ChunkReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The slot has the bytes; of a pair: its source is ready to send them, and waits for SendChunks."""
+class ReadChunks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks for chunks, packed; each is answered by ChunksReady or ChunkRefused. By a pair the reader receives them when
+    it hears ChunksCome, which is before that.
+    """
 
-    chunk: int
+    chunks: list[ReadChunk]
+
+
+class ChunksCome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Pair only: the source sends these now, in this order, after those of which it has said so before."""
+
+    chunks: list[int]
+
+
+class ChunksReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The source has read the blocks, and the lease still kept them: slots have the bytes, or they have been sent.
+
+    By `frames` it is one chunk, with a frame behind this.
+    """
+
+    chunks: list[int]
 
 
 class ChunkRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     chunk: int
     reason: str
-
-
-class SendChunks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The reader receives these now, in this order, in one group. Pair only; not answered."""
-
-    chunks: list[int]
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -140,8 +151,8 @@ class CloseLink(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Not answered."""
 
 
-LinkCall: TypeAlias = OpenLink | ReadProbe | ReadChunk | SendChunks | CloseLink
-LinkAnswer: TypeAlias = LinkOpened | ChunkReady | ChunkRefused | Refused | Beat
+LinkCall: TypeAlias = OpenLink | ReadProbe | ReadChunks | CloseLink
+LinkAnswer: TypeAlias = LinkOpened | ChunksCome | ChunksReady | ChunkRefused | Refused | Beat
 PeerCall: TypeAlias = AttachPool | TransferDone | LinkCall
 PeerAnswer: TypeAlias = PoolOffer | LinkAnswer
 

@@ -14,7 +14,6 @@ import msgspec
 import torch
 import zmq
 
-from ensemble.cache.block_copier import make_copier
 from ensemble.cache.kv_pool import map_peer_pool
 from ensemble.config import TransferConfig
 from ensemble.errors import LinkBroken
@@ -33,7 +32,6 @@ from ensemble.protocol.replica_replica import (
 from ensemble.protocol.router_replica import KVHandoff
 from ensemble.transfer import nccl
 from ensemble.transfer.link import Link
-from ensemble.transfer.link_server import COPY_ENGINE_RUN_BYTES
 from ensemble.transfer.plan import make_plan, misfit
 from ensemble.transfer.puller import Source
 from ensemble.transfer.wakeup import Wakeup
@@ -81,7 +79,6 @@ class Peers:
         self._config = config or TransferConfig()
         self._rank = rank
         self._key = key
-        self._copier = make_copier(pool.device, COPY_ENGINE_RUN_BYTES)  # of links
         self._opened = Wakeup()
         self._peers: dict[str, Peer] = {}
 
@@ -240,7 +237,6 @@ class Peers:
             self._context,
             address,
             self._pool,
-            self._copier,
             opened=self._opened,
             carriers=carriers,
             timeout_s=self._config.timeout_s,

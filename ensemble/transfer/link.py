@@ -1,14 +1,17 @@
 """A reading rank's link to a source rank whose pool it does not map: blocks come as packed chunks, through a few slots.
 
     reader                                  source
-    ReadChunk(slot, blocks, lease) -------> looks at the lease, packs into its side of the slot, looks again
-    <------------------------------------- ChunkReady
-    shared, frames: the bytes are here
-    pair: SendChunks, and receives -------> sends
+    ReadChunks(slots, blocks, leases) ----> looks at the lease, packs into its side of the slot
+    pair: <-------------------------------- ChunksCome
+          receives                          sends
+                                            once that is done, looks at the lease again
+    <-------------------------------------- ChunksReady: the bytes are here
     unpacks into its own pool, asks for the next chunk in the slot
 
-As many chunks are under way as there are slots, so packing, wire and unpacking go on at the same time. A thread of the
-link's own does all that: nothing is written into the pool but by it, so what it has given up is not written any more.
+Some chunks are under way at any time, so packing, wire and unpacking go on at the same time: each side starts what it
+can, in order on a stream (CPU: a thread) of the link's own, and looks at what has ended. By a pair, blocks that are in
+one run on a side are sent, or received, where they lie. A thread of the link's own does all that: nothing is written
+into the pool but by it, so what it has given up is not written any more.
 """
 
 import mmap
@@ -22,13 +25,15 @@ from ensemble.cache.block_copier import Copy
 from ensemble.errors import LinkBroken, PullRefused, TransferError
 from ensemble.protocol.curve import CurveKey
 from ensemble.protocol.replica_replica import Carrier, CloseLink
-from ensemble.transfer.link_session import Chunk, Copier, Job, Session, Shared, as_broken, use_device
+from ensemble.transfer.link_session import Chunk, Job, Session, Shared, as_broken, use_device
 from ensemble.transfer.plan import Part, Piece
 from ensemble.transfer.wakeup import Wakeup
 
-# At least: a layer of a block is not divided. What a chunk costs both hosts beside its bytes is the time of some 8 MiB
-# over PCIe, and of some 64 over NVLink.
+# At least: a layer of a block is not divided. A chunk costs both hosts some 100 us beside its bytes, the time of 5 MiB
+# over PCIe, and of 35 over NVLink.
 SLOT_BYTES: dict[Carrier, int] = {"shared": 16 << 20, "frames": 8 << 20, "pair": 64 << 20}
+# By a pair such blocks go one by one if they are whole here: then they need not be unpacked.
+ALONE_BYTES = 16 << 20
 
 
 class Link:
@@ -39,7 +44,6 @@ class Link:
         context: zmq.Context[zmq.Socket[bytes]],
         address: str,  # of the source rank
         pool: torch.Tensor,  # own: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
-        copier: Copier,
         *,
         opened: Wakeup,
         carriers: list[Carrier],  # to be tried in this order
@@ -50,7 +54,7 @@ class Link:
         self.error: TransferError | None = None  # it is broken
         self.is_open = False
         self._opened, self._carriers = opened, carriers
-        self._shared = Shared(context, address, key, pool, copier, timeout_s)
+        self._shared = Shared(context, address, key, pool, timeout_s)
         self._lock = threading.Lock()  # between `start` and the thread's end: no job is left behind
         self._thread = threading.Thread(target=self._run, name="kv-link", daemon=True)
         self._thread.start()
@@ -89,8 +93,11 @@ class Link:
         """(of the source, of the own pool, which of the blocks); none is larger than a slot."""
         layer_bytes = Part(0, 1, piece.target.first_head, piece.target.num_heads).of(self._shared.pool)[0].nbytes
         slot_bytes = self.slot_bytes(self.carrier)
-        num_layers = min(piece.source.num_layers, slot_bytes // layer_bytes)
-        blocks_at_once = max(1, slot_bytes // (layer_bytes * piece.source.num_layers))
+        num_layers = _even(piece.source.num_layers, slot_bytes // layer_bytes)
+        block_bytes = layer_bytes * piece.source.num_layers
+        is_whole = piece.target.of(self._shared.pool)[:1].is_contiguous()
+        alone = self.carrier == "pair" and is_whole and block_bytes >= ALONE_BYTES
+        blocks_at_once = 1 if alone else _even(num_blocks, max(1, slot_bytes // block_bytes))
         for first_block in range(0, num_blocks, blocks_at_once):
             for first in range(0, piece.source.num_layers, num_layers):
                 length = min(num_layers, piece.source.num_layers - first)
@@ -140,3 +147,9 @@ class Link:
             self.carrier = carrier
             return session
         raise LinkBroken("; ".join(reasons))
+
+
+def _even(length: int, most: int) -> int:
+    """The length of the fewest parts of about the same length, none longer than `most`."""
+    num_parts = max(1, -(-length // most))
+    return max(1, -(-length // num_parts))

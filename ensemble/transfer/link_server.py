@@ -1,35 +1,38 @@
 """The source's side of links: packs the blocks that readers ask for, as long as a lease keeps them.
 
-Each link has threads of its own, so that a reader that hangs in the midst of a send holds up nobody else. Answers are
+Each link has a thread of its own, so that a reader that hangs in the midst of a send holds up nobody else. Answers are
 left in `answers` for the thread that owns the socket, which `answered` wakes. A reader that was killed closes no link:
 those whose reader is gone end when another reader opens one, or when they have something to say.
 """
 
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 import torch
 
-from ensemble.cache.block_copier import make_copier
+from ensemble.cache.block_copier import Copy, nap
 from ensemble.errors import LinkBroken
 from ensemble.protocol.replica_replica import (
-    ChunkReady,
     ChunkRefused,
+    ChunksCome,
+    ChunksReady,
     CloseLink,
     LinkAnswer,
     LinkCall,
     LinkOpened,
     OpenLink,
     ReadChunk,
+    ReadChunks,
     ReadProbe,
     Refused,
-    SendChunks,
 )
 from ensemble.transfer.leases import Leases
-from ensemble.transfer.link_session import finish, use_device
+from ensemble.transfer.link_session import use_device
+from ensemble.transfer.packing import both, make_link_copier, pack, run_of
 from ensemble.transfer.pair import Pair, meet
 from ensemble.transfer.plan import Part
 from ensemble.transfer.slots import MAX_BYTES, Slots, map_slots, own_slots
@@ -37,8 +40,9 @@ from ensemble.transfer.wakeup import Wakeup
 
 MAX_LINKS = 64  # the one that was silent for longest goes
 MAX_QUEUED_CALLS = 64  # of a link: a reader asks for no more than it has slots
-NUM_THREADS = 2  # of a link: the next chunk's copy is launched while one is waited for
-COPY_ENGINE_RUN_BYTES = 2 << 20  # to the host, as swaps
+MAX_CHUNKS = 64  # of a call
+MAX_READS = 16  # of a link, under way
+MAX_LAUNCHED = 8  # chunks that a pair sends in one launch: the next ones are asked for when it has ended
 
 Answer = tuple[bytes, LinkAnswer, bytes | None]  # identity of the reader's socket, and a frame behind the answer
 
@@ -58,7 +62,6 @@ class LinkServer:
         self.answered = Wakeup()
         self.pool, self.leases, self.life, self.timeout_s = pool, leases, life, timeout_s
         self._is_there = is_there
-        self.copier = make_copier(pool.device, COPY_ENGINE_RUN_BYTES)
         self._links: OrderedDict[bytes, _ServedLink] = OrderedDict()  # identity |->, the last that called last
 
     def handle(self, identity: bytes, call: LinkCall) -> None:
@@ -94,57 +97,91 @@ class LinkServer:
             link.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Chunks, or a probe, that are packed, and by a pair sent."""
+
+    calls: list[ReadChunk] | list[ReadProbe]
+    runs: list[torch.Tensor]  # [num_bytes] uint8, of each
+    copy: Copy | None  # None: it is there
+    deadline: float
+
+
 class _ServedLink:
-    """One reader's link. It asks for no two sends at once."""
+    """One reader's link."""
 
     def __init__(self, server: LinkServer, identity: bytes) -> None:
         self._server, self._identity = server, identity
-        self._threads = ThreadPoolExecutor(NUM_THREADS, "kv-link-server", use_device, (server.pool.device,))
+        self._calls: SimpleQueue[LinkCall | None] = SimpleQueue()  # None: it is closing
         self._queued = threading.Semaphore(MAX_QUEUED_CALLS)
         self._is_closing = False
-        self._has_met = threading.Event()
         self._carrier = ""
         self._slots: Slots | None = None
         self._pair: Pair | None = None
-        self._pair_lock = threading.Lock()  # it is used by one thread at a time
-        self._staged: dict[int, torch.Tensor] = {}  # of a pair: chunk |-> its bytes, to be sent
+        self._reads: deque[_Read] = deque()
+        threading.Thread(target=self._run, name="kv-link-server", daemon=True).start()
 
     def handle(self, call: LinkCall) -> None:
         if self._queued.acquire(blocking=False):
-            self._threads.submit(self._do, call)
+            self._calls.put(call)
         else:
             self._answer(Refused(reason=f"calls: at most {MAX_QUEUED_CALLS} at once are allowed"))
 
     def close(self) -> None:
         """What is queued is dropped; what is under way ends within the time-out."""
         self._is_closing = True
-        self._threads.submit(self._end)
-        self._threads.shutdown(wait=False)
+        self._calls.put(None)
+
+    # ---- its own thread
+
+    def _run(self) -> None:
+        while not self._is_closing:
+            try:
+                self._go_on()
+            except Exception as error:  # whatever a reader asks for, it gets an answer
+                self._end()
+                self._answer(Refused(reason=" ".join(str(error).split())))
+        self._end()
 
     def _end(self) -> None:
+        """Nothing is read any more."""
+        if self._pair is not None:
+            self._pair.end()
+        while self._reads:
+            copy = self._reads.popleft().copy
+            while copy is not None and not copy.is_done():
+                nap()
         self._slots = None
-        self._staged.clear()
-        with self._pair_lock:  # a send that is under way ends within the time-out
+
+    def _go_on(self) -> None:
+        call = self._next_call()
+        if call is not None:
+            self._do(call)
+        if not self._answer_reads() and call is None and self._reads:
             if self._pair is not None:
-                self._pair.end()
+                self._pair.check()
+            nap()
+
+    def _next_call(self) -> LinkCall | None:
+        """Waits for one if nothing is under way."""
+        if len(self._reads) >= MAX_READS:
+            return None
+        try:
+            call = self._calls.get(block=not self._reads)
+        except Empty:
+            return None
+        if call is not None:
+            self._queued.release()
+        return call
 
     def _do(self, call: LinkCall) -> None:
-        self._queued.release()
-        if self._is_closing:
-            return
-        try:
-            match call:
-                case OpenLink():
-                    self._open(call)
-                case ReadProbe():
-                    self._read_probe(call)
-                case ReadChunk():
-                    self._read(call)
-                case SendChunks():
-                    self._send(call.chunks)
-        except Exception as error:  # whatever a reader asks for, it gets an answer
-            self._end()
-            self._answer(Refused(reason=" ".join(str(error).split())))
+        match call:
+            case OpenLink():
+                self._open(call)
+            case ReadProbe():
+                self._read_probe(call)
+            case ReadChunks():
+                self._read_chunks(call.chunks)
 
     def _answer(self, answer: LinkAnswer, frame: bytes | None = None) -> None:
         self._server.answer(self._identity, answer, frame)
@@ -153,6 +190,8 @@ class _ServedLink:
         device = self._server.pool.device
         if call.num_slots < 1 or call.slot_bytes < 1 or call.num_slots * call.slot_bytes > MAX_BYTES:
             raise LinkBroken(f"slots = {call.num_slots} of {call.slot_bytes} bytes: at most {MAX_BYTES} are allowed")
+        use_device(device)
+        self._copier = make_link_copier(device)
         self._carrier = call.carrier
         if call.carrier == "shared":
             self._slots = map_slots(call.memory, call.num_slots, call.slot_bytes, device)
@@ -161,53 +200,78 @@ class _ServedLink:
         if call.carrier != "pair":
             self._answer(LinkOpened())
             return
-        meeting = meet(device, self._server.timeout_s)
+        meeting = meet(device, self._copier, self._server.timeout_s, lambda: self._is_closing)
         self._answer(LinkOpened(rendezvous=meeting.rendezvous))
-        pair = meeting.wait()
-        with self._pair_lock:
-            self._pair = pair
-            if self._is_closing:
-                pair.end()  # `_end` may have been before
-        self._has_met.set()
+        self._pair = meeting.wait()
 
     def _read_probe(self, call: ReadProbe) -> None:
         memory = self._slots_of(call.slot).probe_in(call.slot)
         memory.fill_(call.byte)
         if memory.is_cuda:
             torch.cuda.synchronize(memory.device)
-        self._ready(call.chunk, memory)
+        self._start([call], [memory], None)
 
-    def _read(self, call: ReadChunk) -> None:
-        slots = self._slots_of(call.slot)
-        reason = self._why_not(call)
-        if reason is None:
-            part = Part(call.first_layer, call.num_layers, call.first_head, call.num_heads).of(self._server.pool)
-            shape = torch.Size((len(call.block_ids), *part.shape[1:]))
-            num_bytes = shape.numel() * part.element_size()
-            if num_bytes > slots.memory.shape[1]:
-                reason = f"block_ids: {num_bytes} bytes in a slot of {slots.memory.shape[1]}"
-            else:
-                packed = slots.blocks_in(call.slot, shape, part.dtype)
-                copy = self._server.copier.start_pieces([(part, packed)], call.block_ids, list(range(len(packed))))
-                finish(copy)
-                reason = self._why_not(call)  # a lease that ended meanwhile: others may have written
-        if reason is not None:
-            self._answer(ChunkRefused(chunk=call.chunk, reason=reason))
-        else:
-            self._ready(call.chunk, slots.bytes_of(call.slot, num_bytes))
+    def _read_chunks(self, calls: list[ReadChunk]) -> None:
+        if len(calls) > MAX_CHUNKS:
+            raise LinkBroken(f"chunks = {len(calls)} of a call: at most {MAX_CHUNKS} are allowed")
+        whole: list[ReadChunk] = []  # what a pair sends from where it lies
+        runs: list[torch.Tensor] = []
+        for call in calls:
+            slots, reason = self._slots_of(call.slot), self._why_not(call)
+            if reason is None and (num_bytes := self._part_of(call)[:1].nbytes * len(call.block_ids)) > slots.num_bytes:
+                reason = f"block_ids: {num_bytes} bytes in a slot of {slots.num_bytes}"
+            if reason is not None:
+                self._answer(ChunkRefused(chunk=call.chunk, reason=reason))
+                continue
+            run = run_of(self._part_of(call), call.block_ids) if self._pair is not None else None
+            if run is not None:
+                whole.append(call)
+                runs.append(run)
+            if whole and (run is None or len(whole) == MAX_LAUNCHED):
+                self._start(whole, runs, None)
+                whole, runs = [], []
+            if run is None:
+                self._pack(call, slots)
+        if whole:
+            self._start(whole, runs, None)
 
-    def _ready(self, chunk: int, memory: torch.Tensor) -> None:
-        if self._carrier == "pair":
-            self._staged[chunk] = memory
-        frame = memory.numpy().tobytes() if self._carrier == "frames" else None
-        self._answer(ChunkReady(chunk=chunk), frame)
+    def _part_of(self, call: ReadChunk) -> torch.Tensor:
+        part = Part(call.first_layer, call.num_layers, call.first_head, call.num_heads)
+        return part.of(self._server.pool)
 
-    def _send(self, chunks: list[int]) -> None:
-        self._has_met.wait(self._server.timeout_s)
-        if self._pair is None or not set(chunks) <= self._staged.keys():
-            raise LinkBroken(f"chunks = {chunks[:8]}: such as are ready are wanted")
-        with self._pair_lock:  # the reader has the last bytes of a send a moment before it has ended here
-            self._pair.send([self._staged.pop(chunk) for chunk in chunks])
+    def _pack(self, call: ReadChunk, slots: Slots) -> None:
+        part = self._part_of(call)
+        shape = torch.Size((len(call.block_ids), *part.shape[1:]))
+        packed = slots.blocks_in(call.slot, shape, part.dtype)
+        copy = pack(self._copier, part, call.block_ids, packed)
+        self._start([call], [slots.bytes_of(call.slot, packed.nbytes)], copy)
+
+    def _start(self, calls: list[ReadChunk] | list[ReadProbe], runs: list[torch.Tensor], copy: Copy | None) -> None:
+        """Of a pair: the send, after the copy."""
+        if self._pair is not None:
+            self._answer(ChunksCome(chunks=[call.chunk for call in calls]))
+            sent = self._pair.send(runs)
+            copy = sent if copy is None else both(copy, sent)
+        self._reads.append(_Read(calls, runs, copy, time.monotonic() + self._server.timeout_s))
+
+    def _answer_reads(self) -> bool:
+        """Whether one has ended: they do so in order."""
+        num_reads = len(self._reads)
+        while self._reads and ((copy := self._reads[0].copy) is None or copy.is_done()):
+            read = self._reads.popleft()
+            if copy is not None:
+                copy.seconds()
+            # leases that ended meanwhile: others may have written
+            reasons = {call.chunk: self._why_not(call) if isinstance(call, ReadChunk) else None for call in read.calls}
+            for chunk, reason in reasons.items():
+                if reason is not None:
+                    self._answer(ChunkRefused(chunk=chunk, reason=reason))
+            if ready := [chunk for chunk, reason in reasons.items() if reason is None]:
+                frame = read.runs[0].numpy().tobytes() if self._carrier == "frames" else None
+                self._answer(ChunksReady(chunks=ready), frame)
+        if self._pair is not None and self._reads and time.monotonic() > self._reads[0].deadline:
+            raise LinkBroken("the reader did not come in time")
+        return len(self._reads) < num_reads
 
     def _slots_of(self, slot: int) -> Slots:
         if self._slots is None:

@@ -1,46 +1,58 @@
-"""What a link's own thread does: opens it, asks for chunks, unpacks them, and notices that nothing comes any more."""
+"""What a link's own thread does: opens it, asks for chunks, unpacks them, and notices that nothing comes any more.
 
+A chunk has come when its bytes are in the own pool, and counts when its source has said, too, that the lease still kept
+the blocks when they had been read.
+"""
+
+import contextlib
 import os
 import secrets
 import time
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import groupby
 from queue import SimpleQueue
+from typing import TypeVar
 
 import msgspec
 import torch
 import zmq
 
-from ensemble.cache.block_copier import Copy, StreamCopier, ThreadCopier, wait_for_any
+from ensemble.cache.block_copier import Copy, nap
 from ensemble.errors import LinkBroken, PullRefused, TransferError
 from ensemble.protocol.curve import CurveKey, connect
 from ensemble.protocol.replica_replica import (
     Beat,
     Carrier,
-    ChunkReady,
     ChunkRefused,
+    ChunksCome,
+    ChunksReady,
     LinkOpened,
     OpenLink,
     PeerAnswer,
     PeerCall,
     ReadChunk,
+    ReadChunks,
     ReadProbe,
     Refused,
-    SendChunks,
     decode_peer_answer,
     encode,
 )
+from ensemble.transfer.packing import both, make_link_copier, run_of, unpack
 from ensemble.transfer.pair import Pair, join
 from ensemble.transfer.plan import Part
 from ensemble.transfer.slots import Slots, own_slots, shared_slots
 from ensemble.transfer.wakeup import Wakeup
 
-NUM_SLOTS = 4
+# Chunks at a time: as many keep both copy engines of a way over the host busy while calls and answers are under way; of
+# a pair, two of a source's launches.
+MAX_IN_FLIGHT: dict[Carrier, int] = {"shared": 8, "frames": 8, "pair": 16}
 MAX_UNSENT = 64  # calls that the source does not take
 BEAT = encode(Beat())
 
-Copier = StreamCopier | ThreadCopier
+Answer = TypeVar("Answer", LinkOpened, ChunksCome, ChunksReady)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +76,11 @@ class Chunk:
     source_ids: list[int]
     target_ids: list[int]
     slot: int = -1
-    deadline: float = 0.0
+    deadline: float = 0.0  # for its source's part
+    copy: Copy | None = None  # its way into the pool, while it is under way
+    is_started: bool = False  # that is
+    is_confirmed: bool = False
+    error: TransferError | None = None  # it was refused
 
     @property
     def shape(self) -> torch.Size:
@@ -83,7 +99,6 @@ class Shared:
     address: str  # of the source rank
     key: CurveKey | None
     pool: torch.Tensor  # own: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
-    copier: Copier
     timeout_s: float  # of an answer
     jobs: SimpleQueue[tuple[Job, list[Chunk]]] = field(default_factory=SimpleQueue)
     wake: Wakeup = field(default_factory=Wakeup)  # there is a job, or it is closing
@@ -100,10 +115,12 @@ class Session:
         self._socket.setsockopt(zmq.LINGER, 100)  # milliseconds, for CloseLink
         self._socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
         connect(self._socket, link.address, link.key)
-        self._free_slots = list(range(NUM_SLOTS))
+        self._copier = make_link_copier(link.pool.device)
+        # A pair's chunks go through one slot, one after the other: its receives and the copies run in order.
+        self._num_slots = 1 if carrier == "pair" else MAX_IN_FLIGHT[carrier]
+        self._free_slots = [number % self._num_slots for number in range(MAX_IN_FLIGHT[carrier])]
         self._pending: deque[Chunk] = deque()
-        self._in_flight: dict[int, Chunk] = {}  # chunk number |-> in a slot
-        self._unpacking: dict[int, Copy] = {}  # chunk number |-> its way into the pool
+        self._in_flight: dict[int, Chunk] = {}  # by number
         self._num_chunks = 0
         self._pair: Pair | None = None
         self._fd = -1
@@ -119,16 +136,19 @@ class Session:
     def end(self, error: TransferError) -> None:
         """All that is not done has failed, and nothing is written any more."""
         self._socket.close()
-        for copy in self._unpacking.values():
-            finish(copy)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._pair is not None:
-            self._pair.end()
-        for job in {id(each.job): each.job for each in (*self._in_flight.values(), *self._pending)}.values():
-            if not job.future.done():
-                job.future.set_exception(job.error or error)
+        try:
+            if self._pair is not None:
+                self._pair.end()
+            for chunk in self._in_flight.values():
+                while chunk.copy is not None and not chunk.copy.is_done():
+                    nap()
+        finally:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            for job in {id(each.job): each.job for each in (*self._in_flight.values(), *self._pending)}.values():
+                if not job.future.done():
+                    job.future.set_exception(job.error or error)
 
     def call(self, call: PeerCall) -> None:
         try:
@@ -139,43 +159,15 @@ class Session:
     def go_on(self) -> None:
         """Asks for what there are slots for, and takes what has come. Raises LinkBroken when too long nothing has."""
         self._take_jobs()
+        calls = []
         while self._free_slots and self._pending:
             chunk = self._pending.popleft()
             if chunk.job.error is None:
-                self._ask_for(chunk)
-        awaited = [chunk.deadline for number, chunk in self._in_flight.items() if number not in self._unpacking]
-        deadline = min(awaited, default=time.monotonic() + 3600)
-        timeout = 0.0 if self._unpacking else max(0.0, deadline - time.monotonic())
-        zmq.select([self._socket, self._link.wake], [], [], timeout)
-        ready = self._take_answers()
-        if ready:
-            self._receive(ready)
-            for number in ready:
-                self._unpack(number)
-        elif self._unpacking:
-            wait_for_any(list(self._unpacking.values()), 1e-3)
-        elif awaited and time.monotonic() >= deadline:
-            raise LinkBroken(f"the source did not answer within {self._link.timeout_s:g} s")
-        for number, copy in [each for each in self._unpacking.items() if each[1].is_done()]:
-            copy.seconds()
-            del self._unpacking[number]
-            self._end_chunk(number)
-
-    def _take_answers(self) -> list[int]:
-        """Numbers of chunks that are ready."""
-        ready: list[int] = []
-        while self._socket.poll(0):
-            frames = self._socket.recv_multipart()
-            answer = _decode(frames[0])
-            if isinstance(answer, ChunkReady) and answer.chunk in self._in_flight:
-                chunk = self._in_flight[answer.chunk]
-                self._take_frame(chunk.slot, chunk.num_bytes, frames)
-                ready.append(answer.chunk)
-            elif isinstance(answer, ChunkRefused) and answer.chunk in self._in_flight:
-                self._end_chunk(answer.chunk, PullRefused(answer.reason))
-            elif isinstance(answer, Refused):
-                raise LinkBroken(f"the source refuses: {answer.reason}")
-        return ready
+                calls.append(self._ask_for(chunk))
+        if calls:
+            self.call(ReadChunks(chunks=calls))
+        if not any([self._take_answers(), self._end_chunks()]):
+            self._wait()
 
     def _take_jobs(self) -> None:
         jobs = self._link.jobs
@@ -183,7 +175,7 @@ class Session:
         while not jobs.empty():
             self._pending += jobs.get()[1]
 
-    def _ask_for(self, chunk: Chunk) -> None:
+    def _ask_for(self, chunk: Chunk) -> ReadChunk:
         chunk.slot = self._free_slots.pop()
         now = time.monotonic()
         chunk.deadline = now + self._link.timeout_s
@@ -191,109 +183,174 @@ class Session:
         self._num_chunks += 1
         chunk.job.num_in_flight += 1
         self._in_flight[self._num_chunks] = chunk
-        self.call(
-            ReadChunk(
-                chunk=self._num_chunks,
-                slot=chunk.slot,
-                life=chunk.life,
-                request_id=chunk.request_id,
-                first_layer=chunk.source.first_layer,
-                num_layers=chunk.source.num_layers,
-                first_head=chunk.source.first_head,
-                num_heads=chunk.source.num_heads,
-                block_ids=chunk.source_ids,
-            )
+        return ReadChunk(
+            chunk=self._num_chunks,
+            slot=chunk.slot,
+            life=chunk.life,
+            request_id=chunk.request_id,
+            first_layer=chunk.source.first_layer,
+            num_layers=chunk.source.num_layers,
+            first_head=chunk.source.first_head,
+            num_heads=chunk.source.num_heads,
+            block_ids=chunk.source_ids,
         )
 
-    def _receive(self, numbers: list[int]) -> None:
-        """Both sides have what they need: now it is sent."""
-        if self._pair is not None:
-            self.call(SendChunks(chunks=numbers))
-            chunks = [self._in_flight[number] for number in numbers]
-            self._pair.receive([self._slots.bytes_of(chunk.slot, chunk.num_bytes) for chunk in chunks])
+    def _take_answers(self) -> bool:
+        """Whether there was one."""
+        has_come = False
+        while (frames := self._take_frames()) is not None:
+            has_come = True
+            self._take_answer(_decode(frames[0]), frames)
+        return has_come
 
-    def _unpack(self, number: int) -> None:
-        chunk = self._in_flight[number]
-        if chunk.job.error is not None:
-            self._end_chunk(number)
-            return
+    def _take_answer(self, answer: PeerAnswer, frames: list[bytes]) -> None:
+        match answer:
+            case Refused():
+                raise LinkBroken(f"the source refuses: {answer.reason}")
+            case ChunkRefused():
+                for chunk in self._asked_for([answer.chunk], sends=False):
+                    chunk.error = PullRefused(answer.reason)
+            case ChunksCome():
+                self._receive(self._asked_for(answer.chunks, sends=True))
+            case ChunksReady():
+                for chunk in self._asked_for(answer.chunks, sends=False):
+                    self._take_frame(chunk.slot, chunk.num_bytes, frames)
+                    chunk.is_confirmed = True
+                    if self._pair is None:
+                        self._begin([chunk], self._unpack(chunk))
+
+    def _asked_for(self, numbers: list[int], *, sends: bool) -> list[Chunk]:
+        chunks = [self._in_flight[number] for number in numbers if number in self._in_flight]
+        are_awaited = not any(chunk.is_confirmed or (sends and chunk.is_started) for chunk in chunks)
+        if len(chunks) < len(numbers) or not are_awaited or (sends and self._pair is None):
+            raise LinkBroken(f"the source answers of chunks = {numbers[:8]}: such as it was asked for are wanted")
+        return chunks
+
+    def _receive(self, chunks: list[Chunk]) -> None:
+        """From the pair, in order; in one launch those in a row that lie in one run here."""
+        assert self._pair is not None
+        runs = [run_of(chunk.target, chunk.target_ids) for chunk in chunks]
+        for is_whole, group in groupby(zip(chunks, runs, strict=True), lambda each: each[1] is not None):
+            if is_whole:
+                whole, places = zip(*group, strict=True)
+                self._begin(whole, self._pair.receive(list(places)))
+                continue
+            for chunk, _ in group:
+                received = self._pair.receive([self._slots.bytes_of(chunk.slot, chunk.num_bytes)])
+                self._begin([chunk], both(received, self._unpack(chunk)))
+
+    def _unpack(self, chunk: Chunk) -> Copy:
         packed = self._slots.blocks_in(chunk.slot, chunk.shape, chunk.target.dtype)
-        places = list(range(len(packed)))
-        self._unpacking[number] = self._link.copier.start_pieces([(packed, chunk.target)], places, chunk.target_ids)
+        return unpack(self._copier, packed, chunk.target, chunk.target_ids)
 
-    def _end_chunk(self, number: int, error: TransferError | None = None) -> None:
-        """The slot is free. A job that was refused fails when none of its chunks is under way any more."""
-        chunk = self._in_flight.pop(number)
-        self._free_slots.append(chunk.slot)
-        job = chunk.job
-        job.error = job.error or error
-        job.num_left -= 1
-        job.num_in_flight -= 1
-        if job.error is not None and not job.num_in_flight and not job.future.done():
-            job.future.set_exception(job.error)
-        elif job.error is None and not job.num_left:
-            job.future.set_result(time.monotonic() - job.began)
+    def _begin(self, chunks: Iterable[Chunk], copy: Copy) -> None:
+        for chunk in chunks:
+            chunk.copy, chunk.is_started = copy, True
+
+    def _end_chunks(self) -> bool:
+        """Whether there was one to end: its slot is free. A job that was refused fails when none of its chunks is under
+        way any more.
+        """
+        for chunk in self._in_flight.values():
+            if chunk.copy is not None and chunk.copy.is_done():
+                chunk.copy.seconds()
+                chunk.copy = None
+        ended = [
+            number
+            for number, chunk in self._in_flight.items()
+            if chunk.copy is None and (chunk.error is not None or (chunk.is_started and chunk.is_confirmed))
+        ]
+        for number in ended:
+            chunk = self._in_flight.pop(number)
+            self._free_slots.append(chunk.slot)
+            job = chunk.job
+            job.error = job.error or chunk.error
+            job.num_left -= 1
+            job.num_in_flight -= 1
+            if job.error is not None and not job.num_in_flight and not job.future.done():
+                job.future.set_exception(job.error)
+            elif job.error is None and not job.num_left:
+                job.future.set_result(time.monotonic() - job.began)
+        return bool(ended)
+
+    def _wait(self) -> None:
+        chunks = self._in_flight.values()
+        deadline = min((each.deadline for each in chunks if self._pair is not None or each.copy is None), default=None)
+        if deadline is not None and time.monotonic() >= deadline:
+            raise LinkBroken(f"the source did not answer within {self._link.timeout_s:g} s")
+        if any(chunk.copy is not None for chunk in chunks):
+            if self._pair is not None:
+                self._pair.check()
+            nap()
+        else:
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            zmq.select([self._socket, self._link.wake], [], [], timeout)
 
     # ---- opening
 
     def _make_slots(self) -> tuple[Slots, str]:
         device = self._link.pool.device
         if self._carrier == "shared":
-            slots, memory, self._fd = shared_slots(NUM_SLOTS, self._slot_bytes, device)
+            slots, memory, self._fd = shared_slots(self._num_slots, self._slot_bytes, device)
             return slots, memory
-        return own_slots(NUM_SLOTS, self._slot_bytes, device, on_device=self._carrier == "pair"), ""
+        return own_slots(self._num_slots, self._slot_bytes, device, on_device=self._carrier == "pair"), ""
 
     def _meet(self, memory: str) -> None:
         link = self._link
-        self.call(OpenLink(carrier=self._carrier, num_slots=NUM_SLOTS, slot_bytes=self._slot_bytes, memory=memory))
-        answer = self._answer(LinkOpened)
+        self.call(
+            OpenLink(carrier=self._carrier, num_slots=self._num_slots, slot_bytes=self._slot_bytes, memory=memory)
+        )
+        answer, _ = self._answer(LinkOpened)
         if self._carrier == "pair":
-            self._pair = join(answer.rendezvous, link.pool.device, link.timeout_s, lambda: link.is_closing)
+            self._pair = join(
+                answer.rendezvous, link.pool.device, self._copier, link.timeout_s, lambda: link.is_closing
+            )
 
     def _probe(self) -> None:
-        byte, slot = 1 + secrets.randbelow(255), NUM_SLOTS - 1
+        byte, slot = 1 + secrets.randbelow(255), self._num_slots - 1
         memory = self._slots.probe_in(slot)
         memory.zero_()
         if memory.is_cuda:
             torch.cuda.synchronize(memory.device)
         self.call(ReadProbe(chunk=0, slot=slot, byte=byte))
-        frames = self._answer_frames()
-        answer = _decode(frames[0])
-        if not isinstance(answer, ChunkReady):
-            raise LinkBroken(f"a probe was refused: {getattr(answer, 'reason', answer)}")
-        self._take_frame(slot, len(memory), frames)
         if self._pair is not None:
-            self.call(SendChunks(chunks=[0]))
-            self._pair.receive([memory])
+            self._answer(ChunksCome)
+            received = self._pair.receive([memory])
+            deadline = time.monotonic() + self._link.timeout_s
+            while not received.is_done():
+                self._pair.check()
+                if self._link.is_closing or time.monotonic() > deadline:
+                    raise LinkBroken(f"a probe did not come within {self._link.timeout_s:g} s")
+                nap()
+            received.seconds()
+        _, frames = self._answer(ChunksReady)
+        self._take_frame(slot, len(memory), frames)
         if not bool((memory == byte).all()):
             raise LinkBroken("a probe came with other bytes than were asked for")
 
-    def _answer(self, kind: type[LinkOpened]) -> LinkOpened:
-        answer = _decode(self._answer_frames()[0])
-        if isinstance(answer, kind):
-            return answer
-        raise LinkBroken(f"the source refuses: {getattr(answer, 'reason', answer)}")
-
-    def _answer_frames(self) -> list[bytes]:
+    def _answer(self, kind: type[Answer]) -> tuple[Answer, list[bytes]]:
+        """Waits for it: (it, with the frame behind it)."""
         deadline = time.monotonic() + self._link.timeout_s
-        while not self._socket.poll(50):
+        while (frames := self._take_frames(50)) is None or frames == [BEAT]:
             if self._link.is_closing or time.monotonic() > deadline:
                 raise LinkBroken(f"the source did not answer within {self._link.timeout_s:g} s")
-        frames = self._socket.recv_multipart()
-        return self._answer_frames() if frames == [BEAT] else frames
+        answer = _decode(frames[0])
+        if isinstance(answer, kind):
+            return answer, frames
+        raise LinkBroken(f"the source refuses: {getattr(answer, 'reason', answer)}")
+
+    def _take_frames(self, timeout_ms: int = 0) -> list[bytes] | None:
+        if timeout_ms and not self._socket.poll(timeout_ms):
+            return None
+        with contextlib.suppress(zmq.Again):
+            return self._socket.recv_multipart(zmq.NOBLOCK)
+        return None
 
     def _take_frame(self, slot: int, num_bytes: int, frames: list[bytes]) -> None:
         if self._carrier == "frames":
             if len(frames) != 2 or len(frames[1]) != num_bytes:
                 raise LinkBroken(f"a frame of {num_bytes} bytes is wanted, {[len(each) for each in frames[1:]]} came")
             self._slots.bytes_of(slot, num_bytes).copy_(torch.frombuffer(bytearray(frames[1]), dtype=torch.uint8))
-
-
-def finish(copy: Copy) -> None:
-    """Waits until the copy, one within this device or to the host, has completed. Raises what it raised."""
-    while not copy.is_done():
-        wait_for_any([copy], 1.0)
-    copy.seconds()
 
 
 def use_device(device: torch.device) -> None:

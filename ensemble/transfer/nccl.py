@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ensemble.cache.block_copier import Copy, nap
 from ensemble.errors import LinkBroken
 from ensemble.parallel.tensor_parallel import keep_nccl_off_multicast
 
@@ -86,15 +87,17 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 class NcclMeeting:
-    def __init__(self, device: torch.device, timeout_s: float) -> None:
-        self._device, self._timeout_s = device, timeout_s
+    def __init__(
+        self, device: torch.device, stream: torch.cuda.Stream, timeout_s: float, is_closing: Callable[[], bool]
+    ) -> None:
+        self._how = (device, stream, timeout_s, is_closing)
         unique_id = _UniqueId()
         with torch.cuda.device(device):
             _call("ncclGetUniqueId", ctypes.byref(unique_id))
         self.rendezvous = bytes(unique_id)
 
     def wait(self) -> "NcclPair":
-        return NcclPair(self.rendezvous, 0, self._device, self._timeout_s)
+        return NcclPair(self.rendezvous, 0, *self._how)
 
 
 class NcclPair:
@@ -105,72 +108,80 @@ class NcclPair:
         rendezvous: bytes,
         rank: int,
         device: torch.device,
-        timeout_s: float,
-        is_closing: Callable[[], bool] = lambda: False,  # then nothing is waited for any more
+        stream: torch.cuda.Stream,  # on which it sends and receives
+        timeout_s: float,  # of a launch
+        is_closing: Callable[[], bool],  # then nothing is waited for any more
     ) -> None:
         if len(rendezvous) != ctypes.sizeof(_UniqueId):
             raise LinkBroken(f"nccl: a unique id has 128 bytes, not {len(rendezvous)}")
-        self._peer, self._device, self._timeout_s = 1 - rank, device, timeout_s
-        self._is_closing = is_closing
+        self._peer, self._device, self._stream = 1 - rank, device, stream
+        self._timeout_s, self._is_closing = timeout_s, is_closing
         self._comm: _POINTER | None = _POINTER()
         config = _Config(ctypes.sizeof(_Config), _CONFIG_MAGIC, _CONFIG_VERSION, 0)
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream(device)
             unique_id = _UniqueId.from_buffer_copy(rendezvous)
-            deadline = time.monotonic() + max(timeout_s, MEET_TIMEOUT_S)
             try:
                 _call("ncclCommInitRankConfig", ctypes.byref(self._comm), 2, unique_id, rank, ctypes.byref(config))
-                self._wait_for(self._has_progressed, deadline)
+                self._wait(max(timeout_s, MEET_TIMEOUT_S))
             except LinkBroken:
                 self.end()
                 raise
 
-    def send(self, tensors: list[torch.Tensor]) -> None:
-        self._run("ncclSend", tensors)
+    def send(self, runs: list[torch.Tensor]) -> Copy:
+        return self._start("ncclSend", runs)
 
-    def receive(self, tensors: list[torch.Tensor]) -> None:
-        self._run("ncclRecv", tensors)
+    def receive(self, runs: list[torch.Tensor]) -> Copy:
+        return self._start("ncclRecv", runs)
+
+    def check(self) -> None:
+        self._has_progressed()
 
     def end(self) -> None:
-        """Also what is under way: kernels that wait for the other side return. What NCCL says of it is of no use."""
+        """Returns when nothing is under way: kernels that wait for the other side are told to return. What NCCL says
+        of it is of no use.
+        """
         comm, self._comm = self._comm, None
         if comm is not None and comm.value:
             with torch.cuda.device(self._device), contextlib.suppress(LinkBroken):
                 _call("ncclCommAbort", comm)
+            self._stream.synchronize()
 
-    def _run(self, name: str, tensors: list[torch.Tensor]) -> None:
+    def _start(self, name: str, runs: list[torch.Tensor]) -> Copy:
         if self._comm is None:
             raise LinkBroken("nccl: the pair has ended")
-        deadline = time.monotonic() + self._timeout_s
-        stream = _POINTER(self._stream.cuda_stream)
-        try:
-            with torch.cuda.device(self._device):
-                _call("ncclGroupStart")
-                try:
-                    for tensor in tensors:
-                        _call(name, _POINTER(tensor.data_ptr()), tensor.nbytes, _INT8, self._peer, self._comm, stream)
-                finally:
-                    _call("ncclGroupEnd")  # else an abort would become a part of the group, and wait for its end
-                self._wait_for(self._has_progressed, deadline)  # all is launched
-                done = torch.cuda.Event()
-                done.record(self._stream)
-                self._wait_for(done.query, deadline)
-        except LinkBroken:
-            self.end()
-            raise
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self._device):
+            began.record(self._stream)
+            stream = _POINTER(self._stream.cuda_stream)
+            _call("ncclGroupStart")
+            try:
+                for run in runs:
+                    _call(name, _POINTER(run.data_ptr()), run.nbytes, _INT8, self._peer, self._comm, stream)
+            finally:
+                _call("ncclGroupEnd")  # else an abort would become a part of the group, and wait for its end
+            self._wait(self._timeout_s)  # a thread of NCCL's launches it: what comes next on the stream comes after
+            ended.record(self._stream)
+        return Copy(ended.query, lambda: began.elapsed_time(ended) / 1e3)
 
     def _has_progressed(self) -> bool:
+        if self._comm is None:
+            raise LinkBroken("nccl: the pair has ended")
         result = ctypes.c_int()
         _call("ncclCommGetAsyncError", self._comm, ctypes.byref(result))
         if result.value not in (_SUCCESS, _IN_PROGRESS):
             raise LinkBroken(f"nccl: {_library().ncclGetErrorString(result.value).decode()}")
         return result.value == _SUCCESS
 
-    def _wait_for(self, is_done: Callable[[], bool], deadline: float) -> None:
-        while not is_done():
+    def _wait(self, timeout_s: float) -> None:
+        """Until the communicator has done what was asked of it last: a launch takes it some 50 us."""
+        began = time.monotonic()
+        while not self._has_progressed():
             if self._is_closing():
                 raise LinkBroken("nccl: the link was closed")
-            if time.monotonic() > deadline:
+            waited_s = time.monotonic() - began
+            if waited_s > timeout_s:
                 raise LinkBroken("nccl: the other side did not come in time")
-            self._has_progressed()  # raises when the other side has died, if NCCL has seen it
-            time.sleep(20e-6)
+            if waited_s < 1e-3:
+                time.sleep(0)  # lets other threads have the interpreter
+            else:
+                nap()

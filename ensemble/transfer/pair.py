@@ -1,7 +1,8 @@
 """Two processes that send tensors to each other: NCCL between GPUs, gloo between CPUs. One pair for each link.
 
 A pair that has failed, or was ended, is of no more use. NCCL's kernels spin until the other side comes: they are
-launched only when both sides have said that they will be, and ended when they take too long.
+launched only when both sides have said that they will be (the reader by its ReadChunks, the source by its ChunksCome),
+and ended when they take too long.
 """
 
 import time
@@ -14,22 +15,32 @@ from torch import distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
+from ensemble.cache.block_copier import Copier, Copy, StreamCopier, ThreadCopier
 from ensemble.errors import LinkBroken
 from ensemble.transfer import nccl
 
 
 class Pair(Protocol):
-    """Every call blocks its thread, for the pair's time-out at most, and raises LinkBroken when the other is gone."""
+    """Sends and receives run in the order in which they are started, and in order with the copies of its copier.
 
-    def send(self, tensors: list[torch.Tensor]) -> None:
-        """As one group; returns when they have been sent."""
+    Calls raise LinkBroken when the other side is gone, or does not come within the pair's time-out.
+    """
+
+    def send(self, runs: list[torch.Tensor]) -> Copy:
+        """Starts it, in one launch. runs: [num_bytes] uint8"""
         ...
 
-    def receive(self, tensors: list[torch.Tensor]) -> None:
-        """As one group; returns when they are there."""
+    def receive(self, runs: list[torch.Tensor]) -> Copy:
+        """Starts it, in one launch; the other side may divide what it sends into other launches."""
         ...
 
-    def end(self) -> None: ...
+    def check(self) -> None:
+        """Raises LinkBroken if it has failed, as far as has been noticed."""
+        ...
+
+    def end(self) -> None:
+        """What is under way ends soon, without having come."""
+        ...
 
 
 class Meeting(Protocol):
@@ -40,70 +51,73 @@ class Meeting(Protocol):
     def wait(self) -> Pair: ...
 
 
-def meet(device: torch.device, timeout_s: float) -> Meeting:
-    return _GlooMeeting(timeout_s) if device.type == "cpu" else nccl.NcclMeeting(device, timeout_s)
+def meet(device: torch.device, copier: Copier, timeout_s: float, is_closing: Callable[[], bool]) -> Meeting:
+    """is_closing: asked while NCCL waits, which does not see that the other side has died. Gloo does."""
+    if isinstance(copier, StreamCopier):
+        return nccl.NcclMeeting(device, copier.stream, timeout_s, is_closing)
+    return _GlooMeeting(copier, timeout_s)
 
 
 def join(
-    rendezvous: bytes, device: torch.device, timeout_s: float, is_closing: Callable[[], bool] = lambda: False
+    rendezvous: bytes, device: torch.device, copier: Copier, timeout_s: float, is_closing: Callable[[], bool]
 ) -> Pair:
-    """is_closing: asked while NCCL waits, which does not see that the other side has died. Gloo does."""
-    if device.type == "cuda":
-        return nccl.NcclPair(rendezvous, 1, device, timeout_s, is_closing)
+    if isinstance(copier, StreamCopier):
+        return nccl.NcclPair(rendezvous, 1, device, copier.stream, timeout_s, is_closing)
     try:
         store = TCPStore("127.0.0.1", int(rendezvous), is_master=False, timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:
         raise LinkBroken(f"gloo: {_one_line(error)}") from None
-    return _GlooPair(store, 1, timeout_s)
+    return _GlooPair(store, 1, copier, timeout_s)
 
 
 class _GlooMeeting:
     """Of two processes of one host."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, copier: ThreadCopier, timeout_s: float) -> None:
+        self._copier, self._timeout_s = copier, timeout_s
         self._store = TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
         self.rendezvous = str(self._store.port).encode()
 
     def wait(self) -> "_GlooPair":
-        return _GlooPair(self._store, 0, self._timeout_s)
+        return _GlooPair(self._store, 0, self._copier, self._timeout_s)
 
 
 class _GlooPair:
-    def __init__(self, store: Store, rank: int, timeout_s: float) -> None:
-        self._peer, self._timeout = 1 - rank, timedelta(seconds=timeout_s)
+    def __init__(self, store: Store, rank: int, copier: ThreadCopier, timeout_s: float) -> None:
+        self._peer, self._copier, self._timeout = 1 - rank, copier, timedelta(seconds=timeout_s)
         self._store = store  # the first side's serves it
         try:
             self._group: Any = dist.ProcessGroupGloo(store, rank, 2, self._timeout)
         except RuntimeError as error:
             raise LinkBroken(f"gloo: {_one_line(error)}") from None
 
-    def send(self, tensors: list[torch.Tensor]) -> None:
-        group = self._alive()
-        self._wait([group.send([tensor], self._peer, 0) for tensor in tensors])
+    def send(self, runs: list[torch.Tensor]) -> Copy:
+        return self._copier.run(self._move, "send", runs)
 
-    def receive(self, tensors: list[torch.Tensor]) -> None:
-        group = self._alive()
-        self._wait([group.recv([tensor], self._peer, 0) for tensor in tensors])
+    def receive(self, runs: list[torch.Tensor]) -> Copy:
+        return self._copier.run(self._move, "recv", runs)
+
+    def check(self) -> None:
+        pass  # who waits for a copy hears of it
 
     def end(self) -> None:
         self._group = None
 
-    def _alive(self) -> Any:
-        if self._group is None:
+    def _move(self, name: str, runs: list[torch.Tensor]) -> float:  # seconds
+        group, began = self._group, time.monotonic()
+        deadline = began + self._timeout.total_seconds()
+        if group is None:
             raise LinkBroken("gloo: the pair has ended")
-        return self._group
-
-    def _wait(self, works: list[dist.Work]) -> None:
-        deadline = time.monotonic() + self._timeout.total_seconds()
         try:
-            for work in works:
-                work.wait(timedelta(seconds=max(1e-3, deadline - time.monotonic())))
+            for run in runs:
+                left_s = max(1e-3, deadline - time.monotonic())
+                getattr(group, name)([run], self._peer, 0).wait(timedelta(seconds=left_s))
         except RuntimeError as error:
             self.end()
             raise LinkBroken(f"gloo: {_one_line(error)}") from None
+        return time.monotonic() - began
 
 
 def _one_line(error: Exception) -> str:

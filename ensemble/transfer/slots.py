@@ -19,6 +19,11 @@ class Slots:
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
 
+    @property
+    def num_bytes(self) -> int:
+        """Of a slot."""
+        return self.memory.shape[1]
+
     def bytes_of(self, slot: int, num_bytes: int) -> torch.Tensor:
         """[num_bytes] uint8"""
         return self.memory[slot, :num_bytes]

@@ -55,6 +55,32 @@ def test_blocks_arrive_where_they_are_sent_and_nowhere_else(monkeypatch, device,
     assert torch.equal(target, expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_cheap_runs", [0, 99], ids=["kernel", "torch"])
+def test_parts_of_blocks_within_a_device(monkeypatch, device, num_cheap_runs):
+    """Some layers and heads into packed memory, and out of it."""
+    monkeypatch.setattr(block_copier, "NUM_CHEAP_RUNS", num_cheap_runs)
+    pool = torch.randn(NUM_BLOCKS, 5, 2, 3, 4, 16, device=device)
+    part, packed = pool[:, 1:4, :, 1:], torch.zeros(4, 3, 2, 2, 4, 16, device=device)
+    copier = make_copier(pool.device, BY_KERNEL, is_local=True)
+    copied(copier, part, packed, [7, 2, 11, 0], [0, 1, 2, 3])
+    assert torch.equal(packed, part[[7, 2, 11, 0]])
+    target = torch.zeros_like(pool)
+    copied(copier, packed, target[:, 1:4, :, 1:], [0, 1, 2, 3], [3, 9, 1, 8])
+    expected = torch.zeros_like(pool)
+    expected[[3, 9, 1, 8], 1:4, :, 1:] = part[[7, 2, 11, 0]]
+    assert torch.equal(target, expected)
+
+
+def test_runs_of_parts_of_blocks():
+    pool = torch.arange(NUM_BLOCKS * 5 * 2 * 3 * 8, dtype=torch.float16).view(NUM_BLOCKS, 5, 2, 3, 2, 4)
+    target = torch.zeros_like(pool)
+    block_copier.copy_runs(pool[:, 1:4, :, 1:], target[:, 2:, :, :2], [(7, 0, 1), (2, 4, 2)])
+    expected = torch.zeros_like(pool)
+    expected[[0, 4, 5], 2:, :, :2] = pool[[7, 2, 3], 1:4, :, 1:]
+    assert torch.equal(target, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("source_ids", "target_ids", "expected"),

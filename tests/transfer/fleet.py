@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 import zmq
 
@@ -19,6 +20,10 @@ from ensemble.transfer.puller import Pull, Puller, Source
 from tests.transfer.layouts import BLOCK_SIZE, HEAD_DIM
 
 CPU = torch.device("cpu")
+DEVICES = [  # of a source and of its reader
+    pytest.param((CPU, CPU), id="cpu"),
+    pytest.param((torch.device("cuda", 0), torch.device("cuda", 1)), marks=pytest.mark.multigpu, id="two gpus"),
+]
 NUM_LAYERS, NUM_KV_HEADS, NUM_BLOCKS = 7, 12, 8
 WAIT_S = 20.0
 
@@ -83,6 +88,12 @@ class Reader:
         config = TransferConfig(transport=transport, timeout_s=timeout_s)
         self.peers = Peers(self.context, self.pool.tensor, layout, config, rank=rank, key=key)
         self.puller = Puller(self.pool.tensor)
+
+    def fill(self, value: float) -> None:
+        """The whole pool, before anything that comes later."""
+        self.pool.tensor.fill_(value)
+        if self.pool.tensor.is_cuda:
+            torch.cuda.synchronize(self.pool.tensor.device)
 
     def attach(self, address: str) -> list[tuple[str, str | None]]:
         self.peers.attach(address)

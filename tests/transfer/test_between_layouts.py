@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ensemble.transfer import link
 from tests.transfer.fleet import CPU, NUM_LAYERS, Reader, SourceRanks
 from tests.transfer.layouts import layouts_of
 
@@ -46,11 +47,17 @@ def test_every_layout_reads_from_every_other(source_split, tmp_path):
     sources.close()
 
 
+@pytest.fixture
+def small_slots(monkeypatch):
+    """More chunks than are under way at a time."""
+    monkeypatch.setattr(link, "SLOT_BYTES", dict.fromkeys(link.SLOT_BYTES, 1))
+
+
 @pytest.mark.parametrize("transport", ["host", "nccl"])
 @pytest.mark.parametrize(
     ("source_split", "split"), [("1x1", "1x1"), ("2x1", "1x2"), ("1x2", "3x1"), ("4x1", "2x1"), ("3x2", "2x3")]
 )
-def test_by_links(source_split, split, transport, tmp_path):
+def test_by_links(source_split, split, transport, tmp_path, small_slots):
     sources = make_sources(source_split, tmp_path)
     pull_into_each(sources, split, transport)
     sources.close()
@@ -71,4 +78,14 @@ def test_through_host_memory_between_pools_of_a_gpu(source_split, split, tmp_pat
 def test_between_two_gpus(source_split, split, transport, tmp_path):
     sources = make_sources(source_split, tmp_path, torch.device("cuda", 0))
     pull_into_each(sources, split, transport, torch.device("cuda", 1))
+    sources.close()
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("transport", ["host", "nccl"])
+@pytest.mark.parametrize(("source_split", "split"), [("1x1", "1x1"), ("2x1", "1x2"), ("1x1", "2x1"), ("3x2", "2x3")])
+def test_many_chunks_between_two_gpus(source_split, split, transport, tmp_path, small_slots):
+    sources = make_sources(source_split, tmp_path, torch.device("cuda", 0))
+    for _ in range(3):
+        pull_into_each(sources, split, transport, torch.device("cuda", 1))
     sources.close()

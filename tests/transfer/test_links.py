@@ -8,25 +8,26 @@ import pytest
 import torch
 import zmq
 
-from ensemble.cache.block_copier import Copy
+from ensemble.cache.block_copier import ThreadCopier
 from ensemble.errors import LinkBroken, PullRefused
 from ensemble.protocol.curve import CurveKey
 from ensemble.protocol.replica_replica import (
-    ChunkReady,
     ChunkRefused,
+    ChunksCome,
+    ChunksReady,
     LinkOpened,
     OpenLink,
     ReadChunk,
+    ReadChunks,
     ReadProbe,
     Refused,
-    SendChunks,
     decode_peer_answer,
     encode,
 )
 from ensemble.transfer import link, link_server
 from ensemble.transfer.pair import join
 from ensemble.transfer.puller import Pull
-from tests.transfer.fleet import CPU, NUM_LAYERS, WAIT_S, Reader, SourceRanks
+from tests.transfer.fleet import CPU, DEVICES, NUM_LAYERS, WAIT_S, Reader, SourceRanks
 from tests.transfer.layouts import layouts_of
 
 [LAYOUT] = layouts_of(12, 4, 1, [0, NUM_LAYERS])
@@ -34,9 +35,14 @@ SOURCE_IDS, TARGET_IDS, REQUEST_ID = [6, 1, 2, 3], [0, 4, 5, 7], 5
 CARRIERS = {"shared": "host", "frames": "host", "pair": "nccl"}
 
 
+@pytest.fixture(params=DEVICES)
+def devices(request):
+    return request.param
+
+
 @pytest.fixture
-def source(tmp_path):
-    source = SourceRanks([LAYOUT], tmp_path)
+def source(tmp_path, devices):
+    source = SourceRanks([LAYOUT], tmp_path, device=devices[0])
     source.leases.grant(REQUEST_ID, SOURCE_IDS)
     yield source
     source.close()
@@ -56,15 +62,15 @@ def _of_another_host(*_):
 
 
 @pytest.fixture
-def reader(carrier, source):
-    reader = Reader(LAYOUT, transport=CARRIERS[carrier])
+def reader(carrier, source, devices):
+    reader = Reader(LAYOUT, transport=CARRIERS[carrier], device=devices[1])
     reader.attach(source.address)
     yield reader
     reader.close()
 
 
 def assert_pulled(reader, address, target_ids=TARGET_IDS):
-    reader.pool.tensor.zero_()
+    reader.fill(0.0)
     pull = reader.pull(address, SOURCE_IDS, target_ids, REQUEST_ID)
     assert pull.error is None and pull.seconds > 0
     assert torch.equal(reader.pool.tensor, reader.expected(4, SOURCE_IDS, target_ids))
@@ -117,33 +123,41 @@ def test_another_life_of_the_source_is_refused_by_name(reader, source):
     assert isinstance(pull.error, PullRefused) and "life = 0: 2 is the present one" in str(pull.error)
 
 
-class Copier:
-    """A source's copier that does something before it copies."""
+@pytest.fixture
+def before_reads(monkeypatch):
+    """Makes sources call something before they read a chunk, with its number: [those that it was called with]."""
 
-    def __init__(self, server, before):
-        self._copier, self._before, self.num_started = server.copier, before, 0
-        server.copier = self
+    def install(before):
+        numbers = []
+        start = link_server._ServedLink._start
 
-    def start_pieces(self, *arguments) -> Copy:
-        self.num_started += 1
-        self._before(self.num_started)
-        return self._copier.start_pieces(*arguments)
+        def start_after(self, calls, *arguments):
+            for _ in (call for call in calls if isinstance(call, ReadChunk)):
+                numbers.append(len(numbers) + 1)
+                before(numbers[-1])
+            start(self, calls, *arguments)
+
+        monkeypatch.setattr(link_server._ServedLink, "_start", start_after)
+        return numbers
+
+    return install
 
 
-def test_a_lease_that_ends_while_its_blocks_are_packed_gives_nothing(reader, source):
-    Copier(source.servers[0]._links, lambda number: source.leases.end(REQUEST_ID) if number == 3 else None)
+def test_a_lease_that_ends_while_its_blocks_are_read_gives_nothing(reader, source, before_reads):
+    before_reads(lambda number: source.leases.end(REQUEST_ID) if number == 3 else None)
     pull = reader.pull(source.address, SOURCE_IDS, TARGET_IDS, REQUEST_ID)
     assert isinstance(pull.error, PullRefused) and "a lease is wanted" in str(pull.error)
 
 
-def test_a_source_that_stands_still_breaks_the_link_and_writes_nothing_later(carrier, source):
-    reader = Reader(LAYOUT, transport=CARRIERS[carrier], timeout_s=1.0)
+def test_a_source_that_stands_still_breaks_the_link_and_writes_nothing_later(carrier, source, devices, before_reads):
+    timeout_s = 1.0 if devices[1] == CPU else 5.0  # in which NCCL makes a pair's connections, too
+    reader = Reader(LAYOUT, transport=CARRIERS[carrier], timeout_s=timeout_s, device=devices[1])
     reader.attach(source.address)
     goes_on = threading.Event()
-    Copier(source.servers[0]._links, lambda _: goes_on.wait(WAIT_S))
+    before_reads(lambda _: goes_on.wait(WAIT_S))
     pull = reader.pull(source.address, SOURCE_IDS, TARGET_IDS, REQUEST_ID)
-    assert isinstance(pull.error, LinkBroken) and "did not answer within 1 s" in str(pull.error)
-    reader.pool.tensor.fill_(7.0)  # of others by now
+    assert isinstance(pull.error, LinkBroken) and f"did not answer within {timeout_s:g} s" in str(pull.error)
+    reader.fill(7.0)  # of others by now
     goes_on.set()
     assert reader.peers.renew(reader.peers.source(source.address), str(pull.error))
     assert reader.attach(source.address) == [(source.address, None)]  # behind what the source had still to do
@@ -235,10 +249,10 @@ def test_made_up_chunks_are_refused_by_name(source, lie, reason):
     stranger = Stranger(source.address)
     opened = stranger.ask(OpenLink(carrier="frames", num_slots=4, slot_bytes=8192))
     assert isinstance(opened, LinkOpened)
-    answer = stranger.ask(msgspec.structs.replace(CHUNK, **lie))
+    answer = stranger.ask(ReadChunks(chunks=[msgspec.structs.replace(CHUNK, **lie)]))
     assert isinstance(answer, ChunkRefused | Refused) and reason in answer.reason
     stranger.ask(OpenLink(carrier="frames", num_slots=4, slot_bytes=8192))
-    assert isinstance(stranger.ask(CHUNK), ChunkReady)
+    assert isinstance(stranger.ask(ReadChunks(chunks=[CHUNK])), ChunksReady)
     stranger.close()
 
 
@@ -249,11 +263,11 @@ def test_made_up_chunks_are_refused_by_name(source, lie, reason):
         OpenLink(carrier="frames", num_slots=-1, slot_bytes=-8),
         OpenLink(carrier="shared", num_slots=1, slot_bytes=4096, memory="/etc/passwd distserve-kv-slots-passwd"),
         OpenLink(carrier="shared", num_slots=1, slot_bytes=4096, memory=""),
-        SendChunks(chunks=[1, 2, 3]),
         ReadProbe(chunk=0, slot=0, byte=1),
-        CHUNK,
+        ReadChunks(chunks=[CHUNK]),
+        ReadChunks(chunks=[CHUNK] * 1000),
     ],
-    ids=str,
+    ids=lambda call: str(call)[:60],
 )
 def test_made_up_calls_harm_nobody(source, call):
     stranger = Stranger(source.address)
@@ -265,18 +279,18 @@ def test_made_up_calls_harm_nobody(source, call):
     reader.close()
 
 
-def test_a_flood_of_calls_is_bounded(source):
+def test_a_flood_of_calls_is_bounded(source, before_reads):
     goes_on = threading.Event()
-    copier = Copier(source.servers[0]._links, lambda _: goes_on.wait(WAIT_S))
+    started = before_reads(lambda _: goes_on.wait(WAIT_S))
     stranger = Stranger(source.address)
     stranger.ask(OpenLink(carrier="frames", num_slots=1, slot_bytes=8192))
     for _ in range(200):
-        stranger.call(CHUNK)
+        stranger.call(ReadChunks(chunks=[CHUNK]))
     answer = decode_peer_answer(stranger.socket.recv_multipart()[0])
     assert isinstance(answer, Refused) and "at most 64" in answer.reason
     goes_on.set()
     stranger.close()
-    assert copier.num_started <= 66
+    assert len(started) <= 66
 
 
 @pytest.mark.parametrize("when", ["never joins", "joins, and receives nothing"])
@@ -287,9 +301,8 @@ def test_a_reader_that_lets_its_pair_wait_holds_up_nobody_else(tmp_path, when):
     opened = stranger.ask(OpenLink(carrier="pair", num_slots=1, slot_bytes=8192))
     assert isinstance(opened, LinkOpened)
     if when != "never joins":
-        pair = join(opened.rendezvous, CPU, WAIT_S)
-        assert isinstance(stranger.ask(CHUNK), ChunkReady)
-        stranger.call(SendChunks(chunks=[1]))
+        pair = join(opened.rendezvous, CPU, ThreadCopier(), WAIT_S, lambda: False)
+        assert isinstance(stranger.ask(ReadChunks(chunks=[CHUNK])), ChunksCome)
         pair.end()
     reader = Reader(LAYOUT, transport="nccl")
     reader.attach(source.address)

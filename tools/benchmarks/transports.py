@@ -4,8 +4,9 @@
 
 A process serves the pools of a source's ranks, one or two, as workers do; this one attaches them as a reader of one
 rank does, and pulls the blocks of 512 tokens of LLaMA-2-13B, scattered over both pools. The ceiling is a contiguous
-copy of as many bytes from the source's device, or the slower of those to and from page-locked host memory. On CPUs the
-KV is small.
+copy of as many bytes from the source's device, or the slower of those to and from page-locked host memory. Two rows say
+what NCCL (between CPUs gloo) gives when nothing but its sends and receives is done, one after the other. On CPUs the KV
+is small.
 """
 
 import random
@@ -24,6 +25,7 @@ import torch
 import typer
 import zmq
 
+from ensemble.cache.block_copier import Copy, wait_for_any
 from ensemble.cache.host_memory import host_memory
 from ensemble.cache.kv_pool import KVLayout, KVPool
 from ensemble.config import TransferConfig, Transport
@@ -32,6 +34,8 @@ from ensemble.replicas.peer_server import PeerServer, rank_address
 from ensemble.replicas.peers import Peers
 from ensemble.transfer import nccl
 from ensemble.transfer.leases import Leases
+from ensemble.transfer.packing import make_link_copier
+from ensemble.transfer.pair import join, meet
 from ensemble.transfer.puller import Pull, Puller
 from tools.benchmarks.results import report
 
@@ -40,7 +44,8 @@ LAYOUTS = {  # of the whole model; 512 tokens are 8 and 32 blocks
     "cpu": (KVLayout(8, 8, 16, 64, torch.float16), 32),
 }
 GOALS = {("nccl", 1): 0.75, ("nccl", 2): 0.6, ("host", 1): 0.8}
-REQUEST_ID, REPEATS = 1, 15
+TRANSPORTS: tuple[Transport, ...] = tuple(each for each in get_args(Transport) if each != "auto")
+REQUEST_ID, REPEATS, ALONE_REPEATS = 1, 15, 10
 START_S, ATTACH_S, PULL_S = 120.0, 60.0, 60.0
 
 
@@ -91,20 +96,30 @@ def serve(run_dir: Path, devices: Sequence[torch.device]) -> None:
 @contextmanager
 def source_ranks(*devices: str) -> Iterator[str]:
     """The address of a source in another process, with a rank on each device. Raises TimeoutError."""
-    with tempfile.TemporaryDirectory() as run_dir:
-        arguments = ["--serve", run_dir, *devices]
-        command = [sys.executable, "-m", "tools.benchmarks.transports", *arguments]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        try:
-            assert process.stdout is not None
-            if not select.select([process.stdout], [], [], START_S)[0]:
-                raise TimeoutError(f"the source on {', '.join(devices)} was not there within {START_S:g} s")
-            if process.stdout.readline() != b"ready\n":
-                raise RuntimeError(f"the source on {', '.join(devices)} ended")
-            yield f"ipc://{run_dir}/source"
-        finally:
-            process.kill()
-            process.communicate()
+    with tempfile.TemporaryDirectory() as run_dir, other_process("--serve", run_dir, *devices) as process:
+        if read_line(process) != "ready":
+            raise RuntimeError(f"the source on {', '.join(devices)} ended")
+        yield f"ipc://{run_dir}/source"
+
+
+@contextmanager
+def other_process(*arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """This program in another process, until it is left."""
+    command = [sys.executable, "-m", "tools.benchmarks.transports", *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read_line(process: "subprocess.Popen[bytes]") -> str:
+    """Raises TimeoutError."""
+    assert process.stdout is not None
+    if not select.select([process.stdout], [], [], START_S)[0]:
+        raise TimeoutError(f"process {process.pid} said nothing within {START_S:g} s")
+    return process.stdout.readline().decode().strip()
 
 
 class Reader:
@@ -213,13 +228,64 @@ def pulled(seconds: float, num_bytes: int, ceiling: float) -> dict[str, Any]:
     }
 
 
-def rows_of(source: str, target: torch.device, num_ranks: int) -> Iterator[dict[str, Any]]:
+def send_alone(device: torch.device, num_bytes: int) -> None:
+    """For each line that comes, a number: says that it will, and sends so many bytes that often."""
+    copier = make_link_copier(device)
+    meeting = meet(device, copier, ATTACH_S, lambda: False)
+    print(meeting.rendezvous.hex(), flush=True)
+    pair = meeting.wait()
+    run = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    synchronize(run)
+    for line in sys.stdin:
+        print("sending", flush=True)  # before: the first send makes connections, and waits for the other side
+        wait_for_all([pair.send([run]) for _ in range(int(line))])
+
+
+def wait_for_all(copies: list[Copy]) -> None:
+    for copy in copies:
+        while not copy.is_done():
+            wait_for_any([copy], 1.0)
+        copy.seconds()
+
+
+def alone_row(source: str, target: torch.device, num_pieces: int) -> dict[str, Any]:
+    """The pair's own rate, of a KV in so many pieces: launching the first is but a small part of it."""
+    layout, num_blocks = LAYOUTS[target.type]
+    piece_bytes = num_blocks * layout.block_bytes // num_pieces
+    ceiling = contiguous_rate(torch.device(source), target)
+    with other_process("--send", source, str(piece_bytes)) as process:
+        copier = make_link_copier(target)
+        pair = join(bytes.fromhex(read_line(process)), target, copier, ATTACH_S, lambda: False)
+        run = torch.zeros(piece_bytes, dtype=torch.uint8, device=target)
+        synchronize(run)
+        assert process.stdin is not None
+        for number in (num_pieces, ALONE_REPEATS * num_pieces):  # the first makes connections
+            process.stdin.write(f"{number}\n".encode())
+            process.stdin.flush()
+            assert read_line(process) == "sending"
+            start = time.perf_counter()
+            wait_for_all([pair.receive([run]) for _ in range(number)])
+            seconds = time.perf_counter() - start
+        if not bool((run == 1).all()):
+            raise RuntimeError("received bytes differ from those that were sent")
+        pair.end()
+    num_bytes = num_pieces * piece_bytes
+    name = f"nccl alone: {num_bytes >> 20} MiB in {num_pieces} pieces"
+    return {"name": name, **pulled(seconds / ALONE_REPEATS, num_bytes, ceiling)}
+
+
+def rows_of(
+    source: str,
+    target: torch.device,
+    num_ranks: int,
+    transports: Sequence[Transport] = TRANSPORTS,
+) -> Iterator[dict[str, Any]]:
     layout, num_blocks = LAYOUTS[target.type]
     num_bytes = num_blocks * layout.block_bytes
     limits = ceilings(torch.device(source), target, num_bytes)
     ranks = "equal ranks" if num_ranks == 1 else f"{num_ranks} ranks to one"
     with source_ranks(*[source] * num_ranks) as address:
-        for transport in (each for each in get_args(Transport) if each != "auto"):
+        for transport in transports:
             reader = Reader(target, transport)
             name = f"{transport}, {ranks}: {num_bytes >> 20} MiB in {num_blocks} scattered blocks"
             reason = reader.attach(address)
@@ -238,6 +304,7 @@ def rows_of(source: str, target: torch.device, num_ranks: int) -> Iterator[dict[
 def main(
     source: Annotated[str, typer.Option(help="device of the source's ranks")] = "cuda:0",
     target: Annotated[str, typer.Option(help="device of the reader")] = "cuda:1",
+    transport: Annotated[Transport | None, typer.Option(help="the only one; none: all")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
 ) -> None:
     """Exit status 1 if a goal is missed."""
@@ -245,7 +312,10 @@ def main(
     if target != "cpu":
         torch.cuda.set_device(torch.device(target))
         print(f"NCCL {nccl.version()}")
-    report([row for num_ranks in (1, 2) for row in rows_of(source, torch.device(target), num_ranks)], output)
+    transports = TRANSPORTS if transport is None else (transport,)
+    rows = [alone_row(source, torch.device(target), number) for number in ((1, 8) if "nccl" in transports else ())]
+    rows += [row for number in (1, 2) for row in rows_of(source, torch.device(target), number, transports)]
+    report(rows, output)
 
 
 if __name__ == "__main__":
@@ -254,5 +324,10 @@ if __name__ == "__main__":
         if devices[0] != "cpu":
             torch.cuda.set_device(torch.device(devices[0]))
         serve(Path(run_dir), [torch.device(device) for device in devices])
+    elif sys.argv[1:2] == ["--send"]:
+        device, num_bytes = sys.argv[2:]
+        if device != "cpu":
+            torch.cuda.set_device(torch.device(device))
+        send_alone(torch.device(device), int(num_bytes))
     else:
         typer.run(main)

@@ -1,0 +1,55 @@
+"""Blocks' parts into one run of bytes, and back: what a chunk is on its way."""
+
+import torch
+
+from ensemble.cache.block_copier import Copier, Copy, StreamCopier, make_copier
+
+COPY_ENGINE_RUN_BYTES = 2 << 20  # to and from the host, as swaps
+
+
+def make_link_copier(device: torch.device) -> Copier:
+    """A link's own: what it starts runs in order, and beside other links."""
+    return make_copier(device, COPY_ENGINE_RUN_BYTES, is_local=True)
+
+
+def run_of(part: torch.Tensor, block_ids: list[int]) -> torch.Tensor | None:
+    """[num_bytes] uint8: the blocks' parts where they lie, if that is in one run."""
+    first, length = block_ids[0], len(block_ids)
+    run = part[first : first + length]
+    if block_ids != list(range(first, first + length)) or not run.is_contiguous():
+        return None
+    return run.view(-1).view(torch.uint8)
+
+
+def pack(copier: Copier, part: torch.Tensor, block_ids: list[int], packed: torch.Tensor) -> Copy:
+    """Starts packed = part[block_ids]."""
+    places = list(range(len(block_ids)))
+    if (staged := _staged(copier, part, packed)) is None:
+        return copier.start_pieces([(part, packed)], block_ids, places)
+    copier.start_pieces([(part, staged)], block_ids, places)
+    return copier.start_pieces([(staged, packed)], places, places)
+
+
+def unpack(copier: Copier, packed: torch.Tensor, part: torch.Tensor, block_ids: list[int]) -> Copy:
+    """Starts part[block_ids] = packed."""
+    places = list(range(len(block_ids)))
+    if (staged := _staged(copier, part, packed)) is None:
+        return copier.start_pieces([(packed, part)], places, block_ids)
+    copier.start_pieces([(packed, staged)], places, places)
+    return copier.start_pieces([(staged, part)], places, block_ids)
+
+
+def both(first: Copy, second: Copy) -> Copy:
+    """Of copies in order: done when the second is."""
+    return Copy(second.is_done, lambda: first.seconds() + second.seconds())
+
+
+def _staged(copier: Copier, part: torch.Tensor, packed: torch.Tensor) -> torch.Tensor | None:
+    """[...] as `packed`, on the device: the copy engine brings it over PCIe, where a kernel's short rows are slow.
+
+    Memory of the copier's stream: the next chunk's is the same, and is written when this one's has been read.
+    """
+    if not isinstance(copier, StreamCopier) or packed.is_cuda or part[:1].is_contiguous():
+        return None
+    with torch.cuda.stream(copier.stream):
+        return torch.empty(packed.shape, dtype=packed.dtype, device=part.device)
