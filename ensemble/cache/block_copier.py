@@ -23,10 +23,11 @@ Pieces: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
 # Of the kernel: as many reach 0.94 of NVLink's rate and nearly PCIe's, and leave the other multiprocessors to the
 # engine's steps: a step of LLaMA-2-7B beside pulls takes 1.07 to 1.09 times as long, with all programs 1.18 to 1.41.
 NUM_PROGRAMS = 32
+MIN_ROW_BYTES = 64 << 10  # of a part of a block that the copy engine takes, row by row
 NUM_LOCAL_PROGRAMS = 128  # within the device it is over in some 50 us
 NUM_CHEAP_RUNS = 8  # calls, which took the host 124 us; the kernel's launch, its ids included, 97 to 250 us
 
-_PR_SET_TIMERSLACK = 29
+_PR_SET_TIMERSLACK, _CUDA_MEMCPY_DEFAULT = 29, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,8 @@ def _copy_timed(pieces: Pieces, source_ids: list[int], target_ids: list[int]) ->
 
 class StreamCopier:
     """The copy engine leaves the multiprocessors to the engine's steps, but costs a call for each run of blocks that
-    are in a row on both sides; where runs are many and short, or not whole, a kernel copies all blocks in one launch.
+    are in a row on both sides, or for each part of a block; where they are many and short, a kernel copies all in one
+    launch.
     """
 
     def __init__(self, device: torch.device, min_run_bytes: int, *, is_local: bool = False) -> None:
@@ -135,6 +137,10 @@ class StreamCopier:
                 began.record()
                 for source, target in pieces:
                     copy_runs(source, target, runs)
+            elif not self._is_local and are_long and all(_row_bytes(pool) >= MIN_ROW_BYTES for pool in pools):
+                began.record()
+                for source, target in pieces:
+                    copy_parts(source, target, runs, self.stream)
             else:
                 ids = torch.tensor([source_ids, target_ids]).pin_memory().to(self._device, non_blocking=True)
                 began.record()
@@ -155,6 +161,43 @@ def copy_runs(source: torch.Tensor, target: torch.Tensor, runs: list[tuple[int, 
         source, target = as_rows(source, target)  # of wide words
     for first, to, length in runs:
         target[to : to + length].copy_(source[first : first + length], non_blocking=True)
+
+
+def copy_parts(
+    source: torch.Tensor,  # [Ns, L, 2, H, ...], L layers and H heads of a larger pool
+    target: torch.Tensor,  # [Nt, L, 2, H, ...]
+    runs: list[tuple[int, int, int]],
+    stream: torch.cuda.Stream,
+) -> None:
+    """By the copy engine, a call for each (source block, target block, 1): rows of a layer's keys or values."""
+    num_rows, row_bytes = source.shape[1] * source.shape[2], _row_bytes(source)
+    for first, to, _ in runs:
+        error = _cudart().cudaMemcpy2DAsync(
+            target[to].data_ptr(),
+            target.stride(2) * target.element_size(),
+            source[first].data_ptr(),
+            source.stride(2) * source.element_size(),
+            row_bytes,
+            num_rows,
+            _CUDA_MEMCPY_DEFAULT,
+            stream.cuda_stream,
+        )
+        if error:
+            raise RuntimeError(f"cudaMemcpy2DAsync: error {error}")
+
+
+def _row_bytes(pool: torch.Tensor) -> int:
+    return pool[0, 0, 0].nbytes
+
+
+@cache
+def _cudart() -> ctypes.CDLL:
+    """The library that torch has loaded."""
+    library = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}")
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    library.cudaMemcpy2DAsync.argtypes = [pointer, size, pointer, size, size, size, ctypes.c_int, pointer]
+    library.cudaMemcpy2DAsync.restype = ctypes.c_int
+    return library
 
 
 def runs_of(source_ids: list[int], target_ids: list[int]) -> Iterator[tuple[int, int, int]]:

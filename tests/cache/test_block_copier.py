@@ -72,6 +72,19 @@ def test_parts_of_blocks_within_a_device(monkeypatch, device, num_cheap_runs):
     assert torch.equal(target, expected)
 
 
+@pytest.mark.gpu
+def test_long_rows_of_parts_of_blocks_go_by_the_copy_engine(monkeypatch):
+    monkeypatch.setattr(block_copier, "MIN_ROW_BYTES", 0)
+    monkeypatch.setattr(block_copier, "copy_blocks", None)  # the kernel
+    pool = torch.randn(NUM_BLOCKS, 5, 2, 3, 4, 16, device="cuda")
+    target = torch.zeros(NUM_BLOCKS, 4, 2, 5, 4, 16, device="cuda")
+    copier = make_copier(pool.device, BY_ENGINE)
+    copied(copier, pool[:, 1:4, :, 1:], target[:, :3, :, 2:4], [7, 2, 11, 0], [3, 9, 1, 8])
+    expected = torch.zeros_like(target)
+    expected[[3, 9, 1, 8], :3, :, 2:4] = pool[[7, 2, 11, 0], 1:4, :, 1:]
+    assert torch.equal(target, expected)
+
+
 def test_runs_of_parts_of_blocks():
     pool = torch.arange(NUM_BLOCKS * 5 * 2 * 3 * 8, dtype=torch.float16).view(NUM_BLOCKS, 5, 2, 3, 2, 4)
     target = torch.zeros_like(pool)
