@@ -24,8 +24,7 @@ from ensemble.protocol.replica_replica import (
     decode_peer_answer,
     encode,
 )
-from ensemble.transfer import link, link_server
-from ensemble.transfer.pair import join
+from ensemble.transfer import link, link_server, pair
 from ensemble.transfer.puller import Pull
 from tests.transfer.fleet import CPU, DEVICES, NUM_LAYERS, WAIT_S, Reader, SourceRanks
 from tests.transfer.layouts import layouts_of
@@ -166,6 +165,38 @@ def test_a_source_that_stands_still_breaks_the_link_and_writes_nothing_later(car
     reader.close()
 
 
+def test_a_source_that_stands_still_before_a_send_writes_nothing_later(tmp_path, monkeypatch):
+    """The reader has begun to receive, into its pool: the pull has failed only when that has ended."""
+    source, reader = SourceRanks([LAYOUT], tmp_path), Reader(LAYOUT, transport="nccl", timeout_s=1.0)
+    source.leases.grant(REQUEST_ID, SOURCE_IDS)
+    reader.attach(source.address)
+    goes_on, has_sent = threading.Event(), threading.Event()
+    move = pair._GlooPair._move
+
+    def move_later(self, name, runs):
+        if name == "recv":
+            return move(self, name, runs)
+        goes_on.wait(WAIT_S)
+        try:
+            return move(self, name, runs)
+        finally:
+            has_sent.set()
+
+    monkeypatch.setattr(pair._GlooPair, "_move", move_later)
+    pull = reader.pull(source.address, SOURCE_IDS, TARGET_IDS, REQUEST_ID)
+    assert isinstance(pull.error, LinkBroken)
+    reader.fill(7.0)  # of others by now
+    goes_on.set()
+    assert has_sent.wait(WAIT_S)
+    monkeypatch.undo()
+    assert reader.peers.renew(reader.peers.source(source.address), str(pull.error))
+    assert reader.attach(source.address) == [(source.address, None)]
+    assert bool((reader.pool.tensor == 7.0).all())
+    assert_pulled(reader, source.address)
+    reader.close()
+    source.close()
+
+
 def test_links_that_break_again_and_again_are_given_up(reader, source):
     for _ in range(3):
         assert reader.peers.renew(reader.peers.source(source.address), "it broke")
@@ -301,9 +332,9 @@ def test_a_reader_that_lets_its_pair_wait_holds_up_nobody_else(tmp_path, when):
     opened = stranger.ask(OpenLink(carrier="pair", num_slots=1, slot_bytes=8192))
     assert isinstance(opened, LinkOpened)
     if when != "never joins":
-        pair = join(opened.rendezvous, CPU, ThreadCopier(), WAIT_S, lambda: False)
+        its_pair = pair.join(opened.rendezvous, CPU, ThreadCopier(), WAIT_S, lambda: False)
         assert isinstance(stranger.ask(ReadChunks(chunks=[CHUNK])), ChunksCome)
-        pair.end()
+        its_pair.end()
     reader = Reader(LAYOUT, transport="nccl")
     reader.attach(source.address)
     assert_pulled(reader, source.address)
