@@ -132,12 +132,13 @@ class StreamCopier:
         are_long = num_bytes >= self._min_run_bytes * len(runs) * len(pieces)
         num_programs = NUM_LOCAL_PROGRAMS if self._is_local else NUM_PROGRAMS
         are_few = len(runs) * len(pieces) <= NUM_CHEAP_RUNS
+        stays = self._is_local and all(pool.is_cuda for pool in pools)
         with torch.cuda.stream(self.stream):
-            if (are_contiguous and (are_long or are_few)) or (self._is_local and are_few):
+            if (are_contiguous and (are_long or are_few)) or (stays and are_few):
                 began.record()
                 for source, target in pieces:
                     copy_runs(source, target, runs)
-            elif not self._is_local and are_long and all(_row_bytes(pool) >= MIN_ROW_BYTES for pool in pools):
+            elif not stays and are_long and all(row_bytes(pool) >= MIN_ROW_BYTES for pool in pools):
                 began.record()
                 for source, target in pieces:
                     copy_parts(source, target, runs, self.stream)
@@ -170,14 +171,14 @@ def copy_parts(
     stream: torch.cuda.Stream,
 ) -> None:
     """By the copy engine, a call for each (source block, target block, 1): rows of a layer's keys or values."""
-    num_rows, row_bytes = source.shape[1] * source.shape[2], _row_bytes(source)
+    num_rows, width = source.shape[1] * source.shape[2], row_bytes(source)
     for first, to, _ in runs:
         error = _cudart().cudaMemcpy2DAsync(
             target[to].data_ptr(),
             target.stride(2) * target.element_size(),
             source[first].data_ptr(),
             source.stride(2) * source.element_size(),
-            row_bytes,
+            width,
             num_rows,
             _CUDA_MEMCPY_DEFAULT,
             stream.cuda_stream,
@@ -186,7 +187,8 @@ def copy_parts(
             raise RuntimeError(f"cudaMemcpy2DAsync: error {error}")
 
 
-def _row_bytes(pool: torch.Tensor) -> int:
+def row_bytes(pool: torch.Tensor) -> int:
+    """Of what a part of a block has in one run."""
     return pool[0, 0, 0].nbytes
 
 

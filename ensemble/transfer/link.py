@@ -31,7 +31,7 @@ from ensemble.transfer.wakeup import Wakeup
 
 # At least: a layer of a block is not divided. A chunk costs both hosts some 100 us beside its bytes, the time of 5 MiB
 # over PCIe, and of 35 over NVLink.
-SLOT_BYTES: dict[Carrier, int] = {"shared": 16 << 20, "frames": 8 << 20, "pair": 64 << 20}
+SLOT_BYTES: dict[Carrier, int] = {"shared": 32 << 20, "frames": 8 << 20, "pair": 64 << 20}
 # By a pair such blocks go one by one if they are whole here: then they need not be unpacked.
 ALONE_BYTES = 16 << 20
 

@@ -48,7 +48,7 @@ from ensemble.transfer.wakeup import Wakeup
 
 # Chunks at a time: as many keep both copy engines of a way over the host busy while calls and answers are under way; of
 # a pair, two of a source's launches.
-MAX_IN_FLIGHT: dict[Carrier, int] = {"shared": 8, "frames": 8, "pair": 16}
+MAX_IN_FLIGHT: dict[Carrier, int] = {"shared": 4, "frames": 8, "pair": 16}
 MAX_UNSENT = 64  # calls that the source does not take
 BEAT = encode(Beat())
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ensemble.cache.block_copier import Copier, Copy, StreamCopier, make_copier
+from ensemble.cache.block_copier import MIN_ROW_BYTES, Copier, Copy, StreamCopier, make_copier, row_bytes
 
 COPY_ENGINE_RUN_BYTES = 2 << 20  # to and from the host, as swaps
 
@@ -45,11 +45,12 @@ def both(first: Copy, second: Copy) -> Copy:
 
 
 def _staged(copier: Copier, part: torch.Tensor, packed: torch.Tensor) -> torch.Tensor | None:
-    """[...] as `packed`, on the device: the copy engine brings it over PCIe, where a kernel's short rows are slow.
+    """[...] as `packed`, on the device, for short rows: the copy engine brings it over PCIe, where a kernel's are slow.
 
     Memory of the copier's stream: the next chunk's is the same, and is written when this one's has been read.
     """
-    if not isinstance(copier, StreamCopier) or packed.is_cuda or part[:1].is_contiguous():
+    has_long_rows = part[:1].is_contiguous() or row_bytes(part) >= MIN_ROW_BYTES
+    if not isinstance(copier, StreamCopier) or packed.is_cuda or has_long_rows:
         return None
     with torch.cuda.stream(copier.stream):
         return torch.empty(packed.shape, dtype=packed.dtype, device=part.device)
