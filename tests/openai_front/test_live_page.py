@@ -52,6 +52,13 @@ def go_on_and_on(route: Route) -> None:
     route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True}))
 
 
+# By the page itself, as soon as there is an answer to stop: on a busy machine a click from outside may come after its end.
+STOPS_AT_ONCE = """new MutationObserver((_, observer) => {
+  const stop = document.getElementById("stop");
+  if (!stop.hidden && document.querySelectorAll(".assistant")[1]?.textContent) { observer.disconnect(); stop.click(); }
+}).observe(document.body, {attributes: true, childList: true, characterData: true, subtree: true})"""
+
+
 def state(server: TritonServer) -> Any:
     with urllib.request.urlopen(f"{server.page_url}page/state", timeout=20) as response:
         return json.load(response)
@@ -127,8 +134,8 @@ def test_an_error_and_a_stop_are_told(page: Page) -> None:
     page.route("**/v1/chat/completions", go_on_and_on)
     page.fill("#max-tokens", "4000")
     page.fill("#text", "Hello")
+    page.evaluate(STOPS_AT_ONCE)
     page.press("#text", "Enter")
-    page.click("#stop")
     expect(page.locator(".note").nth(1)).to_have_text("stopped")
     expect(page.locator("#send")).to_be_enabled()
 
