@@ -52,7 +52,7 @@ def go_on_and_on(route: Route) -> None:
     route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True}))
 
 
-# By the page itself, as soon as there is an answer to stop: on a busy machine a click from outside may come after its end.
+# By the page itself, as soon as there is an answer to stop: a click from outside may come after its end.
 STOPS_AT_ONCE = """new MutationObserver((_, observer) => {
   const stop = document.getElementById("stop");
   if (!stop.hidden && document.querySelectorAll(".assistant")[1]?.textContent) { observer.disconnect(); stop.click(); }
