@@ -23,7 +23,8 @@ from ensemble.serving.choices import Choices
 from ensemble.serving.exchange import CallModel
 from ensemble.serving.fields import OF_THE_SERVER, from_tensor, text_of
 from ensemble.serving.fleet_commands import fleet_handlers
-from ensemble.serving.inputs import ModelLimits, check_envelope, parse_request
+from ensemble.serving.inputs import check_envelope, parse_request
+from ensemble.serving.limits import ModelLimits
 from ensemble.serving.long_texts import LongTexts, prompt_bytes
 from ensemble.serving.marks import CLIENT_TAG, ENSEMBLE_MARK, TRACE_PARENT, read_mark
 from ensemble.serving.metrics import ITL, Ended, Metrics

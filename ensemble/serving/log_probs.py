@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemble.request import TokenLogProbs
-from ensemble.serving.inputs import OutputOptions
+from ensemble.serving.client_request import OutputOptions
 from ensemble.tokenizer import Tokenizer
 
 

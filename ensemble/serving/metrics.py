@@ -22,7 +22,7 @@ from ensemble.router.fleet import State
 from ensemble.router.gauges import Gauges, Labels
 from ensemble.router.lives import Timeline
 from ensemble.router.prefix_moves import FetchResult
-from ensemble.serving.inputs import NO_TARGETS, Targets
+from ensemble.serving.client_request import NO_TARGETS, Targets
 
 # vLLM's bounds, and finer ones below where ours begin.
 _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)

@@ -12,7 +12,7 @@ from ensemble.errors import DistServeError
 from ensemble.request import FinishReason, TokenLogProbs
 from ensemble.router.lives import Timeline
 from ensemble.serving.answer_text import AnswerText
-from ensemble.serving.inputs import ClientRequest
+from ensemble.serving.client_request import ClientRequest
 from ensemble.serving.log_probs import LogProbOutputs
 from ensemble.serving.marks import CancelHandle, cancel_handle
 from ensemble.serving.pacing import Pace

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ensemble.errors import InvalidRequest
+from ensemble.serving.client_request import choice_seed
 from ensemble.serving.fields import (
     ALIASES,
     INTERNAL,
@@ -21,7 +22,9 @@ from ensemble.serving.fields import (
     Kind,
     collect,
 )
-from ensemble.serving.inputs import ModelLimits, choice_seed, parse_options, parse_sampling
+from ensemble.serving.inputs import parse_options
+from ensemble.serving.limits import ModelLimits
+from ensemble.serving.sampling_inputs import parse_sampling
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import EOS_ID, make_tiny_tokenizer
 

@@ -16,7 +16,7 @@ import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
 from ensemble.serving import control
-from ensemble.serving.inputs import choice_seed
+from ensemble.serving.client_request import choice_seed
 from ensemble.tokenizer import Tokenizer
 from tests.serving.clients import Answer, StreamClient, blocks_in_use, generate, read_metrics
 from tests.serving.deployments import deploy

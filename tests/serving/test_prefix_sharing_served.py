@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from ensemble.serving.client_request import choice_seed
 from ensemble.serving.control import call
 from ensemble.serving.fleet_table import ChangeRole, DrainReplica, FleetTable, UndrainReplica
-from ensemble.serving.inputs import choice_seed
 from tests.serving.clients import blocks_in_use, generate, read_metrics, run_streams, total
 from tests.serving.deployments import deploy
 from tools.server.triton_server import TritonServer

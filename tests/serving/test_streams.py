@@ -10,7 +10,7 @@ import pytest
 from ensemble.errors import Cancelled, DistServeError, InternalError
 from ensemble.request import Request, SamplingParams
 from ensemble.serving.cancels import CHECK_INTERVAL_S, HEARTBEAT_S, MAX_HEARTBEATS, heartbeats_due
-from ensemble.serving.inputs import ClientRequest, OutputOptions
+from ensemble.serving.client_request import ClientRequest, OutputOptions
 from ensemble.serving.marks import CancelHandle, read_cancel_handle
 from ensemble.serving.pacing import PATIENCE_S
 from ensemble.serving.senders import SenderPool

@@ -10,7 +10,8 @@ from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError, Overloaded
 from ensemble.serving import heartbeat
-from ensemble.serving.inputs import ModelLimits, parse_prompt
+from ensemble.serving.inputs import parse_prompt
+from ensemble.serving.limits import ModelLimits
 from ensemble.serving.long_texts import LongTexts, prompt_bytes
 from ensemble.serving.marks import ENSEMBLE_MARK, ensemble_mark
 from ensemble.tokenizer import Tokenizer
