@@ -1,10 +1,13 @@
 """What judges a run on four GPUs: fleets as they are asked for, and outputs that must not pass for equal."""
 
+import subprocess
+
 import msgspec
 import pytest
 
 from tools.load.goodput import Goodput
 from tools.offline import generate
+from tools.proofs import handoffs
 from tools.proofs.four_gpus import FLEETS
 from tools.proofs.gpu_smoke import Comparison, compare, make_requests, write_model_dir
 from tools.proofs.planned_goodput import CASES, PLANS, RESOLUTION, deployment_for, heading, plan_files, search, verdict
@@ -91,3 +94,16 @@ def test_the_plans_that_are_kept_are_the_planners_for_four_gpus(tmp_path):
 )
 def test_a_goodput_that_is_only_a_bound_meets_no_goal_that_it_may_miss(choice, best, is_met):
     assert verdict("a choice", choice, best)["met"] is is_met
+
+
+def test_an_answer_is_heard_that_comes_together_with_a_stale_one(monkeypatch):
+    """As after a pair of which the other reader failed. What lies in a buffer, nothing shows that watches the pipe."""
+    popen, answers = subprocess.Popen, '{"number": 1, "time": 1.0}\\n{"number": 2, "time": 2.0}\\n'
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda _, **how: popen(["sh", "-c", f"read x; read x; printf '{answers}'; cat"], **how)
+    )
+    monkeypatch.setattr(handoffs, "ANSWER_S", 5.0)
+    with handoffs.ReaderProcess("cpu") as reader:
+        reader.send("prepare")
+        reader.send("close")
+        assert reader.heard() == 2.0

@@ -33,7 +33,8 @@ class ReaderProcess:
     def __init__(self, device: str) -> None:
         command = [sys.executable, "-m", "tools.proofs.handoffs", device]
         self._device = device
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # Unbuffered: an answer in a buffer would not be seen by `select`.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self._number = 0  # of the last question
 
     def __enter__(self) -> "ReaderProcess":
@@ -48,7 +49,8 @@ class ReaderProcess:
     def send(self, what: str, **arguments: Any) -> None:
         assert self._process.stdin is not None
         self._number += 1
-        print(json.dumps({"what": what, "number": self._number} | arguments), file=self._process.stdin, flush=True)
+        question = json.dumps({"what": what, "number": self._number} | arguments)
+        self._process.stdin.write(f"{question}\n".encode())
 
     def heard(self) -> float:
         """The answer to the last question. Raises RuntimeError with what went wrong there, TimeoutError."""
