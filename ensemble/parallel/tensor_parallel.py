@@ -33,7 +33,8 @@ class Collectives(Protocol):
 class TensorParallel:
     """One rank's view of its group. Every rank of it makes the same calls in the same order, with like tensors.
 
-    A peer that is gone, or late by more than the time-out of `connect`, is an InternalError.
+    A peer that is gone, or late by more than the time-out of `connect`, is an InternalError; on GPUs, where a kernel
+    alone waits for it, the end of the process.
     """
 
     rank: int = 0
