@@ -7,7 +7,7 @@ lies on this device, on a peer's (a CUDA IPC mapping) or, page-locked, on the ho
 import ctypes
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
@@ -34,6 +34,7 @@ _PR_SET_TIMERSLACK, _CUDA_MEMCPY_DEFAULT = 29, 4
 class Copy:
     is_done: Callable[[], bool]
     seconds: Callable[[], float]  # of the copy itself, once it is done; raises what the copy raised
+    futures: "tuple[Future[float], ...]" = ()  # it is done when they are; none: that has to be looked at
 
 
 def make_copier(device: torch.device, min_run_bytes: int, *, is_local: bool = False) -> "Copier":
@@ -45,10 +46,17 @@ def make_copier(device: torch.device, min_run_bytes: int, *, is_local: bool = Fa
 
 
 def wait_for_any(copies: list[Copy], timeout_s: float) -> None:
-    """Returns when one is done, if there are any, or after `timeout_s`."""
+    """Returns when one is done, if there are any, or after `timeout_s`.
+
+    Where futures tell, it looks at nothing meanwhile: the threads that copy have the interpreter.
+    """
     deadline = time.monotonic() + timeout_s
-    while copies and not any(copy.is_done() for copy in copies) and time.monotonic() < deadline:
-        nap()
+    while copies and not any(copy.is_done() for copy in copies) and (left_s := deadline - time.monotonic()) > 0:
+        pending = [next((future for future in copy.futures if not future.done()), None) for copy in copies]
+        if None in pending:
+            nap()
+        else:
+            wait([future for future in pending if future is not None], left_s, FIRST_COMPLETED)
 
 
 def nap() -> None:
@@ -87,7 +95,7 @@ class ThreadCopier:
     def run(self, function: Callable[..., float], *arguments: Any) -> Copy:
         """Calls it, which returns seconds, after the copies that were started before."""
         future = self._thread.submit(function, *arguments)
-        return Copy(future.done, future.result)
+        return Copy(future.done, future.result, (future,))
 
 
 def _copy_timed(pieces: Pieces, source_ids: list[int], target_ids: list[int]) -> float:  # seconds

@@ -71,7 +71,7 @@ class Link:
         """Starts the copy of the pieces of this source rank, once it is open. What it raises is a TransferError."""
         job = Job()
         chunks = [
-            Chunk(job, life, request_id, source, target.of(self._shared.pool), source_ids[blocks], target_ids[blocks])
+            Chunk(job, life, request_id, source, target, source_ids[blocks], target_ids[blocks])
             for piece in pieces
             for source, target, blocks in self._chunks_of(piece, len(source_ids))
         ]
@@ -82,15 +82,15 @@ class Link:
             else:
                 self._shared.jobs.put((job, chunks))
                 self._shared.wake.set()
-        return Copy(job.future.done, job.future.result)
+        return Copy(job.future.done, job.future.result, (job.future,))
 
     def close(self) -> None:
         """Soon what is under way has failed. What the source sends from now on goes nowhere."""
         self._shared.is_closing = True
         self._shared.wake.set()
 
-    def _chunks_of(self, piece: Piece, num_blocks: int) -> Iterator[tuple[Part, Part, slice]]:
-        """(of the source, of the own pool, which of the blocks); none is larger than a slot."""
+    def _chunks_of(self, piece: Piece, num_blocks: int) -> Iterator[tuple[Part, torch.Tensor, slice]]:
+        """(of the source, view of the own pool, which of the blocks); none is larger than a slot."""
         layer_bytes = Part(0, 1, piece.target.first_head, piece.target.num_heads).of(self._shared.pool)[0].nbytes
         slot_bytes = self.slot_bytes(self.carrier)
         num_layers = _even(piece.source.num_layers, slot_bytes // layer_bytes)
@@ -98,14 +98,15 @@ class Link:
         is_whole = piece.target.of(self._shared.pool)[:1].is_contiguous()
         alone = self.carrier == "pair" and is_whole and block_bytes >= ALONE_BYTES
         blocks_at_once = 1 if alone else _even(num_blocks, max(1, slot_bytes // block_bytes))
-        for first_block in range(0, num_blocks, blocks_at_once):
-            for first in range(0, piece.source.num_layers, num_layers):
-                length = min(num_layers, piece.source.num_layers - first)
-                source, target = (
-                    Part(part.first_layer + first, length, part.first_head, part.num_heads)
-                    for part in (piece.source, piece.target)
-                )
-                yield source, target, slice(first_block, first_block + blocks_at_once)
+        for first in range(0, piece.source.num_layers, num_layers):
+            length = min(num_layers, piece.source.num_layers - first)
+            source, target = (
+                Part(part.first_layer + first, length, part.first_head, part.num_heads)
+                for part in (piece.source, piece.target)
+            )
+            view = target.of(self._shared.pool)
+            for first_block in range(0, num_blocks, blocks_at_once):
+                yield source, view, slice(first_block, first_block + blocks_at_once)
 
     # ---- its own thread
 

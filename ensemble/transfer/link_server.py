@@ -32,7 +32,7 @@ from ensemble.protocol.replica_replica import (
 )
 from ensemble.transfer.leases import Leases
 from ensemble.transfer.link_session import use_device
-from ensemble.transfer.packing import both, make_link_copier, pack, run_of
+from ensemble.transfer.packing import in_order, launches, make_link_copier, pack, run_of
 from ensemble.transfer.pair import Pair, meet
 from ensemble.transfer.plan import Part
 from ensemble.transfer.slots import MAX_BYTES, Slots, map_slots, own_slots
@@ -42,7 +42,6 @@ MAX_LINKS = 64  # the one that was silent for longest goes
 MAX_QUEUED_CALLS = 64  # of a link: a reader asks for no more than it has slots
 MAX_CHUNKS = 64  # of a call
 MAX_READS = 16  # of a link, under way
-MAX_LAUNCHED = 8  # chunks that a pair sends in one launch: the next ones are asked for when it has ended
 
 Answer = tuple[bytes, LinkAnswer, bytes | None]  # identity of the reader's socket, and a frame behind the answer
 
@@ -209,50 +208,55 @@ class _ServedLink:
         memory.fill_(call.byte)
         if memory.is_cuda:
             torch.cuda.synchronize(memory.device)
-        self._start([call], [memory], None)
+        self._start([call], [memory])
 
     def _read_chunks(self, calls: list[ReadChunk]) -> None:
         if len(calls) > MAX_CHUNKS:
             raise LinkBroken(f"chunks = {len(calls)} of a call: at most {MAX_CHUNKS} are allowed")
-        whole: list[ReadChunk] = []  # what a pair sends from where it lies
-        runs: list[torch.Tensor] = []
+        reads: list[tuple[ReadChunk, torch.Tensor | None]] = []  # and what a pair sends from where it lies
         for call in calls:
             slots, reason = self._slots_of(call.slot), self._why_not(call)
-            if reason is None and (num_bytes := self._part_of(call)[:1].nbytes * len(call.block_ids)) > slots.num_bytes:
-                reason = f"block_ids: {num_bytes} bytes in a slot of {slots.num_bytes}"
+            if reason is None:
+                part = self._part_of(call)
+                if (num_bytes := part[0].nbytes * len(call.block_ids)) > slots.num_bytes:
+                    reason = f"block_ids: {num_bytes} bytes in a slot of {slots.num_bytes}"
             if reason is not None:
                 self._answer(ChunkRefused(chunk=call.chunk, reason=reason))
-                continue
-            run = run_of(self._part_of(call), call.block_ids) if self._pair is not None else None
-            if run is not None:
-                whole.append(call)
-                runs.append(run)
-            if whole and (run is None or len(whole) == MAX_LAUNCHED):
-                self._start(whole, runs, None)
-                whole, runs = [], []
-            if run is None:
-                self._pack(call, slots)
-        if whole:
-            self._start(whole, runs, None)
+            elif self._pair is None:
+                self._start([call], [None])
+            else:
+                reads.append((call, run_of(part, call.block_ids)))
+        for launch in launches(reads, lambda read: read[0].slot if read[1] is None else None):
+            self._start(*map(list, zip(*launch, strict=True)))
 
     def _part_of(self, call: ReadChunk) -> torch.Tensor:
         part = Part(call.first_layer, call.num_layers, call.first_head, call.num_heads)
         return part.of(self._server.pool)
 
-    def _pack(self, call: ReadChunk, slots: Slots) -> None:
-        part = self._part_of(call)
+    def _start(self, calls: list[ReadChunk] | list[ReadProbe], runs: list[torch.Tensor | None]) -> None:
+        """runs: [num_bytes] uint8, where it lies; None: it is packed first."""
+        if self._pair is not None:
+            self._answer(ChunksCome(chunks=[call.chunk for call in calls]))
+        copies: list[Copy] = []
+        packed: list[torch.Tensor] = []
+        for call, run in zip(calls, runs, strict=True):
+            if run is None:
+                assert isinstance(call, ReadChunk)
+                run, copying = self._pack(call)
+                copies.append(copying)
+            packed.append(run)
+        if self._pair is not None:
+            copies.append(self._pair.send(packed))
+        copy = in_order(*copies) if copies else None
+        self._reads.append(_Read(calls, packed, copy, time.monotonic() + self._server.timeout_s))
+
+    def _pack(self, call: ReadChunk) -> tuple[torch.Tensor, Copy]:
+        """Starts it: [num_bytes] uint8 of its slot."""
+        part, slots = self._part_of(call), self._slots_of(call.slot)
         shape = torch.Size((len(call.block_ids), *part.shape[1:]))
         packed = slots.blocks_in(call.slot, shape, part.dtype)
         copy = pack(self._copier, part, call.block_ids, packed)
-        self._start([call], [slots.bytes_of(call.slot, packed.nbytes)], copy)
-
-    def _start(self, calls: list[ReadChunk] | list[ReadProbe], runs: list[torch.Tensor], copy: Copy | None) -> None:
-        """Of a pair: the send, after the copy."""
-        if self._pair is not None:
-            self._answer(ChunksCome(chunks=[call.chunk for call in calls]))
-            sent = self._pair.send(runs)
-            copy = sent if copy is None else both(copy, sent)
-        self._reads.append(_Read(calls, runs, copy, time.monotonic() + self._server.timeout_s))
+        return slots.bytes_of(call.slot, packed.nbytes), copy
 
     def _answer_reads(self) -> bool:
         """Whether one has ended: they do so in order."""

@@ -9,10 +9,8 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import groupby
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -40,15 +38,16 @@ from ensemble.protocol.replica_replica import (
     decode_peer_answer,
     encode,
 )
-from ensemble.transfer.packing import both, make_link_copier, run_of, unpack
+from ensemble.transfer.packing import in_order, launches, make_link_copier, run_of, unpack
 from ensemble.transfer.pair import Pair, join
 from ensemble.transfer.plan import Part
 from ensemble.transfer.slots import Slots, own_slots, shared_slots
 from ensemble.transfer.wakeup import Wakeup
 
 # Chunks at a time: as many keep both copy engines of a way over the host busy while calls and answers are under way; of
-# a pair, two of a source's launches.
+# a pair, two of a source's launches, which go through fewer slots: its sends, receives and copies run in order.
 MAX_IN_FLIGHT: dict[Carrier, int] = {"shared": 4, "frames": 8, "pair": 16}
+NUM_SLOTS: dict[Carrier, int] = MAX_IN_FLIGHT | {"pair": 2}
 MAX_UNSENT = 64  # calls that the source does not take
 BEAT = encode(Beat())
 
@@ -75,6 +74,7 @@ class Chunk:
     target: torch.Tensor  # view of the own pool
     source_ids: list[int]
     target_ids: list[int]
+    run: torch.Tensor | None = None  # [num_bytes] uint8: where a pair receives it, if not in its slot
     slot: int = -1
     deadline: float = 0.0  # for its source's part
     copy: Copy | None = None  # its way into the pool, while it is under way
@@ -116,8 +116,7 @@ class Session:
         self._socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
         connect(self._socket, link.address, link.key)
         self._copier = make_link_copier(link.pool.device)
-        # A pair's chunks go through one slot, one after the other: its receives and the copies run in order.
-        self._num_slots = 1 if carrier == "pair" else MAX_IN_FLIGHT[carrier]
+        self._num_slots = NUM_SLOTS[carrier]
         self._free_slots = [number % self._num_slots for number in range(MAX_IN_FLIGHT[carrier])]
         self._pending: deque[Chunk] = deque()
         self._in_flight: dict[int, Chunk] = {}  # by number
@@ -159,41 +158,45 @@ class Session:
     def go_on(self) -> None:
         """Asks for what there are slots for, and takes what has come. Raises LinkBroken when too long nothing has."""
         self._take_jobs()
-        calls = []
+        chunks = []
         while self._free_slots and self._pending:
             chunk = self._pending.popleft()
             if chunk.job.error is None:
-                calls.append(self._ask_for(chunk))
-        if calls:
-            self.call(ReadChunks(chunks=calls))
+                chunk.slot = self._free_slots.pop()
+                chunks.append(chunk)
+        if chunks:
+            self._ask_for(chunks)
         if not any([self._take_answers(), self._end_chunks()]):
             self._wait()
 
     def _take_jobs(self) -> None:
-        jobs = self._link.jobs
-        self._link.wake.clear()
-        while not jobs.empty():
-            self._pending += jobs.get()[1]
+        while not self._link.jobs.empty():
+            self._pending += self._link.jobs.get()[1]
 
-    def _ask_for(self, chunk: Chunk) -> ReadChunk:
-        chunk.slot = self._free_slots.pop()
-        now = time.monotonic()
-        chunk.deadline = now + self._link.timeout_s
-        chunk.job.began = chunk.job.began or now
-        self._num_chunks += 1
-        chunk.job.num_in_flight += 1
-        self._in_flight[self._num_chunks] = chunk
-        return ReadChunk(
-            chunk=self._num_chunks,
-            slot=chunk.slot,
-            life=chunk.life,
-            request_id=chunk.request_id,
-            first_layer=chunk.source.first_layer,
-            num_layers=chunk.source.num_layers,
-            first_head=chunk.source.first_head,
-            num_heads=chunk.source.num_heads,
-            block_ids=chunk.source_ids,
-        )
+    def _ask_for(self, chunks: list[Chunk]) -> None:
+        now, calls = time.monotonic(), []
+        for number, chunk in enumerate(chunks, self._num_chunks + 1):
+            chunk.deadline = now + self._link.timeout_s
+            chunk.job.began = chunk.job.began or now
+            chunk.job.num_in_flight += 1
+            self._in_flight[number] = chunk
+            call = ReadChunk(
+                chunk=number,
+                slot=chunk.slot,
+                life=chunk.life,
+                request_id=chunk.request_id,
+                first_layer=chunk.source.first_layer,
+                num_layers=chunk.source.num_layers,
+                first_head=chunk.source.first_head,
+                num_heads=chunk.source.num_heads,
+                block_ids=chunk.source_ids,
+            )
+            calls.append(call)
+        self._num_chunks += len(chunks)
+        self.call(ReadChunks(chunks=calls))
+        if self._pair is not None:
+            for chunk in chunks:  # while the source looks at it
+                chunk.run = run_of(chunk.target, chunk.target_ids)
 
     def _take_answers(self) -> bool:
         """Whether there was one."""
@@ -214,10 +217,11 @@ class Session:
                 self._receive(self._asked_for(answer.chunks, sends=True))
             case ChunksReady():
                 for chunk in self._asked_for(answer.chunks, sends=False):
-                    self._take_frame(chunk.slot, chunk.num_bytes, frames)
+                    if self._carrier == "frames":
+                        self._take_frame(self._slots.bytes_of(chunk.slot, chunk.num_bytes), frames)
                     chunk.is_confirmed = True
                     if self._pair is None:
-                        self._begin([chunk], self._unpack(chunk))
+                        self._begin(chunk, self._unpack(chunk))
 
     def _asked_for(self, numbers: list[int], *, sends: bool) -> list[Chunk]:
         chunks = [self._in_flight[number] for number in numbers if number in self._in_flight]
@@ -227,25 +231,26 @@ class Session:
         return chunks
 
     def _receive(self, chunks: list[Chunk]) -> None:
-        """From the pair, in order; in one launch those in a row that lie in one run here."""
+        """From the pair, in order; in one launch as many in a row as there are slots for."""
+        for launch in launches(chunks, lambda chunk: chunk.slot if chunk.run is None else None):
+            self._launch(launch)
+
+    def _launch(self, chunks: list[Chunk]) -> None:
         assert self._pair is not None
-        runs = [run_of(chunk.target, chunk.target_ids) for chunk in chunks]
-        for is_whole, group in groupby(zip(chunks, runs, strict=True), lambda each: each[1] is not None):
-            if is_whole:
-                whole, places = zip(*group, strict=True)
-                self._begin(whole, self._pair.receive(list(places)))
-                continue
-            for chunk, _ in group:
-                received = self._pair.receive([self._slots.bytes_of(chunk.slot, chunk.num_bytes)])
-                self._begin([chunk], both(received, self._unpack(chunk)))
+        places = [
+            chunk.run if chunk.run is not None else self._slots.bytes_of(chunk.slot, chunk.num_bytes)
+            for chunk in chunks
+        ]
+        received = self._pair.receive(places)
+        for chunk in chunks:
+            self._begin(chunk, received if chunk.run is not None else in_order(received, self._unpack(chunk)))
 
     def _unpack(self, chunk: Chunk) -> Copy:
         packed = self._slots.blocks_in(chunk.slot, chunk.shape, chunk.target.dtype)
         return unpack(self._copier, packed, chunk.target, chunk.target_ids)
 
-    def _begin(self, chunks: Iterable[Chunk], copy: Copy) -> None:
-        for chunk in chunks:
-            chunk.copy, chunk.is_started = copy, True
+    def _begin(self, chunk: Chunk, copy: Copy) -> None:
+        chunk.copy, chunk.is_started = copy, True
 
     def _end_chunks(self) -> bool:
         """Whether there was one to end: its slot is free. A job that was refused fails when none of its chunks is under
@@ -285,6 +290,7 @@ class Session:
         else:
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
             zmq.select([self._socket, self._link.wake], [], [], timeout)
+            self._link.wake.clear()  # before the jobs are taken
 
     # ---- opening
 
@@ -324,7 +330,8 @@ class Session:
                 nap()
             received.seconds()
         _, frames = self._answer(ChunksReady)
-        self._take_frame(slot, len(memory), frames)
+        if self._carrier == "frames":
+            self._take_frame(memory, frames)
         if not bool((memory == byte).all()):
             raise LinkBroken("a probe came with other bytes than were asked for")
 
@@ -346,11 +353,11 @@ class Session:
             return self._socket.recv_multipart(zmq.NOBLOCK)
         return None
 
-    def _take_frame(self, slot: int, num_bytes: int, frames: list[bytes]) -> None:
-        if self._carrier == "frames":
-            if len(frames) != 2 or len(frames[1]) != num_bytes:
-                raise LinkBroken(f"a frame of {num_bytes} bytes is wanted, {[len(each) for each in frames[1:]]} came")
-            self._slots.bytes_of(slot, num_bytes).copy_(torch.frombuffer(bytearray(frames[1]), dtype=torch.uint8))
+    def _take_frame(self, place: torch.Tensor, frames: list[bytes]) -> None:
+        num_bytes = len(place)
+        if len(frames) != 2 or len(frames[1]) != num_bytes:
+            raise LinkBroken(f"a frame of {num_bytes} bytes is wanted, {[len(each) for each in frames[1:]]} came")
+        place.copy_(torch.frombuffer(bytearray(frames[1]), dtype=torch.uint8))
 
 
 def use_device(device: torch.device) -> None:

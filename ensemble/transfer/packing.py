@@ -1,10 +1,16 @@
 """Blocks' parts into one run of bytes, and back: what a chunk is on its way."""
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
 import torch
 
 from ensemble.cache.block_copier import MIN_ROW_BYTES, Copier, Copy, StreamCopier, make_copier, row_bytes
 
 COPY_ENGINE_RUN_BYTES = 2 << 20  # to and from the host, as swaps
+MAX_LAUNCHED = 8  # chunks that a pair sends in one launch: the next ones are asked for when it has ended
+
+T = TypeVar("T")
 
 
 def make_link_copier(device: torch.device) -> Copier:
@@ -39,9 +45,27 @@ def unpack(copier: Copier, packed: torch.Tensor, part: torch.Tensor, block_ids: 
     return copier.start_pieces([(staged, part)], places, block_ids)
 
 
-def both(first: Copy, second: Copy) -> Copy:
-    """Of copies in order: done when the second is."""
-    return Copy(second.is_done, lambda: first.seconds() + second.seconds())
+def in_order(*copies: Copy) -> Copy:
+    """Done when the last is."""
+    return Copy(copies[-1].is_done, lambda: sum([copy.seconds() for copy in copies]))
+
+
+def launches(chunks: Iterable[T], slot_of: Callable[[T], int | None]) -> Iterator[list[T]]:
+    """Chunks in a row that a pair sends, or receives, in one launch: no two that go through the same slot.
+
+    slot_of: None for what goes through none.
+    """
+    launch: list[T] = []
+    slots: set[int | None] = set()
+    for chunk in chunks:
+        slot = slot_of(chunk)
+        if slot in slots or len(launch) == MAX_LAUNCHED:
+            yield launch
+            launch, slots = [], set()
+        launch.append(chunk)
+        slots |= {slot} - {None}
+    if launch:
+        yield launch
 
 
 def _staged(copier: Copier, part: torch.Tensor, packed: torch.Tensor) -> torch.Tensor | None:

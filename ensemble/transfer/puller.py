@@ -91,7 +91,11 @@ class Puller:
             )
         if len(copies) == 1:
             return copies[0]
-        return Copy(lambda: all(copy.is_done() for copy in copies), lambda: max([copy.seconds() for copy in copies]))
+        return Copy(
+            lambda: all(copy.is_done() for copy in copies),
+            lambda: max([copy.seconds() for copy in copies]),
+            tuple(future for copy in copies for future in copy.futures) if all(copy.futures for copy in copies) else (),
+        )
 
     def completed(self) -> list[Pull]:
         """Pulls whose copies have ended since the last call."""

@@ -10,7 +10,7 @@ import torch
 
 from ensemble.errors import LinkBroken
 from ensemble.protocol.replica_replica import ChunksCome, ChunksReady, ReadProbe
-from ensemble.transfer import link, link_server, link_session
+from ensemble.transfer import link, link_server, link_session, packing
 from tests.transfer import fleet
 from tests.transfer.fleet import DEVICES, NUM_LAYERS, Reader, SourceRanks
 from tests.transfer.layouts import layouts_of
@@ -93,7 +93,7 @@ def test_the_reader_is_killed(monkeypatch, tmp_path, transport, num_copies, devi
     """Its lease stays until the router ends it; others read meanwhile, in the midst of it and when it is dead. Its link
     ends when another wants one, and only its own."""
     monkeypatch.setattr(link, "SLOT_BYTES", dict.fromkeys(link.SLOT_BYTES, 1))
-    monkeypatch.setattr(link_server, "MAX_LAUNCHED", 1)
+    monkeypatch.setattr(packing, "MAX_LAUNCHED", 1)
     source = SourceRanks([LAYOUT], tmp_path, device=devices[0], timeout_s=TIMEOUTS_S[devices[0].type])
     source.leases.grant(REQUEST_ID, BLOCK_IDS)
     process, may_go_on = other_process(be_reader, tmp_path, transport, num_copies, devices[1])
@@ -126,7 +126,7 @@ def test_the_reader_is_killed(monkeypatch, tmp_path, transport, num_copies, devi
 def be_source(run_dir, num_copies, device, is_ready, may_go_on):
     source = SourceRanks([LAYOUT], run_dir, device=device)
     source.leases.grant(REQUEST_ID, BLOCK_IDS)
-    link_server.MAX_LAUNCHED = 1
+    packing.MAX_LAUNCHED = 1
     die_at(link_server._ServedLink, "_start", lambda calls: not isinstance(calls[0], ReadProbe), num_copies)
     is_ready.set()
     may_go_on.wait()
