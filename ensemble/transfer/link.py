@@ -14,6 +14,7 @@ one run on a side are sent, or received, where they lie. A thread of the link's 
 into the pool but by it, so what it has given up is not written any more.
 """
 
+import contextlib
 import mmap
 import threading
 from collections.abc import Iterator
@@ -130,9 +131,10 @@ class Link:
         try:
             while not self._shared.is_closing:
                 session.go_on()
-            session.call(CloseLink())
         except Exception as raised:  # whatever it is, nobody waits for what does not come
             error = raised
+        with contextlib.suppress(LinkBroken, zmq.ZMQError):  # its slots there are of no more use
+            session.call(CloseLink())
         session.end(as_broken(error))
         return error
 

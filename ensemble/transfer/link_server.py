@@ -103,7 +103,6 @@ class _Read:
     calls: list[ReadChunk] | list[ReadProbe]
     runs: list[torch.Tensor]  # [num_bytes] uint8, of each
     copy: Copy | None  # None: it is there
-    deadline: float
 
 
 class _ServedLink:
@@ -118,6 +117,7 @@ class _ServedLink:
         self._slots: Slots | None = None
         self._pair: Pair | None = None
         self._reads: deque[_Read] = deque()
+        self._waits_since = 0.0  # time.monotonic() when a read ended last, or the first one began
         threading.Thread(target=self._run, name="kv-link-server", daemon=True).start()
 
     def handle(self, call: LinkCall) -> None:
@@ -248,7 +248,9 @@ class _ServedLink:
         if self._pair is not None:
             copies.append(self._pair.send(packed))
         copy = in_order(*copies) if copies else None
-        self._reads.append(_Read(calls, packed, copy, time.monotonic() + self._server.timeout_s))
+        if not self._reads:
+            self._waits_since = time.monotonic()
+        self._reads.append(_Read(calls, packed, copy))
 
     def _pack(self, call: ReadChunk) -> tuple[torch.Tensor, Copy]:
         """Starts it: [num_bytes] uint8 of its slot."""
@@ -262,7 +264,7 @@ class _ServedLink:
         """Whether one has ended: they do so in order."""
         num_reads = len(self._reads)
         while self._reads and ((copy := self._reads[0].copy) is None or copy.is_done()):
-            read = self._reads.popleft()
+            read, self._waits_since = self._reads.popleft(), time.monotonic()
             if copy is not None:
                 copy.seconds()
             # leases that ended meanwhile: others may have written
@@ -273,7 +275,8 @@ class _ServedLink:
             if ready := [chunk for chunk, reason in reasons.items() if reason is None]:
                 frame = read.runs[0].numpy().tobytes() if self._carrier == "frames" else None
                 self._answer(ChunksReady(chunks=ready), frame)
-        if self._pair is not None and self._reads and time.monotonic() > self._reads[0].deadline:
+        is_late = time.monotonic() > self._waits_since + self._server.timeout_s
+        if self._pair is not None and self._reads and is_late:
             raise LinkBroken("the reader did not come in time")
         return len(self._reads) < num_reads
 

@@ -76,7 +76,6 @@ class Chunk:
     target_ids: list[int]
     run: torch.Tensor | None = None  # [num_bytes] uint8: where a pair receives it, if not in its slot
     slot: int = -1
-    deadline: float = 0.0  # for its source's part
     copy: Copy | None = None  # its way into the pool, while it is under way
     is_started: bool = False  # that is
     is_confirmed: bool = False
@@ -121,6 +120,7 @@ class Session:
         self._pending: deque[Chunk] = deque()
         self._in_flight: dict[int, Chunk] = {}  # by number
         self._num_chunks = 0
+        self._waits_since = 0.0  # time.monotonic() when a chunk ended last, or the first was asked for
         self._pair: Pair | None = None
         self._fd = -1
         try:
@@ -175,8 +175,9 @@ class Session:
 
     def _ask_for(self, chunks: list[Chunk]) -> None:
         now, calls = time.monotonic(), []
+        if not self._in_flight:
+            self._waits_since = now
         for number, chunk in enumerate(chunks, self._num_chunks + 1):
-            chunk.deadline = now + self._link.timeout_s
             chunk.job.began = chunk.job.began or now
             chunk.job.num_in_flight += 1
             self._in_flight[number] = chunk
@@ -265,6 +266,8 @@ class Session:
             for number, chunk in self._in_flight.items()
             if chunk.copy is None and (chunk.error is not None or (chunk.is_started and chunk.is_confirmed))
         ]
+        if ended:
+            self._waits_since = time.monotonic()
         for number in ended:
             chunk = self._in_flight.pop(number)
             self._free_slots.append(chunk.slot)
@@ -280,7 +283,8 @@ class Session:
 
     def _wait(self) -> None:
         chunks = self._in_flight.values()
-        deadline = min((each.deadline for each in chunks if self._pair is not None or each.copy is None), default=None)
+        waits = any(self._pair is not None or chunk.copy is None for chunk in chunks)
+        deadline = self._waits_since + self._link.timeout_s if waits else None
         if deadline is not None and time.monotonic() >= deadline:
             raise LinkBroken(f"the source did not answer within {self._link.timeout_s:g} s")
         if any(chunk.copy is not None for chunk in chunks):
@@ -367,6 +371,7 @@ def use_device(device: torch.device) -> None:
 
 
 def as_broken(error: Exception) -> TransferError:
+    error.__traceback__ = None  # its frames hold the session, whose slots would wait for the collector of cycles
     return error if isinstance(error, TransferError) else LinkBroken(" ".join(str(error).split()) or repr(error))
 
 

@@ -1,7 +1,10 @@
 """Links: KV as packed chunks, where no pool is mapped. Whatever one side does, the other has right bytes or none."""
 
+import gc
 import socket
 import threading
+import time
+import weakref
 
 import msgspec
 import pytest
@@ -24,7 +27,7 @@ from ensemble.protocol.replica_replica import (
     decode_peer_answer,
     encode,
 )
-from ensemble.transfer import link, link_server, pair
+from ensemble.transfer import link, link_server, link_session, packing, pair
 from ensemble.transfer.puller import Pull
 from tests.transfer.fleet import CPU, DEVICES, NUM_LAYERS, WAIT_S, Reader, SourceRanks
 from tests.transfer.layouts import layouts_of
@@ -341,3 +344,54 @@ def test_a_reader_that_lets_its_pair_wait_holds_up_nobody_else(tmp_path, when):
     reader.close()
     stranger.close()
     source.close()
+
+
+def test_a_slow_pair_is_no_broken_one(tmp_path, monkeypatch):
+    """All chunks take longer than the time-out, and each a fifth of it."""
+    move = pair._GlooPair._move
+
+    def slowly(self, name, runs):
+        if name == "send":
+            time.sleep(0.2 * len(runs))
+        return move(self, name, runs)
+
+    monkeypatch.setattr(pair._GlooPair, "_move", slowly)
+    monkeypatch.setattr(link, "SLOT_BYTES", dict.fromkeys(link.SLOT_BYTES, 1))
+    monkeypatch.setattr(packing, "MAX_LAUNCHED", 1)
+    source, reader = SourceRanks([LAYOUT], tmp_path), Reader(LAYOUT, transport="nccl", timeout_s=1.0)
+    source.leases.grant(REQUEST_ID, SOURCE_IDS)
+    try:
+        reader.attach(source.address)
+        pull = reader.pull(source.address, SOURCE_IDS, TARGET_IDS, REQUEST_ID)
+        assert pull.error is None and pull.seconds > 1.0
+    finally:
+        reader.close()
+        source.close()
+
+
+@pytest.mark.parametrize("transport", ["host", "nccl"])
+def test_a_broken_link_keeps_no_memory(source, monkeypatch, transport):
+    """Its slots are page-locked, or a GPU's: they do not wait for the collector of cycles."""
+    slots = []
+    make_slots = link_session.Session._make_slots
+
+    def noting(self):
+        made = make_slots(self)
+        slots.append(weakref.ref(made[0]))
+        return made
+
+    monkeypatch.setattr(link_session.Session, "_make_slots", noting)
+    reader = Reader(LAYOUT, transport=transport, timeout_s=1.0)
+    reader.attach(source.address)
+    gc.collect()
+    gc.disable()
+    try:
+        monkeypatch.setattr(link_server._ServedLink, "_read_chunks", lambda *_: None)
+        pull = reader.pull(source.address, SOURCE_IDS, TARGET_IDS, REQUEST_ID)
+        assert isinstance(pull.error, LinkBroken)
+        [each] = reader.peers.source(source.address).links.values()
+        each._thread.join(WAIT_S)
+        assert [made() for made in slots] == [None]
+    finally:
+        gc.enable()
+        reader.close()
