@@ -42,11 +42,11 @@ from tools.load.workloads import DATASETS, Workload, arrivals
 from tools.planning.phases import Phase
 from tools.planning.search import MOST_TIMES, Cluster, Demand, Placement, better, candidates, degrees, meets_together
 from tools.planning.verify import Trial, goodput_of
-from tools.simulation.costs import GPUS, Costs, Gpu, kv_tokens, model_size, predicted_steps, read_costs, step_s
+from tools.simulation.costs import GPUS, Costs, Gpu, costs_by_rates, kv_tokens, model_size, read_costs, step_s
 from tools.simulation.simulator import Ask
 
 KNOWN_TARGETS = ("ttft", "tpot", "itl", "gap")
-MAX_REQUESTS = 1200  # of a trial of many replicas
+MAX_REQUESTS = 2000  # of a trial by the router
 NUM_TOGETHER, NUM_VERIFIED = 12, 4  # of the best placements: tried with both phases, and by the router
 MARGIN = 1.1  # of the rate that is asked for
 UTILIZATION = 0.9
@@ -149,6 +149,7 @@ class Plan:
     affinity: str = "both"
     budget: int = 2048
     num_requests: int = 400  # of a trial of one replica
+    lasting: float = 30.0  # times the TTFT target: what comes 4 % too fast has by then a queue as long as that
     jobs: int = 1  # trials at a time
     chunks: tuple[int, ...] = (256, 512, 2048)  # of colocated replicas
 
@@ -163,6 +164,7 @@ class Plan:
             self.rate and MARGIN * self.rate,
             self.budget,
             self.cached_share,
+            lasting_s=self.lasting_s,
         )
         task = progress.add_task("Phases", total=None)
         found = [
@@ -239,6 +241,11 @@ class Plan:
         return degrees(self.spec.num_heads, self.spec.num_layers, self.cluster)
 
     @property
+    def lasting_s(self) -> float:
+        """Of the arrivals of a trial."""
+        return self.lasting * self.targets_ms.get("ttft", 0.0) / 1e3
+
+    @property
     def served_targets(self) -> dict[str, float]:
         """Those that a deployment can be told."""
         return {f"{metric}_target_ms": ms for metric, ms in self.targets_ms.items() if metric in SERVED_TARGETS}
@@ -249,7 +256,7 @@ class Plan:
         """None: the model does not fit."""
         num_kv_tokens = kv_tokens(model_size(self.spec), self.gpu, tp * pp, UTILIZATION)
         costs = self.costs(tp, pp)
-        return None if costs is None else Phase(tp, pp, costs.estimator(), num_kv_tokens)
+        return None if costs is None else Phase(tp, pp, costs.times, num_kv_tokens)
 
     def costs(self, tp: int, pp: int = 1) -> Costs | None:
         """Of a replica on tp GPUs; None: the model does not fit tp x pp."""
@@ -257,18 +264,12 @@ class Plan:
         num_kv_tokens = kv_tokens(size, self.gpu, tp * pp, UTILIZATION)
         if num_kv_tokens < 2048:
             return None
-        steps = predicted_steps(size, self.gpu, tp, self.budget, self.spec.max_model_len)
-        found = Costs(
-            steps=steps,
-            kv_token_bytes=size.kv_token_bytes,
-            num_kv_tokens=num_kv_tokens,
-            pull_bytes_per_s=0.8 * self.gpu.link_rate * tp,
-            swap_bytes_per_s=self.gpu.host_rate * tp,
-        )
+        found = costs_by_rates(size, self.gpu, tp, num_kv_tokens, self.budget, self.spec.max_model_len)
         if self.measured is None:
             return found
         if tp == pp == 1:
-            return msgspec.structs.replace(self.measured, num_kv_tokens=num_kv_tokens)
+            noise = {"step_ratios": found.step_ratios, "response_s": found.response_s}
+            return msgspec.structs.replace(self.measured, num_kv_tokens=num_kv_tokens, **noise)
         ratios = [step.seconds / step_s(size, self.gpu, step.shape, 1) for step in self.measured.steps]
         return found.scaled(median(ratios))
 
@@ -294,8 +295,11 @@ class Plan:
         return lengths, arrivals(number, 1.0, 1.0, rng)
 
     def trial(self, raw: dict[str, Any], costs: Costs, prefill: Costs | None, num_replicas: int, upper: float) -> Trial:
-        lengths, times = self.load(min(MAX_REQUESTS, max(self.num_requests, 20 * num_replicas)))
-        return Trial(raw, costs, prefill, lengths, times, self.targets_ms, upper, self.cached_share)
+        lengths, times = self.load(MAX_REQUESTS)
+        number = min(MAX_REQUESTS, max(self.num_requests, 20 * num_replicas))
+        return Trial(
+            raw, costs, prefill, lengths, times, self.targets_ms, upper, number, self.lasting_s, self.cached_share
+        )
 
     # ---- deployments
 

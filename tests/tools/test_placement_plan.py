@@ -143,7 +143,7 @@ def test_a_plan_is_a_deployment_that_is_served(tmp_path: Path) -> None:
     """And more goodput than any other that was tried."""
     targets_ms = {"ttft": 1000.0, "tpot": 60.0}
     plan = plan_of(tmp_path / "m", "h100", Cluster(1, 2, 350e9, 25e9), targets_ms)
-    plan = replace(plan, num_requests=24, chunks=(256,), cached_share=0.2)
+    plan = replace(plan, num_requests=24, lasting=2.0, chunks=(256,), cached_share=0.2)
     with Progress(disable=True) as progress:
         choices = plan.choices(progress)
     names = [choice.name for choice in choices]

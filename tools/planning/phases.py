@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble.scheduling.estimator import StepEstimator, StepShape, prompt_keys
+from ensemble.scheduling.estimator import StepShape, prompt_keys
 from tools.load.records import LONG_OUTPUT
+from tools.simulation.costs import StepTimes
 from tools.simulation.simulator import Ask
 
 MAX_NUM_SEQS = 256
@@ -25,7 +26,7 @@ class Phase:
 
     tp: int
     pp: int
-    steps: StepEstimator  # of the whole model on tp GPUs
+    steps: StepTimes  # of the whole model on tp GPUs
     num_kv_tokens: int
 
     @property
@@ -69,7 +70,7 @@ def prefill(asks: Sequence[Ask], phase: Phase, budget: int, cached_share: float 
     return ends
 
 
-def prompts_s(steps: StepEstimator, num_tokens: int, num_keys: int, budget: int) -> float:
+def prompts_s(steps: StepTimes, num_tokens: int, num_keys: int, budget: int) -> float:
     """Of as many steps as that many tokens of prompts need; keys are spread evenly over them."""
     num_steps = -(-num_tokens // budget)
     return num_steps * steps.seconds(StepShape(num_tokens // num_steps, num_keys // num_steps, 0, 0))

@@ -50,6 +50,7 @@ class Demand:
     budget: int = 2048  # prompt tokens of a batch
     cached_share: float = 0.0  # of prompts, found in a prefix cache
     share: float = SHARE
+    lasting_s: float = 0.0  # of arrivals, at least: what comes a little too fast has a queue by then
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def prefill_rate(phase: Phase, demand: Demand, handoff_s: Callable[[int], float]
     target_s = demand.targets_ms.get("ttft", float("inf")) / 1e3 - ROUND_TRIP_S - join_s
 
     def meets(rate: float) -> bool:
-        asks = demand.asks(rate, number)
+        asks = demand.asks(rate, min(MOST_TIMES * number, max(number, int(demand.lasting_s * rate))))
         ends = prefill(asks, phase, demand.budget, demand.cached_share)
         late = [end + handoff_s(ask.prompt_len) - ask.due for end, ask in zip(ends, asks, strict=True)]
         return sum(each <= target_s for each in late) >= demand.share * len(asks)
@@ -241,7 +242,9 @@ def meets_together(placement: Placement, demand: Demand, handoff_s: Callable[[in
     alone_s = num_tokens * placement.decode.steps.seconds(StepShape(0, 0, 1, 1))
 
     def meets(rate: float) -> bool:
-        asks = demand.asks(rate, long_enough(rate, alone_s, number))
+        asks = demand.asks(
+            rate, max(min(MOST_TIMES * number, int(demand.lasting_s * rate)), long_enough(rate, alone_s, number))
+        )
         return together(placement, demand, asks, handoff_s) >= demand.share
 
     return replace(placement, goodput=highest_rate(meets, 1.3 * placement.goodput))

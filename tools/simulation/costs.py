@@ -1,8 +1,8 @@
 """What the steps and copies of a deployment take, as a simulation is told: fitted to measured steps, or by rates."""
 
-from dataclasses import dataclass
-from math import hypot
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -10,56 +10,29 @@ from ensemble.config import Deployment
 from ensemble.errors import ConfigError
 from ensemble.models.spec import ModelSpec
 from ensemble.scheduling.estimator import StepEstimator, StepShape, TimedStep
+from tools.simulation.noise import RESPONSE_S, STEP_RATIOS, Distribution
 
 
-class _Fitted(StepEstimator):
-    def fit(self, steps: list[TimedStep]) -> None:
+class ToldEstimator(StepEstimator):
+    """A replica's loop and the router have the same one. The engine tells it what a step took: once."""
+
+    def __init__(self, steps: list[TimedStep]) -> None:
         """Tells it every step several times: it fits every 64 samples, and its last fit has to know all."""
+        super().__init__()
         for step in steps * (2 + 256 // len(steps)):
-            super().observe(step.shape, step.seconds)
+            self.tell(step.shape, step.seconds)
+        self._mixed.clear()
+        self.overrun = 1.0
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         pass
 
-
-class Costs(msgspec.Struct, kw_only=True, frozen=True):
-    """Of one replica of one model on one kind of device. Seconds and bytes."""
-
-    steps: list[TimedStep]  # what the estimator is fitted to
-    kv_token_bytes: int  # of the whole model
-    num_kv_tokens: int  # that a replica's pool holds
-    runs_ahead: bool = True  # a step is launched before the one before is read: on GPUs
-    pull_base_s: float = 0.2e-3  # of a hand-off's copy
-    pull_bytes_per_s: float = 280e9
-    swap_bytes_per_s: float = 50e9
-    control_s: float = 1e-3  # from the router to a replica, or back
-    front_s: float = 2e-3  # from the client to the router
-    back_s: float = 1e-3  # from the router to the client
-
-    def estimator(self) -> StepEstimator:
-        """Fitted to the steps; what steps take in virtual time is what it says, so it learns nothing from them."""
-        estimator = _Fitted()
-        estimator.fit(self.steps)
-        return estimator
-
-    def scaled(self, factor: float) -> "Costs":
-        """Steps that take so many times as long."""
-        steps = [TimedStep(step.shape, step.seconds * factor) for step in self.steps]
-        return msgspec.structs.replace(self, steps=steps)
+    def tell(self, shape: StepShape, seconds: float) -> None:
+        super().observe(shape, seconds)
 
 
-def read_costs(path: Path) -> Costs:
-    """Raises ConfigError."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Costs)
-    except OSError as error:
-        raise ConfigError(f"--costs {path}: {error.strerror}") from None
-    except msgspec.MsgspecError as error:
-        raise ConfigError(f"--costs {path}: {error}") from None
-
-
-def write_costs(path: Path, costs: Costs) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(costs), indent=0) + b"\n")
+class StepTimes(Protocol):
+    def seconds(self, shape: StepShape) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +49,16 @@ class Gpu:
 
 GPUS = {
     "h100": Gpu(80 << 30, 3.0e12, 690e12),
-    "h200": Gpu(141 << 30, 4.3e12, 690e12),
+    "h200": Gpu(141 << 30, 4.25e12, 700e12),
     "a100-80g": Gpu(80 << 30, 1.75e12, 260e12, link_rate=220e9, host_rate=22e9),
     "a100-40g": Gpu(40 << 30, 1.35e12, 260e12, link_rate=220e9, host_rate=22e9),
 }
 # Of the floor (weights and KV once, or FLOPs, at the rates above), as measured on H100: docs/results/engine-h100.json.
 OVER_THE_FLOOR = 1.12
+LIBRARY_READS = 0.8  # of the copy rate: 2.1 to 2.7 of 3.0 TB/s
 ALL_REDUCE_BASE_S = 12e-6
 GRID = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)  # tokens of a chunk
+FRONT_S = 4e-3  # from a client to the router, of prompts of 800 and 2,000 tokens: 2 to 5 ms
 RESERVE_BYTES = 4 << 30  # of each GPU: CUDA, graphs, activations
 
 
@@ -112,20 +87,81 @@ def step_s(model: ModelSize, gpu: Gpu, shape: StepShape, tp: int, node_link_rate
     """Seconds of a step on `tp` GPUs: its floor, times what is measured over the floor, and the all-reduces.
 
     Floor: weights over the copy rate and products over the matmul rate, the KV of every row over the copy rate, and
-    attention's FLOPs. Near where the first two are equal neither hides the other: at 258 rows products were measured at
-    1.4 times the larger one (docs/results/README.md), so they add up as the sides of a right angle.
+    attention's FLOPs. Where the first two are about equal neither hides the other: products of 258 rows were measured
+    at 1.4 times the larger one (docs/results/README.md). Products of prompts are cuBLAS's, which reads weights more
+    slowly than our kernels for few rows do.
     """
-    weights_s = model.weight_bytes / tp / gpu.copy_rate
+    weights_s = model.weight_bytes / tp / gpu.copy_rate / (LIBRARY_READS if shape.num_prompt_tokens else 1)
     products_s = 2 * model.num_weights * shape.num_tokens / tp / gpu.matmul_rate
     rows_s = shape.num_row_keys * model.kv_token_bytes / tp / gpu.copy_rate
     heads = 4 * model.num_layers * model.num_heads * model.head_dim
     attention_s = heads * shape.num_prompt_keys / tp / (0.45 * gpu.matmul_rate)
-    floor_s = hypot(weights_s, products_s) + rows_s + attention_s
+    floor_s = (weights_s**3 + products_s**3) ** (1 / 3) + rows_s + attention_s
     reduce_s = 0.0
     if tp > 1:
         num_bytes = shape.num_tokens * model.hidden_size * model.num_bytes * 2 * (tp - 1) / tp
         reduce_s = 2 * model.num_layers * (ALL_REDUCE_BASE_S + num_bytes / (node_link_rate or gpu.link_rate))
-    return OVER_THE_FLOOR * floor_s + reduce_s + gpu.launch_s
+    return float(OVER_THE_FLOOR * floor_s + reduce_s + gpu.launch_s)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRates:
+    """Steps of a model on `tp` GPUs of a kind that is not here."""
+
+    model: ModelSize
+    gpu: Gpu
+    tp: int = 1
+    factor: float = 1.0
+
+    def seconds(self, shape: StepShape) -> float:
+        return self.factor * step_s(self.model, self.gpu, shape, self.tp)
+
+
+class Costs(msgspec.Struct, kw_only=True, frozen=True):
+    """Of one replica of one model on one kind of device. Seconds and bytes."""
+
+    steps: list[TimedStep]  # what estimators are fitted to
+    kv_token_bytes: int  # of the whole model
+    num_kv_tokens: int  # that a replica's pool holds
+    rates: StepRates | None = None  # what steps take, where that is not what an estimator says
+    runs_ahead: bool = True  # a step is launched before the one before is read: on GPUs
+    pull_base_s: float = 0.2e-3  # of a hand-off's copy
+    pull_bytes_per_s: float = 280e9
+    swap_bytes_per_s: float = 50e9
+    control_s: float = 1e-3  # from the router to a replica, or back
+    front_s: float = 2e-3  # from the client to the router
+    back_s: float = 1e-3  # from the router to the client
+    step_ratios: Distribution = []  # of a step over what is predicted, and
+    response_s: Distribution = []  # seconds of a response in the front: by tools/simulation/noise.py
+
+    @property
+    def times(self) -> StepTimes:
+        """What steps take, but for noise."""
+        return self.rates or self.estimator()
+
+    def estimator(self) -> ToldEstimator:
+        """Fitted to the steps."""
+        return ToldEstimator(self.steps)
+
+    def scaled(self, factor: float) -> "Costs":
+        """Steps that take so many times as long."""
+        steps = [TimedStep(step.shape, step.seconds * factor) for step in self.steps]
+        rates = self.rates and replace(self.rates, factor=self.rates.factor * factor)
+        return msgspec.structs.replace(self, steps=steps, rates=rates)
+
+
+def read_costs(path: Path) -> Costs:
+    """Raises ConfigError."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Costs)
+    except OSError as error:
+        raise ConfigError(f"--costs {path}: {error.strerror}") from None
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"--costs {path}: {error}") from None
+
+
+def write_costs(path: Path, costs: Costs) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(costs), indent=0) + b"\n")
 
 
 def predicted_steps(model: ModelSize, gpu: Gpu, tp: int, max_num_tokens: int, max_len: int) -> list[TimedStep]:
@@ -162,10 +198,18 @@ def predicted_costs(spec: ModelSpec, gpu: Gpu, deployment: Deployment, tp: int =
     if num_kv_tokens < deployment.block_size:
         raise ConfigError(f"model {spec.path}: {model.weight_bytes >> 30} GiB of weights do not fit {tp} such GPUs")
     max_len = deployment.model.limit_model_len(spec.max_model_len)
+    return costs_by_rates(model, gpu, tp, num_kv_tokens, deployment.prefill.max_num_batched_tokens, max_len)
+
+
+def costs_by_rates(model: ModelSize, gpu: Gpu, tp: int, num_kv_tokens: int, max_num_tokens: int, max_len: int) -> Costs:
     return Costs(
-        steps=predicted_steps(model, gpu, tp, deployment.prefill.max_num_batched_tokens, max_len),
+        steps=predicted_steps(model, gpu, tp, max_num_tokens, max_len),
+        rates=StepRates(model, gpu, tp),
         kv_token_bytes=model.kv_token_bytes,
         num_kv_tokens=num_kv_tokens,
         pull_bytes_per_s=0.8 * gpu.link_rate * tp,
         swap_bytes_per_s=gpu.host_rate * tp,
+        front_s=FRONT_S,
+        step_ratios=STEP_RATIOS,
+        response_s=RESPONSE_S,
     )

@@ -4,6 +4,7 @@ Its clock runs ahead of the simulation's while it computes, as a worker's thread
 what is sent to it meanwhile is read when it is back.
 """
 
+import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from ensemble.replicas.loop import EngineLoop
 from ensemble.replicas.loop_settings import LoopSettings
 from ensemble.replicas.peers import Peers
 from ensemble.request import Sequence
-from ensemble.scheduling.estimator import StepEstimator, StepShape
+from ensemble.scheduling.estimator import StepShape
 from ensemble.transfer.puller import Pull, Puller, Source
-from tools.simulation.costs import Costs
+from tools.simulation.costs import Costs, StepTimes, ToldEstimator
+from tools.simulation.noise import draw
 
 LEAST_WAIT_S = 1e-6
 POLL_S = 2e-4  # of a worker whose last step runs
@@ -63,10 +65,18 @@ class _Pool:
 
 
 class SimulatedEngine:
-    """Steps take what the estimator says, at each place of a pipeline, and every token is 0."""
+    """Steps take what `times` says and noise adds, at each place of a pipeline, and every token is 0."""
 
     def __init__(
-        self, steps: StepEstimator, costs: Costs, block_size: int, num_blocks: int, clock: Clock, num_places: int
+        self,
+        costs: Costs,
+        times: StepTimes,
+        estimator: ToldEstimator,
+        block_size: int,
+        num_blocks: int,
+        clock: Clock,
+        num_places: int,
+        rng: random.Random,
     ) -> None:
         head_dim = -(-costs.kv_token_bytes // 2)  # one layer, one head: only the bytes of a block matter
         layout = KVLayout(1, 1, block_size, head_dim, torch.int8)
@@ -75,14 +85,18 @@ class SimulatedEngine:
         self.group, self.is_pipeline = ALONE, num_places > 1
         self.runs_ahead = costs.runs_ahead and not self.is_pipeline
         self.max_num_unread = num_places - 1 if self.is_pipeline else int(costs.runs_ahead)
-        self._steps = steps
+        self._times, self._estimator = times, estimator
+        self._ratios, self._rng = costs.step_ratios, rng
         self._clock = clock
         self._free_at = [0.0] * num_places  # when the last launched step has passed each
 
     def launch(self, batch: Batch) -> Launched:
         chunks = [(row.start, row.length) for row in batch.prefills]
         shape = StepShape.of(chunks, [sequence.num_tokens for sequence in batch.decodes])
-        end, seconds = self._clock.now, self._steps.seconds(shape)
+        end, seconds = self._clock.now, self._times.seconds(shape)
+        if self._ratios:
+            seconds *= draw(self._ratios, self._rng)
+            self._estimator.tell(shape, seconds)
         for place, free_at in enumerate(self._free_at):
             end = self._free_at[place] = max(end, free_at) + seconds
         if not (self.runs_ahead or self.is_pipeline):
@@ -214,12 +228,14 @@ class SimulatedReplica:
         self,
         replica: int,
         costs: Costs,
-        steps: StepEstimator,
+        times: StepTimes,
+        estimator: ToldEstimator,  # the router's, too
         settings: LoopSettings,
         block_size: int,
         num_places: int,  # of its pipeline
         sources: dict[str, Source],
         acknowledge: Callable[[float, KVHandoff], None],  # told when, too
+        rng: random.Random,
     ) -> None:
         self.id = replica
         self.address = f"replica-{replica}"
@@ -227,7 +243,7 @@ class SimulatedReplica:
         self.inbox: deque[Command | int] = deque()  # an id: the lease that is to end
         self.num_blocks = max(1, costs.num_kv_tokens // block_size)
         self.wakes_at: float | None = None  # by the simulation's list of events
-        engine = SimulatedEngine(steps, costs, block_size, self.num_blocks, self.clock, num_places)
+        engine = SimulatedEngine(costs, times, estimator, block_size, self.num_blocks, self.clock, num_places, rng)
         peers = SimulatedPeers(sources, lambda handoff: acknowledge(self.clock.now, handoff))
         self.loop = EngineLoop(
             cast(Engine, engine),
@@ -238,7 +254,7 @@ class SimulatedReplica:
             swapper=cast(Swapper, SimulatedSwapper(costs, block_size, self.clock)),
             clock=self.clock,
         )
-        self.loop.estimator = steps
+        self.loop.estimator = estimator
         self.num_swapped_out = 0
 
     def run(self, now: float) -> tuple[list[Event], float | None]:

@@ -6,7 +6,9 @@ What comes out are the records that a client of a real server would have written
 those (attainment, goodput, curves) is computed from these.
 """
 
+import copy
 import heapq
+import random
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import count
@@ -35,6 +37,7 @@ from ensemble.scheduling.policies import DEFAULT_HINTS, Hints
 from ensemble.transfer.puller import Source
 from tools.load.records import Record
 from tools.simulation.costs import Costs
+from tools.simulation.noise import Front
 from tools.simulation.replica import SimulatedReplica
 
 
@@ -52,24 +55,30 @@ class Ask(NamedTuple):
 class _Client:
     """Writes a record. Tokens that come at once are one response."""
 
-    def __init__(self, ask: Ask, clock: Callable[[], float], back_s: float, on_last: Callable[[], None]) -> None:
+    def __init__(
+        self, ask: Ask, clock: Callable[[], float], back_s: float, front: Front, on_last: Callable[[], None]
+    ) -> None:
         self.record = Record(prompt_len=ask.prompt_len, output_len=ask.output_len, due=ask.due, sent=ask.due)
         self.timeline = Timeline()
         self.hints = ask.hints
         self.targets = None
         self.deadline: float | None = None
         self.is_answered = False
-        self._clock, self._back_s, self._on_last = clock, back_s, on_last
+        self.num_pending = self.num_leaving = 0
+        self._clock, self._back_s, self._front, self._on_last = clock, back_s, front, on_last
 
     def take(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None) -> None:
+        self.is_answered = finish_reason is not None
+        self._front.take(self)
+
+    def hand_over(self, num_tokens: int) -> None:
         at, record = self._clock() + self._back_s, self.record
         if record.times and record.times[-1] == at:
-            record.tokens[-1] += 1
+            record.tokens[-1] += num_tokens
         else:
             record.times.append(at)
-            record.tokens.append(1)
-        if finish_reason is not None:
-            self.is_answered = True
+            record.tokens.append(num_tokens)
+        if self.is_answered and not self.num_pending and not record.error:
             self._on_last()
 
     def fail(self, error: DistServeError) -> None:
@@ -82,17 +91,25 @@ class _Client:
 
 
 class Simulation:
-    """One deployment from its start. `costs`: of every replica; `prefill_costs`: of those at home in prefill."""
+    """One deployment from its start.
 
-    def __init__(self, deployment: Deployment, costs: Costs, prefill_costs: Costs | None = None) -> None:
+    costs: of every replica; prefill_costs: of those at home in prefill. seed: of what is not predicted.
+    """
+
+    def __init__(
+        self, deployment: Deployment, costs: Costs, prefill_costs: Costs | None = None, *, seed: int = 0
+    ) -> None:
         self.now = 0.0
         self._costs = costs
         by_home = {"decode": costs, "prefill": prefill_costs or costs}
-        steps = {home: each.estimator() for home, each in by_home.items()}
+        times = {home: each.times for home, each in by_home.items()}
+        fitted = {home: each.estimator() for home, each in by_home.items()}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._num_open = 0  # requests that have not ended
         self._ids = count(1)
+        rng = random.Random(seed)
+        self._front = Front(costs.response_s, rng, self._time, self._at)
         self._sources: dict[str, Source] = {}
         self.router = Router(deployment, self._send, lambda: next(self._ids), 0.0)
         self.replicas: dict[int, SimulatedReplica] = {}
@@ -101,12 +118,14 @@ class Simulation:
             replica = SimulatedReplica(
                 known.id,
                 by_home[known.home],
-                steps[known.home],
+                times[known.home],
+                copy.deepcopy(fitted[known.home]),
                 settings,
                 deployment.block_size,
                 deployment.stage(known.home).pipeline_parallel_size,
                 self._sources,
                 self._acknowledge,
+                rng,
             )
             self._sources[replica.address] = Source([], {}, address=replica.address, num_blocks=replica.num_blocks)
             self.replicas[known.id] = replica
@@ -123,7 +142,7 @@ class Simulation:
                 peer_address=replica.address,
             )
             self.router.receive(up, 0.0)
-            known.estimator = steps[known.home]
+            known.estimator = replica.loop.estimator
         self.router.tick(0.0)
 
     def run(self, asks: Iterable[Ask]) -> list[Record]:
@@ -131,7 +150,7 @@ class Simulation:
         clients = []
         for ask in asks:
             request_id = next(self._ids)
-            client = _Client(ask, self._time, self._costs.back_s, partial(self._answered, request_id))
+            client = _Client(ask, self._time, self._costs.back_s, self._front, partial(self._answered, request_id))
             clients.append(client)
             request = Request(
                 request_id=request_id,
