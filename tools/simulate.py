@@ -3,6 +3,7 @@
     python -m tools.simulate --model DIR --gpu h100 --modes disaggregated,colocated:256 --dataset-name chat \
         --request-rates 4,8,12 --goodput ttft:250 itl:40
     python -m tools.simulate --records goodput                    # beside what tools.bench_goodput measured
+    python -m tools.simulate --records goodput --model DIR --gpu h200 --no-calibrate --also itl:15,itl:30  # no GPU here
 
 Steps take what the server's own estimator says after it was fitted: to steps of this machine (--measure, or none of the
 others), to those of a file (--costs), or to rates of a GPU that is not here (--gpu). A deployment of so many replicas
@@ -12,6 +13,7 @@ is simulated as it is written, whatever this machine has.
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import msgspec
@@ -27,17 +29,18 @@ from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
 from ensemble.replicas.worker import cpu_threads
 from tools.bench_goodput import SERVED_TARGETS, attainment_table, curve_table, numbers_of
-from tools.benchmarks.results import write_results
+from tools.benchmarks.results import at_most, write_results
 from tools.command_line import run
 from tools.installation.default_model import ensure_default_model
 from tools.installation.model_source import resolve_model
 from tools.load.goodput import Measured, curve_targets
 from tools.load.records import Run, describe, parse_targets
 from tools.load.workloads import DATASETS, Workload, arrivals
-from tools.simulation.against_runs import Compared, compare, read_runs
+from tools.simulation.against_runs import Compared, compare, device_of, read_runs
 from tools.simulation.costs import GPUS, Costs, predicted_costs, read_costs, write_costs
 from tools.simulation.simulator import Ask, Simulation
 
+GOAL_POINTS = 5.0  # of attainment
 MEASURE_S = 10.0  # of steps, on this machine
 CPU_PULL_BYTES_PER_S = 4e9  # within a host's memory
 
@@ -52,6 +55,10 @@ def main(
     measure: Annotated[Path | None, Option(help="keeps the steps' times in this JSON file")] = None,
     records: Annotated[Path | None, Option(help="of tools.bench_goodput: compares with each of its runs")] = None,
     calibrate: Annotated[bool, Option(help="by the lowest rate of the records' first mode")] = True,
+    also: Annotated[
+        list[str] | None, Option(help="METRIC:MS,...: each in its turn, with the rest of --goodput")
+    ] = None,
+    seeds: Annotated[int, Option(min=1, help="of the simulations beside each of the records")] = 3,
     request_rates: Annotated[str, Option(help="a second")] = "1,2,4",
     seconds: Annotated[float, Option(min=1, help="of arrivals, at each rate")] = 60.0,
     goodput: Annotated[list[str] | None, Option(help="METRIC:MS ...")] = None,
@@ -83,9 +90,11 @@ def main(
         write_costs(measure, known)
     console = Console(width=140, highlight=False)
     if recorded:
-        compared, known = compare(recorded, known, calibrate=calibrate)
+        compared, known = compare(recorded, known, calibrate=calibrate, seeds=seeds)
+        others = [targets_ms | parse_targets([each]) for text in also or [] for each in text.split(",")]
         console.print(compared_table(compared, targets_ms))
-        rows = list(compared_rows(compared, targets_ms))
+        console.print(shares_table(compared, [targets_ms, *others]))
+        rows = list(compared_rows(compared, [targets_ms, *others]))
         console.print(errors_of(compared, targets_ms))
     else:
         workload = Workload(dataset_name, dataset_path, input_len, output_len, range_ratio, scale)
@@ -106,7 +115,8 @@ def main(
             for rate in each.rates
         ]
     if output is not None:
-        write_results(output, rows)
+        device = f"{device_of(records)}, and virtual time beside it" if records else None
+        write_results(output, rows, device)
 
 
 def virtual_deployment(mode: str, path: Path, replicas: int, on_gpus: bool, targets_ms: dict[str, float]) -> Deployment:
@@ -160,7 +170,7 @@ def simulate(deployment: Deployment, costs: Costs, workload: Workload, rate: flo
 
 # ---- beside real runs
 
-SHOWN = (("ttft", 50), ("ttft", 90), ("tpot", 50), ("tpot", 90), ("gap", 90))
+SHOWN = (("ttft", 50), ("ttft", 90), ("tpot", 50), ("tpot", 90), ("itl", 50), ("itl", 90), ("itl", 99))
 
 
 def compared_table(compared: list[Compared], targets_ms: dict[str, float]) -> Table:
@@ -172,6 +182,23 @@ def compared_table(compared: list[Compared], targets_ms: dict[str, float]) -> Ta
         cells = [f"{real:.1f} {simulated:.1f}" for real, simulated in pairs]
         real, simulated = each.attainment(targets_ms)
         table.add_row(each.mode, f"{each.rate:g}/s", *cells, f"{real:.2f} {simulated:.2f}")
+    return table
+
+
+def shares_table(compared: list[Compared], targets: list[dict[str, float]]) -> Table:
+    """The first targets, and of the others where they differ from those."""
+    title = f"Share within {describe(targets[0])}, and with others, real and simulated (%)"
+    table = Table(title=title, title_justify="left")
+    for heading in ("mode", "rate"):
+        table.add_column(heading)
+    for targets_ms in targets:
+        changed = targets_ms if targets_ms == targets[0] else dict(targets_ms.items() - targets[0].items())
+        table.add_column("\n".join(f"{metric} {ms:g}" for metric, ms in changed.items()), justify="right")
+    for each in compared:
+        pairs = [each.attainment(targets_ms) for targets_ms in targets]
+        table.add_row(
+            each.mode, f"{each.rate:g}/s", *(f"{100 * real:.0f} {100 * simulated:.0f}" for real, simulated in pairs)
+        )
     return table
 
 
@@ -187,15 +214,21 @@ def errors_of(compared: list[Compared], targets_ms: dict[str, float]) -> str:
     return f"Error, median of the runs: {', '.join(parts)}; {shares}"
 
 
-def compared_rows(compared: list[Compared], targets_ms: dict[str, float]) -> Iterator[dict[str, Any]]:
+def compared_rows(compared: list[Compared], targets: list[dict[str, float]]) -> Iterator[dict[str, Any]]:
+    for targets_ms in targets:
+        points = [100 * abs(real - simulated) for real, simulated in (each.attainment(targets_ms) for each in compared)]
+        name = f"all runs: share within {describe(targets_ms)}"
+        yield {"name": f"{name}, mean error", "value": round(mean(points), 1), "unit": "points"}
+        yield at_most(f"{name}, largest error", round(max(points), 1), "points", GOAL_POINTS)
     for each in compared:
         label = f"{each.mode}, {each.rate:g}/s"
         for metric, percent in SHOWN:
             for side, value in zip(("real", "simulated"), each.percentile_ms(metric, percent), strict=True):
                 yield {"name": f"{label}: {metric.upper()}, P{percent}, {side}", "value": round(value, 2), "unit": "ms"}
-        for side, share in zip(("real", "simulated"), each.attainment(targets_ms), strict=True):
-            name = f"{label}: {describe(targets_ms)}, {side}"
-            yield {"name": name, "value": round(share, 4), "unit": "of the requests"}
+        for targets_ms in targets:
+            for side, share in zip(("real", "simulated"), each.attainment(targets_ms), strict=True):
+                name = f"{label}: {describe(targets_ms)}, {side}"
+                yield {"name": name, "value": round(share, 4), "unit": "of the requests"}
 
 
 if __name__ == "__main__":

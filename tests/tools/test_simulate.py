@@ -16,6 +16,7 @@ from tools.load.records import Record, Run
 from tools.load.workloads import arrivals
 from tools.simulation.against_runs import compare
 from tools.simulation.costs import GPUS, Costs, ModelSize, kv_tokens, predicted_steps, step_s
+from tools.simulation.noise import draw
 from tools.simulation.simulator import Ask, Simulation
 
 LLAMA_2_13B = ModelSize(40, 5120, 40, 40, 128, 12_850_000_000, 2)
@@ -104,6 +105,40 @@ def test_a_simulation_is_the_same_each_time() -> None:
     assert Simulation(deployment(), costs()).run(asks) == Simulation(deployment(), costs()).run(asks)
 
 
+def test_what_is_not_predicted_is_drawn_by_the_seed_and_learnt() -> None:
+    """Steps of one to two times what is predicted: 1.5 times on average, and the estimator knows most of it then."""
+    noisy = msgspec.structs.replace(costs(), step_ratios=[(0.0, 1.0), (1.0, 2.0)])
+    mixed = deployment("colocated", decode={"local_prefill_tokens": 16})
+    asks = [Ask(due, 64, 40) for due in arrivals(60, 12.0, 1.0, random.Random(3))]
+    first, again = Simulation(mixed, noisy), Simulation(mixed, noisy)
+    records = first.run(asks)
+    assert records == again.run(asks)
+    assert records != Simulation(mixed, noisy, seed=1).run(asks)
+    assert 1.1 < first.replicas[0].loop.estimator.overrun <= 1.3
+    (alone,) = Simulation(mixed, noisy).run([Ask(0.0, 16, 400)])
+    assert mean(gaps_of(alone)) == pytest.approx(1.5 * 2.2, rel=0.05)
+    assert max(gaps_of(alone)) > 1.3 * mean(gaps_of(alone))
+
+
+def test_responses_pass_the_front_one_by_one_and_tokens_gather_behind_them() -> None:
+    """Four streams with a token every 5.8 ms each, and 4 ms for a response: each has one every 16."""
+    slow = msgspec.structs.replace(costs(), response_s=[(0.0, 4e-3), (1.0, 4e-3)])
+    records = Simulation(deployment("colocated"), slow).run([Ask(0.0, 16, 200) for _ in range(4)])
+    assert all(record.num_tokens == 200 for record in records)
+    busy = [gap for record in records for gap in gaps_of(record)[10:-10]]
+    assert mean(busy) == pytest.approx(16.0, rel=0.02) and min(busy) > 15.9
+    assert {number for record in records for number in record.tokens[10:-10]} <= {2, 3}
+    ends = [record.times[-1] for record in Simulation(deployment("colocated"), costs()).run([Ask(0.0, 16, 200)] * 4)]
+    assert max(record.times[-1] for record in records) == pytest.approx(max(ends), abs=0.03)
+
+
+def test_drawn_values_are_those_of_the_distribution() -> None:
+    rng = random.Random(0)
+    drawn = sorted(draw([(0.0, 1.0), (0.5, 2.0), (0.99, 3.0), (1.0, 50.0)], rng) for _ in range(20_000))
+    assert drawn[10_000] == pytest.approx(2.0, rel=0.02) and drawn[19_800] == pytest.approx(3.0, rel=0.05)
+    assert drawn[0] >= 1.0 and 40.0 < drawn[-1] <= 50.0
+
+
 def test_a_run_of_a_slower_machine_is_met_by_calibration() -> None:
     """ "Real" runs whose steps take 1.4 times as long, and whose front takes 30 ms more."""
     real = msgspec.structs.replace(costs().scaled(1.4), front_s=0.030)
@@ -113,7 +148,9 @@ def test_a_run_of_a_slower_machine_is_met_by_calibration() -> None:
         records = Simulation(deployment(), real).run(asks)
         return Run(load={"request_rate": rate}, lag_p99_ms=0, max_lag_ms=1, client_cpu_share=0, records=records)
 
-    compared, found = compare([("disaggregated", deployment(), [run(2.0), run(8.0)])], costs(), calibrate=True)
+    modes = [("disaggregated", deployment(), [run(2.0), run(8.0)])]
+    compared, found = compare(modes, costs(), calibrate=True, seeds=2)
+    assert [len(each.simulated) for each in compared] == [120, 120]
     assert found.front_s == pytest.approx(0.030, abs=0.002)
     assert found.estimator().seconds(StepShape.of([(0, 50)], [])) == pytest.approx(0.0714, rel=0.03)
     for each in compared:

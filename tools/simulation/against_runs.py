@@ -19,7 +19,7 @@ DEPLOYMENT_FILE = "deployment.yaml"  # of a mode, beside its runs
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A recorded run and its simulation."""
+    """A recorded run and its simulations, one after the other."""
 
     mode: str
     rate: float
@@ -57,14 +57,22 @@ def rate_of(run: Run) -> float:
     return float(run.load["request_rate"] or "inf")
 
 
-def replay(run: Run, deployment: Deployment, costs: Costs) -> list[Record]:
-    """The run's own requests at their own times."""
+def device_of(folder: Path) -> str:
+    """On which the runs there were made, as tools.bench_goodput wrote it beside them."""
+    try:
+        return str(msgspec.json.decode((folder / "goodput.json").read_bytes())["device"])
+    except (OSError, msgspec.MsgspecError, KeyError):
+        return "unknown"
+
+
+def replay(run: Run, deployment: Deployment, costs: Costs, seeds: int = 1) -> list[Record]:
+    """The run's own requests at their own times, with each seed."""
     asks = [Ask(each.due, each.prompt_len, each.output_len) for each in run.records]
-    return Simulation(deployment, costs).run(asks)
+    return [record for seed in range(seeds) for record in Simulation(deployment, costs, seed=seed).run(asks)]
 
 
 def compare(
-    modes: Sequence[tuple[str, Deployment, list[Run]]], costs: Costs, *, calibrate: bool
+    modes: Sequence[tuple[str, Deployment, list[Run]]], costs: Costs, *, calibrate: bool, seeds: int = 1
 ) -> tuple[list[Compared], Costs]:
     """Every run beside its simulation.
 
@@ -75,7 +83,7 @@ def compare(
         _, deployment, runs = modes[0]
         costs = calibrated(runs[0], deployment, costs)
     compared = [
-        Compared(mode, rate_of(run), run.records, replay(run, deployment, costs))
+        Compared(mode, rate_of(run), run.records, replay(run, deployment, costs, seeds))
         for mode, deployment, runs in modes
         for run in runs
     ]

@@ -58,7 +58,7 @@ OVER_THE_FLOOR = 1.12
 LIBRARY_READS = 0.8  # of the copy rate: 2.1 to 2.7 of 3.0 TB/s
 ALL_REDUCE_BASE_S = 12e-6
 GRID = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)  # tokens of a chunk
-FRONT_S = 4e-3  # from a client to the router, of prompts of 800 and 2,000 tokens: 2 to 5 ms
+FRONT_S = 3e-3  # from a client to the router, of prompts of 800 and 2,000 tokens: 2 to 5 ms
 RESERVE_BYTES = 4 << 30  # of each GPU: CUDA, graphs, activations
 
 
