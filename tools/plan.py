@@ -47,7 +47,7 @@ from tools.simulation.simulator import Ask
 
 KNOWN_TARGETS = ("ttft", "tpot", "itl", "gap")
 MAX_REQUESTS = 2000  # of a trial by the router
-NUM_TOGETHER, NUM_VERIFIED = 12, 4  # of the best placements: tried with both phases, and by the router
+NUM_TOGETHER = 12  # of the best placements: tried with both phases
 MARGIN = 1.1  # of the rate that is asked for
 UTILIZATION = 0.9
 
@@ -150,6 +150,7 @@ class Plan:
     budget: int = 2048
     num_requests: int = 400  # of a trial of one replica
     lasting: float = 30.0  # times the TTFT target: what comes 4 % too fast has by then a queue as long as that
+    num_verified: int = 6  # of the best placements: tried by the router
     jobs: int = 1  # trials at a time
     chunks: tuple[int, ...] = (256, 512, 2048)  # of colocated replicas
 
@@ -183,15 +184,16 @@ class Plan:
         return self.judged(best_of(tried, demand), demand, progress)
 
     def judged(self, placements: list[Placement], demand: Demand, progress: Progress) -> list[Choice]:
-        """Placements without pipelines and colocated replicas by the router; the rest as the phases have them."""
+        """The best placements and colocated replicas by the router; then the rest as the phases have them, which know
+        less of what goes wrong."""
         choices = [self.choice(each) for each in placements]
         trials: list[tuple[Choice, Trial]] = []
-        for each, choice in zip(placements, choices, strict=True):
-            if each.prefill.pp == each.decode.pp == 1 and len(trials) < NUM_VERIFIED:
-                costs, prefill_costs = self.costs(each.decode.tp), self.costs(each.prefill.tp)
-                assert costs is not None, "it was placed"
-                raw, number = self.virtual(each.num_prefill, each.num_decode, {}), each.num_prefill + each.num_decode
-                trials.append((choice, self.trial(raw, costs, prefill_costs, number, 1.4 * each.goodput)))
+        for each, choice in list(zip(placements, choices, strict=True))[: self.num_verified]:
+            degrees = (each.prefill.tp, each.prefill.pp), (each.decode.tp, each.decode.pp)
+            prefill_costs, costs = (self.place_costs(*pair) for pair in degrees)
+            raw = self.virtual(each.num_prefill, each.num_decode, {}, each.prefill.pp, each.decode.pp)
+            number = each.num_prefill + each.num_decode
+            trials.append((choice, self.trial(raw, costs, prefill_costs, number, 1.4 * each.goodput)))
         if trials and trials[0][0].deployment["mode"] == "disaggregated":
             choice, trial = trials[0]
             auto = {"scheduler": {"roles": "auto", **self.served_targets}}
@@ -207,9 +209,9 @@ class Plan:
         known = {choice.name for choice in judged}
         every = [each for each in judged + [each for each in choices if each.name not in known] if each.goodput > 0]
         if self.rate is None:
-            return sorted(every, key=lambda each: (-each.goodput, each.num_gpus))
+            return sorted(every, key=lambda each: (each.judged_by != "router", -each.goodput, each.num_gpus))
         enough = [each for each in every if each.goodput >= self.rate]
-        return sorted(enough, key=lambda each: (each.num_gpus, -each.goodput))
+        return sorted(enough, key=lambda each: (each.judged_by != "router", each.num_gpus, -each.goodput))
 
     def colocated(self, rates_of: RatesOf) -> list[tuple[Choice, Trial]]:
         """Mixed replicas at the two best of several chunks and degrees, as many as the rate needs, or all."""
@@ -273,6 +275,12 @@ class Plan:
         ratios = [step.seconds / step_s(size, self.gpu, step.shape, 1) for step in self.measured.steps]
         return found.scaled(median(ratios))
 
+    def place_costs(self, tp: int, pp: int) -> Costs:
+        """Of a replica that was placed, by what a place of its pipeline takes."""
+        costs = self.costs(tp, pp)
+        assert costs is not None, "it was placed"
+        return costs.scaled(1 / pp)
+
     def handoff_s(self, affinity: str, prompt_len: int) -> float:
         rate = self.gpu.link_rate if affinity == "low" else min(self.gpu.link_rate, self.cluster.network_rate)
         return model_size(self.spec).kv_token_bytes * prompt_len / (0.8 * rate)
@@ -335,15 +343,20 @@ class Plan:
             raw["launcher"] = "ray"
         return raw
 
-    def virtual(self, num_prefill: int, num_decode: int, fields: dict[str, Any]) -> dict[str, Any]:
-        """The same as the router sees it: a device for each replica."""
+    def virtual(
+        self, num_prefill: int, num_decode: int, fields: dict[str, Any], prefill_pp: int = 1, decode_pp: int = 1
+    ) -> dict[str, Any]:
+        """The same as the router sees it: a device for each place of a replica."""
         raw: dict[str, Any] = {
             "mode": "disaggregated" if num_prefill else "colocated",
             "model": {"path": str(self.spec.path)},
             **self.common(fields),
         }
-        raw["prefill"] |= {"devices": [f"cuda:{index}" for index in range(num_prefill)]}
-        raw["decode"] |= {"devices": [f"cuda:{num_prefill + index}" for index in range(num_decode)]}
+        first = num_prefill * prefill_pp
+        raw["prefill"] |= {"devices": [f"cuda:{index}" for index in range(first)]}
+        raw["decode"] |= {"devices": [f"cuda:{first + index}" for index in range(num_decode * decode_pp)]}
+        raw["prefill"] |= {"pipeline_parallel_size": prefill_pp} if prefill_pp > 1 else {}
+        raw["decode"] |= {"pipeline_parallel_size": decode_pp} if decode_pp > 1 else {}
         return raw
 
     def common(self, decode: dict[str, Any]) -> dict[str, Any]:

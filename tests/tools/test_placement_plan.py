@@ -82,6 +82,19 @@ def test_a_pipeline_prefills_faster_in_a_row_and_no_faster_alone(tmp_path: Path)
     assert row[0] / row[1] == pytest.approx(20 / 10.5, rel=0.02)
 
 
+def test_the_router_tries_pipelines_as_the_phases_have_them(tmp_path: Path) -> None:
+    """Twenty prompts in a row through two places, beside one: as above."""
+    plan = plan_of(tmp_path / "m", "h100", FOUR, {})
+    last = []
+    for pp in (1, 2):
+        raw = plan.virtual(1, 1, {}, pp)
+        records = Simulation(Deployment.parse(raw), plan.place_costs(1, 1), plan.place_costs(1, pp)).run(
+            [Ask(0.0, 2000, 1)] * 20
+        )
+        last.append(max(record.times[-1] for record in records))
+    assert last[0] / last[1] == pytest.approx(20 / 10.5, rel=0.08)
+
+
 def test_distserves_own_example_gets_distserves_own_placement(tmp_path: Path) -> None:
     """OPT-13B on four A100, TTFT 200 ms and TPOT 100 ms for 90 %: prefill on two GPUs by tensor parallelism, decode on
     single ones, 1.56 requests a second and GPU by their simulator. Our steps are faster than those of 2024."""
@@ -143,7 +156,8 @@ def test_a_plan_is_a_deployment_that_is_served(tmp_path: Path) -> None:
     """And more goodput than any other that was tried."""
     targets_ms = {"ttft": 1000.0, "tpot": 60.0}
     plan = plan_of(tmp_path / "m", "h100", Cluster(1, 2, 350e9, 25e9), targets_ms)
-    plan = replace(plan, num_requests=24, lasting=2.0, chunks=(256,), cached_share=0.2)
+    load = Workload("chat", output_len=40)
+    plan = replace(plan, workload=load, num_requests=24, lasting=1.0, num_verified=2, chunks=(256,), cached_share=0.2)
     with Progress(disable=True) as progress:
         choices = plan.choices(progress)
     names = [choice.name for choice in choices]

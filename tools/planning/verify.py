@@ -1,4 +1,4 @@
-"""The goodput of a placement by the real router and loops in virtual time, where a replica is no pipeline."""
+"""The goodput of a placement by the real router and loops in virtual time."""
 
 from dataclasses import dataclass
 from typing import Any
