@@ -46,7 +46,7 @@ from tools.simulation.costs import GPUS, Costs, Gpu, costs_by_rates, kv_tokens, 
 from tools.simulation.simulator import Ask
 
 KNOWN_TARGETS = ("ttft", "tpot", "itl", "gap")
-MAX_REQUESTS = 2000  # of a trial by the router
+MAX_REQUESTS = 1500  # of a trial by the router
 NUM_TOGETHER = 12  # of the best placements: tried with both phases
 MARGIN = 1.1  # of the rate that is asked for
 UTILIZATION = 0.9
@@ -303,7 +303,7 @@ class Plan:
         return lengths, arrivals(number, 1.0, 1.0, rng)
 
     def trial(self, raw: dict[str, Any], costs: Costs, prefill: Costs | None, num_replicas: int, upper: float) -> Trial:
-        lengths, times = self.load(MAX_REQUESTS)
+        lengths, times = self.load(2 * MAX_REQUESTS)
         number = min(MAX_REQUESTS, max(self.num_requests, 20 * num_replicas))
         return Trial(
             raw, costs, prefill, lengths, times, self.targets_ms, upper, number, self.lasting_s, self.cached_share

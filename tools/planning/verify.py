@@ -22,7 +22,7 @@ class Trial:
     targets_ms: dict[str, float]
     upper: float  # requests a second that it cannot exceed
     number: int  # of requests, at least
-    lasting_s: float  # of arrivals, at least, as far as there are requests
+    lasting_s: float  # of arrivals, at least, as far as half of the requests go
     cached_share: float = 0.0
 
     def asks(self, rate: float, number: int, first: int = 0) -> list[Ask]:
@@ -42,7 +42,7 @@ def goodput_of(trial: Trial) -> float:
     def meets(rate: float) -> bool:
         """Most rates that are too high are so for a few requests, too. Near the highest it is chance how they come: so
         the first and the last of them are tried."""
-        number = max(trial.number, min(len(trial.lengths), int(trial.lasting_s * rate)))
+        number = max(trial.number, min(len(trial.lengths) // 2, int(trial.lasting_s * rate)))
         share = attained(trial.asks(rate, trial.number))
         if share < SHARE:
             return False
