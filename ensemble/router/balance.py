@@ -11,7 +11,7 @@ from ensemble.scheduling.balance import LEAST_GAIN_S, Side, gain_s, is_slower, k
 from ensemble.scheduling.placement import smallest
 
 INTERVAL_S = 0.1  # between two looks
-SETTLE_S = 2.0  # in which a sequence that has come stays
+SETTLE_S = 1.0  # in which a sequence that has come, or was asked to go in vain, stays
 
 
 class Balance:

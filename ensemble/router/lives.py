@@ -102,7 +102,7 @@ class Life:
     decode_replica: int | None = None  # of this attempt
     handoff: KVHandoff | None = None  # while it is in the bridge
     moves_to: int | None = None  # a replica to which it was told to go, while it decodes; until it has left
-    submitted_s: float = 0.0  # to decode, or asked in vain to go over; by time.monotonic()
+    submitted_s: float = 0.0  # to where it is, or asked in vain to go over; by time.monotonic()
     hashes: list[bytes] = field(default_factory=list)  # of the blocks to prefill, where there is a prefix cache
     sharing: list[int] = field(default_factory=list)  # request ids that wait for this one to compute their prompt
     num_deaths: int = 0  # of replicas that had it, in a row

@@ -73,7 +73,7 @@ def test_two_unequal_replicas_become_even_and_stay_so() -> None:
 
 @pytest.mark.parametrize(
     ("roles", "row_s", "num_tokens"),
-    [("fixed", 2e-3, 400), ("auto", 1e-5, 400), ("auto", 2e-3, 80)],
+    [("fixed", 2e-3, 400), ("auto", 1e-5, 400), ("auto", 2e-3, 45)],
     ids=["fixed roles", "no faster elsewhere", "all end soon"],
 )
 def test_nothing_moves_for_a_small_gain_or_with_fixed_roles(roles: Roles, row_s: float, num_tokens: int) -> None:
@@ -99,7 +99,7 @@ def test_sequences_that_wait_for_their_turn_go_where_there_is_room() -> None:
 def test_moves_at_any_time_cost_no_answer_and_no_block(num_prefill: int, num_decode: int, admission: str) -> None:
     """Beside cancels, deaths, drains and lost acknowledgements: each token comes once."""
     num_moved = 0
-    for seed in range(25):
+    for seed in range(15):
         rng = random.Random(seed)
         fleet = busy_fleet(num_prefill, num_decode, admission)
         asked = [fleet.arrive(rng.randint(1, 12), rng.randint(1, 24)) for _ in range(6)]
@@ -139,7 +139,7 @@ def test_moves_at_any_time_cost_no_answer_and_no_block(num_prefill: int, num_dec
             assert client.tokens == answer(request)[: len(client.tokens)]
         fleet.assert_empty()
         num_moved += int(fleet.router.gauges().get(MOVES, 0))
-    assert num_moved > 50
+    assert num_moved > 30
 
 
 def busy_fleet(num_prefill: int, num_decode: int, admission: str) -> FakeFleet:

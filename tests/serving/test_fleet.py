@@ -141,9 +141,11 @@ def test_roles_and_drains_change_under_load(tiny_llama: Path, expected: list[lis
 
 
 def test_sequences_go_over_to_a_replica_that_comes_back(
-    tiny_llama: Path, expected: list[list[int]], tmp_path: Path
+    tiny_llama: Path, tiny_server: TritonServer, tmp_path: Path
 ) -> None:
     """Of twelve at the other one two run at a time: whatever a step takes, they get on much faster at two replicas."""
+    asked = [each | {"max_tokens": 200} for each in requests()[:NUM_CLIENTS]]
+    expected = outputs(run_streams(tiny_server.grpc_url, asked, NUM_CLIENTS))
     fields = Shape.parse("2M").fields(["cpu"])
     fields["decode"] |= {"num_threads": 1, "policy": "mlfq", "max_num_seqs": 2, "max_num_resident_seqs": NUM_CLIENTS}
     fields["decode"] |= {"host_kv_bytes": 32 << 20}
@@ -157,7 +159,7 @@ def test_sequences_go_over_to_a_replica_that_comes_back(
 
         for _ in range(10):  # until the replica comes back in the midst of a load, and not behind it
             call(server.run_dir, DrainReplica(1, within_s=None), FleetTable, timeout_s=10.0)
-            load = threading.Thread(target=lambda: rounds.append(run_streams(server.grpc_url, requests(), NUM_CLIENTS)))
+            load = threading.Thread(target=lambda: rounds.append(run_streams(server.grpc_url, asked, NUM_CLIENTS)))
             load.start()
             wait_until(lambda: metric("vllm:num_requests_running") > 2 or not load.is_alive(), 60.0)  # noqa: B023
             call(server.run_dir, UndrainReplica(1), FleetTable, timeout_s=10.0)
