@@ -93,8 +93,13 @@ class Attempts:
         """Sequences decode there no more; some cannot leave with their KV, and are computed again."""
         for attempt_id in event.stay:
             life = self._lives.of_attempt(attempt_id)
-            if life is not None and life.decode_replica == replica.id:
+            if life is None or life.decode_replica != replica.id:
+                continue
+            if life.moves_to is None:
                 self.recover(life, "drain", now)
+            elif life.prefill_replica is None:
+                life.submitted_s = now  # others are asked first
+            life.moves_to = None
         for handoff in event.handoffs:
             life = self._lives.of_attempt(handoff.request_id)
             if life is None:
@@ -106,6 +111,10 @@ class Attempts:
             so_far = msgspec.structs.replace(life.attempt, resumed_token_ids=list(life.output_token_ids))
             self._dispatch.admission.leave(so_far, replica.id)  # who is left is longer than was expected
             life.phase, life.handoff, life.prefill_replica, life.decode_replica = "bridge", handoff, replica.id, None
+            reader, life.moves_to = life.moves_to, None
+            self._totals["distserve:moves_total", (("cause", "drain" if reader is None else "balance"),)] += 1
+            if reader is not None and not self._dispatch.move(life, reader):
+                self._dispatch.move(life, replica.id)  # there is no room any more: it goes on where it is
 
     def count_preemptions(self, by: str, number: int) -> None:
         self._totals["vllm:num_preemptions_total", ()] += number

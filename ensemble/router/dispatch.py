@@ -214,6 +214,13 @@ class Dispatch:
             )
             self.command(replica, run)
 
+    def move(self, life: Life, replica_id: int) -> bool:
+        """Takes a sequence of the bridge to this replica, if that has room for it now."""
+        if not self.admission.submit(life.attempt_id, replica_id):
+            return False
+        self._join(replica_id, [life.attempt_id])
+        return True
+
     def _join(self, replica_id: int, attempt_ids: list[int]) -> None:
         replica, time_ns = self._fleet.get(replica_id), time.time_ns()
         assert replica is not None, "the scheduler has only replicas of the fleet"

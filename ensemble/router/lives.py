@@ -101,7 +101,8 @@ class Life:
     prefill_replica: int | None = None  # of this attempt
     decode_replica: int | None = None  # of this attempt
     handoff: KVHandoff | None = None  # while it is in the bridge
-    submitted_s: float = 0.0  # to decode; by time.monotonic()
+    moves_to: int | None = None  # a replica to which it was told to go, while it decodes; until it has left
+    submitted_s: float = 0.0  # to where it is, or asked in vain to go over; by time.monotonic()
     hashes: list[bytes] = field(default_factory=list)  # of the blocks to prefill, where there is a prefix cache
     sharing: list[int] = field(default_factory=list)  # request ids that wait for this one to compute their prompt
     num_deaths: int = 0  # of replicas that had it, in a row
@@ -166,7 +167,7 @@ class Life:
             self.request, request_id=attempt_id, resumed_token_ids=list(self.output_token_ids)
         )
         self.phase = "queued"
-        self.prefill_replica = self.decode_replica = self.handoff = None
+        self.prefill_replica = self.decode_replica = self.handoff = self.moves_to = None
 
 
 class Lives:

@@ -23,7 +23,8 @@ DEFAULT_TTFT_S = 1.0  # edf's deadline, and roles' measure, where there is no ta
 class _Standing:
     """What the router knows of a replica, as long as it says nothing and is told nothing."""
 
-    rows: StepShape  # its running sequences
+    num_seqs: int  # that decode there, running or not
+    rows: StepShape  # those that run
     target_s: float | None  # the smallest ITL target among them
     num_tokens: int  # of prompts that it has been sent
     num_keys: int  # that those attend to
@@ -109,8 +110,10 @@ class Predictions:
         known = self._standings.get(replica.id)
         if known is None or self.now - known.seen_s > STALE_S:
             num_unfinished = len(set(self._prefill.unfinished(replica.id)))
+            num_seqs = self._admission.num_seqs(replica.id) - (num_unfinished if replica.role != "prefill" else 0)
             known = self._standings[replica.id] = _Standing(
-                self._rows(replica, num_unfinished),
+                max(0, num_seqs),
+                self._rows(replica, num_seqs),
                 self._itl_target_of(replica),
                 *self._prefill.backlog(replica.id),
                 num_unfinished,
@@ -146,8 +149,11 @@ class Predictions:
         """The sequences that a step of the replica decodes, as far as the router knows: of a pipeline's a part."""
         return self._standing(replica).rows
 
-    def _rows(self, replica: Replica, num_unfinished: int) -> StepShape:
-        num_seqs = self._admission.num_seqs(replica.id) - (num_unfinished if replica.role != "prefill" else 0)
+    def num_seqs(self, replica: Replica) -> int:
+        """Sequences that decode there, running or waiting for their turn."""
+        return self._standing(replica).num_seqs
+
+    def _rows(self, replica: Replica, num_seqs: int) -> StepShape:
         num_rows = max(0, min(num_seqs, self._deployment.stage(replica.home).max_num_seqs))
         num_rows = -(-num_rows // self._num_places(replica))
         return StepShape(0, 0, num_rows, round(num_rows * replica.mean_context_len))

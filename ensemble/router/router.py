@@ -5,6 +5,7 @@ fleet     the replicas
 dispatch  the schedulers, and the commands
 attempts  what is lost is computed again, what cannot go on is failed
 changes   lives, roles and numbers of the replicas
+balance   running sequences from busy replicas to others
 """
 
 import time
@@ -44,6 +45,7 @@ from ensemble.protocol.router_replica import (
 )
 from ensemble.request import Request
 from ensemble.router.attempts import Attempts
+from ensemble.router.balance import Balance
 from ensemble.router.dispatch import Dispatch, Send
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.fleet_changes import FleetChanges
@@ -82,6 +84,7 @@ class Router:
         self.changes = FleetChanges(
             deployment, self.lives, self.fleet, self.dispatch, self.attempts, send, self._totals, now
         )
+        self.balance = Balance(deployment, self.lives, self.fleet, self.dispatch)
         self._missing_since: float | None = now  # since when nobody could be served; None: somebody can
         self._gave_up = False  # waiting for that to end
         self._is_closed = False
@@ -149,6 +152,7 @@ class Router:
         self._watch_missing(now)
         self.changes.tick(now)
         self.dispatch.dispatch(now)
+        self.balance.tick(now)
 
     @property
     def is_serving(self) -> bool:

@@ -118,6 +118,7 @@ class Ways:
         self._chosen = None
         self._predictions.forget(replica_id, frees_blocks=way.stays)
         life.started(replica_id, stays=way.stays)
+        life.submitted_s = self._predictions.now
         if offer is not None:
             self._prefix_moves.begin(life, replica, offer, self._predictions.now)
         timeline = life.client.timeline

@@ -303,6 +303,20 @@ class DecodeAdmission:
         self.promise(request)
         self.arrive(request.request_id, source)
 
+    def submit(self, request_id: int, replica: int) -> bool:
+        """Takes a sequence of the bridge to this replica, before all others, if that has room for it now."""
+        source, need = self._bridge[request_id], self._promised[request_id]
+        if not self._may_go(request_id, source, replica, need):
+            return False
+        self._submit(request_id, source, replica)
+        return True
+
+    def may_move(self, request: Request, source: int, replica: int) -> bool:
+        """Whether a sequence that decodes at the source could go on there, beside all that is promised."""
+        need = self._need(request)
+        has_room = self._num_promised_blocks + need.expected <= self.num_free_blocks
+        return has_room and self._may_go(request.request_id, source, replica, need)
+
     def next_submission(self) -> Submission | None:
         """Takes the head of the bridge, and those behind it bound for the same replica; None if the head has to wait.
 
@@ -380,14 +394,20 @@ class DecodeAdmission:
             return False
         return state.fits(need, num_held_blocks)
 
+    def _may_go(self, request_id: int, source: int, replica: int, need: _Need) -> bool:
+        state = self._replicas.get(replica)
+        return (
+            state is not None
+            and (replica == source or request_id not in state.credits)  # its lease there, of before, has to end first
+            and (source, replica) not in self.unreachable
+            and self._fits(state, request_id, need, state.credits.held(request_id))
+        )
+
     def _best_replica(self, request_id: int, source: int, need: _Need) -> int | None:
         fitting = [
             replica
             for replica, state in self._replicas.items()
-            if not state.is_spare
-            and (replica == source or request_id not in state.credits)  # its lease there, of before, has to end first
-            and (source, replica) not in self.unreachable
-            and self._fits(state, request_id, need, state.credits.held(request_id))
+            if not state.is_spare and self._may_go(request_id, source, replica, need)
         ]
         return max(fitting, key=lambda replica: self._replicas[replica].num_free_blocks, default=None)
 

@@ -39,7 +39,11 @@ class OutputEstimate:
 
     def num_output_tokens(self, request: Request) -> int:
         """Tokens that the request is expected to generate in this attempt."""
-        num_left_tokens = request.sampling.max_tokens - len(request.resumed_token_ids)
+        return self.num_more_tokens(request, len(request.resumed_token_ids))
+
+    def num_more_tokens(self, request: Request, num_so_far: int) -> int:
+        """Tokens that the request is expected to generate after so many."""
+        num_left_tokens = request.sampling.max_tokens - num_so_far
         return max(1, min(ceil(self.used_share * num_left_tokens), self.longest))
 
     def num_kv_tokens(self, request: Request) -> int:

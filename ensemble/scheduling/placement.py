@@ -67,13 +67,18 @@ class Site:
         return seconds - -(-work.num_tokens // self.chunk_len) * self.steps.seconds(self.rows)
 
     def itl(self, work: Work, num_promised: float = 0.0) -> float:
-        """Seconds between two tokens of the answer, if it decodes here: with chunks of prompts where there are some.
+        """Seconds between two tokens of the answer, if it decodes here.
 
         num_promised: sequences like it that are on their way here.
         """
-        num_more = (num_promised + 1) / self.num_places
+        return self.token_s(num_promised + 1, work.context_len)
+
+    def token_s(self, num_more: float = 0.0, context_len: int = 0) -> float:
+        """Seconds between two tokens of each sequence, if so many come, or go: with chunks of prompts where there are
+        some."""
+        num_more /= self.num_places
         num_rows = max(1, round(self.rows.num_rows + num_more))
-        rows = StepShape(0, 0, num_rows, round(self.rows.num_row_keys + num_more * work.context_len))
+        rows = StepShape(0, 0, num_rows, max(0, round(self.rows.num_row_keys + num_more * context_len)))
         step_s, share = self.steps.seconds(rows), 1.0 if self.num_backlog_tokens else self.prompt_load
         if share:
             step_s += share * (self.steps.seconds(rows.with_chunk(self.mean_start, self.beside_len)) - step_s)

@@ -119,6 +119,11 @@ FAMILIES: dict[str, Family] = {
         "Requests computed again from what their clients had: death of a replica, drain, unreachable, transfer",
         _by("cause", "death", "drain", "unreachable", "transfer"),
     ),
+    "distserve:moves_total": Family(
+        "counter",
+        "Running sequences handed off with their KV: because of a drain, or to balance two replicas",
+        _by("cause", "drain", "balance"),
+    ),
     "distserve:request_errors_total": Family(
         "counter", "Requests that ended with an error, by code", _by("code", *get_args(ErrorCode))
     ),

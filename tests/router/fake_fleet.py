@@ -177,8 +177,9 @@ class FakeReplica:
                     self._join(arrival, fleet)
             case HandOff(request_ids=request_ids):
                 going = [self.running.pop(each).request for each in request_ids if each in self.running]
-                if going:
-                    self.out.append(HandedOff(handoffs=[self._lease(each) for each in going]))
+                stay = [each for each in request_ids if each in self.arrivals or each in self.prompts]
+                if going or stay:
+                    self.out.append(HandedOff(handoffs=[self._lease(each) for each in going], stay=stay))
             case LeasePrefix(lease_id=lease_id, hashes=hashes):
                 self._lease_prefix(lease_id, hashes)
             case PullPrefix() as pull:

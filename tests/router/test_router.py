@@ -744,6 +744,7 @@ class AnyFleet(RuleBasedStateMachine):
         self.fleet.run()
         self.asked = []
         self.cancelled = set()
+        self.moved = set()
         self.num_added = 0
 
     def known(self):
@@ -773,6 +774,10 @@ class AnyFleet(RuleBasedStateMachine):
         for _ in range(count if replica is not None else 0):
             replica.step(self.fleet)
 
+    @rule(count=st.integers(1, 6))
+    def go_on(self, count):
+        steps(self.fleet, count)
+
     def running(self):
         return [(replica, each) for replica in self.fleet.replicas.values() for each in replica.running]
 
@@ -781,6 +786,20 @@ class AnyFleet(RuleBasedStateMachine):
     def preempt(self, data):
         replica, request_id = data.draw(st.sampled_from(self.running()))
         replica.give_up(request_id)
+
+    def decoding(self):
+        return [life for life in self.fleet.router.lives if life.phase == "decode"]
+
+    @precondition(lambda self: self.decoding())
+    @rule(data=st.data(), count=st.integers(0, 3))
+    def move(self, data, count):
+        """To any replica, whether it serves or not, and from where it may not have arrived yet."""
+        life = data.draw(st.sampled_from(self.decoding()))
+        self.moved.add(life.request_id)
+        source_id, reader_id = life.decode_replica, data.draw(st.sampled_from(self.known()))
+        self.fleet.router.balance.move(life, self.fleet.router.fleet.get(reader_id))
+        for _ in range(count):
+            self.fleet.deliver(source_id)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -847,11 +866,12 @@ class AnyFleet(RuleBasedStateMachine):
             life = self.fleet.router.lives.get(request.request_id)
             if life is None or client.is_over:
                 continue
+            was_moved = request.request_id in self.moved
             assert client.tokens + [output.token_id for output in life.held] == life.output_token_ids
             assert not (client.tokens and life.held), "only what comes first is held"
             if self.first_token == "at_once":
                 assert not life.held
-            elif life.phase in ("bridge", "decode") and life.attempt is life.request:
+            elif life.phase in ("bridge", "decode") and life.attempt is life.request and not was_moved:
                 has_joined = life.prefill_replica is None  # or decodes where it was prefilled
                 assert bool(client.tokens) == (has_joined and bool(life.output_token_ids))
 
