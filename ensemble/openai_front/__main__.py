@@ -15,6 +15,7 @@ from pathlib import Path
 import uvicorn
 
 from ensemble.chat import ChatTemplate
+from ensemble.collector import freeze_heap
 from ensemble.errors import ERROR_MARK, ModelError
 from ensemble.listener import listen
 from ensemble.openai_front import API_KEY_VARIABLE
@@ -68,6 +69,7 @@ async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
         timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
     )
+    freeze_heap()
     await uvicorn.Server(config).serve(sockets=[listener])
 
 

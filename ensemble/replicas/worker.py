@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import torch
 import zmq
 
+from ensemble.collector import freeze_heap
 from ensemble.config import Deployment, StageName
 from ensemble.engine.engine import load_engine, use_device
 from ensemble.engine.timing import time_steps
@@ -123,6 +124,7 @@ def main() -> None:
         os._exit(1)  # other ranks, or readers of the pool, may keep what is here from being torn down
     max_model_len = deployment.model.limit_model_len(engine.spec.max_model_len)
     timed = time_steps(engine, deployment.prefill.max_num_batched_tokens, stage.max_num_seqs, max_model_len)
+    freeze_heap()
     if rank:
         follower.start()
         while True:

@@ -7,6 +7,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.chat import ChatTemplate
+from ensemble.collector import freeze_heap
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError, Overloaded
 from ensemble.serving import heartbeat
@@ -32,6 +33,7 @@ class TritonPythonModel:
         self.chat = ChatTemplate.from_dir(deployment.model.path)
         self.limits = ModelLimits.of(deployment, self.tokenizer)
         self.long_texts = LongTexts(self.limits.max_text_bytes)
+        freeze_heap()
         heartbeat.set_serving(True)
 
     def execute(self, requests):

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from ensemble.collector import freeze_heap
 from ensemble.config import Deployment
 from ensemble.errors import InternalError
 from ensemble.serving import heartbeat, secret
@@ -68,6 +69,7 @@ class TritonPythonModel:
     def initialize(self, args):
         heartbeat.start(args["model_name"])
         self.front_door = FrontDoor(Deployment.from_environment(), call_stage)
+        freeze_heap()
         opening = threading.Timer(MAX_S_TO_FIRST_REQUEST, may_call.set)
         opening.daemon = True
         opening.start()
