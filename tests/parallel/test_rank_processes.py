@@ -13,7 +13,7 @@ from tests.engine.test_model_runner import certain_length, random_prompts, trans
 
 NUM_OUTPUT_TOKENS = 12
 RANK = """
-import json, sys
+import json, os, sys
 import torch
 from torch.distributed import TCPStore
 from ensemble.config import Deployment
@@ -45,6 +45,7 @@ requests = [Request(request_id=i, prompt_token_ids=prompt, sampling=sampling) fo
 done = generate(engine, requests, max_num_batched_tokens=32)
 print(json.dumps([done[i].output_token_ids for i in range(len(prompts))]), flush=True)
 parallel.smallest(0)  # no rank goes while another may still need it
+os._exit(0)  # as a worker: NCCL's destructors wait for graphs that are still there
 """
 
 

@@ -1,6 +1,7 @@
 """What judges a run on four GPUs: fleets as they are asked for, and outputs that must not pass for equal."""
 
 import subprocess
+from itertools import product
 
 import msgspec
 import pytest
@@ -72,8 +73,8 @@ def test_rates_close_in_on_the_goodput_from_either_side(first):
 
 def test_the_plans_that_are_kept_are_the_planners_for_four_gpus(tmp_path):
     write_model_dir(tmp_path / "model", TINY_MODEL)
-    for name in CASES:
-        files = plan_files(name, PLANS, tmp_path)
+    for name, gpu in product(CASES, ("h100", "h200")):
+        files = plan_files(name, PLANS, gpu, tmp_path)
         rates = [heading(file)[1] for file in files]
         assert rates == sorted(rates, reverse=True), "the choice is the best"
         for file in files:

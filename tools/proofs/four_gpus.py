@@ -32,7 +32,7 @@ from tools.proofs.gpu_base import FAULTS_MODEL
 from tools.proofs.gpu_smoke import compare, free_memory, make_requests, rows_of, serve_fleet, write_model_dir
 from tools.proofs.handoffs import handoffs
 from tools.proofs.known_requests import make_inputs
-from tools.proofs.planned_goodput import CASES, PLANS, goodputs, plan_files
+from tools.proofs.planned_goodput import CASES, PLANS, goodputs, kind_of_gpu, plan_files
 from tools.proofs.sections import Row, Section, failed, run_sections
 from tools.server.degrees import parse_degrees
 from tools.server.tiny_server import TINY_MODEL
@@ -160,7 +160,7 @@ def main(
     if plan_only:
         for name in CASES:
             with tempfile.TemporaryDirectory() as folder:
-                plan_files(name, plans, Path(folder))
+                plan_files(name, plans, kind_of_gpu(names[0]), Path(folder))
         return
     random.seed(0)
     sections: dict[str, Section] = {

@@ -1,6 +1,7 @@
 """What tools.plan chose for four GPUs beside what it rejected, and four colocated replicas, under the same load.
 
-The plans lie in docs/results/four-gpus, with the goodput that was predicted; where they do not, the planner makes them.
+The plans lie in docs/results/four-gpus, for each kind of GPU, with the goodput that was predicted; where they do not,
+the planner makes them.
 Each server gets rates by bisection around what was predicted, until its goodput lies between two that differ by 8 %.
 """
 
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ensemble.config import Deployment
 from ensemble.models.spec import load_model_spec
@@ -33,6 +36,7 @@ from tools.proofs.gpu_smoke import READY_TIMEOUT_S, write_model_dir
 from tools.proofs.sections import Row, failed
 from tools.server.tiny_server import TINY_MODEL
 from tools.server.triton_server import TritonServer
+from tools.simulation.costs import GPUS
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = ROOT / "docs/results/four-gpus"
@@ -53,13 +57,12 @@ class Case:
     targets_ms: dict[str, float]
     colocated: str  # mode of tools.bench_goodput: the best chunk of one GPU by the planner's own trials
 
-    @property
-    def plan_arguments(self) -> list[str]:
+    def plan_arguments(self, gpu: str) -> list[str]:
         """Of tools.plan."""
         load = ["--dataset-name", self.workload.name]
         load += ["--output-len", str(self.workload.output_len)] if self.workload.output_len else []
         targets = [word for metric, ms in self.targets_ms.items() for word in ("--goodput", f"{metric}:{ms:g}")]
-        return ["--model", self.shape, "--gpu", "h100", "--gpus-per-node", str(NUM_GPUS), *load, *targets]
+        return ["--model", self.shape, "--gpu", gpu, "--gpus-per-node", str(NUM_GPUS), *load, *targets]
 
 
 CASES = {
@@ -68,17 +71,24 @@ CASES = {
 }
 
 
-def plan_files(name: str, plans: Path, folder: Path) -> list[Path]:
+def kind_of_gpu(device: str) -> str:
+    """As tools.plan knows it: that of the oldest where there is none."""
+    name = torch.cuda.get_device_name(device).lower() if device != "cpu" else ""
+    return next((gpu for gpu in GPUS if gpu in name), "h100")
+
+
+def plan_files(name: str, plans: Path, gpu: str, folder: Path) -> list[Path]:
     """The planner's choice, and two that it rejected; made where they are not there, which takes minutes.
 
-    Raises ServerError where it fails.
+    gpu: one of tools.plan's. Raises ServerError where it fails.
     """
+    plans = plans / gpu
     files = [plans / f"{name}{suffix}.yaml" for suffix in ("", *(f"-{n + 2}" for n in range(NUM_ALTERNATIVES)))]
     if not all(file.exists() for file in files):
         plans.mkdir(parents=True, exist_ok=True)
         case = CASES[name]
         write_model_dir(folder / case.shape, SHAPES[case.shape].config)
-        command = [sys.executable, "-m", "tools.plan", *case.plan_arguments]
+        command = [sys.executable, "-m", "tools.plan", *case.plan_arguments(gpu)]
         command += ["--out", str(files[0].resolve()), "--alternatives", str(NUM_ALTERNATIVES)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         # In that folder: the file names the model as it is named here, not where it lies.
@@ -104,7 +114,7 @@ def goodputs(
     case, on_gpus = CASES[name], devices[0] != "cpu"
     model = folder / "served"
     write_model_dir(model, SHAPES[case.shape].config if on_gpus else TINY_MODEL | {"max_position_embeddings": 2048})
-    files = plan_files(name, plans, folder / "plan")
+    files = plan_files(name, plans, kind_of_gpu(devices[0]), folder / "plan")
     modes = {heading(file)[0]: str(file) for file in files} | {"four colocated replicas": case.colocated}
     predicted = dict(map(heading, files))
     [choice, *others] = modes
