@@ -179,6 +179,11 @@ class SchedulerConfig(_Frozen):
         given = [each for each in (self.itl_target_ms, self.tpot_target_ms) if each is not None]
         return min(given) / 1e3 if given else None
 
+    @property
+    def keeps_gaps(self) -> bool:
+        """Whether that is of each gap between two tokens, not of their mean alone."""
+        return self.itl_target_ms is not None
+
 
 class TransferConfig(_Frozen):
     """KV between replicas."""

@@ -55,6 +55,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     priority: int = 0  # class; a smaller one is more urgent
     itl_target_s: float | None = None  # between two tokens; None: the deployment's
+    keeps_gaps: bool = False  # that target is of each gap, not of their mean, as TPOT's is
     resumed_token_ids: list[
         int
     ] = []  # outputs of earlier attempts, which were lost with their replica: prefilled again

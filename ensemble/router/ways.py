@@ -9,7 +9,7 @@ from ensemble.errors import TargetOutOfReach
 from ensemble.request import Request
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.lives import Life, Lives
-from ensemble.router.predictions import Predictions
+from ensemble.router.predictions import DEFAULT_TTFT_S, Predictions
 from ensemble.router.prefix_moves import Offer, PrefixMoves
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.placement import NO_WORK, Reader, Site, Way, Work, best, hand_off, num_missed, smallest, stay
@@ -17,6 +17,8 @@ from ensemble.scheduling.prefill import Limits, PrefillScheduler
 
 # Where sequences run too, a step is launched before the one before is read, and told then: with three it never waits.
 MAX_BATCHES_BESIDE = 3
+# Of what is left of the TTFT target: those who wait behind, for as long, need the rest.
+APART_SHARE = 0.5
 
 
 class _Choice(NamedTuple):
@@ -128,10 +130,12 @@ class Ways:
 
     def _best_way(self, life: Life) -> _Choice | None:
         """None: nobody could start it, were it idle."""
-        target_s, itl_target_s = self._targets(life)
-        left_s = None if target_s is None else life.arrived_s + target_s - self._predictions.now
+        ttft_target_s, itl_target_s = self._targets(life)
+        waited_s = self._predictions.now - life.arrived_s
+        left_s = None if ttft_target_s is None else ttft_target_s - waited_s
         choices = [_Choice(*each) for each in self._ways(life)]
-        way = best([each.way for each in choices], left_s, itl_target_s)
+        apart_within_s = self._apart_within_s(life, ttft_target_s, waited_s)
+        way = best([each.way for each in choices], left_s, itl_target_s, apart_within_s)
         return next((each for each in choices if each.way is way), None)
 
     def _ways(self, life: Life) -> Iterator[tuple[Way, Offer | None]]:
@@ -222,6 +226,12 @@ class Ways:
             [life.request.itl_target_s], scheduler.itl_target_s
         )
 
+    def _apart_within_s(self, life: Life, ttft_target_s: float | None, waited_s: float) -> float | None:
+        """Seconds from now that a way apart may take before it gives way; None: gaps have no target."""
+        if not (self._deployment.scheduler.keeps_gaps or life.request.keeps_gaps):
+            return None
+        return APART_SHARE * ((DEFAULT_TTFT_S if ttft_target_s is None else ttft_target_s) - waited_s)
+
     def _refuses(self, life: Life, way: Way) -> bool:
         """Whether it has to be refused now, since nothing of it is computed yet and it is going to miss a target."""
         if self._deployment.scheduler.on_missed_target != "refuse" or life.attempt is not life.request:
@@ -242,7 +252,8 @@ class Ways:
             return
         ttft_target_s, itl_target_s = self._targets(life)
         self._predictions.look_again(now)
-        way = best([way for way, _ in self._ways(life)], ttft_target_s, itl_target_s)
+        apart_within_s = self._apart_within_s(life, ttft_target_s, now - life.arrived_s)
+        way = best([way for way, _ in self._ways(life)], ttft_target_s, itl_target_s, apart_within_s)
         if way is None:
             return
         ttft_s = way.ttft_s + (

@@ -3,6 +3,10 @@
     hand off   a replica computes the prompt, whoever has room decodes it; its KV goes over
     stay       a replica computes the prompt beside its running sequences, and decodes it: nothing goes over
 
+Where gaps between tokens have a target, prompts are kept apart from running sequences as long as that is fast enough:
+steps with a chunk come so near to the target that one in fifty misses it, a prompt takes some ten of them, and every
+sequence beside it waits for each.
+
 What a way costs is the time to the first token, what the running sequences beside the prompt are delayed by, the
 expected output's time at the speed of the replica that decodes it, and what prompts lose meanwhile where that is a
 replica for prompts.
@@ -18,6 +22,7 @@ MIN_CHUNK_LEN = 16  # tokens, so that prompts get on where steps are too long al
 AIM = 0.9  # of an ITL target, by what nearly all steps take: the longest gap of an answer counts, and tokens have a way
 LEAST_STRETCH = 1.1  # of a step by the chunk in it, where it misses its target without any
 FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading the weights hides it
+LIGHT_LOAD = 0.75  # of those who compute prompts: below it a prompt that is late holds up few others
 NUM_HALVES = 5  # lengths of chunks that are looked at: the longest, half of it, and so on
 
 
@@ -121,6 +126,9 @@ class Way(NamedTuple):
     itl_s: float
     cost_s: float
     others_target_s: float | None = None  # the smallest ITL target of those that it would decode with
+    is_apart: bool = False  # where nothing decodes the prompt is computed, and handed off
+    slows_prompts: bool = False  # it decodes where prompts are to be computed
+    prompt_load: float = 0.0  # share of the time there that prompts take
 
     def later(self, seconds: float) -> "Way":
         """The same, if the prompt can be computed only so much later."""
@@ -131,7 +139,16 @@ def stay(site: Site, work: Work) -> Way:
     computed_s, itl_s = site.until_computed(work), site.itl(work)
     output_s = work.num_output_tokens * itl_s
     cost_s = computed_s + site.delay(work) + output_s + site.lost(output_s)
-    return Way(site.replica, True, computed_s, itl_s, cost_s, site.target_s)
+    return Way(
+        site.replica,
+        True,
+        computed_s,
+        itl_s,
+        cost_s,
+        site.target_s,
+        slows_prompts=site.full_len > 0,
+        prompt_load=site.prompt_load,
+    )
 
 
 def hand_off(site: Site, work: Work, readers: Iterable[Reader]) -> Way | None:
@@ -145,15 +162,36 @@ def hand_off(site: Site, work: Work, readers: Iterable[Reader]) -> Way | None:
     if reader is None:
         return None
     ttft_s = max(computed_s, reader.wait_s) + reader.handoff_s
-    return Way(site.replica, False, ttft_s, reader.itl_s, cost_s(reader), reader.target_s)
+    return Way(
+        site.replica,
+        False,
+        ttft_s,
+        reader.itl_s,
+        cost_s(reader),
+        reader.target_s,
+        is_apart=site.full_len > 0 and not site.rows.num_rows,
+        prompt_load=site.prompt_load,
+    )
 
 
-def best(ways: Iterable[Way], left_s: float | None, itl_target_s: float | None) -> Way | None:
+def best(
+    ways: Iterable[Way], left_s: float | None, itl_target_s: float | None, apart_within_s: float | None = None
+) -> Way | None:
     """The cheapest of those that miss the fewest targets; of equals the first. None: there is no way.
 
-    `left_s`: of the TTFT target. None: there is no target.
+    `left_s`: of the TTFT target. None: there is no target. `apart_within_s`: gaps have a target, so a way apart goes
+    before its equals if it takes no longer, and before all others where those who compute prompts have little to do;
+    None: gaps have none.
     """
-    return min(ways, key=lambda way: (num_missed(way, left_s, itl_target_s), way.cost_s), default=None)
+
+    def rank(way: Way) -> tuple[float, ...]:
+        if apart_within_s is None:
+            return num_missed(way, left_s, itl_target_s), way.cost_s
+        is_light = way.is_apart and way.prompt_load < LIGHT_LOAD
+        is_soon = way.is_apart and way.ttft_s <= apart_within_s
+        return not is_light, num_missed(way, left_s, itl_target_s), not is_soon, way.slows_prompts, way.cost_s
+
+    return min(ways, key=rank, default=None)
 
 
 def num_missed(way: Way, left_s: float | None, itl_target_s: float | None) -> int:

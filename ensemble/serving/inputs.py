@@ -57,6 +57,7 @@ def parse_request(
         sampling=sampling,
         priority=hints.priority,
         itl_target_s=smallest([targets.itl_s, targets.tpot_s], None),
+        keeps_gaps=targets.itl_s is not None,
     )
     return ClientRequest(
         request,

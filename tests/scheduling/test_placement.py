@@ -77,6 +77,36 @@ def test_the_way_that_keeps_the_targets_goes_before_the_cheaper_one() -> None:
     assert best([], None, None) is None
 
 
+def test_where_gaps_have_a_target_prompts_keep_apart_as_long_as_that_is_soon_enough() -> None:
+    """One that rides is cheaper, one that stays where prompts are computed as well; each costs those beside it gaps."""
+
+    def chosen(ttft_s: float, load: float, apart_within_s: float | None, itl_s: float = 0.01) -> Way:
+        way = best([apart(ttft_s, load, itl_s), rides, stays], 0.8, 0.02, apart_within_s)
+        assert way is not None
+        return way
+
+    def apart(ttft_s: float, load: float, itl_s: float = 0.01) -> Way:
+        return Way(0, False, ttft_s, itl_s, 2.0, is_apart=True, prompt_load=load)
+
+    rides, stays = Way(1, True, 0.2, 0.01, 1.0), Way(0, True, 0.2, 0.01, 0.5, slows_prompts=True)
+    assert chosen(0.3, 1.0, None) == stays  # the cheapest, where gaps have no target
+    assert chosen(0.3, 1.0, 0.4) == apart(0.3, 1.0)
+    assert chosen(0.5, 1.0, 0.4) == rides  # late, behind prompts that take all of the time
+    assert chosen(0.3, 1.0, 0.4, itl_s=0.03) == rides  # the other side is full
+    assert chosen(0.9, 0.5, 0.4) == apart(0.9, 0.5)  # late, but few prompts come
+    assert best([rides, stays], 0.8, 0.02, 0.4) == rides
+
+
+def test_of_a_hand_off_it_is_known_whether_it_is_apart() -> None:
+    def at(full_len: int, rows: StepShape = NO_STEP) -> Site:
+        return Site(0, STEPS, 2048, 2048, rows=rows, prompt_load=0.5, full_len=full_len)
+
+    readers = [Reader.of(site(1, rows=ROWS), PROMPT, 0.02)]
+    handed_off = [hand_off(at(2048), PROMPT, readers), hand_off(at(2048, ROWS), PROMPT, readers)]
+    assert [way is not None and (way.is_apart, way.prompt_load) for way in handed_off] == [(True, 0.5), (False, 0.5)]
+    assert [stay(at(full_len), PROMPT).slows_prompts for full_len in (2048, 0)] == [True, False]
+
+
 def test_the_smallest_target_counts_and_the_deployment_s_for_who_has_none() -> None:
     assert smallest([None, 0.3, None], 0.2) == 0.2
     assert smallest([0.1, None], 0.2) == 0.1
