@@ -123,10 +123,25 @@ def test_any_degrees_on_either_side(
     make_pair: Callable[[Deployment], Pair],
     tmp_path: Path,
 ) -> None:
-    """And back: of a second turn only what the first one did not have is computed, the answer's KV is fetched."""
-    deployment = deploy(
-        MODELS[name](tmp_path / "model"), stage(*prefill, num_blocks=2048), stage(*decode, num_blocks=2048)
+    check_there_and_back(
+        deploy(MODELS[name](tmp_path / "model"), stage(*prefill, num_blocks=2048), stage(*decode, num_blocks=2048)),
+        make_pair,
     )
+
+
+def test_any_split_of_layers_on_either_side(make_pair: Callable[[Deployment], Pair], tmp_path: Path) -> None:
+    """Each rank's blocks are of its own layers; there are as many as the rank with the most layers has room for."""
+    model = make_tiny_llama(tmp_path / "model", num_hidden_layers=5)
+    prefill = stage(pp=2, num_blocks=2048, pipeline_layers=[1, 4])
+    decode = stage(pp=3, num_blocks=2048, pipeline_layers=[2, 1, 2])
+    pair = check_there_and_back(deploy(model, prefill, decode), make_pair)
+    for replica, config, num_layers, most in ((pair.prefill, prefill, 1, 4), (pair.decode, decode, 2, 2)):
+        pool = replica.engine.pool
+        assert pool.tensor.shape[:2] == (config["kv_cache_bytes"] // (most * TOKEN_BYTES * BLOCK_SIZE), num_layers)
+
+
+def check_there_and_back(deployment: Deployment, make_pair: Callable[[Deployment], Pair]) -> Pair:
+    """And back: of a second turn only what the first one did not have is computed, the answer's KV is fetched."""
     requests = make_requests(16)
     expected = expected_tokens(deployment, requests)
     pair = make_pair(deployment)
@@ -153,6 +168,7 @@ def test_any_degrees_on_either_side(
     num_hit_tokens = sum(event.num_hit_tokens for event in events if isinstance(event, PrefixReport))
     assert num_hit_tokens == fetched.num_tokens
     pair.assert_empty()
+    return pair
 
 
 @pytest.mark.parametrize("transport", ["host", "nccl"])
