@@ -167,7 +167,8 @@ class Worker:
         loop = self.loop
         if not loop.has_work:
             zmq.select([self.socket, self.server.socket, *loop.peers.attaching], [], [], IDLE_POLL_MS / 1e3)
-        self.progress.beat()
+        if not loop.waits_for_gpu:  # a GPU that stands still would be waited for for ever
+            self.progress.beat()
         self._send_events(loop.end_leases(self.server.acknowledged()))
         while self.socket.poll(0):
             self._receive(*self.socket.recv_multipart())
@@ -178,7 +179,7 @@ class Worker:
         elif loop.has_work:
             start = time.monotonic()
             events = loop.step()
-            self.progress.step_took(time.monotonic() - start)
+            self.progress.step_takes(max(time.monotonic() - start, loop.launched_s))
             self._send_events(events)
 
     def _receive(self, kind: bytes, payload: bytes) -> None:
