@@ -11,16 +11,19 @@ from msgspec.structs import replace
 from ensemble.config import Deployment
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched, load_engine
+from ensemble.protocol.replica_replica import ChunksReady, LinkOpened, OpenLink, ReadChunks
 from ensemble.protocol.router_replica import (
     CancelRequests,
     Event,
     Joined,
+    KVHandoff,
     PrefixReport,
     PromptChunk,
     PullsFailed,
     RunPrompts,
 )
 from ensemble.replicas.launched_steps import LaunchedSteps
+from ensemble.replicas.peer_server import rank_address
 from ensemble.replicas.prompts import PromptStep
 from ensemble.request import Request, SamplingParams, Sequence
 from tests.checkpoints import make_tiny_llama, make_tiny_opt
@@ -29,6 +32,7 @@ from tests.replicas.pair import (
     Pair,
     fetch_prefix,
     fetched_in,
+    handoffs_of,
     join,
     released_in,
     swaps_in,
@@ -36,6 +40,7 @@ from tests.replicas.pair import (
     whole_prompts,
 )
 from tests.replicas.ranks import GroupPair
+from tests.transfer.test_links import CHUNK, Stranger
 from tools.offline import generate
 
 BLOCK_SIZE = 4
@@ -200,6 +205,32 @@ def test_over_links_and_again_when_they_broke(
     assert failed
     later = [replace(request, request_id=request.request_id + 200) for request in requests]
     assert tokens_of(hand_off(later)) == {request_id + 200: tokens for request_id, tokens in expected.items()}
+
+
+def test_any_rank_reads_for_its_leader_s_leases_alone(model: Path, make_pair: Callable[[Deployment], Pair]) -> None:
+    """A late reader is refused by the rank that it asks, when its blocks may have become another's."""
+    pair = make_pair(deploy(model, stage(pp=2, num_blocks=4, prefix_cache=False), stage()))
+    sampling = SamplingParams(max_tokens=2)
+    first, second = (Request(request_id=i, prompt_token_ids=[5 + i] * 12, sampling=sampling) for i in range(2))
+    strangers = [Stranger(rank_address(pair.prefill.address, rank)) for rank in range(2)]
+
+    def read_by_each(handoff: KVHandoff) -> list[Any]:
+        for stranger in strangers:
+            assert isinstance(stranger.ask(OpenLink(carrier="frames", num_slots=4, slot_bytes=8192)), LinkOpened)
+        chunk = replace(CHUNK, request_id=handoff.request_id, num_heads=2, block_ids=handoff.block_ids)
+        return [stranger.ask(ReadChunks(chunks=[chunk])) for stranger in strangers]
+
+    pair.prefill.handle(whole_prompts([first]))
+    [handoff] = handoffs_of(pair.prefill.run()).values()
+    assert all(isinstance(answer, ChunksReady) for answer in read_by_each(handoff))
+    pair.prefill.handle(CancelRequests(request_ids=[first.request_id]))
+    pair.prefill.handle(whole_prompts([second]))
+    [other] = handoffs_of(pair.prefill.run()).values()
+    assert set(other.block_ids) & set(handoff.block_ids)
+    assert {answer.reason for answer in read_by_each(handoff)} == {"request_id = 0: one with a lease is wanted"}
+    assert all(isinstance(answer, ChunksReady) for answer in read_by_each(other))
+    for stranger in strangers:
+        stranger.close()
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True], ids=["step by step", "launched ahead"])
