@@ -80,20 +80,22 @@ def test_hidden_states_do_not_wait_for_the_tokens_of_a_step_before(devices: list
 @pytest.mark.multigpu
 def test_hidden_states_come_while_a_gpu_is_at_another_step() -> None:
     """The sender's GPU is done with them before the receiver's has ended what it was at."""
-    has_sent = threading.Event()
+    has_sent, shape = threading.Event(), (2048, 5120)
 
     def work(pipeline: Pipeline, device: torch.device) -> None:
         if pipeline.is_first:
-            pipeline.send_hidden(torch.full((2048, 5120), 7.0, device=device), 1).wait()
-            torch.cuda.synchronize(device)
+            for step in range(2):  # the first one takes memory and connects the two
+                pipeline.send_hidden(torch.full(shape, float(step), device=device), step).wait()
+                torch.cuda.synchronize(device)
             has_sent.set()
             return
+        assert float(pipeline.receive_hidden(*shape, torch.float32, 0).wait().mean()) == 0.0
         torch.cuda._sleep(6_000_000_000)  # some three seconds
         at_another_step = torch.cuda.Event()
         at_another_step.record()
-        coming = pipeline.receive_hidden(2048, 5120, torch.float32, 1)
+        coming = pipeline.receive_hidden(*shape, torch.float32, 1)
         assert has_sent.wait(WAIT_S)
         assert not at_another_step.query()
-        assert float(coming.wait().mean()) == 7.0
+        assert float(coming.wait().mean()) == 1.0
 
     run_places(GPUS, work)
