@@ -110,7 +110,7 @@ def join(
             before=group_of("hidden", place - 1, place) if place > 0 else None,
             after=group_of("hidden", place, place + 1) if place < last else None,
             all=group_of("tokens", 0, last),
-            receiving=torch.cuda.Stream(device) if device.type == "cuda" else None,
+            receiving=torch.cuda.Stream(device) if device.type == "cuda" and place > 0 else None,
         )
     return Group(tensor, pipeline, store)
 

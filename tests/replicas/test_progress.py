@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import zmq
 
 from ensemble.config import Deployment
@@ -101,15 +102,20 @@ def test_who_waits_for_another_process_beats_meanwhile_and_no_longer(progress: P
     assert not progress._waits
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
 @pytest.fixture
-def worker(progress: Progress, tmp_path: Path) -> Iterator[Worker]:
-    stage = {"devices": ["cpu"], "kv_cache_bytes": 1 << 20}
+def worker(progress: Progress, device: torch.device, tmp_path: Path) -> Iterator[Worker]:
+    stage = {"devices": [str(device)], "kv_cache_bytes": 1 << 20}
     raw = {"model": {"path": make_tiny_llama(tmp_path / "model")}, "prefill": stage, "decode": stage}
-    replica = Replica(Deployment.parse(raw), "prefill", f"ipc://{tmp_path}/peer")
+    replica = Replica(Deployment.parse(raw), "prefill", f"ipc://{tmp_path}/peer", device)
     up = ReplicaUp(
         replica=0,
         life=0,
-        device="cpu",
+        device=str(device),
         num_blocks=replica.engine.pool.num_blocks,
         num_host_blocks=0,
         num_places=4,
@@ -124,12 +130,15 @@ def worker(progress: Progress, tmp_path: Path) -> Iterator[Worker]:
 
 
 def test_a_gpu_that_stands_still_with_prompts_alone_is_found_out(
-    worker: Worker, progress: Progress, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, progress: Progress, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host, which waits for it, does nothing else; what it tells of itself then is not its own progress."""
     has_run = False
-    monkeypatch.setattr(Engine, "runs_ahead", True)
-    monkeypatch.setattr(StepHandle, "is_done", property(lambda self: has_run))
+    if device.type == "cpu":  # looks like a GPU
+        monkeypatch.setattr(Engine, "runs_ahead", True)
+        monkeypatch.setattr(StepHandle, "is_done", property(lambda self: has_run))
+    else:
+        torch.cuda._sleep(8_000_000_000)  # some four seconds
     worker.loop.estimator.learn([TimedStep(StepShape.of([(0, 9)], []), 2.92)])
     request = Request(request_id=1, prompt_token_ids=[5] * 9, sampling=SamplingParams(max_tokens=5))
 
@@ -142,6 +151,8 @@ def test_a_gpu_that_stands_still_with_prompts_alone_is_found_out(
     assert progress.beats == beats
     assert look(HangWatch(HANG_TIMEOUT_S), progress, 0, 60) == {"replica": 29.5, "at": 29.5}, "ten times 2.92 s"
     has_run = True
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     worker.serve_once()
     worker.serve_once()
     assert progress.beats > beats
