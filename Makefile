@@ -4,11 +4,11 @@
 #   make serve   MODEL=/path HOST=0.0.0.0 HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002
 #                OPENAI_PORT=9000 OTLP_ENDPOINT=http://localhost:4318 LAUNCHER=ray
 #                PREFILL_DEVICES=cuda:0 DECODE_DEVICES=cuda:1, or MODE=colocated DEVICES=cuda:0,cuda:1,
+#                or PREFILL="tp=2" DECODE="pp=2,layers=21+19,replicas=2",
 #                or DEPLOYMENT=planned.yaml, as tools.plan writes it
 #   make bench   MODEL=/path RATE=1 NUM_PROMPTS=20 INPUT_LEN=64 OUTPUT_LEN=32
 #   make bench-goodput   MODEL=/path DEVICES=cuda:0,cuda:1 MODES=disaggregated,colocated:256 RATES=2,4,8 SECONDS_EACH=60
 #                DATASET=chat GOODPUT="ttft:250 itl:40" OUT=goodput
-#                PREFILL="tp=2" DECODE="tp=1,pp=2,replicas=2"
 #
 # Variables reach the programs through the environment.
 

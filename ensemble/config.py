@@ -94,7 +94,7 @@ class StageConfig(_Frozen):
     tensor_parallel_size: int = Field(default=1, ge=1, validation_alias=AliasChoices("tensor_parallel_size", "tp"))
     # Places of a pipeline, each of which has some of the layers.
     pipeline_parallel_size: int = Field(default=1, ge=1, validation_alias=AliasChoices("pipeline_parallel_size", "pp"))
-    pipeline_layers: list[Annotated[int, Field(ge=1)]] | None = None  # of each place; None: equal shares of the work
+    pipeline_layers: list[Annotated[int, Field(ge=1)]] | None = None  # of each place; None: equal in time
     kv_cache_bytes: int | None = Field(default=None, ge=1)  # None: 1 GiB on a CPU, the share below on a GPU
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)  # of the device's memory, for this stage's worker
     num_threads: int | None = Field(default=None, ge=1)  # torch threads on a CPU; None: an equal part of the cores

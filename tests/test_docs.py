@@ -11,6 +11,7 @@ from ensemble.serving.metrics import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "docs/architecture.md")}
+PAGES = DOCUMENTS | {f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
 def table_paths(text: str) -> list[str]:
@@ -25,15 +26,16 @@ def test_every_path_in_the_tables_exists(document: str) -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", PAGES)
 def test_links_lead_to_files(document: str) -> None:
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[document]) if "://" not in target]
-    assert [target for target in targets if not ((ROOT / document).parent / target).exists()] == []
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", PAGES[document]) if "://" not in target]
+    files = [target.partition("#")[0] or Path(document).name for target in targets]
+    assert [file for file in files if not ((ROOT / document).parent / file).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", PAGES)
 def test_commands_exist(document: str) -> None:
-    text = DOCUMENTS[document]
+    text = PAGES[document]
     modules = set(re.findall(r"python -m (tools(?:\.\w+)+)", text))
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -36,7 +36,7 @@ OPENAI_CURL = """curl -s {url}/completions {key}\
 -d '{{"model": "{name}", "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}}'"""
 MAX_RESTARTS, RESTARTS_WITHIN_S = 5, 600.0
 DEVICES = "of each rank of each replica, such as cuda:0,cuda:1 or cpu"
-DEGREES = "ranks of a replica and how many replicas: tp=2,pp=1,replicas=2"
+DEGREES = "ranks of a replica, layers of its places, replicas: tp=2,pp=2,layers=21+19,replicas=2"
 
 
 def main(

@@ -16,9 +16,10 @@ from ensemble.engine.batch import Batch
 from ensemble.engine.model_runner import Model, ModelRunner, load_model, resolve_dtype
 from ensemble.engine.step_handle import StepHandle
 from ensemble.errors import ConfigError
-from ensemble.models.spec import ModelSpec, head_cost, load_model_spec
+from ensemble.models.layer_split import split_layers
+from ensemble.models.spec import ModelSpec, load_model_spec
 from ensemble.parallel.group import ALONE, Group
-from ensemble.parallel.shares import share_heads, share_layers
+from ensemble.parallel.shares import share_heads
 from ensemble.request import Sequence, TokenLogProbs
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
@@ -113,9 +114,7 @@ def load_engine(
     dtype = resolve_dtype(deployment.model, spec, device)
     use_device(device)
     kv_heads = share_heads(spec.num_heads, spec.num_kv_heads, group.tensor).kv
-    layers = share_layers(spec.num_layers, group.pipeline.size, head_cost(spec), stage.pipeline_layers)[
-        group.pipeline.place
-    ]
+    layers = split_layers(spec, stage)[group.pipeline.place]
     layout = KVLayout(len(layers), len(kv_heads), deployment.block_size, spec.head_dim, dtype, layers.start, kv_heads)
     try:
         model = load_model(spec, deployment.model, device, dtype, group.tensor, layers)

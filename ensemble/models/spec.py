@@ -80,13 +80,6 @@ class ModelSpec:
     is_pre_norm: bool = True  # opt: do_layer_norm_before
 
 
-def head_cost(spec: ModelSpec) -> float:
-    """What the output projection takes of a step, in layers: as the weights of both are read once."""
-    attention = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
-    mlp = (3 if spec.architecture == "llama" else 2) * spec.intermediate_size
-    return spec.vocab_size * (spec.embedding_size or spec.hidden_size) / ((attention + mlp) * spec.hidden_size)
-
-
 def load_model_spec(path: str | Path) -> ModelSpec:
     """Reads config.json, generation_config.json where there is one, and the tokenizer's end token.
 

@@ -86,13 +86,28 @@ class DetachReplica(_Message, frozen=True, kw_only=True):
     address: str
 
 
+class GrantLease(_Message, frozen=True, kw_only=True):
+    """Readers of that request may read these blocks of the pool."""
+
+    request_id: int
+    block_ids: list[int]
+
+
+class EndLease(_Message, frozen=True, kw_only=True):
+    """They may no more: the blocks are for others, from the next order on."""
+
+    request_id: int
+
+
 class BeginLife(_Message, frozen=True, kw_only=True):
     """The replica begins another life in the same processes; answered by Ready."""
 
     life: int
 
 
-Order: TypeAlias = RunStep | CopyBlocks | StartSwap | StartPull | AttachReplica | DetachReplica | BeginLife
+Order: TypeAlias = (
+    RunStep | CopyBlocks | StartSwap | StartPull | AttachReplica | DetachReplica | GrantLease | EndLease | BeginLife
+)
 
 
 # ---- answers

@@ -18,6 +18,8 @@ from ensemble.protocol.leader_follower import (
     Copied,
     CopyBlocks,
     DetachReplica,
+    EndLease,
+    GrantLease,
     Order,
     Ready,
     RunStep,
@@ -31,6 +33,7 @@ from ensemble.replicas.peer_server import PeerServer
 from ensemble.replicas.peers import Peers
 from ensemble.replicas.progress import Progress
 from ensemble.request import Sequence
+from ensemble.transfer.leases import FollowedLeases
 from ensemble.transfer.puller import Pull, Puller
 
 IDLE_POLL_S = 0.5  # between two beats
@@ -56,6 +59,7 @@ class Follower:
         host_kv_bytes: int,
         peers: Peers,
         server: PeerServer,
+        leases: FollowedLeases,  # by which the server reads
         socket: "zmq.Socket[bytes]",  # to the leader
         progress: Progress,
     ) -> None:
@@ -63,6 +67,7 @@ class Follower:
         self.engine = engine
         self.peers = peers
         self.server = server
+        self.leases = leases
         self.socket = socket
         self.progress = progress
         layout, pool = engine.pool.layout, engine.pool.tensor
@@ -113,8 +118,13 @@ class Follower:
                 self.peers.attach(address)
             case DetachReplica(address=address):
                 self.peers.detach(address)
+            case GrantLease(request_id=request_id, block_ids=block_ids):
+                self.leases.grant(request_id, block_ids)
+            case EndLease(request_id=request_id):
+                self.leases.end(request_id)
             case BeginLife(life=life):
                 self.server.life = life
+                self.leases.forget_ended()
                 self._tell(Ready(rank=self.rank))
 
     def _run(self, step: RunStep) -> None:

@@ -20,6 +20,8 @@ from ensemble.protocol.leader_follower import (
     Copied,
     CopyBlocks,
     DetachReplica,
+    EndLease,
+    GrantLease,
     NewBlocks,
     NewSequence,
     Order,
@@ -147,6 +149,12 @@ class Followers:
 
     def detach(self, address: str) -> None:
         self._tell(DetachReplica(address=address))
+
+    def grant_lease(self, request_id: int, block_ids: list[int]) -> None:
+        self._tell(GrantLease(request_id=request_id, block_ids=block_ids))
+
+    def end_lease(self, request_id: int) -> None:
+        self._tell(EndLease(request_id=request_id))
 
     def begin_life(self, life: int) -> None:
         """Returns when all have begun it."""

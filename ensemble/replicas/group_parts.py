@@ -13,6 +13,7 @@ from ensemble.protocol.curve import CurveKey
 from ensemble.protocol.replica_replica import PoolLayout
 from ensemble.replicas.followers import Followers
 from ensemble.replicas.peers import Peer, Peers
+from ensemble.transfer.leases import Leases
 from ensemble.transfer.puller import Pull, Puller, Source
 from ensemble.transfer.wakeup import Wakeup
 
@@ -55,6 +56,22 @@ class GroupSwapper:
 
     def swap_in_s(self, num_blocks: int) -> float:
         return self._swapper.swap_in_s(num_blocks)
+
+
+class GroupLeases(Leases):
+    """The leader's. The others hear of each in order with the steps, so before its blocks are anything else's."""
+
+    def __init__(self, followers: Followers) -> None:
+        super().__init__()
+        self._followers = followers
+
+    def grant(self, request_id: int, block_ids: list[int]) -> None:
+        super().grant(request_id, block_ids)
+        self._followers.grant_lease(request_id, block_ids)
+
+    def end(self, request_id: int) -> None:
+        super().end(request_id)
+        self._followers.end_lease(request_id)
 
 
 class GroupPuller:

@@ -58,6 +58,10 @@ class LaunchedSteps:
         """Whether the first has run."""
         return self._steps[0].launched.handle.is_done
 
+    @property
+    def shapes(self) -> list[StepShape]:
+        return [step.shape for step in self._steps]
+
     def launch(self, batch: Batch, prompts: PromptStep) -> Step:
         shape = StepShape.of(
             [(row.start, row.length) for row in batch.prefills], [sequence.num_tokens for sequence in batch.decodes]

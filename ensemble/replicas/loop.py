@@ -140,6 +140,16 @@ class EngineLoop:
         return not self._launched.next_is_done
 
     @property
+    def launched_s(self) -> float:
+        """What the launched steps are predicted to take at most, each at one place of a pipeline after the other."""
+        return self._num_places * sum(map(self.estimator.seconds, self._launched.shapes))
+
+    @property
+    def _num_places(self) -> int:
+        """Of the engine's pipeline."""
+        return self.engine.max_num_unread + 1 if self.engine.is_pipeline else 1
+
+    @property
     def is_empty(self) -> bool:
         """Whether no request has anything here."""
         return not (self.has_work or self.leases or self._running or self._arrivals.request_ids)
@@ -270,7 +280,7 @@ class EngineLoop:
             self._launched.mean_context_len,
             min(len(self._scheduler), self._settings.max_num_seqs),
             (each.request.itl_target_s for each in self._running.values()),
-            self.engine.max_num_unread + 1 if self.engine.is_pipeline else 1,
+            self._num_places,
             fills_tiles=self.engine.runs_ahead,
         )
 
@@ -280,9 +290,7 @@ class EngineLoop:
         num_wanted_blocks = self._arrivals.num_wanted_blocks + self._prompts.num_wanted_blocks
         num_wanted_blocks = num_wanted_blocks if self._makes_room else 0
         if self.engine.is_pipeline:
-            return self._scheduler.next_part(
-                now, num_wanted_blocks, self._launched.request_ids, self.engine.max_num_unread + 1
-            )
+            return self._scheduler.next_part(now, num_wanted_blocks, self._launched.request_ids, self._num_places)
         return self._scheduler.next_plan(now, num_wanted_blocks)
 
     def _decode_prompts(self, step: Step | None, num_unread_tokens: int) -> None:

@@ -64,10 +64,10 @@ class PeerServer:
         pool: KVPool,
         layout: PoolLayout,
         *,
+        leases: Leases,  # of the replica, as this rank knows them
         life: int = 0,
         rank_addresses: Iterable[str] = (),  # of all ranks, the leader's first; none: this one is alone
         key: CurveKey | None = None,  # for an address that other machines reach
-        leases: Leases | None = None,  # None: another rank's loop has them, and who has read looks to it
         timeout_s: float = 10.0,
     ) -> None:
         self.socket = context.socket(zmq.PULL)

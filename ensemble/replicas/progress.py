@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 SIZE = 64  # bytes: beats, u64; step_s, f64; the rest is free
-SLOW_STEPS = 10  # a step may take that many times what steps took lately
+SLOW_STEPS = 10  # a step may take that many times what steps took lately, or it is predicted to take
 WAITING_BEAT_S = 0.5  # between beats while another process is waited for
 STEP_DECAY = 0.9  # by step, of a long one's weight
 MAX_LATE_S = 1.0  # a watcher that looks less often has stood still itself
@@ -71,7 +71,8 @@ class Progress:
             if self._waits:
                 self.beat()
 
-    def step_took(self, seconds: float) -> None:
+    def step_takes(self, seconds: float) -> None:
+        """A step has taken so long, or is predicted to."""
         self._step_s[0] = max(seconds, STEP_DECAY * self._step_s[0])
 
     @property

@@ -36,13 +36,13 @@ from ensemble.protocol.leader_follower import orders_address
 from ensemble.protocol.router_replica import Event, ReplicaUp, decode_command, encode
 from ensemble.replicas.follower import Follower, connect_to_leader
 from ensemble.replicas.followers import Followers
-from ensemble.replicas.group_parts import GroupPeers
+from ensemble.replicas.group_parts import GroupLeases, GroupPeers
 from ensemble.replicas.loop import EngineLoop
 from ensemble.replicas.loop_settings import loop_settings
 from ensemble.replicas.peer_server import PeerServer, pool_layout
 from ensemble.replicas.peers import Peers
 from ensemble.replicas.progress import Progress
-from ensemble.transfer.leases import Leases
+from ensemble.transfer.leases import FollowedLeases, Leases
 
 GPU_POLL_S = 1e-4  # a millisecond, the shortest wait of a ZeroMQ poll, would be a tenth of a short prompt's TTFT
 IDLE_POLL_MS = 500  # between two beats of an idle loop
@@ -95,7 +95,9 @@ def main() -> None:
         engine.runner.while_waiting = progress.waiting
         layout = pool_layout(engine, fingerprint(engine.spec, deployment.model))
         addresses = group.all_of("peer", peer_address)
-        pool, transfer, leases = engine.pool.tensor, deployment.transfer, Leases()
+        pool, transfer = engine.pool.tensor, deployment.transfer
+        followed = FollowedLeases(wait_s=transfer.timeout_s / 2)  # a reader counts the link as broken after the whole
+        leases = Leases() if followers is None else GroupLeases(followers)
         server = PeerServer(
             context,
             peer_address,
@@ -104,13 +106,13 @@ def main() -> None:
             life=int(life),
             rank_addresses=addresses,
             key=key,
-            leases=None if rank else leases,
+            leases=followed if rank else leases,
             timeout_s=transfer.timeout_s,
         )
         if rank:
             to_leader = connect_to_leader(context, group.look_up(ORDERS), rank, key)
             peers = Peers(context, pool, layout, transfer, rank=rank, key=key)
-            follower = Follower(rank, engine, settings.host_kv_bytes, peers, server, to_leader, progress)
+            follower = Follower(rank, engine, settings.host_kv_bytes, peers, server, followed, to_leader, progress)
         else:
             if followers is None:
                 peers = Peers(context, pool, layout, transfer, key=key)
@@ -167,7 +169,8 @@ class Worker:
         loop = self.loop
         if not loop.has_work:
             zmq.select([self.socket, self.server.socket, *loop.peers.attaching], [], [], IDLE_POLL_MS / 1e3)
-        self.progress.beat()
+        if not loop.waits_for_gpu:  # a GPU that stands still would be waited for for ever
+            self.progress.beat()
         self._send_events(loop.end_leases(self.server.acknowledged()))
         while self.socket.poll(0):
             self._receive(*self.socket.recv_multipart())
@@ -178,7 +181,7 @@ class Worker:
         elif loop.has_work:
             start = time.monotonic()
             events = loop.step()
-            self.progress.step_took(time.monotonic() - start)
+            self.progress.step_takes(max(time.monotonic() - start, loop.launched_s))
             self._send_events(events)
 
     def _receive(self, kind: bytes, payload: bytes) -> None:

@@ -1,6 +1,10 @@
 """Which blocks are kept for whom: those of a prefilled sequence, from its last chunk until its readers have its KV."""
 
+import threading
+from collections import deque
 from collections.abc import Iterator
+
+_NUM_ENDED = 4096  # that are remembered
 
 
 class Leases:
@@ -33,3 +37,36 @@ class Leases:
         if strangers:
             return f"block_ids = {strangers[:8]}: blocks of the lease of request {request_id} are wanted"
         return None
+
+
+class FollowedLeases(Leases):
+    """Those of a replica's first rank, as its orders tell another rank of them.
+
+    A reader may come before the grant does, and waits for it then. One that comes after the end does not.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__()
+        self._wait_s = wait_s
+        self._changed = threading.Condition()
+        self._ended: deque[int] = deque(maxlen=_NUM_ENDED)  # the last ones
+
+    def grant(self, request_id: int, block_ids: list[int]) -> None:
+        with self._changed:
+            super().grant(request_id, block_ids)
+            self._changed.notify_all()
+
+    def end(self, request_id: int) -> None:
+        with self._changed:
+            super().end(request_id)
+            self._ended.append(request_id)
+
+    def why_not(self, request_id: int, block_ids: list[int]) -> str | None:
+        with self._changed:
+            self._changed.wait_for(lambda: request_id in self or request_id in self._ended, self._wait_s)
+            return super().why_not(request_id, block_ids)
+
+    def forget_ended(self) -> None:
+        """Their request ids may be others' from now on."""
+        with self._changed:
+            self._ended.clear()

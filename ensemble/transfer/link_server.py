@@ -52,7 +52,7 @@ class LinkServer:
     def __init__(
         self,
         pool: torch.Tensor,  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
-        leases: Leases | None,  # None: the leader's are trusted
+        leases: Leases,
         life: Callable[[], int],  # the replica's present one
         timeout_s: float,  # of a pair
         is_there: Callable[[bytes], bool],  # a reader, by its socket's identity
@@ -301,4 +301,4 @@ class _ServedLink:
                 return f"{name} = {first} to {first + length}: below {size} are wanted"
         if not call.block_ids or not all(0 <= block_id < num_blocks for block_id in call.block_ids):
             return f"block_ids = {call.block_ids[:8]}: below {num_blocks} are wanted"
-        return server.leases.why_not(call.request_id, call.block_ids) if server.leases is not None else None
+        return server.leases.why_not(call.request_id, call.block_ids)

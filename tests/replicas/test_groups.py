@@ -11,16 +11,19 @@ from msgspec.structs import replace
 from ensemble.config import Deployment
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched, load_engine
+from ensemble.protocol.replica_replica import ChunksReady, LinkOpened, OpenLink, ReadChunks
 from ensemble.protocol.router_replica import (
     CancelRequests,
     Event,
     Joined,
+    KVHandoff,
     PrefixReport,
     PromptChunk,
     PullsFailed,
     RunPrompts,
 )
 from ensemble.replicas.launched_steps import LaunchedSteps
+from ensemble.replicas.peer_server import rank_address
 from ensemble.replicas.prompts import PromptStep
 from ensemble.request import Request, SamplingParams, Sequence
 from tests.checkpoints import make_tiny_llama, make_tiny_opt
@@ -29,6 +32,7 @@ from tests.replicas.pair import (
     Pair,
     fetch_prefix,
     fetched_in,
+    handoffs_of,
     join,
     released_in,
     swaps_in,
@@ -36,6 +40,7 @@ from tests.replicas.pair import (
     whole_prompts,
 )
 from tests.replicas.ranks import GroupPair
+from tests.transfer.test_links import CHUNK, Stranger
 from tools.offline import generate
 
 BLOCK_SIZE = 4
@@ -123,10 +128,25 @@ def test_any_degrees_on_either_side(
     make_pair: Callable[[Deployment], Pair],
     tmp_path: Path,
 ) -> None:
-    """And back: of a second turn only what the first one did not have is computed, the answer's KV is fetched."""
-    deployment = deploy(
-        MODELS[name](tmp_path / "model"), stage(*prefill, num_blocks=2048), stage(*decode, num_blocks=2048)
+    check_there_and_back(
+        deploy(MODELS[name](tmp_path / "model"), stage(*prefill, num_blocks=2048), stage(*decode, num_blocks=2048)),
+        make_pair,
     )
+
+
+def test_any_split_of_layers_on_either_side(make_pair: Callable[[Deployment], Pair], tmp_path: Path) -> None:
+    """Each rank's blocks are of its own layers; there are as many as the rank with the most layers has room for."""
+    model = make_tiny_llama(tmp_path / "model", num_hidden_layers=5)
+    prefill = stage(pp=2, num_blocks=2048, pipeline_layers=[1, 4])
+    decode = stage(pp=3, num_blocks=2048, pipeline_layers=[2, 1, 2])
+    pair = check_there_and_back(deploy(model, prefill, decode), make_pair)
+    for replica, config, num_layers, most in ((pair.prefill, prefill, 1, 4), (pair.decode, decode, 2, 2)):
+        pool = replica.engine.pool
+        assert pool.tensor.shape[:2] == (config["kv_cache_bytes"] // (most * TOKEN_BYTES * BLOCK_SIZE), num_layers)
+
+
+def check_there_and_back(deployment: Deployment, make_pair: Callable[[Deployment], Pair]) -> Pair:
+    """And back: of a second turn only what the first one did not have is computed, the answer's KV is fetched."""
     requests = make_requests(16)
     expected = expected_tokens(deployment, requests)
     pair = make_pair(deployment)
@@ -153,6 +173,7 @@ def test_any_degrees_on_either_side(
     num_hit_tokens = sum(event.num_hit_tokens for event in events if isinstance(event, PrefixReport))
     assert num_hit_tokens == fetched.num_tokens
     pair.assert_empty()
+    return pair
 
 
 @pytest.mark.parametrize("transport", ["host", "nccl"])
@@ -184,6 +205,32 @@ def test_over_links_and_again_when_they_broke(
     assert failed
     later = [replace(request, request_id=request.request_id + 200) for request in requests]
     assert tokens_of(hand_off(later)) == {request_id + 200: tokens for request_id, tokens in expected.items()}
+
+
+def test_any_rank_reads_for_its_leader_s_leases_alone(model: Path, make_pair: Callable[[Deployment], Pair]) -> None:
+    """A late reader is refused by the rank that it asks, when its blocks may have become another's."""
+    pair = make_pair(deploy(model, stage(pp=2, num_blocks=4, prefix_cache=False), stage()))
+    sampling = SamplingParams(max_tokens=2)
+    first, second = (Request(request_id=i, prompt_token_ids=[5 + i] * 12, sampling=sampling) for i in range(2))
+    strangers = [Stranger(rank_address(pair.prefill.address, rank)) for rank in range(2)]
+
+    def read_by_each(handoff: KVHandoff) -> list[Any]:
+        for stranger in strangers:
+            assert isinstance(stranger.ask(OpenLink(carrier="frames", num_slots=4, slot_bytes=8192)), LinkOpened)
+        chunk = replace(CHUNK, request_id=handoff.request_id, num_heads=2, block_ids=handoff.block_ids)
+        return [stranger.ask(ReadChunks(chunks=[chunk])) for stranger in strangers]
+
+    pair.prefill.handle(whole_prompts([first]))
+    [handoff] = handoffs_of(pair.prefill.run()).values()
+    assert all(isinstance(answer, ChunksReady) for answer in read_by_each(handoff))
+    pair.prefill.handle(CancelRequests(request_ids=[first.request_id]))
+    pair.prefill.handle(whole_prompts([second]))
+    [other] = handoffs_of(pair.prefill.run()).values()
+    assert set(other.block_ids) & set(handoff.block_ids)
+    assert {answer.reason for answer in read_by_each(handoff)} == {"request_id = 0: one with a lease is wanted"}
+    assert all(isinstance(answer, ChunksReady) for answer in read_by_each(other))
+    for stranger in strangers:
+        stranger.close()
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True], ids=["step by step", "launched ahead"])

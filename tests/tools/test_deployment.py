@@ -88,6 +88,9 @@ def test_ranks_and_replicas(
     [
         ("tp=3", "prefill.tensor_parallel_size = 3"),
         ("pp=3", "prefill.pipeline_parallel_size = 3: the model has 2 layers"),
+        ("pp=2,layers=2+1", r"prefill.pipeline_layers = \[2, 1\]: the model's 2 layers are needed in all"),
+        ("pp=2,layers=2", r"prefill.pipeline_layers = \[2\]: a number for each of pipeline_parallel_size = 2"),
+        ("layers=1+1", r"prefill.pipeline_layers = \[1, 1\]: a number for each of pipeline_parallel_size = 1"),
     ],
 )
 def test_degrees_of_which_the_model_has_no_parts(
@@ -99,10 +102,22 @@ def test_degrees_of_which_the_model_has_no_parts(
         make_deployment({"model.path": model, **degrees})
 
 
-@pytest.mark.parametrize("words", ["tp=0", "tp", "dp=2", "tp=2,tensor-parallel-size=4", "replicas=x"])
+@pytest.mark.parametrize(
+    "words", ["tp=0", "tp", "dp=2", "tp=2,tensor-parallel-size=4", "replicas=x", "pp=1+1", "layers=1+", "layers=0+2"]
+)
 def test_words_that_say_nothing(words: str) -> None:
-    with pytest.raises(ConfigError, match="is none of tp=N, pp=N, replicas=N"):
+    with pytest.raises(ConfigError, match="is none of tp=N, pp=N, layers=N"):
         parse_degrees("decode", words)
+
+
+def test_a_split_of_layers_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a flag, and in the map of the ranks."""
+    model = make_tiny_llama(tmp_path, num_hidden_layers=5)
+    with_gpus(monkeypatch, 0)
+    words = parse_degrees("decode", "pp=3,layers=1+3+1")
+    deployment = make_deployment({"model.path": model} | {f"decode.{name}": value for name, value in words.items()})
+    lines = rank_map(deployment, load_model_spec(model), dict.fromkeys(range(2), 100))
+    assert [line.partition("layers ")[2].partition(",")[0] for line in lines] == ["0-4", "0-0", "1-3", "4-4"]
 
 
 def test_distserve_s_words_are_answered_with_ours() -> None:

@@ -13,12 +13,13 @@ from ensemble.parallel.group import Group, join
 from ensemble.protocol.replica_replica import PoolLayout
 from ensemble.replicas.follower import Follower, connect_to_leader
 from ensemble.replicas.followers import Followers
-from ensemble.replicas.group_parts import GroupPeers
+from ensemble.replicas.group_parts import GroupLeases, GroupPeers
 from ensemble.replicas.loop import EngineLoop
 from ensemble.replicas.loop_settings import loop_settings
 from ensemble.replicas.peer_server import PeerServer, pool_layout, rank_address
 from ensemble.replicas.peers import Peers
 from ensemble.replicas.progress import Progress
+from ensemble.transfer.leases import FollowedLeases, Leases
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 60.0  # for a rank that does not come
@@ -44,13 +45,14 @@ class RankThreads:
         self.context = zmq.Context()
         self._followers = Followers(self.context, self._orders_address, self._size - 1) if self._threads else None
         self.engine = self._load(0)
-        self.server, layout = self._serve(self.context, self.engine)
+        leases = Leases() if self._followers is None else GroupLeases(self._followers)
+        self.server, layout = self._serve(self.context, self.engine, leases)
         pool, transfer = self.engine.pool.tensor, deployment.transfer
         self.peers = Peers(self.context, pool, layout, transfer)
         if self._followers is not None:
             self.peers = GroupPeers(self.context, pool, layout, transfer, self._followers)
         settings = loop_settings(deployment, home)
-        self.loop = EngineLoop(self.engine, self.peers, settings, address, self._followers)
+        self.loop = EngineLoop(self.engine, self.peers, settings, address, self._followers, leases=leases)
         if self._followers is not None:
             self._followers.wait_until_ready(TIMEOUT_S)
 
@@ -74,21 +76,25 @@ class RankThreads:
             group = join(self._store, rank, *sizes, CPU, TIMEOUT_S)
         return load_engine(self._deployment, self._stage, CPU, group)
 
-    def _serve(self, context: "zmq.Context[zmq.Socket[bytes]]", engine: Engine) -> tuple[PeerServer, PoolLayout]:
+    def _serve(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", engine: Engine, leases: Leases
+    ) -> tuple[PeerServer, PoolLayout]:
         layout = pool_layout(engine, fingerprint(engine.spec, self._deployment.model))
         addresses = [rank_address(self._address, rank) for rank in range(self._size)]
-        server = PeerServer(context, addresses[engine.group.rank], engine.pool, layout, rank_addresses=addresses)
+        own = addresses[engine.group.rank]
+        server = PeerServer(context, own, engine.pool, layout, rank_addresses=addresses, leases=leases)
         return server, layout
 
     def _follow(self, rank: int) -> None:
         context = zmq.Context()
         try:
             engine = self._load(rank)
-            server, layout = self._serve(context, engine)
+            leases = FollowedLeases(self._deployment.transfer.timeout_s / 2)
+            server, layout = self._serve(context, engine, leases)
             peers = Peers(context, engine.pool.tensor, layout, self._deployment.transfer, rank=rank)
             socket = connect_to_leader(context, self._orders_address, rank)
             host_kv_bytes = loop_settings(self._deployment, self._home).host_kv_bytes
-            follower = Follower(rank, engine, host_kv_bytes, peers, server, socket, Progress())
+            follower = Follower(rank, engine, host_kv_bytes, peers, server, leases, socket, Progress())
             follower.start()
             while not self._ends.is_set():
                 follower.serve_once(POLL_S)

@@ -9,8 +9,9 @@ from ensemble.cache.kv_pool import KVLayout
 from ensemble.config import Deployment, StageName
 from ensemble.engine.model_runner import resolve_dtype
 from ensemble.errors import ConfigError
-from ensemble.models.spec import ModelSpec, head_cost
-from ensemble.parallel.shares import share_heads, share_layers
+from ensemble.models.layer_split import split_layers
+from ensemble.models.spec import ModelSpec
+from ensemble.parallel.shares import share_heads
 from ensemble.parallel.tensor_parallel import TensorParallel
 
 _WORDS = {  # word |-> field of the stage; replicas: how many, where the devices are not named
@@ -18,8 +19,11 @@ _WORDS = {  # word |-> field of the stage; replicas: how many, where the devices
     "tensor_parallel_size": "tensor_parallel_size",
     "pp": "pipeline_parallel_size",
     "pipeline_parallel_size": "pipeline_parallel_size",
+    "layers": "pipeline_layers",
+    "pipeline_layers": "pipeline_layers",
     "replicas": "replicas",
 }
+_LISTS = ("pipeline_layers",)
 # DistServe's flags |-> how the same is said here.
 DISTSERVE_FLAGS = {
     "--context-tensor-parallel-size": '--prefill "tp=N" (make serve PREFILL="tp=N")',
@@ -29,15 +33,19 @@ DISTSERVE_FLAGS = {
 }
 
 
-def parse_degrees(side: str, words: str) -> dict[str, int]:
-    """Fields of a stage, and `replicas`, from "tp=2,replicas=2". Raises ConfigError naming the word."""
-    found: dict[str, int] = {}
+def parse_degrees(side: str, words: str) -> dict[str, Any]:
+    """Fields of a stage, and `replicas`, from "pp=2,layers=17+15,replicas=2". Raises ConfigError naming the word."""
+    found: dict[str, Any] = {}
     for word in filter(None, words.replace(",", " ").split()):
         name, _, value = word.partition("=")
-        field = _WORDS.get(name.replace("-", "_"))
-        if field is None or field in found or not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"{side} = {words!r}: {word!r} is none of tp=N, pp=N, replicas=N, each once, N from 1")
-        found[field] = int(value)
+        field, numbers = _WORDS.get(name.replace("-", "_")), value.split("+")
+        is_said = all(number.isdecimal() and int(number) > 0 for number in numbers)
+        if field is None or field in found or not is_said or (len(numbers) > 1 and field not in _LISTS):
+            raise ConfigError(
+                f"{side} = {words!r}: {word!r} is none of tp=N, pp=N, layers=N+N (of each place), replicas=N,"
+                " each once, N from 1"
+            )
+        found[field] = [int(number) for number in numbers] if field in _LISTS else int(value)
     return found
 
 
@@ -73,7 +81,7 @@ def check_degrees(deployment: Deployment, spec: ModelSpec) -> None:
     for name, stage in (("prefill", deployment.prefill), ("decode", deployment.decode)):
         try:
             share_heads(spec.num_heads, spec.num_kv_heads, TensorParallel(0, stage.tensor_parallel_size))
-            share_layers(spec.num_layers, stage.pipeline_parallel_size, head_cost(spec), stage.pipeline_layers)
+            split_layers(spec, stage)
         except ConfigError as error:
             raise ConfigError(f"{name}.{error}") from None
 
@@ -86,8 +94,7 @@ def rank_map(deployment: Deployment, spec: ModelSpec, num_blocks: Mapping[int, i
     lines = []
     for replica, (home, devices, _) in enumerate(deployment.replicas()):
         stage = deployment.stage(home)
-        tp, pp = stage.tensor_parallel_size, stage.pipeline_parallel_size
-        parts = share_layers(spec.num_layers, pp, head_cost(spec), stage.pipeline_layers)
+        tp, parts = stage.tensor_parallel_size, split_layers(spec, stage)
         for rank, device in enumerate(devices.split(",")):
             layers = parts[rank // tp]
             heads = share_heads(spec.num_heads, spec.num_kv_heads, TensorParallel(rank % tp, tp))

@@ -22,7 +22,7 @@ def main() -> None:
     if (Path(folder) / f"fail-{rank}").exists():
         os._exit(3)
     progress = Progress(int(progress_fd))
-    progress.step_took(0.25)
+    progress.step_takes(0.25)
     while True:
         progress.beat()
         time.sleep(0.01)
