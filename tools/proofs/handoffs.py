@@ -24,7 +24,9 @@ from tools.proofs.gpu_smoke import free_memory
 from tools.proofs.sections import Row, failed
 
 UNEQUAL_GOAL = 0.85  # of a contiguous copy
-ANSWER_S, AHEAD_S = 120.0, 0.02  # for a process to answer; until they begin
+# For a process to answer; until they begin: after 20 ms of rest a pull takes 0.2 ms longer (0.69 to 0.82 of the copy
+# instead of 0.83 to 0.87, four H200), and a GPU that serves has none.
+ANSWER_S, AHEAD_S = 120.0, 0.004
 
 
 class ReaderProcess:
