@@ -159,8 +159,9 @@ class ModelRunner:
         if self._pipeline.is_first:
             return None
         num_tokens = sum(row.length for row in batch.prefills) + len(batch.decodes)
-        hidden_size, dtype = self.model.spec.hidden_size, self.kv_pool.dtype
-        coming = self._pipeline.receive_hidden(num_tokens, hidden_size, dtype, self._num_steps)
+        dtype, device = self.kv_pool.dtype, self.kv_pool.device
+        hidden = torch.empty(num_tokens, self.model.spec.hidden_size, dtype=dtype, device=device)
+        coming = self._pipeline.receive_hidden(hidden, self._num_steps)
         with self.while_waiting():
             return coming.wait()
 

@@ -96,22 +96,10 @@ def join(
     tensor = connect(PrefixStore(f"place-{place}", store), tensor_rank, tensor_parallel_size, device, timeout_s, host)
     pipeline = WHOLE
     if pipeline_parallel_size > 1:
+        among = PrefixStore(f"column-{tensor_rank}", store)
         name = f"pipeline place {place} of {pipeline_parallel_size}"
-
-        def group_of(what: str, first: int, last: int) -> PointToPoint:
-            among = PrefixStore(f"column-{tensor_rank}-{what}-{first}", store)
-            size = last - first + 1
-            return cast(PointToPoint, make_process_group(among, place - first, size, device, timeout_s, name, host))
-
-        last = pipeline_parallel_size - 1
-        pipeline = Pipeline(
-            place,
-            pipeline_parallel_size,
-            before=group_of("hidden", place - 1, place) if place > 0 else None,
-            after=group_of("hidden", place, place + 1) if place < last else None,
-            all=group_of("tokens", 0, last),
-            receiving=torch.cuda.Stream(device) if device.type == "cuda" and place > 0 else None,
-        )
+        channel = make_process_group(among, place, pipeline_parallel_size, device, timeout_s, name, host)
+        pipeline = Pipeline(place, pipeline_parallel_size, cast(PointToPoint, channel))
     return Group(tensor, pipeline, store)
 
 

@@ -2,12 +2,9 @@
 
     tokens --> first place --hidden states--> ... --hidden states--> last place --sampled tokens--> all the others
 
-As in `tensor_parallel`, a place is an object, and gloo or NCCL carries what goes from one to another. A group of NCCL
-has one stream, on which its operations follow one another. So neighbours have a group of their own for hidden states:
-they wait neither for the tokens of a step before nor for what its place has from the other side.
+As in `tensor_parallel`, a place is an object, and gloo or NCCL carries what goes from one to another.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +14,7 @@ from torch import distributed as dist
 
 from ensemble.errors import InternalError
 
+_HIDDEN, _TOKENS = 0, 1
 _NUM_STEPS = 1 << 20  # whose tags differ: gloo does not keep the order of what has the same tag
 
 
@@ -46,8 +44,6 @@ class InFlight:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise InternalError(f"{self.where}: another place is gone: {reason}") from None
-        if self.tensor.is_cuda:  # its memory may be another stream's, and is not reused before this one has read it
-            self.tensor.record_stream(torch.cuda.current_stream(self.tensor.device))
         return self.tensor
 
 
@@ -57,10 +53,7 @@ class Pipeline:
 
     place: int = 0
     size: int = 1
-    before: PointToPoint | None = None  # the place before, whose rank is 0, and this one; None: there is none
-    after: PointToPoint | None = None  # this place, whose rank is 0, and the next one
-    all: PointToPoint | None = None  # the places
-    receiving: "torch.cuda.Stream | None" = None  # on which hidden states come, on a GPU
+    channel: PointToPoint | None = None  # None: there are no other places
 
     @property
     def is_first(self) -> bool:
@@ -72,43 +65,43 @@ class Pipeline:
 
     def smallest(self, value: int, device_type: str) -> int:
         """Of the places' values; waits for the device."""
-        if self.all is None:
+        if self.channel is None:
             return value
         values, options = torch.tensor([value], device=device_type), dist.AllreduceOptions()
         smallest: Any = dist.ReduceOp.MIN
         options.reduceOp = smallest
-        return int(self._in_flight(values, [self.all.allreduce([values], options)]).wait())
+        return int(self._in_flight(values, [self.channel.allreduce([values], options)]).wait())
 
     def send_hidden(self, hidden: Tensor, step: int) -> InFlight:
         """[T, hidden_size], to the next place."""
-        assert self.after is not None
-        return self._in_flight(hidden, [self.after.send([hidden], 1, _tag(step))])
+        return self._send(hidden, [self.place + 1], _tag(_HIDDEN, step))
 
-    def receive_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, step: int) -> InFlight:
-        """[num_tokens, hidden_size], from the place before, while this one may still be at another step."""
-        assert self.before is not None
-        stream = self.receiving
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            device = "cpu" if stream is None else stream.device
-            hidden = torch.empty(num_tokens, hidden_size, dtype=dtype, device=device)
-            return self._in_flight(hidden, [self.before.recv([hidden], 0, _tag(step))])
+    def receive_hidden(self, hidden: Tensor, step: int) -> InFlight:
+        """Into `hidden` [T, hidden_size], from the place before."""
+        return self._receive(hidden, self.place - 1, _tag(_HIDDEN, step))
 
     def send_tokens(self, sampled: Tensor, step: int) -> InFlight:
         """[S] int64, from the last place to all others."""
-        assert self.all is not None
-        return self._in_flight(sampled, [self.all.send([sampled], place, _tag(step)) for place in range(self.size - 1)])
+        return self._send(sampled, list(range(self.size - 1)), _tag(_TOKENS, step))
 
     def receive_tokens(self, sampled: Tensor, step: int) -> InFlight:
         """Into `sampled` [S] int64, from the last place."""
-        assert self.all is not None
-        return self._in_flight(sampled, [self.all.recv([sampled], self.size - 1, _tag(step))])
+        return self._receive(sampled, self.size - 1, _tag(_TOKENS, step))
+
+    def _send(self, tensor: Tensor, places: list[int], tag: int) -> InFlight:
+        assert self.channel is not None
+        return self._in_flight(tensor, [self.channel.send([tensor], place, tag) for place in places])
+
+    def _receive(self, tensor: Tensor, place: int, tag: int) -> InFlight:
+        assert self.channel is not None
+        return self._in_flight(tensor, [self.channel.recv([tensor], place, tag)])
 
     def _in_flight(self, tensor: Tensor, works: list[dist.Work]) -> InFlight:
         return InFlight(tensor, works, f"pipeline place {self.place} of {self.size}")
 
 
-def _tag(step: int) -> int:
-    return step % _NUM_STEPS
+def _tag(kind: int, step: int) -> int:
+    return 2 * (step % _NUM_STEPS) + kind
 
 
 WHOLE = Pipeline()

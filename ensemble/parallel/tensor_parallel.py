@@ -124,10 +124,7 @@ def connect(
 def make_process_group(
     store: Store, rank: int, size: int, device: torch.device, timeout_s: float, name: str, host: str | None = None
 ) -> object:
-    """gloo or NCCL among `size` processes or threads, once all have come, with its communicator.
-
-    Raises InternalError, by the rank's name.
-    """
+    """gloo or NCCL among `size` processes or threads, once all have come. Raises InternalError, by the rank's name."""
     timeout = timedelta(seconds=timeout_s)
     try:
         if device.type == "cpu":
@@ -137,13 +134,9 @@ def make_process_group(
             by_gloo._timeout = timeout
             return gloo(store, rank, size, by_gloo)
         keep_nccl_off_multicast()
-        # Else torch warns that sends and receives of a group follow one another, which is why ours have several.
-        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        by_nccl = dist.ProcessGroupNCCL(store, rank, size, options)
-        by_nccl.eager_connect_single_device(device)  # else its communicators are made when they are first used
-        return by_nccl
+        return dist.ProcessGroupNCCL(store, rank, size, options)
     except RuntimeError as error:
         raise _cannot_meet(name, error) from None
 
