@@ -14,12 +14,13 @@ What a server leaves on disk lies in one private run directory, which `stop` rem
 import contextlib
 import os
 import re
+import resource
 import secrets
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
 from ensemble.errors import ERROR_MARK
 from ensemble.models.spec import load_model_spec
 from ensemble.openai_front import API_KEY_VARIABLE
+from ensemble.replicas.launchers.base import GIVE_BACK_MEMORY
 from ensemble.serving import control
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.metrics_page import METRICS_VARIABLE
@@ -48,6 +50,9 @@ RELAY, OPENAI_FRONT = "HTTP relay", "OpenAI front"  # the processes beside the T
 CONTROL_S = 2.0  # for the scheduler to answer a command
 STACKS_S = 0.5  # for the stubs to write their stacks, if they can
 LAST_WORDS_S = 1.0  # for the last errors to be handed over
+# What a stub's shared memory may grow to for what comes in, and never shrinks from: room for many requests, and for
+# each token of the longest one more than any text or message of so many tokens has. The server refuses what is larger.
+SHM_BYTES, SHM_BYTES_PER_TOKEN = 32 << 20, 2 << 10
 # What is in the log of every start on a machine without GPU, and no reason of anything.
 NO_REASON = re.compile("CUDA|NVML|DCGM", re.IGNORECASE)
 LAST_CRY = re.compile("ASSERTION FAILED|terminate called|what\\(\\):")
@@ -191,8 +196,7 @@ class TritonServer:
                 raise ServerError(f"port {port} is in use")
         own_http, own_metrics = free_ports(2, besides={*astuple(self.ports)})
         self._own_http = ("127.0.0.1", own_http) if self._has_relay else (self.host, self.ports.http)
-        has_scheduler = (self.model_repository / "scheduler").is_dir()  # which serves the metrics port
-        self._own_metrics = ("127.0.0.1", own_metrics) if has_scheduler else (self.host, self.ports.metrics)
+        self._own_metrics = ("127.0.0.1", own_metrics) if self._has_scheduler else (self.host, self.ports.metrics)
         if self.deployment.launcher == "ray" and not os.environ.get("RAY_ADDRESS"):
             self._local_ray = LocalRay()
         self._run_dir = RunDir()
@@ -213,7 +217,7 @@ class TritonServer:
         self._run_dir.server_starts()
         if self._local_ray is not None:
             self._ray = self._spawn(self._local_ray.command(self.run_dir, self.deployment))
-        self._process = self._spawn(self._command(Installation.find()))
+        self._process = self._spawn(self._command(Installation.find()), GIVE_BACK_MEMORY)
         self._watch = StubWatch(self.run_dir)
 
     def _start_beside(self) -> None:
@@ -225,9 +229,9 @@ class TritonServer:
             if name not in self._beside or self._beside[name].poll() is not None:
                 self._beside[name] = self._spawn(command())
 
-    def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: list[str], defaults: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
-            return spawn(command, log, self._environment())
+            return spawn(command, log, {**(defaults or {}), **self._environment()})
 
     def wait_ready(self, progress: Progress = lambda line: None, timeout_s: float = 3600.0) -> None:
         """Returns when all models are ready and all fronts open; `progress` gets the operator's lines of the log.
@@ -270,7 +274,21 @@ class TritonServer:
                 raise ServerError(f"the server was not ready after {timeout_s:.0f} s")
             time.sleep(0.05)
         assert self._run_dir is not None
+        self._limit_shared_memory()
         self._run_dir.server_is_ready()
+
+    def _limit_shared_memory(self) -> None:
+        """The server has no such limit, but cannot make a file longer than its own, which its stubs do not inherit now.
+
+        Python, which execs it, ignores SIGXFSZ, and so it does. Its log is a file, too, but grows by the stubs' lines.
+        """
+        assert self._process is not None
+        if not self._has_scheduler:
+            return
+        limit = SHM_BYTES + SHM_BYTES_PER_TOKEN * self._max_model_len
+        _, hard = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
+        with contextlib.suppress(ProcessLookupError):  # `wait` will tell
+            resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (limit, hard))
 
     def wait(self) -> str:
         """Blocks until the server or its relay has ended, or can serve no more, and returns why in one line."""
@@ -468,7 +486,7 @@ class TritonServer:
         arguments = {
             "model": model.path,
             "name": model.name,
-            "max-model-len": model.limit_model_len(load_model_spec(model.path).max_model_len),
+            "max-model-len": self._max_model_len,
             "grpc-url": self.grpc_url,
             "ready-url": f"{self.http_url}/v2/health/ready",
             "max-body-bytes": self._max_body_bytes,
@@ -480,6 +498,16 @@ class TritonServer:
         options = [f"--{name}={value}" for name, value in arguments.items()]
         options += [f"--allowed-origin={origin}" for origin in self._allowed_origins]
         return [sys.executable, "-m", "ensemble.openai_front", *options]
+
+    @property
+    def _has_scheduler(self) -> bool:
+        """Whether the models are ours: that one serves the metrics port."""
+        return (self.model_repository / "scheduler").is_dir()
+
+    @property
+    def _max_model_len(self) -> int:
+        model = self.deployment.model
+        return model.limit_model_len(load_model_spec(model.path).max_model_len)
 
     @property
     def _closed_protocols(self) -> str:
