@@ -4,7 +4,7 @@ What a server leaves on disk lies in one private run directory, which `stop` rem
 
     /tmp/distserve-XXXXXXXX/     mode 0700; the server's TMPDIR, short because sockets' paths are limited to 107 bytes
         deployment.yaml          what the models read
-        models                   link to the model repository, whose own path may hold spaces: stubs cannot have them
+        models/                  links into the model repository, whose own path may hold spaces: stubs cannot have them
         backends/python/         links to the Python backend and to the stub for this interpreter's version
         lib/libpython3.X.so.1.0  link for the stub's loader
         owner, starting, ready   run_dir.py's
@@ -48,6 +48,7 @@ LOADED_TO_READY_S = 60.0  # a server that is not ready so long after its models 
 MAX_STALLED_STARTS = 2
 RELAY, OPENAI_FRONT = "HTTP relay", "OpenAI front"  # the processes beside the Triton server
 CONTROL_S = 2.0  # for the scheduler to answer a command
+MANY_CORES = 4
 STACKS_S = 0.5  # for the stubs to write their stacks, if they can
 LAST_WORDS_S = 1.0  # for the last errors to be handed over
 # What a stub's shared memory may grow to for what comes in, and never shrinks from: room for many requests, and for
@@ -87,6 +88,7 @@ class TritonServer:
         allowed_origins: Sequence[str] = (),  # of browsers' pages that may call the front
         max_body_bytes: int = MAX_BODY_BYTES,
         allow_client_shm: bool = False,  # clients may register shared memory
+        num_postprocess: int | None = None,  # instances of that model; None: two, or one where there are few cores
     ) -> None:
         self.deployment = deployment
         self.ports = ports
@@ -100,6 +102,8 @@ class TritonServer:
         self._allowed_origins = allowed_origins
         self._max_body_bytes = max_body_bytes
         self._allow_client_shm = allow_client_shm
+        # On two cores one, whose responses carry more tokens: docs/results/README.md.
+        self._num_postprocess = num_postprocess or (2 if len(os.sched_getaffinity(0)) >= MANY_CORES else 1)
         self._local_ray: LocalRay | None = None  # a cluster of our own
         self._ray: subprocess.Popen[bytes] | None = None
         self._own_http = (host, 0)  # where the Triton server itself listens
@@ -444,8 +448,23 @@ class TritonServer:
         libpython = find_libpython()
         if libpython is not None:
             (self.run_dir / "lib" / libpython.name).symlink_to(libpython)
-        (self.run_dir / "models").symlink_to(self.model_repository.resolve())
+        self._link_models(self.run_dir / "models")
         (self.run_dir / "deployment.yaml").write_text(self.deployment.to_yaml(), encoding="utf-8")
+
+    def _link_models(self, folder: Path) -> None:
+        """With as many instances of `postprocess` as are asked for: its config.pbtxt cannot say by the cores."""
+        folder.mkdir()
+        for model in self.model_repository.resolve().iterdir():
+            if model.name != "postprocess":
+                (folder / model.name).symlink_to(model)
+                continue
+            (folder / model.name).mkdir()
+            for part in model.iterdir():
+                if part.name != "config.pbtxt":
+                    (folder / model.name / part.name).symlink_to(part)
+            config = (model / "config.pbtxt").read_text(encoding="utf-8")
+            config = re.sub(r"count: \d+", f"count: {self._num_postprocess}", config)
+            (folder / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
 
     def _command(self, installation: Installation) -> list[str]:
         num_replicas = self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas
