@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import threading
 import time
@@ -124,6 +125,11 @@ def test_the_grpc_front_takes_no_shared_memory_and_no_orders(server: TritonServe
 
 
 # ---- sizes
+
+
+def test_there_are_as_many_instances_of_postprocess_as_the_cores_bear(server: TritonServer) -> None:
+    num_instances = sum(any("/postprocess/" in word for word in each.cmdline()) for each in processes(server))
+    assert num_instances == (2 if len(os.sched_getaffinity(0)) >= 4 else 1)
 
 
 def private_bytes(server: TritonServer) -> int:
