@@ -190,7 +190,6 @@ class Dispatch:
             self._join(submission.replica, submission.request_ids)
         while True:
             batch = self.prefill.next_batch(now, self.ways.may_start)
-            self.ways.look_again()
             refused = self.ways.take_refused()
             for each, error in refused:
                 self._fail(each, error)

@@ -261,8 +261,11 @@ class DecodeAdmission:
         It may if it has room for the request's whole way, beside it there is room for all that is promised, and nobody
         waits in the bridge, who might go there.
         """
-        state, need = self._replicas.get(replica), self._need(request)
-        if state is None or (self._bridge and not state.is_spare) or not self._fits(state, request.request_id, need):
+        state = self._replicas.get(replica)
+        if state is None or (self._bridge and not state.is_spare):
+            return False
+        need = self._need(request)
+        if not self._fits(state, request.request_id, need):
             return False
         return not self._promised or self._num_promised_blocks + need.expected <= self.num_free_blocks
 
@@ -293,7 +296,7 @@ class DecodeAdmission:
 
     def may_leave(self, request: Request, source: int) -> bool:
         """Whether there is a replica that takes hand-offs, could hold the request, and may map the source's pool."""
-        return self._could_ever_go(source, self._need(request))
+        return self._need(request).life <= self._largest_pool(source)
 
     def leave(self, request: Request, source: int) -> None:
         """A sequence decodes at a replica no more, and waits in the bridge, with its KV there, to go on elsewhere."""
@@ -330,7 +333,7 @@ class DecodeAdmission:
             request_id, source = entry
             need = self._promised[request_id]
             best = self._best_replica(request_id, source, need)
-            if best is None and not self._could_ever_go(source, need):
+            if best is None and need.life > self._largest_pool(source):
                 stays += 1
                 continue
             if best is None or (request_ids and best != replica):
@@ -416,29 +419,34 @@ class DecodeAdmission:
         if may_take.isdisjoint(self._bridge.values()):
             return None
         num_lacking = -sum(each.num_free_blocks for each in self._replicas.values() if self._takes_hand_offs(each))
+        largest = {source: self._largest_pool(source) for source in may_take}
+        have_room_soon = True  # those who stand here, and all before them
         for request_id, source in self._bridge.items():
-            state, need = self._replicas.get(source), self._promised[request_id]
+            need = self._promised[request_id]
             num_lacking += need.expected
-            if state is None or source not in may_take:
+            if source not in may_take:
                 continue
-            if not self._fits(state, request_id, need, state.credits.held(request_id)):
+            state = self._replicas[source]
+            have_room_soon = have_room_soon and self._wait_s(max(1, num_lacking)) <= self.max_bridge_wait_s
+            if have_room_soon and state.is_spare and need.life <= largest[source]:
                 continue
-            may_wait = state.is_spare and self._could_ever_go(source, need)
-            if may_wait and self._wait_s(max(1, num_lacking)) <= self.max_bridge_wait_s:
-                continue
-            self._submit(request_id, source, source)
-            return Submission(source, [request_id])
+            if self._fits(state, request_id, need, state.credits.held(request_id)):
+                self._submit(request_id, source, source)
+                return Submission(source, [request_id])
         return None
 
     @staticmethod
     def _takes_hand_offs(state: _Replica) -> bool:
         return state.is_open and not state.is_spare
 
-    def _could_ever_go(self, source: int, need: _Need) -> bool:
-        return any(
-            self._takes_hand_offs(state) and state.could_ever_hold(need) and (source, replica) not in self.unreachable
+    def _largest_pool(self, source: int) -> int:
+        """Blocks, of the replicas that take what it hands off."""
+        pools = (
+            state.num_blocks
             for replica, state in self._replicas.items()
+            if self._takes_hand_offs(state) and (source, replica) not in self.unreachable
         )
+        return max(pools, default=0)
 
     def _submit(self, request_id: int, source: int, replica: int) -> None:
         need = self._promised.pop(request_id)

@@ -105,9 +105,8 @@ class FrontDoor:
     def _take(self, call: ClientCall, tensors: Tensors, arrival_ns: int) -> None:
         trace_parent = ""
         try:
-            raw = call.parameters()
-            check_envelope(call.request_id(), raw)
-            parameters = json.loads(raw)
+            check_envelope(call.request_id, call.parameters)
+            parameters = json.loads(call.parameters)
             tag = parameters.pop(CLIENT_TAG, None)
             trace_parent = text_of(TRACE_PARENT, parameters.pop(TRACE_PARENT, ""))
             own = {name: value for name, value in parameters.items() if not OF_THE_SERVER.fullmatch(name)}

@@ -25,6 +25,9 @@ Outputs = dict[str, npt.NDArray[Any]]
 class ClientCall(Protocol):
     """The Triton request behind a stream, as the model shell offers it."""
 
+    request_id: str  # as its client named it
+    parameters: str  # the request's, as a JSON object
+
     def send(self, outputs: Outputs, final: bool) -> None: ...
 
     def send_error(self, error: DistServeError) -> None:
@@ -32,14 +35,6 @@ class ClientCall(Protocol):
         ...
 
     def is_cancelled(self) -> bool: ...
-
-    def request_id(self) -> str:
-        """As its client named it."""
-        ...
-
-    def parameters(self) -> str:
-        """The request's, as a JSON object."""
-        ...
 
 
 class ClientStream:
@@ -66,7 +61,7 @@ class ClientStream:
         self.request = client_request.request
         self.hints = client_request.hints
         self.targets = client_request.targets
-        self.client_id, self.trace_parent = call.request_id(), trace_parent
+        self.client_id, self.trace_parent = call.request_id, trace_parent
         timeout_s = client_request.timeout_s
         self.deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._options = client_request.options

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import threading
 import time
@@ -18,6 +19,7 @@ from tritonclient.utils import InferenceServerException
 from tests.serving.clients import StreamClient, generate, make_inputs
 from tests.serving.deployments import deploy
 from tests.serving.test_cancel import CANCELLED, sample, wait_until
+from tools.server.run_dir import SHM, shm_prefix
 from tools.server.server_state import processes, workers
 from tools.server.triton_server import TritonServer
 
@@ -125,6 +127,11 @@ def test_the_grpc_front_takes_no_shared_memory_and_no_orders(server: TritonServe
 # ---- sizes
 
 
+def test_there_are_as_many_instances_of_postprocess_as_the_cores_bear(server: TritonServer) -> None:
+    num_instances = sum(any("/postprocess/" in word for word in each.cmdline()) for each in processes(server))
+    assert num_instances == (2 if len(os.sched_getaffinity(0)) >= 4 else 1)
+
+
 def private_bytes(server: TritonServer) -> int:
     """Memory of all processes that they do not share."""
     total = 0
@@ -134,6 +141,26 @@ def private_bytes(server: TritonServer) -> int:
         except psutil.Error:
             continue
     return total
+
+
+def shared_bytes(server: TritonServer) -> int:
+    """Of the stubs' regions, which only grow."""
+    return sum(region.stat().st_size for region in SHM.glob(f"{shm_prefix(server.run_dir)}*"))
+
+
+def test_a_request_that_waits_takes_no_shared_memory(server: TritonServer) -> None:
+    """With some hundreds of prompts in it, the 64 MiB that containers get would be full."""
+    before, num_requests = shared_bytes(server), 160
+    prompt = make_inputs(input_ids=[3] * 8000, max_tokens=100, stream=True)
+    client = StreamClient(server.grpc_url)
+    try:
+        for number in range(num_requests):  # 5 MB together, in a region that has 4
+            client.send_inputs("scheduler", str(number), prompt)
+        names = ("vllm:num_requests_waiting", "vllm:num_requests_running")
+        wait_until(lambda: sum(sample(server, name) for name in names) > 0.95 * num_requests, 20.0)
+        assert shared_bytes(server) == before
+    finally:
+        client.close(cancel=True)
 
 
 @pytest.mark.parametrize("model", ["ensemble", "scheduler"])
@@ -150,17 +177,20 @@ def test_huge_texts_are_refused_at_once_and_cost_others_nothing(server: TritonSe
     thread = threading.Thread(target=small_requests)
     thread.start()
     try:
-        for num_bytes in (5_000_000, 20_000_000, 60_000_000):
+        for num_bytes in (5_000_000, 20_000_000):
             with pytest.raises(InferenceServerException) as caught:
                 generate(server.grpc_url, model, text_input="x" * num_bytes, max_tokens=4)
             assert f"'{num_bytes} bytes'" in str(caught.value)
             allowed = r"at most \d+ bytes, 8192 tokens \(max_model_len\) of at most \d+ bytes"
             assert re.search(allowed, str(caught.value))
+        for num_bytes in (60_000_000, 200_000_000):  # never reach the stub
+            with pytest.raises(InferenceServerException, match=r"increase the shared memory.*File too large"):
+                generate(server.grpc_url, model, text_input="x" * num_bytes, max_tokens=4)
     finally:
         done.set()
         thread.join()
     assert slowest[0] < 2.0, "a text of 5 MB took 7 s to be tokenized, and all others waited"
-    # A stub's shared memory stays as large as its largest requests made it: the 24.10 server never makes it smaller.
+    assert shared_bytes(server) < 160 << 20  # which stays: the 24.10 server never makes it smaller
     wait_until(lambda: private_bytes(server) < memory + (100 << 20), 20.0)
 
 

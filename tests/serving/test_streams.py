@@ -22,6 +22,8 @@ from tests.checkpoints import EOS_ID, make_tiny_tokenizer
 class Recorder:
     """A Triton request that records its responses; sends fail while `failures` lasts."""
 
+    request_id, parameters = "", "{}"
+
     def __init__(self, failures: int = 0) -> None:
         self.failures = failures
         self.outputs: list[Outputs] = []
@@ -41,12 +43,6 @@ class Recorder:
         assert not self.ended.is_set(), "a response after the final one"
         self.errors.append(error)
         self.ended.set()
-
-    def request_id(self) -> str:
-        return ""
-
-    def parameters(self) -> str:
-        return "{}"
 
     def is_cancelled(self) -> bool:
         assert not self.ended.is_set(), "asked after the final response"

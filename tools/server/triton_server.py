@@ -4,7 +4,7 @@ What a server leaves on disk lies in one private run directory, which `stop` rem
 
     /tmp/distserve-XXXXXXXX/     mode 0700; the server's TMPDIR, short because sockets' paths are limited to 107 bytes
         deployment.yaml          what the models read
-        models                   link to the model repository, whose own path may hold spaces: stubs cannot have them
+        models/                  links into the model repository, whose own path may hold spaces: stubs cannot have them
         backends/python/         links to the Python backend and to the stub for this interpreter's version
         lib/libpython3.X.so.1.0  link for the stub's loader
         owner, starting, ready   run_dir.py's
@@ -14,12 +14,13 @@ What a server leaves on disk lies in one private run directory, which `stop` rem
 import contextlib
 import os
 import re
+import resource
 import secrets
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
 from ensemble.errors import ERROR_MARK
 from ensemble.models.spec import load_model_spec
 from ensemble.openai_front import API_KEY_VARIABLE
+from ensemble.replicas.launchers.base import GIVE_BACK_MEMORY
 from ensemble.serving import control
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.metrics_page import METRICS_VARIABLE
@@ -46,8 +48,12 @@ LOADED_TO_READY_S = 60.0  # a server that is not ready so long after its models 
 MAX_STALLED_STARTS = 2
 RELAY, OPENAI_FRONT = "HTTP relay", "OpenAI front"  # the processes beside the Triton server
 CONTROL_S = 2.0  # for the scheduler to answer a command
+MANY_CORES = 4
 STACKS_S = 0.5  # for the stubs to write their stacks, if they can
 LAST_WORDS_S = 1.0  # for the last errors to be handed over
+# What a stub's shared memory may grow to for what comes in, and never shrinks from: room for many requests, and for
+# each token of the longest one more than any text or message of so many tokens has. The server refuses what is larger.
+SHM_BYTES, SHM_BYTES_PER_TOKEN = 32 << 20, 2 << 10
 # What is in the log of every start on a machine without GPU, and no reason of anything.
 NO_REASON = re.compile("CUDA|NVML|DCGM", re.IGNORECASE)
 LAST_CRY = re.compile("ASSERTION FAILED|terminate called|what\\(\\):")
@@ -82,6 +88,7 @@ class TritonServer:
         allowed_origins: Sequence[str] = (),  # of browsers' pages that may call the front
         max_body_bytes: int = MAX_BODY_BYTES,
         allow_client_shm: bool = False,  # clients may register shared memory
+        num_postprocess: int | None = None,  # instances of that model; None: two, or one where there are few cores
     ) -> None:
         self.deployment = deployment
         self.ports = ports
@@ -95,6 +102,8 @@ class TritonServer:
         self._allowed_origins = allowed_origins
         self._max_body_bytes = max_body_bytes
         self._allow_client_shm = allow_client_shm
+        # On two cores one, whose responses carry more tokens: docs/results/README.md.
+        self._num_postprocess = num_postprocess or (2 if len(os.sched_getaffinity(0)) >= MANY_CORES else 1)
         self._local_ray: LocalRay | None = None  # a cluster of our own
         self._ray: subprocess.Popen[bytes] | None = None
         self._own_http = (host, 0)  # where the Triton server itself listens
@@ -191,8 +200,7 @@ class TritonServer:
                 raise ServerError(f"port {port} is in use")
         own_http, own_metrics = free_ports(2, besides={*astuple(self.ports)})
         self._own_http = ("127.0.0.1", own_http) if self._has_relay else (self.host, self.ports.http)
-        has_scheduler = (self.model_repository / "scheduler").is_dir()  # which serves the metrics port
-        self._own_metrics = ("127.0.0.1", own_metrics) if has_scheduler else (self.host, self.ports.metrics)
+        self._own_metrics = ("127.0.0.1", own_metrics) if self._has_scheduler else (self.host, self.ports.metrics)
         if self.deployment.launcher == "ray" and not os.environ.get("RAY_ADDRESS"):
             self._local_ray = LocalRay()
         self._run_dir = RunDir()
@@ -213,7 +221,7 @@ class TritonServer:
         self._run_dir.server_starts()
         if self._local_ray is not None:
             self._ray = self._spawn(self._local_ray.command(self.run_dir, self.deployment))
-        self._process = self._spawn(self._command(Installation.find()))
+        self._process = self._spawn(self._command(Installation.find()), GIVE_BACK_MEMORY)
         self._watch = StubWatch(self.run_dir)
 
     def _start_beside(self) -> None:
@@ -225,9 +233,9 @@ class TritonServer:
             if name not in self._beside or self._beside[name].poll() is not None:
                 self._beside[name] = self._spawn(command())
 
-    def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: list[str], defaults: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
-            return spawn(command, log, self._environment())
+            return spawn(command, log, {**(defaults or {}), **self._environment()})
 
     def wait_ready(self, progress: Progress = lambda line: None, timeout_s: float = 3600.0) -> None:
         """Returns when all models are ready and all fronts open; `progress` gets the operator's lines of the log.
@@ -270,7 +278,21 @@ class TritonServer:
                 raise ServerError(f"the server was not ready after {timeout_s:.0f} s")
             time.sleep(0.05)
         assert self._run_dir is not None
+        self._limit_shared_memory()
         self._run_dir.server_is_ready()
+
+    def _limit_shared_memory(self) -> None:
+        """The server has no such limit, but cannot make a file longer than its own, which its stubs do not inherit now.
+
+        Python, which execs it, ignores SIGXFSZ, and so it does. Its log is a file, too, but grows by the stubs' lines.
+        """
+        assert self._process is not None
+        if not self._has_scheduler:
+            return
+        limit = SHM_BYTES + SHM_BYTES_PER_TOKEN * self._max_model_len
+        _, hard = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
+        with contextlib.suppress(ProcessLookupError):  # `wait` will tell
+            resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (limit, hard))
 
     def wait(self) -> str:
         """Blocks until the server or its relay has ended, or can serve no more, and returns why in one line."""
@@ -426,8 +448,23 @@ class TritonServer:
         libpython = find_libpython()
         if libpython is not None:
             (self.run_dir / "lib" / libpython.name).symlink_to(libpython)
-        (self.run_dir / "models").symlink_to(self.model_repository.resolve())
+        self._link_models(self.run_dir / "models")
         (self.run_dir / "deployment.yaml").write_text(self.deployment.to_yaml(), encoding="utf-8")
+
+    def _link_models(self, folder: Path) -> None:
+        """With as many instances of `postprocess` as are asked for: its config.pbtxt cannot say by the cores."""
+        folder.mkdir()
+        for model in self.model_repository.resolve().iterdir():
+            if model.name != "postprocess":
+                (folder / model.name).symlink_to(model)
+                continue
+            (folder / model.name).mkdir()
+            for part in model.iterdir():
+                if part.name != "config.pbtxt":
+                    (folder / model.name / part.name).symlink_to(part)
+            config = (model / "config.pbtxt").read_text(encoding="utf-8")
+            config = re.sub(r"count: \d+", f"count: {self._num_postprocess}", config)
+            (folder / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
 
     def _command(self, installation: Installation) -> list[str]:
         num_replicas = self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas
@@ -468,7 +505,7 @@ class TritonServer:
         arguments = {
             "model": model.path,
             "name": model.name,
-            "max-model-len": model.limit_model_len(load_model_spec(model.path).max_model_len),
+            "max-model-len": self._max_model_len,
             "grpc-url": self.grpc_url,
             "ready-url": f"{self.http_url}/v2/health/ready",
             "max-body-bytes": self._max_body_bytes,
@@ -480,6 +517,16 @@ class TritonServer:
         options = [f"--{name}={value}" for name, value in arguments.items()]
         options += [f"--allowed-origin={origin}" for origin in self._allowed_origins]
         return [sys.executable, "-m", "ensemble.openai_front", *options]
+
+    @property
+    def _has_scheduler(self) -> bool:
+        """Whether the models are ours: that one serves the metrics port."""
+        return (self.model_repository / "scheduler").is_dir()
+
+    @property
+    def _max_model_len(self) -> int:
+        model = self.deployment.model
+        return model.limit_model_len(load_model_spec(model.path).max_model_len)
 
     @property
     def _closed_protocols(self) -> str:

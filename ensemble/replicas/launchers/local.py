@@ -11,7 +11,7 @@ from pathlib import Path
 
 import zmq
 
-from ensemble.replicas.launchers.base import WORKER, ReplicaStart, rank_arguments
+from ensemble.replicas.launchers.base import GIVE_BACK_MEMORY, WORKER, ReplicaStart, rank_arguments
 from ensemble.replicas.progress import Beats, Progress
 
 
@@ -126,10 +126,11 @@ class LocalLauncher:
         program = self._program or [shutil.which("python3") or "python3", *WORKER]
         peer_address = f"ipc://{self._run_dir}/{start.name}.peer"
         group_address = f"file://{self._run_dir}/{start.name}.group"
+        environment = dict(os.environ.items() - GIVE_BACK_MEMORY.items())
         ranks = []
         for rank in range(len(start.devices)):
             arguments = rank_arguments(start, rank, f"{peer_address}.{rank}" if rank else peer_address, group_address)
-            ranks.append(LocalRank.start(program, arguments, self._alive_fds[0]))
+            ranks.append(LocalRank.start(program, arguments, self._alive_fds[0], environment))
         processes = LocalRanks(ranks)
         self._started = [each for each in self._started if not each.is_collected] + [processes]
         return processes

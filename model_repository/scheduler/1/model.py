@@ -20,7 +20,8 @@ class ClientCall:
 
     def __init__(self, request):
         self._sender = request.get_response_sender()
-        self.request_id, self.parameters = request.request_id, request.parameters
+        # Not the request itself: as long as that is there, its inputs are in shared memory.
+        self.request_id, self.parameters = request.request_id(), request.parameters()
 
     def send(self, outputs, final):
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
