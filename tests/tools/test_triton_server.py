@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import tritonclient.grpc as grpc
 
 from ensemble.config import Deployment
+from ensemble.listener import MAX_FILES
 from tools.installation import server_files as installation
 from tools.installation.server_files import Installation, ServerError
 from tools.server.ports import Ports
@@ -85,8 +87,11 @@ def traces(run_dir: Path) -> list[Path]:
 def test_serves_and_leaves_nothing(tmp_path: Path, deployment: Deployment) -> None:
     repository = make_repository(tmp_path / "a model repository", DOUBLE)
     seen: list[str] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))  # a shell's
     with TritonServer(deployment, model_repository=repository, log_path=tmp_path / "log") as server:
         server.wait_ready(seen.append, timeout_s=120)
+        assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[0] == min(MAX_FILES, limits[1])
         assert double(server, [1, 2, 3]) == [2, 4, 6]
         with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
             assert b"nv_inference_request_success" in response.read()

@@ -26,6 +26,7 @@ from types import TracebackType
 
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
 from ensemble.errors import ERROR_MARK
+from ensemble.listener import raise_file_limit
 from ensemble.models.spec import load_model_spec
 from ensemble.openai_front import API_KEY_VARIABLE
 from ensemble.serving import control
@@ -184,6 +185,7 @@ class TritonServer:
     def start(self) -> None:
         """Starts the server program. Raises ServerError."""
         installation = Installation.find()
+        raise_file_limit()  # the server's, the stubs' and the workers' too
         if self.ports is None:
             self.ports = Ports.free()
         for port in (*astuple(self.ports), *([] if self._openai_port is None else [self._openai_port])):
