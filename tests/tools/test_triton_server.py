@@ -242,6 +242,29 @@ def test_a_port_in_use_is_named(tmp_path: Path, deployment: Deployment) -> None:
             server.start()
 
 
+KILLED = """
+import os, signal, subprocess, sys
+from tools.server.run_dir import RunDir
+from ensemble.serving.run_dir import RUN_DIR_VARIABLE
+run = RunDir()
+listen = "import socket, sys, time; s = socket.create_server(('', int(sys.argv[1]))); print(flush=True); time.sleep(99)"
+environment = {**os.environ, RUN_DIR_VARIABLE: str(run.path)}
+command = [sys.executable, "-c", listen, sys.argv[1]]
+child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=-3)
+child.stdout.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_ports_of_a_killed_server_are_free_for_the_next_one_at_once(tmp_path: Path, deployment: Deployment) -> None:
+    """Though what it left has not ended yet."""
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    ports = Ports.free()
+    subprocess.run([sys.executable, "-c", KILLED, str(ports.grpc)], check=False, timeout=60)
+    with TritonServer(deployment, model_repository=repository, ports=ports) as server:
+        assert server.poll() is None
+
+
 @pytest.mark.parametrize("host", ["::", "::1"])
 def test_ipv6(tmp_path: Path, deployment: Deployment, host: str) -> None:
     """Every front; `::` takes HTTP clients of both kinds."""
