@@ -6,7 +6,6 @@ makes a 400 of every error inside an ensemble.
 """
 
 import reprlib
-import sys
 from typing import Any, Literal
 
 _SHORT = reprlib.Repr()  # a client's value may be huge, or nested deeper than repr() follows
@@ -22,12 +21,6 @@ def sendable(text: str) -> str:
         return text.encode(errors="surrogateescape").decode(errors="replace")
     except UnicodeEncodeError:
         return text.encode(errors="replace").decode()
-
-
-def tell_operator(text: str) -> None:
-    """Writes a line that tools.serve shows to the server's log, in UTF-8 whatever the locale."""
-    sys.stderr.buffer.write(f"distserve: {sendable(text)}\n".encode())
-    sys.stderr.flush()
 
 
 class DistServeError(Exception):

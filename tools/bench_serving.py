@@ -45,7 +45,7 @@ from tools.server.triton_server import TritonServer
 
 def main(
     more_goodput: Annotated[list[str] | None, Argument(hidden=True)] = None,
-    url: Annotated[str, Option(help="of the gRPC service")] = "localhost:8001",
+    url: Annotated[str, Option(help="HOST:PORT of the gRPC service")] = "localhost:8001",
     serve: Annotated[bool, Option("--serve", help="start a server for the run, as make serve does")] = False,
     endpoint: Annotated[str, Option(help="ensemble: text; scheduler: token ids of exact lengths")] = "ensemble",
     model: Annotated[
@@ -87,6 +87,8 @@ def main(
     percentiles = parse_percentiles(metric_percentiles)
     workload = Workload(dataset_name, dataset_path, input_len, output_len, range_ratio, scale)
     load = Load(workload, num_prompts, request_rate, burstiness, trace_speed, max_concurrency, endpoint, seed, timeout)
+    if "://" in url:  # as of HTTP: gRPC would say that nobody is there
+        raise ConfigError(f"--url {url}: must be HOST:PORT of the gRPC service, such as localhost:8001")
     if client not in ("ours", "perf_analyzer"):
         raise ConfigError(f"--client {client}: must be ours or perf_analyzer")
     path = resolve_model(model) if model else ensure_default_model()

@@ -101,10 +101,11 @@ def chat(url: str, **sampling: Any) -> None:
 
 
 Url = Annotated[str, Option(help="of the HTTP service")]
-Temperature = Annotated[float, Option(help="0 is greedy")]
+MaxTokens = Annotated[int, Option(min=1)]
+Temperature = Annotated[float, Option(min=0, help="0 is greedy")]
 
 
-def talk(url: Url = HTTP_URL, max_tokens: int = 256, temperature: Temperature = 0.0) -> None:
+def talk(url: Url = HTTP_URL, max_tokens: MaxTokens = 256, temperature: Temperature = 0.0) -> None:
     """A conversation with the model of a running server, until end of input."""
     chat(url, max_tokens=max_tokens, temperature=temperature)
 
@@ -114,7 +115,7 @@ def main(
         str | None, Argument(help="continued as it is; without one: a chat, by the model's template")
     ] = None,
     url: Url = HTTP_URL,
-    max_tokens: int = 64,
+    max_tokens: MaxTokens = 64,
     temperature: Temperature = 0.0,
     health: Annotated[
         bool, Option("--health", help="say which replicas serve; exit status 1 if a stage has none")

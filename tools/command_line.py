@@ -26,7 +26,7 @@ def run(main: Callable[..., Any] | typer.Typer, foreign_options: Mapping[str, st
         app.command()(main)
     try:
         ensure_home()
-        typer.main.get_command(app).main(standalone_mode=False)
+        sys.exit(typer.main.get_command(app).main(standalone_mode=False))  # 130 of one that was interrupted
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except (DistServeError, DownloadError, OSError) as error:
@@ -37,6 +37,8 @@ def run(main: Callable[..., Any] | typer.Typer, foreign_options: Mapping[str, st
         option = str(getattr(error, "option_name", ""))
         ours = (foreign_options or {}).get(option.replace("_", "-"))
         message = f"{option}: here it is {ours}" if ours else error.format_message()
+        if message == "Missing command.":
+            message = f"a command is needed: {', '.join(typer.main.get_command(app).commands)}"  # type: ignore[attr-defined]
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

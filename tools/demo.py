@@ -35,8 +35,8 @@ class Answer:
 
 def main(
     prompt: Annotated[str, Option(envvar="PROMPT", help="continued as it is, without a chat template")] = PROMPT,
-    max_tokens: Annotated[int, Option(envvar="MAX_TOKENS")] = 64,
-    temperature: Annotated[float, Option(envvar="TEMPERATURE", help="0 is greedy")] = 0.0,
+    max_tokens: Annotated[int, Option(envvar="MAX_TOKENS", min=1)] = 64,
+    temperature: Annotated[float, Option(envvar="TEMPERATURE", min=0, help="0 is greedy")] = 0.0,
     model: Annotated[Path | None, Option(envvar="MODEL", help="directory or Hub name; none: SmolLM2-135M")] = None,
     mode: Annotated[str | None, Option(envvar="MODE", help="disaggregated or colocated")] = None,
 ) -> None:
@@ -48,8 +48,10 @@ def main(
         start(server, console)
         console.print(f"Ready after {time.monotonic() - started:.1f} s at {server.http_url}\n")
         print(prompt, end="", flush=True)
-        answer = stream_answer(server.http_url, text_input=prompt, max_tokens=max_tokens, temperature=temperature)
-        print("\n")
+        try:
+            answer = stream_answer(server.http_url, text_input=prompt, max_tokens=max_tokens, temperature=temperature)
+        finally:
+            print("\n")  # an error has a line of its own
         for line in report(answer):
             console.print(line, markup=False)
     console.print("\nServer stopped")

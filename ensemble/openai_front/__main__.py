@@ -7,7 +7,6 @@ python -m ensemble.openai_front --model DIR --name NAME --max-model-len 2048 \
 import argparse
 import asyncio
 import os
-import resource
 import socket
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import uvicorn
 from ensemble.chat import ChatTemplate
 from ensemble.collector import freeze_heap
 from ensemble.errors import ERROR_MARK, ModelError
-from ensemble.listener import listen
+from ensemble.listener import listen, raise_file_limit
 from ensemble.openai_front import API_KEY_VARIABLE
 from ensemble.openai_front.access import guard
 from ensemble.openai_front.app import Front, Limits, make_app
@@ -36,8 +35,7 @@ UNREAD_BODIES = 8  # so many times the longest body is read of one that is refus
 
 def main() -> None:
     arguments = parse_arguments()
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # one for each connection
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_file_limit()
     host, port = str(arguments.host), int(arguments.port)
     try:
         listener = listen(host, port, BACKLOG)

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ensemble.errors import InvalidRequest
 from ensemble.openai_front.answers import ChatAnswer, CompletionAnswer
@@ -116,6 +117,8 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         return await asyncio.wait_for(_read_all(request, max_bytes), BODY_TIMEOUT_S)
     except asyncio.TimeoutError:
         raise ApiError(408, f"The request's body has not come within {BODY_TIMEOUT_S:.0f} s.", code="timeout") from None
+    except ClientDisconnect:  # nobody reads it
+        raise ApiError(400, "The client has gone before the end of the request's body.") from None
 
 
 async def _read_all(request: Request, max_bytes: int) -> bytes:

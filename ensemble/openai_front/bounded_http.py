@@ -1,6 +1,7 @@
-"""uvicorn's HTTP/1.1 on httptools, which by itself takes a request's line and headers of any length, and closes a
-connection on what it cannot read before its client has read why."""
+"""uvicorn's HTTP/1.1 on httptools, which by itself takes a request's line and headers of any length and for any time,
+and closes a connection on what it cannot read before its client has read why."""
 
+import asyncio
 import json
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -9,14 +10,34 @@ from ensemble.openai_front.errors import ApiError
 from ensemble.openai_front.reading_on import LINGER_S
 
 MAX_HEAD_BYTES = 64 << 10
+HEAD_S = 60.0  # in which they have to come
 MAX_UNREAD_BYTES = 32 << 20  # are read and dropped behind what was no request
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """A connection. One whose request begins with more than MAX_HEAD_BYTES, give or take a read, gets 400."""
+    """A connection. One whose request begins with more than MAX_HEAD_BYTES, give or take a read, gets 400; one that
+    has not said its line and headers HEAD_S after it was made, or had begun, is closed."""
 
     _num_head_bytes: int | None = 0  # of the request whose head is being read; None: no head is
     _num_unread_bytes: int | None = None  # dropped since a 400; None: there was none
+    _head_deadline: asyncio.TimerHandle | None = None  # while a head is awaited
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_wait()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head_deadline is None:
+            self._head_deadline = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _end_wait(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
 
     def data_received(self, data: bytes) -> None:
         if self._num_unread_bytes is not None:
@@ -26,6 +47,7 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._num_head_bytes is not None:
             self._num_head_bytes += len(data)
+            self._await_head()
         super().data_received(data)
         if (self._num_head_bytes or 0) > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The request's head has more than {MAX_HEAD_BYTES} bytes.")
@@ -48,10 +70,12 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._num_head_bytes = self._num_head_bytes or 0
+        self._await_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._num_head_bytes = None
+        self._end_wait()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

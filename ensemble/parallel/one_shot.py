@@ -4,7 +4,6 @@ Each rank has a buffer, which the others map by CUDA IPC. They find out together
 """
 
 import ctypes
-import sys
 from dataclasses import dataclass
 
 import msgspec
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from ensemble.cache.kv_pool import export_cuda, map_peer_pool
+from ensemble.operator_log import tell_operator
 from ensemble.protocol.replica_replica import PoolHandle
 from kernels.all_reduce import BUFFER_BYTES, MAX_BYTES, all_reduce
 from kernels.backend import TRITON_DTYPES
@@ -80,7 +80,7 @@ def map_buffers(
     reasons = [store.get(f"reason-{peer}").decode() for peer in range(size)]
     if any(reasons):
         if rank == 0:
-            print(f"distserve: every all-reduce is NCCL's: {'; '.join(filter(None, reasons))}", file=sys.stderr)
+            tell_operator(f"every all-reduce is NCCL's: {'; '.join(filter(None, reasons))}")
         return None
     addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], dtype=torch.int64, device=device)
     return OneShot(buffers, addresses, rank, int(timeout_s * _POLLS_PER_S))

@@ -6,7 +6,6 @@ acknowledges each copy.
 """
 
 import contextlib
-import sys
 import time
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ import zmq
 from ensemble.cache.kv_pool import map_peer_pool
 from ensemble.config import TransferConfig
 from ensemble.errors import LinkBroken
+from ensemble.operator_log import tell_operator
 from ensemble.protocol.curve import CurveKey, connect
 from ensemble.protocol.replica_replica import (
     AttachPool,
@@ -231,7 +231,7 @@ class Peers:
                 self._check_device()
                 if transport == "cuda_ipc":
                     raise
-                print(f"distserve: {address} is not mapped: {error}", file=sys.stderr, flush=True)
+                tell_operator(f"{address} is not mapped: {error}")
         carriers: list[Carrier] = ["pair"] if transport == "nccl" else ["shared", "frames"]
         source.links[rank] = Link(
             self._context,
@@ -246,9 +246,7 @@ class Peers:
     def _tell_transport(self, source: Source) -> None:
         uses_nccl = self._device.type == "cuda" and any(link.carrier == "pair" for link in source.links.values())
         library = f" (NCCL {nccl.version()})" if uses_nccl else ""
-        print(
-            f"distserve: the KV of {source.address} comes by {source.transport}{library}", file=sys.stderr, flush=True
-        )
+        tell_operator(f"the KV of {source.address} comes by {source.transport}{library}")
 
     def _is_open(self, link: Link) -> bool:
         if link.error is not None:
@@ -259,7 +257,7 @@ class Peers:
         self._check_device()
         self.end_links(address)
         peer.why_not, peer.source = f"transfer.transport = {self._config.transport}: {reason}", None
-        print(f"distserve: the KV of {address} cannot be read: {peer.why_not}", file=sys.stderr, flush=True)
+        tell_operator(f"the KV of {address} cannot be read: {peer.why_not}")
         return peer.why_not
 
     def _check_device(self) -> None:

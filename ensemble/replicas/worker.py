@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -30,6 +29,7 @@ from ensemble.engine.engine import load_engine, use_device
 from ensemble.engine.timing import time_steps
 from ensemble.errors import ConfigError
 from ensemble.models.fingerprint import fingerprint
+from ensemble.operator_log import log_exception, tell_operator
 from ensemble.parallel.group import LOOPBACK, meet
 from ensemble.protocol.curve import CurveKey, connect, guard
 from ensemble.protocol.leader_follower import orders_address
@@ -232,7 +232,7 @@ def _exit_without_connection(monitor: "zmq.Socket[bytes]") -> None:
     except zmq.ContextTerminated:
         monitor.close(linger=0)
     else:
-        print("distserve: a worker has lost the connection to its stage, and ends", file=sys.stderr, flush=True)
+        tell_operator("a worker has lost the connection to its stage, and ends")
         os._exit(1)
 
 
@@ -242,6 +242,5 @@ if __name__ == "__main__":
     except Exception:
         # Nothing is torn down: after a fault of the GPU every call of CUDA fails, in destructors too, and the sooner
         # the process has ended, the sooner its requests are taken up elsewhere and the next life begins.
-        traceback.print_exc()
-        sys.stderr.flush()
+        log_exception()
         os._exit(1)

@@ -1,12 +1,12 @@
 """An attempt's end, and the next one: what replicas lose or give up is prefilled again, what cannot go on is failed."""
 
-import sys
 from collections.abc import Callable
 
 import msgspec
 
 from ensemble.config import Deployment, StageName
 from ensemble.errors import DistServeError, StageUnavailable
+from ensemble.operator_log import tell_operator
 from ensemble.protocol.router_replica import AttachFailed, CancelRequests, HandedOff, HandOff, Preempted
 from ensemble.router.dispatch import Dispatch
 from ensemble.router.fleet import Fleet, Replica
@@ -150,11 +150,7 @@ class Attempts:
         if source is None:
             return  # it has died: its end is told, or will be
         if (source.id, reader.id) not in self._dispatch.admission.unreachable:
-            print(
-                f"distserve: replica {reader.id} cannot map the KV pool of replica {source.id}: {failed.reason}",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell_operator(f"replica {reader.id} cannot map the KV pool of replica {source.id}: {failed.reason}")
         self._dispatch.admission.cannot_reach(source.id, reader.id)
         self._dispatch.prefix_moves.attach_failed(source, reader)
         source.down_reason = f"replica {reader.id} cannot map the KV pool of replica {source.id}: {failed.reason}"
@@ -169,7 +165,7 @@ class Attempts:
     def pulls_failed(self, reader: Replica, reasons: dict[int, str], now: float) -> None:
         """The prompt is computed again, `max_recoveries` times at most."""
         for attempt_id, reason in reasons.items():
-            print(f"distserve: replica {reader.id} did not get a sequence's KV: {reason}", file=sys.stderr, flush=True)
+            tell_operator(f"replica {reader.id} did not get a sequence's KV: {reason}")
             life = self._lives.of_attempt(attempt_id)
             if life is None:
                 continue

@@ -8,16 +8,15 @@ something to say. Which of them arrives, and when, is of no matter to the channe
 """
 
 import math
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from ensemble.config import StageName
 from ensemble.errors import DistServeError, InternalError, StageUnavailable
+from ensemble.operator_log import log_exception, tell_operator
 from ensemble.protocol.channel import Channel, Segment, decode_segment, encode_segment
 from ensemble.protocol.router_replica import FromStage, ToStage, decode_from_stage, decode_to_stage, encode
 from ensemble.threads import start_vital_thread
@@ -113,7 +112,7 @@ class Exchange:
             if is_to_be_told:
                 self._tell_at = math.inf
         if is_to_be_told and not self._closing.is_set():
-            print(f"distserve: calls to {self._stage} fail: {error}", file=sys.stderr, flush=True)
+            tell_operator(f"calls to {self._stage} fail: {error}")
 
 
 class ParkedEnd:
@@ -187,7 +186,7 @@ def _readable(items: list[bytes], decode: Callable[[bytes], Item], sender: str) 
         try:
             yield decode(item)
         except ValueError as error:
-            print(f"distserve: unreadable item of {sender}, dropped: {error}", file=sys.stderr, flush=True)
+            tell_operator(f"unreadable item of {sender}, dropped: {error}")
 
 
 def _guarded(reply: Reply) -> Reply:
@@ -197,6 +196,6 @@ def _guarded(reply: Reply) -> Reply:
         try:
             reply(value)
         except Exception:
-            traceback.print_exc()
+            log_exception()
 
     return answer

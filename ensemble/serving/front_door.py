@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError, InternalError, Overloaded, StageUnavailable, tell_operator
+from ensemble.errors import DistServeError, InternalError, Overloaded, StageUnavailable
+from ensemble.operator_log import tell_operator
 from ensemble.router.lives import Timeline
 from ensemble.serving import control, heartbeat
 from ensemble.serving.cancels import CancelReceiver, CancelWatch

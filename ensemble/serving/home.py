@@ -10,7 +10,6 @@ One thread owns everything.
 import math
 import os
 import queue
-import sys
 import tempfile
 import threading
 import time
@@ -20,7 +19,8 @@ import msgspec
 import zmq
 
 from ensemble.config import Deployment, StageName
-from ensemble.errors import ERROR_MARK, NO_RAY, ConfigError
+from ensemble.errors import NO_RAY, ConfigError
+from ensemble.operator_log import tell_operator
 from ensemble.protocol.curve import guard
 from ensemble.protocol.router_replica import (
     AddReplica,
@@ -96,7 +96,7 @@ class Home:
         if self._load_failure is not None:
             reason = self._load_failure
             self.close()
-            print(f"{ERROR_MARK} {reason}", file=sys.stderr, flush=True)
+            tell_operator(f"error: {reason}")
             raise ConfigError(reason)
 
     @property
@@ -296,7 +296,7 @@ class Home:
             self._started.set()
 
     def _log(self, line: str) -> None:
-        print(f"distserve: {self.name} {line}", file=sys.stderr, flush=True)
+        tell_operator(f"{self.name} {line}")
 
 
 _decode_up = msgspec.msgpack.Decoder(ReplicaUp).decode

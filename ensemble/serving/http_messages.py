@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 CHUNK_BYTES = 64 << 10
 MAX_HEAD_BYTES = 64 << 10
@@ -56,11 +56,19 @@ class NotServing(Refused):
         super().__init__(503, message)
 
 
-async def read_head(reader: asyncio.StreamReader) -> bytes:
-    """A request's line and headers, with the empty line; b"" when the client has closed. Raises BadRequest."""
+async def read_head(reader: asyncio.StreamReader, begins: Callable[[], None]) -> bytes:
+    """A request's line and headers, with the empty line; b"" when the client has closed. Raises BadRequest.
+
+    `begins` is called at its first byte, for which a client may let us wait: it may be reading an answer.
+    """
     try:
-        while (line := await read_line(reader)) == b"\r\n":  # some clients send one after a body
-            pass
+        line = b""
+        while not line:  # some clients send an empty line after a body
+            line = await reader.read(1)
+            if not line:
+                return b""
+            begins()
+            line = (line + await read_line(reader)).lstrip(b"\r\n")
         head = line
         while line != b"\r\n":
             line = await read_line(reader)

@@ -16,7 +16,6 @@ import codecs
 import contextlib
 import itertools
 import json
-import resource
 import secrets
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -26,7 +25,7 @@ from pathlib import Path
 import zmq
 
 from ensemble.errors import ERROR_MARK
-from ensemble.listener import listen
+from ensemble.listener import listen, raise_file_limit
 from ensemble.serving import fronts
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.http_contract import (
@@ -63,7 +62,7 @@ MAX_UNTOLD = 100_000  # tags on their way to the scheduler
 BACKLOG = 1024
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MAX_LARGE_BODIES = 64  # of `generate`s, longer than MAX_KEPT_BYTES, that are read at a time
-LARGE_BODY_S = 60.0  # in which one of them has to come
+REQUEST_S = 60.0  # in which a request has to come, head and body
 LINGER_S = 5.0  # a refused client may send on for so long: else it would not read why
 TAG_SECRET = f"http-{secrets.token_hex(8)}"  # no client can name another's request
 
@@ -73,6 +72,7 @@ class Limits:
     """What passes."""
 
     max_body_bytes: int
+    max_connections: int
     allow_client_shm: bool = False
 
 
@@ -84,18 +84,24 @@ class HttpRelay:
         self._run_dir = of_run
         self._limits = limits
         self._cancels = cancels
+        self._num_connections = 0
         self._num_large_bodies = 0
         self._tags = (f"{TAG_SECRET}-{number}" for number in itertools.count())
 
     async def serve(self, host: str, port: int) -> None:
-        server = await asyncio.start_server(self._connected, sock=listen(host, port, BACKLOG), limit=MAX_HEAD_BYTES)
+        listener = listen(host, port, BACKLOG)
+        server = await asyncio.start_server(self._connected, sock=listener, backlog=BACKLOG, limit=MAX_HEAD_BYTES)
         async with server:
             await server.serve_forever()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream = Upstream(writer)
-        with contextlib.suppress(OSError), closing(writer, upstream):
+        with contextlib.suppress(OSError), closing(writer, upstream), self._counted():
+            if self._num_connections > 2 * self._limits.max_connections:
+                return  # without a word: those who still hear theirs are as many as there may be
             try:
+                if self._num_connections > self._limits.max_connections:
+                    raise NotServing(f"{self._limits.max_connections} connections are open, the most there may be")
                 await self._pass_requests(reader, writer, upstream)
             except Refused as refused:
                 if not upstream.is_unanswered:  # else it would be taken for that answer
@@ -105,25 +111,37 @@ class HttpRelay:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(discard(reader), LINGER_S)
 
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._num_connections += 1
+        try:
+            yield
+        finally:
+            self._num_connections -= 1
+
     async def _pass_requests(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: Upstream
     ) -> None:
         """Until the client, or the Triton server, closes. Raises Refused."""
         tag = ""  # of the last `generate`: clients do not pipeline, so only that may be unanswered
+        deadline = Deadline(reader)
+        deadline.start()
         try:
-            while head := await read_head(reader):
+            while head := await read_head(reader, deadline.start):
                 head = as_plain_request(head)
                 request = fronts.request_of(head)
                 if fronts.asks_whether_live(request) and not upstream.is_unanswered:
+                    deadline.stop()
                     writer.write(response(200, [], b""))  # as long as this stands: the rest may be started again
                     continue
                 headers = parse_headers(head)
                 self._check(request)
                 await upstream.connect(self._upstream_port)
-                tag = await self._pass_request(request, head, headers, reader, upstream) or tag
+                tag = await self._pass_request(request, head, headers, reader, upstream, deadline) or tag
         except (OSError, EOFError):  # reset, or closed in the midst of a request
             pass
         finally:
+            deadline.stop()
             if tag and not upstream.has_closed:
                 with contextlib.suppress(zmq.Again):  # MAX_UNTOLD wait there: the scheduler is gone, or hangs
                     self._cancels.send(tag.encode(), zmq.NOBLOCK)
@@ -145,6 +163,7 @@ class HttpRelay:
         headers: dict[bytes, bytes],
         reader: asyncio.StreamReader,
         upstream: Upstream,
+        deadline: "Deadline",
     ) -> str:
         """One request to the Triton server. The tag that it got, if it is a `generate`. Raises Refused."""
         body = body_of(headers, reader, self._limits.max_body_bytes)
@@ -152,7 +171,9 @@ class HttpRelay:
         if fronts.is_generate(request):
             if waits:
                 upstream.answer(CONTINUE)
-            return await self._generate(request, head, headers, await self._read_whole(body), upstream)
+            whole = await self._read_whole(body)
+            deadline.stop()
+            return await self._generate(request, head, headers, whole, upstream)
         in_chunks = is_chunked(headers)
         was_unanswered, upstream.is_unanswered = upstream.is_unanswered, True
         unsent = head  # goes with the first of the body, unless the client waits to be told to send that
@@ -166,6 +187,7 @@ class HttpRelay:
         except Refused:  # the Triton server will not see the end of it, and does not answer
             upstream.is_unanswered = was_unanswered
             raise
+        deadline.stop()
         if in_chunks:
             unsent += b"0\r\n\r\n"
         if unsent:
@@ -181,9 +203,7 @@ class HttpRelay:
             raise NotServing(f"{MAX_LARGE_BODIES} bodies of more than {MAX_KEPT_BYTES} bytes are being read")
         self._num_large_bodies += 1
         try:
-            rest, _ = await asyncio.wait_for(read_first(body), LARGE_BODY_S)
-        except asyncio.TimeoutError:
-            raise Refused(408, f"the body has not come within {LARGE_BODY_S:.0f} s") from None
+            rest, _ = await read_first(body)
         finally:
             self._num_large_bodies -= 1
         return first + rest
@@ -213,8 +233,27 @@ class HttpRelay:
         return tag
 
 
+class Deadline:
+    """Of a request that has begun to come: what reads it then raises Refused."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Unless it runs."""
+        if self._timer is None:
+            late = Refused(408, f"the request has not come within {REQUEST_S:.0f} s")
+            self._timer = asyncio.get_running_loop().call_later(REQUEST_S, self._reader.set_exception, late)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 async def discard(reader: asyncio.StreamReader) -> None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, Refused):  # a request that came too late stays so
         while await reader.read(CHUNK_BYTES):
             pass
 
@@ -229,12 +268,11 @@ def closing(writer: asyncio.StreamWriter, upstream: Upstream) -> Iterator[None]:
 
 
 def main(host: str, port: str, upstream_port: str, of_run: str, max_body_bytes: str, *flags: str) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # two for each connection
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    max_connections = raise_file_limit() // 4  # each has two files here, one in the Triton server
     cancels: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     cancels.setsockopt(zmq.SNDHWM, MAX_UNTOLD)
     cancels.connect(cancel_address(Path(of_run)))
-    limits = Limits(int(max_body_bytes), "allow-client-shm" in flags)
+    limits = Limits(int(max_body_bytes), max_connections, "allow-client-shm" in flags)
     try:
         asyncio.run(HttpRelay(int(upstream_port), Path(of_run), limits, cancels).serve(host, int(port)))
     except OSError as error:

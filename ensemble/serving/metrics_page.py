@@ -6,10 +6,12 @@ its page, 0 for none); without it, as under a `tritonserver` that was started by
 
 import http.client
 import os
+import sys
+import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ensemble.errors import ConfigError
 from ensemble.listener import listen
@@ -18,6 +20,7 @@ from ensemble.threads import start_vital_thread
 METRICS_VARIABLE = "DISTSERVE_METRICS"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BACKLOG = 64
+MAX_CONNECTIONS = 64  # a thread each, in the scheduler's process
 CLOSING_S = 0.25  # in which it looks whether it is closed
 CLIENT_S, UPSTREAM_S = 10.0, 5.0  # deadlines of a request's reading, and of the Triton server's page
 
@@ -81,10 +84,29 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, page: MetricsPage, host: str, port: int) -> None:
         self.page = page
+        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__((host, port), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listen(host, port, BACKLOG)
         self.server_address = self.socket.getsockname()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Who finds no place is closed at once: nobody reads this page a hundred times at a time."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no news either."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

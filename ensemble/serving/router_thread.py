@@ -7,12 +7,12 @@ import queue
 import secrets
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
 from ensemble.config import Deployment, StageName
 from ensemble.errors import DistServeError, ErrorCode
+from ensemble.operator_log import log_exception
 from ensemble.protocol.router_replica import FromStage, ToStage
 from ensemble.request import FinishReason, Request, TokenLogProbs
 from ensemble.router.gauges import Gauges
@@ -175,14 +175,14 @@ class RouterThread:
                 self._router.tick(time.monotonic())
                 self._tell_serving()
         except Exception as error:  # a fault of ours that leaves the books, which all depend on, in doubt
-            traceback.print_exc()
+            log_exception()
             end_process(f"the router failed: {type(error).__name__}: {error}")
 
     def _do(self, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception:  # of one request, or one event: it harms no other
-            traceback.print_exc()
+            log_exception()
 
     def _received(self, items: list[FromStage]) -> None:
         now = time.monotonic()

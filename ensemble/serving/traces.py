@@ -12,7 +12,6 @@ They are made when the request has ended, from its timeline, on a thread of thei
 
 import queue
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from ensemble.operator_log import log_exception
 from ensemble.router.lives import Timeline
 from ensemble.serving.marks import TRACE_PARENT
 from ensemble.serving.metrics import Ended, observed
@@ -87,7 +87,7 @@ class Traces:
             try:
                 is_exported = self._export(requests)
             except Exception:  # serving needs no spans
-                traceback.print_exc()
+                log_exception()
                 is_exported = False
             if not is_exported:
                 self._on_dropped(len(requests))

@@ -5,6 +5,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Message
 
-from ensemble.openai_front import reading_on
+from ensemble.openai_front import bounded_http, reading_on
 from ensemble.openai_front.access import guard
 from ensemble.openai_front.app import read_body
 from ensemble.openai_front.bounded_http import BoundedHttp
@@ -132,3 +133,30 @@ def test_a_client_that_says_no_more_is_not_waited_for_for_ever(monkeypatch: pyte
     asyncio.run(serve())
     assert (b"connection", b"close") in sent[0]["headers"]
     assert [message.get("more_body", False) for message in sent[1:]] == [True, False]
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/take HT", b"GET /v1/other HTTP/1.1\r\n\r\nGET /v1"])
+def test_a_head_that_does_not_come_is_not_waited_for(port: int, begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "HEAD_S", 0.1)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(begun)
+        answer = b"".join(iter(lambda: client.recv(4096), b""))  # closed, in order
+    assert answer.count(b"HTTP/1.1 ") == begun.count(b"\r\n\r\n")
+
+
+def test_a_body_that_takes_longer_than_a_head_may_is_read(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "HEAD_S", 0.1)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(f"{HEAD}Content-Length: 2\r\n\r\n1".encode())
+        time.sleep(0.3)
+        client.sendall(b"2")
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_goes_in_the_midst_of_a_body_is_no_fault(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(f"{HEAD}Content-Length: 9\r\n\r\n1".encode())
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    for _ in range(2):  # the loop has seen the first client's end when it answers the second time
+        assert ask(connection, "/v1/take", {**KEY, "Content-Length": "0"}, 0) == 200
+    assert not caplog.records

@@ -3,6 +3,7 @@
 Its worker processes are real, but compute nothing (fake_worker.py).
 """
 
+import contextlib
 import os
 import queue
 import re
@@ -302,6 +303,23 @@ def test_a_killed_worker_is_told_of_and_started_again(start_home: StartHome, cap
         assert (again.replica, again.life) == (2, 1) and again.pid != up.pid
         router.wait_for_event(again, "hello")
     assert f"distserve: decode replica 2: {reason}; next start in 0.5 s\n" in capfd.readouterr().err
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_no_replica(
+    start_home: StartHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full, start_home() as home:
+        monkeypatch.setattr(sys, "stderr", full)
+        router = Router(home)
+        [up] = router.up()
+        os.kill(up.pid, signal.SIGKILL)
+        router.wait_for(ReplicaDown)
+        router.send(StartReplica(replica=2))
+        [again] = router.up()
+        assert again.life == 1
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_what_a_dying_worker_said_comes_before_its_end(start_home: StartHome) -> None:

@@ -1,5 +1,6 @@
 """The HTTP relay: what it does to requests, against an HTTP server that tells what reached it."""
 
+import asyncio
 import contextlib
 import gzip
 import http.client
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,10 +32,11 @@ from ensemble.errors import (
     Overloaded,
     StageUnavailable,
 )
+from ensemble.serving import http_relay
 from ensemble.serving.heartbeat import beats_folder
 from ensemble.serving.http_contract import MAX_KEPT_BYTES, AnswerInspector, as_plain_request
 from ensemble.serving.http_messages import UnchunkedAnswer, with_first_member
-from ensemble.serving.http_relay import MAX_LARGE_BODIES
+from ensemble.serving.http_relay import MAX_LARGE_BODIES, HttpRelay, Limits
 from ensemble.serving.marks import CLIENT_TAG
 from ensemble.serving.run_dir import cancel_address
 from tools.server.ports import Ports
@@ -702,3 +704,106 @@ def test_a_server_that_ends_before_it_answers_is_an_error_and_no_silence(tmp_pat
         response = connection.getresponse()
         assert response.status == 503
         assert json.load(response) == {"error": "the Triton server does not answer"}
+
+
+@contextlib.asynccontextmanager
+async def relay_here(upstream_port: int, run_dir: Path, max_connections: int = 1000) -> AsyncIterator[int]:
+    """In this event loop. Its port."""
+    port = Ports.free().http
+    with zmq.Context() as context, context.socket(zmq.PUSH) as cancels:
+        cancels.setsockopt(zmq.LINGER, 0)
+        limits = Limits(MAX_BODY_BYTES, max_connections)
+        serving = asyncio.create_task(HttpRelay(upstream_port, run_dir, limits, cancels).serve("127.0.0.1", port))
+        while not port_answers(port):
+            await asyncio.sleep(0.01)
+        yield port
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+def port_answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_crowd_that_comes_at_once_waits_in_the_backlog(tmp_path: Path) -> None:
+    """Who found no room there would try again after a second, and later."""
+
+    async def connect_while_it_is_busy() -> None:
+        async with relay_here(0, tmp_path) as port:
+            with contextlib.ExitStack() as stack:
+                for _ in range(500):
+                    stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=0.5))
+
+    asyncio.run(connect_while_it_is_busy())
+
+
+def test_one_connection_too_many_is_told_so_and_a_place_is_free_again(
+    echo: ThreadingHTTPServer, tmp_path: Path
+) -> None:
+    async def ask(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /v2 HTTP/1.1\r\n\r\n")
+        found = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        writer.close()
+        return found + (await reader.read() if b"503" in found else b"")
+
+    async def crowd() -> None:
+        async with relay_here(echo.server_port, tmp_path, max_connections=2) as port:
+            writers = [(await asyncio.open_connection("127.0.0.1", port))[1] for _ in range(2)]
+            refused = await ask(port)
+            assert refused.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 1" in refused
+            assert b"2 connections are open" in refused
+            for writer in writers:
+                writer.close()
+            while b" 200 " not in await ask(port):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(crowd(), 30))
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"POST /v2/mod",
+        b"GET /v2 HTTP/1.1\nHost: x\n\n",
+        f"POST {GENERATE} HTTP/1.1\r\nContent-Length: 9\r\n\r\n{{".encode(),
+        b"GET /v2/health/live HTTP/1.1\r\n\r\nGET /v2",
+    ],
+)
+def test_a_request_that_does_not_come_to_an_end_is_not_waited_for(
+    echo: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr(http_relay, "REQUEST_S", 0.1)
+
+    async def ask() -> bytes:
+        async with relay_here(echo.server_port, tmp_path) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(begun)
+            answer = await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+            return answer
+
+    answer = asyncio.run(ask())
+    assert b"HTTP/1.1 408 " in answer and b"the request has not come within" in answer
+
+
+def test_who_waits_for_an_answer_or_rests_is_not_hurried(
+    echo: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_relay, "REQUEST_S", 0.1)
+    Echo.go_on.clear()
+
+    async def ask() -> None:
+        async with relay_here(echo.server_port, tmp_path) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(2):
+                writer.write(f"POST {GENERATE}?wait HTTP/1.1\r\nContent-Length: 8\r\n\r\n".encode() + b'{"a": 1}')
+                await asyncio.sleep(0.3)  # longer than a request may take to come
+                Echo.go_on.set()
+                assert (await reader.readuntil(b'"a": 1}')).startswith(b"HTTP/1.1 200 ")
+                await asyncio.sleep(0.3)
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 30))

@@ -1,6 +1,9 @@
 """The page of metrics: the Triton server's own and ours, or neither."""
 
+import contextlib
 import http.client
+import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ensemble.errors import ConfigError
 from ensemble.serving.metrics import ITL, Metrics
-from ensemble.serving.metrics_page import METRICS_VARIABLE, MetricsPage
+from ensemble.serving.metrics_page import MAX_CONNECTIONS, METRICS_VARIABLE, MetricsPage
 
 
 class _TritonServersPage(BaseHTTPRequestHandler):
@@ -71,6 +74,24 @@ def test_ours_alone_for_a_server_started_by_hand(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(METRICS_VARIABLE, "8002")
     with pytest.raises(ConfigError, match="DISTSERVE_METRICS = '8002': HOST PORT UPSTREAM_PORT"):
         MetricsPage.from_environment(lambda: "")
+
+
+def test_a_crowd_costs_no_more_threads_than_there_are_places() -> None:
+    page = MetricsPage("127.0.0.1", 0, 0, lambda: "ours 1\n")
+    num_threads = threading.active_count()
+    with contextlib.ExitStack() as stack:
+        stack.callback(page.close)
+        crowd = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", page.port), timeout=5))
+            for _ in range(MAX_CONNECTIONS + 8)
+        ]
+        for each in crowd[MAX_CONNECTIONS:]:
+            assert each.recv(1) == b""
+        assert threading.active_count() <= num_threads + MAX_CONNECTIONS
+        for each in crowd[:MAX_CONNECTIONS]:
+            each.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            assert b"".join(iter(lambda each=each: each.recv(4096), b"")).endswith(b"ours 1\n")  # type: ignore[misc]
+        assert get(page.port) == "ours 1\n", "a place is free again"
 
 
 def test_values_as_prometheus_reads_them() -> None:

@@ -1,5 +1,6 @@
 """What an operator types: `tools.serve`, `tools.demo`, `tools.client`, as programs."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -31,7 +32,8 @@ def environment(model: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def run(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *arguments], env=env, capture_output=True, text=True, timeout=120)
+    how = [] if arguments[0] == "-c" else ["-m"]
+    return subprocess.run([sys.executable, *how, *arguments], env=env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.server
@@ -103,9 +105,46 @@ def test_demo_streams_an_answer_and_says_where_the_time_went(environment: dict[s
 
 @pytest.mark.server
 def test_demo_fails_when_the_answer_does_not_come(environment: dict[str, str]) -> None:
-    result = run("tools.demo", "--max-tokens", "0", env=environment)
+    result = run("tools.demo", "--max-tokens", "100000", env=environment)
     assert result.returncode == 1
     assert re.fullmatch(r"error: .*max_tokens.*\n", result.stderr)
+    assert result.stdout.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["tools.demo", "--max-tokens", "0"], "'--max-tokens' .*greater than or equal to 1"),
+        (["tools.client", "Hello", "--temperature", "-1"], "'--temperature'.*greater than or equal to 0"),
+        (["tools.bench_serving", "--client", "vllm"], "--client vllm: must be ours or perf_analyzer"),
+        (
+            ["tools.bench_serving", "--url", "http://localhost:8000"],
+            "--url http://localhost:8000: must be HOST:PORT .*",
+        ),
+        (["tools.fleet"], "a command is needed: list, add, .*"),
+    ],
+)
+def test_what_can_be_refused_at_once_is(environment: dict[str, str], command: list[str], message: str) -> None:
+    result = run(*command, env=environment)
+    assert result.returncode in (1, 2) and result.stdout == ""
+    assert re.fullmatch(f"error: .*{message}\n", result.stderr)
+
+
+def test_an_interrupted_command_says_so_to_its_shell_and_nothing_to_its_user(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "tools.client"]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as chat:
+        assert chat.stdout is not None and chat.stderr is not None
+        assert chat.stdout.read(2) == b"> "
+        while chat.poll() is None:  # one that comes just before it reads is seen with the next
+            chat.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                chat.wait(0.5)
+        assert chat.returncode == 130
+        assert chat.stderr.read() == b""
+    while_it_imports = run("-c", "import tools; raise KeyboardInterrupt", env=environment)
+    assert while_it_imports.returncode != 0 and while_it_imports.stderr == ""
 
 
 @pytest.mark.parametrize(

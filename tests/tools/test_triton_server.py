@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import tritonclient.grpc as grpc
 
 from ensemble.config import Deployment
+from ensemble.listener import MAX_FILES
 from tools.installation import server_files as installation
 from tools.installation.server_files import Installation, ServerError
 from tools.server.ports import Ports
@@ -85,8 +87,11 @@ def traces(run_dir: Path) -> list[Path]:
 def test_serves_and_leaves_nothing(tmp_path: Path, deployment: Deployment) -> None:
     repository = make_repository(tmp_path / "a model repository", DOUBLE)
     seen: list[str] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))  # a shell's
     with TritonServer(deployment, model_repository=repository, log_path=tmp_path / "log") as server:
         server.wait_ready(seen.append, timeout_s=120)
+        assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[0] == min(MAX_FILES, limits[1])
         assert double(server, [1, 2, 3]) == [2, 4, 6]
         with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
             assert b"nv_inference_request_success" in response.read()
@@ -235,6 +240,29 @@ def test_a_port_in_use_is_named(tmp_path: Path, deployment: Deployment) -> None:
         server = TritonServer(deployment, model_repository=repository, ports=Ports(free.http, port, free.metrics))
         with pytest.raises(ServerError, match=f"port {port} is in use"):
             server.start()
+
+
+KILLED = """
+import os, signal, subprocess, sys
+from tools.server.run_dir import RunDir
+from ensemble.serving.run_dir import RUN_DIR_VARIABLE
+run = RunDir()
+listen = "import socket, sys, time; s = socket.create_server(('', int(sys.argv[1]))); print(flush=True); time.sleep(99)"
+environment = {**os.environ, RUN_DIR_VARIABLE: str(run.path)}
+command = [sys.executable, "-c", listen, sys.argv[1]]
+child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=-3)
+child.stdout.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_ports_of_a_killed_server_are_free_for_the_next_one_at_once(tmp_path: Path, deployment: Deployment) -> None:
+    """Though what it left has not ended yet."""
+    repository = make_repository(tmp_path / "models", DOUBLE)
+    ports = Ports.free()
+    subprocess.run([sys.executable, "-c", KILLED, str(ports.grpc)], check=False, timeout=60)
+    with TritonServer(deployment, model_repository=repository, ports=ports) as server:
+        assert server.poll() is None
 
 
 @pytest.mark.parametrize("host", ["::", "::1"])

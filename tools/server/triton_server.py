@@ -27,6 +27,7 @@ from types import TracebackType
 
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
 from ensemble.errors import ERROR_MARK
+from ensemble.listener import raise_file_limit
 from ensemble.models.spec import load_model_spec
 from ensemble.openai_front import API_KEY_VARIABLE
 from ensemble.replicas.launchers.base import GIVE_BACK_MEMORY
@@ -193,6 +194,26 @@ class TritonServer:
     def start(self) -> None:
         """Starts the server program. Raises ServerError."""
         installation = Installation.find()
+        raise_file_limit()  # the server's, the stubs' and the workers' too
+        self._run_dir = RunDir()  # first: it ends what is left of a server that was killed, and may hold these ports
+        try:
+            self._choose_ports()
+            if self.deployment.launcher == "ray" and not os.environ.get("RAY_ADDRESS"):
+                self._local_ray = LocalRay()
+            self._fill_run_dir(installation)
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self.log_path.write_bytes(b"")
+            self._start_server()
+            self._start_beside()
+        except ServerError:
+            self.stop()
+            raise
+        except OSError as error:
+            self.stop()
+            raise ServerError(f"the Triton server cannot be started: {error}") from None
+
+    def _choose_ports(self) -> None:
+        """Raises ServerError."""
         if self.ports is None:
             self.ports = Ports.free()
         for port in (*astuple(self.ports), *([] if self._openai_port is None else [self._openai_port])):
@@ -201,18 +222,6 @@ class TritonServer:
         own_http, own_metrics = free_ports(2, besides={*astuple(self.ports)})
         self._own_http = ("127.0.0.1", own_http) if self._has_relay else (self.host, self.ports.http)
         self._own_metrics = ("127.0.0.1", own_metrics) if self._has_scheduler else (self.host, self.ports.metrics)
-        if self.deployment.launcher == "ray" and not os.environ.get("RAY_ADDRESS"):
-            self._local_ray = LocalRay()
-        self._run_dir = RunDir()
-        try:
-            self._fill_run_dir(installation)
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            self.log_path.write_bytes(b"")
-            self._start_server()
-            self._start_beside()
-        except OSError as error:
-            self.stop()
-            raise ServerError(f"the Triton server cannot be started: {error}") from None
 
     def _start_server(self) -> None:
         assert self._run_dir is not None

@@ -24,6 +24,7 @@ import ray
 
 from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
 from ensemble.errors import ConfigError
+from ensemble.operator_log import tell_operator
 from ensemble.protocol.curve import KEY_VARIABLE
 from ensemble.replicas.launchers.base import WORKER
 from ensemble.replicas.launchers.local import LocalRank
@@ -122,7 +123,7 @@ class Warden:
         while time.monotonic() < self._asked_at + STAGE_LOST_S:
             time.sleep(REPORT_S)
         self.kill()
-        print("distserve: the stage is lost: a rank ends", file=sys.stderr, flush=True)
+        tell_operator("the stage is lost: a rank ends")
         os._exit(1)
 
 
