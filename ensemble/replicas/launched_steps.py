@@ -54,6 +54,11 @@ class LaunchedSteps:
         return len(self._steps)
 
     @property
+    def num_places(self) -> int:
+        """Of the pipeline: as many steps are in flight, a sequence in one of them. 1: there is none."""
+        return self._engine.max_num_unread + 1 if self._engine.is_pipeline else 1
+
+    @property
     def next_is_done(self) -> bool:
         """Whether the first has run."""
         return self._steps[0].launched.handle.is_done
@@ -85,10 +90,14 @@ class LaunchedSteps:
         now = self._clock()
         # Steps that follow one another take what lies between their ends: the host's part of the next is hidden. One
         # that follows none passes all places of a pipeline meanwhile, and what it takes at each is a share of that.
-        num_places = self._engine.max_num_unread + 1 if self._engine.is_pipeline else 1
-        timed = TimedStep(step.shape, min((now - step.began) / num_places, now - self._committed_at))
+        timed = TimedStep(step.shape, min((now - step.began) / self.num_places, now - self._committed_at))
         self._committed_at = now
         return step, sampled, timed
+
+    def forget(self, request_id: int) -> None:
+        """A sequence that none of these has, and no other will have."""
+        if self._followers is not None:
+            self._followers.forget(request_id)
 
     def _log_probs_of(self, step: Step) -> Callable[[], dict[int, TokenLogProbs]] | None:
         """Where the last place of a pipeline samples, it has the log-probabilities too."""

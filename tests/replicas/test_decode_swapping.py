@@ -234,7 +234,7 @@ def test_cancels_in_the_midst_of_swaps_free_both_pools(
     cancelled: set[int] = set()
 
     def cancel_some(step: int) -> list[Event]:
-        here = sorted(pair.decode.loop._running)
+        here = sorted(pair.decode.loop._running.request_ids)
         if step % 5 != 4 or not here or len(cancelled) == NUM_REQUESTS // 2:
             return []
         request_id = rng.choice(here)

@@ -271,7 +271,7 @@ def states_of(replica: Replica) -> set[str]:
         "hands off": False in stays,
         "leases": bool(loop.leases),
         "arrives": bool(loop._arrivals.request_ids),
-        "decodes": bool(loop._running),
-        "is swapped": loop._scheduler.num_swapped_seqs > 0,
+        "decodes": bool(loop._running.request_ids),
+        "is swapped": loop._running.num_swapped > 0,
     }
     return {name for name, is_so in states.items() if is_so}
