@@ -198,7 +198,7 @@ class Router:
             case Released(request_ids=request_ids):
                 replica.num_free_blocks = event.num_free_blocks
                 self.dispatch.prefill.released(replica.id, request_ids)
-                self.dispatch.admission.released(replica.id, request_ids)
+                self.dispatch.decoders.released(replica.id, request_ids)
             case Joined():
                 self._joined(event, now)
             case Preempted():

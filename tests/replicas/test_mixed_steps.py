@@ -18,11 +18,13 @@ from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport
 from ensemble.replicas.prompt_budget import whole_tiles
 from ensemble.replicas.prompts import Prompts
 from ensemble.request import Request, SamplingParams
-from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.decoders import DecodeLimits, Decoders
 from ensemble.scheduling.estimator import StepEstimator, StepShape
 from ensemble.scheduling.placement import AIM
-from ensemble.scheduling.prefill import Limits, PrefillScheduler, PromptBatch
+from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefiller import Limits, PromptBatch
 from tests.checkpoints import make_tiny_llama
 from tests.replicas.pair import CPU, Replica, released_in, swaps_in, tokens_of
 from tests.serving.oracle import GreedyJudge
@@ -79,13 +81,14 @@ class Colocated:
             max_queue_tokens=100_000,
         )
         self.admission = DecodeAdmission(
+            Decoders(),
             block_size=deployment.block_size,
             max_bridge_wait_s=1.0,
         )
         self.credits = Credits(self.replica.engine.pool.num_blocks)
         self.prefill.replica_up(0, self.credits, Limits(deployment.num_prompt_tokens_beside, 3, stays=True))
         decode_limits = DecodeLimits(deployment.decode.num_places, self.replica.loop.num_host_blocks)
-        self.admission.replica_up(0, self.credits, decode_limits)
+        self.admission.decoders.replica_up(0, self.credits, decode_limits)
 
     def dispatch(self, batch: PromptBatch) -> None:
         chunks = [
@@ -120,7 +123,7 @@ class Colocated:
                     for batch_id in event.batch_ids:
                         self.prefill.batch_done(0, batch_id)
             self.prefill.released(0, released_in(new))
-            self.admission.released(0, released_in(new))
+            self.admission.decoders.released(0, released_in(new))
             self.replica.check_integrity()
             self.prefill.check_integrity()
             self.admission.check_integrity()
