@@ -15,9 +15,10 @@ from ensemble.config import Deployment, StageName
 from ensemble.errors import DistServeError, ErrorCode
 from ensemble.protocol.router_replica import FromStage, ToStage
 from ensemble.request import FinishReason, Request, TokenLogProbs
+from ensemble.router.events import Observe
 from ensemble.router.gauges import Gauges
 from ensemble.router.lives import Timeline
-from ensemble.router.router import Observe, Router
+from ensemble.router.router import Router
 from ensemble.scheduling.policies import Hints
 from ensemble.serving.exchange import CallModel, Exchange
 from ensemble.serving.metrics import Ended
