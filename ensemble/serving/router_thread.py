@@ -20,8 +20,8 @@ from ensemble.router.gauges import Gauges
 from ensemble.router.lives import Timeline
 from ensemble.router.router import Router
 from ensemble.scheduling.policies import Hints
+from ensemble.serving.ended_request import Ended
 from ensemble.serving.exchange import CallModel, Exchange
-from ensemble.serving.metrics import Ended
 from ensemble.serving.senders import SenderPool
 from ensemble.serving.streams import ClientStream
 from ensemble.threads import end_process

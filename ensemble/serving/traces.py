@@ -24,8 +24,8 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_contex
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ensemble.router.lives import Timeline
+from ensemble.serving.ended_request import Ended, observed
 from ensemble.serving.marks import TRACE_PARENT
-from ensemble.serving.metrics import Ended, observed
 from ensemble.threads import start_vital_thread
 
 MAX_QUEUED = 4096  # requests; those that come when so many wait have no spans
