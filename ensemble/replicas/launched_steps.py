@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
 from ensemble.replicas.followers import Followers
-from ensemble.replicas.prompts import PromptStep
 from ensemble.request import Sequence, TokenLogProbs
 from ensemble.scheduling.estimator import StepShape, TimedStep
 
@@ -18,7 +17,7 @@ from ensemble.scheduling.estimator import StepShape, TimedStep
 @dataclass(frozen=True, slots=True)
 class Step:
     launched: Launched
-    prompts: PromptStep
+    batch_ids: list[int]  # of prompts, that have run to their ends with it
     shape: StepShape
     began: float
 
@@ -67,7 +66,7 @@ class LaunchedSteps:
     def shapes(self) -> list[StepShape]:
         return [step.shape for step in self._steps]
 
-    def launch(self, batch: Batch, prompts: PromptStep) -> Step:
+    def launch(self, batch: Batch, batch_ids: list[int]) -> Step:
         shape = StepShape.of(
             [(row.start, row.length) for row in batch.prefills], [sequence.num_tokens for sequence in batch.decodes]
         )
@@ -76,7 +75,7 @@ class LaunchedSteps:
         began = self._clock()
         if self._followers is not None:
             self._followers.run(batch, self._num_committed)
-        step = Step(self._engine.launch(batch), prompts, shape, began)
+        step = Step(self._engine.launch(batch), batch_ids, shape, began)
         self._steps.append(step)
         self.request_ids.update(each.request_id for each in step.sequences)
         return step

@@ -5,8 +5,13 @@
     Join --> arrivals: wait for blocks, pull --copy completed----------+  +--last token--> blocks free
                                  CancelRequests, in every state: blocks free when the last step or copy has ended
 
-It knows no role: what the router sends is what it does. A lease ends when its reader acknowledges a completed copy, or
-the router cancels the request.
+arrivals   sequences and prefixes whose KV is pulled from other replicas
+prompts    what is to be computed, and is not finished
+running    sequences that decode, here or in the host pool by turns
+lending    KV that others may read: until they acknowledge a completed copy, or the router cancels the request
+launched   the steps that are in flight
+
+It knows no role: what the router sends is what it does.
 
 On a GPU a step is launched before the tokens of the one before are read. A sequence that those tokens end has then run
 a step too many: its last token is dropped, and its blocks are freed only when that step has run.
@@ -105,8 +110,8 @@ class EngineLoop:
         self._arrivals = Arrivals(
             self._device_blocks, peers, puller if followers is None else GroupPuller(puller, followers)
         )
-        self._prompts = Prompts(self._device_blocks, self._copy_blocks)
         self._launched = LaunchedSteps(engine, followers, clock)
+        self._prompts = Prompts(self._device_blocks, self._launched, self._lending, self._copy_blocks)
         self._running = RunningSequences(
             self.blocks, settings, self._launched, self._lending, self._swapper, layout.block_bytes
         )
@@ -218,16 +223,17 @@ class EngineLoop:
     def _cancel(self, request_ids: list[int]) -> list[Event]:
         released = []
         for request_id in request_ids:
+            has_left = False
             if request_id in self._prompts:
-                if self._prompts.cancel(request_id) or self._leave(request_id):
-                    released.append(request_id)
+                has_left = self._prompts.cancel(request_id)
             elif request_id in self._running:
-                if self._running.cancel(request_id):
-                    released.append(request_id)
+                has_left = self._running.cancel(request_id)
             elif request_id in self.leases:
                 self._lending.end(request_id)
-                released.append(request_id)
-            elif request_id in self._arrivals and self._arrivals.cancel(request_id):
+                has_left = True
+            elif request_id in self._arrivals:
+                has_left = self._arrivals.cancel(request_id)
+            if has_left:
                 released.append(request_id)
         return self._released(released) + self._running.swap_report()
 
@@ -267,7 +273,7 @@ class EngineLoop:
         events += self._preempted(self._running.give_up(plan.give_up))
         step = None
         if prompts.rows or plan.run:
-            step = self._launched.launch(Batch(prompts.rows, plan.run), prompts)
+            step = self._launched.launch(Batch(prompts.rows, plan.run), prompts.batch_ids)
         elif prompts.batch_ids:  # all their prompts were cancelled
             events.append(step_done([], [], prompts.batch_ids, self.num_free_blocks))
         if self.engine.runs_ahead:
@@ -335,38 +341,19 @@ class EngineLoop:
     def _commit_oldest(self) -> list[Event]:
         step, sampled, timed = self._launched.commit()
         self.estimator.observe(timed.shape, timed.seconds)
-        if self.cache is not None:
-            for row in step.launched.batch.prefills:
-                if (owner := Owner("sequence", row.sequence.request_id)) in self.cache:
-                    self.cache.commit(owner, row.end)
+        self._prompts.share(step)
         ended = [sequence.request_id for sequence in step.sequences if sequence.is_finished]
         released = self._released([request_id for request_id in ended if self._leave(request_id)])
         preempted = self._preempted(self._running.given_up_after(step))
-        handoffs = [self._lend_prompt(each) for each in step.finished_prompts if self._goes_on_elsewhere(each)]
-        done = step_done(sampled, handoffs, step.prompts.batch_ids, self.num_free_blocks, timed)
+        done = step_done(sampled, self._prompts.lend(step), step.batch_ids, self.num_free_blocks, timed)
         handed_off = self._handed_off(self._running.handed_off_after(step))
         if not self.engine.runs_ahead:
             self._decode_prompts(step, num_unread_tokens=0)
         return [done, *released, *preempted, *handed_off]
 
-    def _goes_on_elsewhere(self, sequence: Sequence) -> bool:
-        request_id = sequence.request_id
-        return not sequence.is_finished and request_id in self._prompts and not self._prompts.stays(request_id)
-
-    def _lend_prompt(self, sequence: Sequence) -> KVHandoff:
-        self._launched.forget(sequence.request_id)
-        return self._lending.offer(self._prompts.take(sequence.request_id))
-
     def _leave(self, request_id: int) -> bool:
         """Ends a prompt or a sequence; True if its blocks are free now, not only after launched steps or a copy."""
-        if request_id not in self._prompts:
-            return self._running.leave(request_id)
-        if request_id in self._launched.request_ids:
-            return False
-        self._launched.forget(request_id)
-        self._prompts.take(request_id)
-        self._device_blocks.free(Owner("sequence", request_id))
-        return True
+        return (self._prompts if request_id in self._prompts else self._running).leave(request_id)
 
     def _wait_for_copy(self) -> None:
         if self._swapper.num_in_flight:
