@@ -63,9 +63,7 @@ class Attempts:
 
     def preempted(self, replica: Replica, event: Preempted, now: float) -> None:
         """The replica has given sequences up for others, and their blocks are free: they are prefilled again."""
-        replica.num_free_blocks = event.num_free_blocks
-        self._dispatch.prefill.released(replica.id, event.request_ids)
-        self._dispatch.decoders.released(replica.id, event.request_ids)
+        self._dispatch.released(replica, event.request_ids, event.num_free_blocks)
         for attempt_id in event.request_ids:
             life = self._lives.of_attempt(attempt_id)
             if life is not None:

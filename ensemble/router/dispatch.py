@@ -120,6 +120,12 @@ class Dispatch:
         self.prefill.replica_removed(replica.id)
         self.decoders.replica_removed(replica.id)
 
+    def released(self, replica: Replica, attempt_ids: list[int], num_free_blocks: int) -> None:
+        """It has freed the blocks of these, and has so many free."""
+        replica.num_free_blocks = num_free_blocks
+        self.prefill.released(replica.id, attempt_ids)
+        self.decoders.released(replica.id, attempt_ids)
+
     def command(self, replica: Replica, command: Command) -> None:
         item = ToReplica(replica=replica.id, life=replica.life, command=msgspec.Raw(encode(command)))
         self._send(replica.home, item)

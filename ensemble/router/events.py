@@ -61,10 +61,8 @@ class Events:
         match event:
             case StepDone():
                 self._step_done(replica, event)
-            case Released(request_ids=request_ids):
-                replica.num_free_blocks = event.num_free_blocks
-                self._dispatch.prefill.released(replica.id, request_ids)
-                self._dispatch.decoders.released(replica.id, request_ids)
+            case Released():
+                self._dispatch.released(replica, event.request_ids, event.num_free_blocks)
             case Joined():
                 self._joined(event, now)
             case Preempted():

@@ -110,9 +110,9 @@ class Predictions:
         known = self._standings.get(replica.id)
         if known is None or self.now - known.seen_s > STALE_S:
             num_unfinished = len(set(self._prefill.unfinished(replica.id)))
-            num_seqs = self._admission.decoders.num_seqs(replica.id) - (
-                num_unfinished if replica.role != "prefill" else 0
-            )
+            num_seqs = self._admission.decoders.num_seqs(replica.id)
+            if replica.role != "prefill":
+                num_seqs -= num_unfinished
             known = self._standings[replica.id] = _Standing(
                 max(0, num_seqs),
                 self._rows(replica, num_seqs),
