@@ -152,7 +152,7 @@ class DecodeAdmission:
 
     def may_leave(self, request: Request, source: int) -> bool:
         """Whether there is a replica that takes hand-offs, could hold the request, and may map the source's pool."""
-        return self.decoders.could_ever_go(source, self._need(request))
+        return self._need(request).life <= self.decoders.largest_pool(source)
 
     def leave(self, request: Request, source: int) -> None:
         """A sequence decodes at a replica no more, and waits in the bridge, with its KV there, to go on elsewhere."""
@@ -187,7 +187,7 @@ class DecodeAdmission:
             request_id, source = entry
             need = self._promised[request_id]
             best = self.decoders.best_for(request_id, source, need)
-            if best is None and not self.decoders.could_ever_go(source, need):
+            if best is None and need.life > self.decoders.largest_pool(source):
                 stays += 1
                 continue
             if best is None or (request_ids and best != replica):
@@ -246,7 +246,7 @@ class DecodeAdmission:
             num_lacking += need.expected
             if decoder is None or not self.decoders.fits(source, request_id, need, decoder.credits.held(request_id)):
                 continue
-            may_wait = decoder.is_spare and self.decoders.could_ever_go(source, need)
+            may_wait = decoder.is_spare and need.life <= self.decoders.largest_pool(source)
             if may_wait and self._wait_s(max(1, num_lacking)) <= self.max_bridge_wait_s:
                 continue
             self._submit(request_id, source, source)

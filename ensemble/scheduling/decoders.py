@@ -55,12 +55,9 @@ class Decoder:
     def price(self, need: Need) -> int:
         return min(need.expected, self.num_blocks - self.num_reserved_blocks)
 
-    def could_ever_hold(self, need: Need) -> bool:
-        return need.life <= self.num_blocks
-
     def fits(self, need: Need, num_held_blocks: int = 0) -> bool:
         """`num_held_blocks`: that it has here already, and gives back."""
-        if not self.is_open or self.num_free_seqs < 1 or not self.could_ever_hold(need):
+        if not self.is_open or self.num_free_seqs < 1 or need.life > self.num_blocks:
             return False
         price = self.price(need)
         if price > self.num_free_blocks + num_held_blocks:
@@ -210,12 +207,14 @@ class Decoders:
             and self.fits(replica, request_id, need, decoder.credits.held(request_id))
         )
 
-    def could_ever_go(self, source: int, need: Need) -> bool:
-        """Whether there is a replica that takes hand-offs, could hold it if it were empty, and may map the source."""
-        return any(
-            decoder.takes_hand_offs and decoder.could_ever_hold(need) and (source, replica) not in self.unreachable
+    def largest_pool(self, source: int) -> int:
+        """Blocks of one, among the replicas that take what the source hands off; 0: there is none."""
+        pools = (
+            decoder.num_blocks
             for replica, decoder in self._up.items()
+            if decoder.takes_hand_offs and (source, replica) not in self.unreachable
         )
+        return max(pools, default=0)
 
     def best_for(self, request_id: int, source: int, need: Need) -> int | None:
         """Where it may go now: of those that take hand-offs the one with the most free blocks."""
