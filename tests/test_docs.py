@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ensemble.openai_front.protocol import WITHOUT_EFFECT, ChatRequest, CompletionRequest
-from ensemble.serving.metrics import FAMILIES
+from ensemble.serving.metric_families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "docs/architecture.md")}

@@ -5,7 +5,7 @@ Whatever comes of one, its source is told exactly once that its blocks are not r
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -13,7 +13,7 @@ import msgspec
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.errors import LinkBroken
-from ensemble.protocol.router_replica import Arrival, KVHandoff, PrefixPulled
+from ensemble.protocol.router_replica import Arrival, AttachFailed, KVHandoff, PrefixPulled
 from ensemble.replicas.group_parts import GroupPuller
 from ensemble.replicas.peers import Peers
 from ensemble.request import Sequence
@@ -44,7 +44,7 @@ class Ended:
     cancelled: list[int] = field(default_factory=list)  # request ids
     failed: dict[int, str] = field(default_factory=dict)  # request_id |-> reason
     prefixes: list[PrefixPulled] = field(default_factory=list)  # and what did not come of them
-    broken: list[tuple[Source, str]] = field(default_factory=list)  # whose links do not work, and why
+    unreadable: list[AttachFailed] = field(default_factory=list)  # whose links broke too often
 
 
 class Arrivals:
@@ -147,11 +147,12 @@ class Arrivals:
         """What has come of copies since the last call. The blocks of those that did not arrive are free."""
         ended = Ended(failed=self._refused)
         self._refused = {}
+        broken: list[tuple[Source, str]] = []
         for pull in self._puller.completed():
             arriving = self._arriving.pop(pull.request_id)
             self._peers.acknowledge(arriving.handoff)
             if isinstance(pull.error, LinkBroken):
-                ended.broken.append((pull.source, str(pull.error)))
+                broken.append((pull.source, str(pull.error)))
             if not isinstance(arriving.what, Sequence):
                 is_lost = arriving.is_cancelled or pull.error is not None
                 self._end_prefix(arriving, pull, str(pull.error or "cancelled") if is_lost else None)
@@ -165,6 +166,9 @@ class Arrivals:
             else:
                 ended.failed[pull.request_id] = str(pull.error)
         ended.prefixes, self._prefixes = self._prefixes, []
+        for source, link_error in broken:
+            if not self._peers.renew(source, link_error):
+                ended.unreadable += self._attach_failed(source.address, link_error)
         return ended
 
     def cancel(self, request_id: int, reason: str = "cancelled") -> bool:
@@ -177,6 +181,30 @@ class Arrivals:
             if not isinstance(arriving.what, Sequence):
                 self._end_prefix(arriving, reason=reason)
         return not arriving.is_copying
+
+    def receive_handles(self) -> list[AttachFailed]:
+        """Maps the pools whose handles have come. Gives up what was to come from those that cannot be mapped."""
+        failed = []
+        for address, reason in self._peers.receive_handles():
+            if reason is not None:
+                failed += self._attach_failed(address, reason)
+        return failed
+
+    def _attach_failed(self, address: str, reason: str) -> list[AttachFailed]:
+        failed = AttachFailed(address=address, reason=reason, request_ids=[])
+        return [failed, *self.give_up_unmappable([address])]
+
+    def give_up_unmappable(self, addresses: Iterable[str]) -> list[AttachFailed]:
+        """Of these, the pools that cannot be mapped, and from which something was to come: it is given up."""
+        failed = []
+        for address in addresses:
+            reason = self._peers.why_unmappable(address)
+            request_ids = self.from_source(address) if reason is not None else []
+            for request_id in request_ids:
+                self.cancel(request_id)
+            if reason is not None and request_ids:
+                failed.append(AttachFailed(address=address, reason=reason, request_ids=request_ids))
+        return failed
 
     def from_source(self, address: str) -> list[int]:
         """Request ids of those that come from a replica."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, Launched
 from ensemble.replicas.followers import Followers
-from ensemble.replicas.prompts import PromptStep
 from ensemble.request import Sequence, TokenLogProbs
 from ensemble.scheduling.estimator import StepShape, TimedStep
 
@@ -18,7 +17,7 @@ from ensemble.scheduling.estimator import StepShape, TimedStep
 @dataclass(frozen=True, slots=True)
 class Step:
     launched: Launched
-    prompts: PromptStep
+    batch_ids: list[int]  # of prompts, that have run to their ends with it
     shape: StepShape
     began: float
 
@@ -54,6 +53,11 @@ class LaunchedSteps:
         return len(self._steps)
 
     @property
+    def num_places(self) -> int:
+        """Of the pipeline: as many steps are in flight, a sequence in one of them. 1: there is none."""
+        return self._engine.max_num_unread + 1 if self._engine.is_pipeline else 1
+
+    @property
     def next_is_done(self) -> bool:
         """Whether the first has run."""
         return self._steps[0].launched.handle.is_done
@@ -62,7 +66,7 @@ class LaunchedSteps:
     def shapes(self) -> list[StepShape]:
         return [step.shape for step in self._steps]
 
-    def launch(self, batch: Batch, prompts: PromptStep) -> Step:
+    def launch(self, batch: Batch, batch_ids: list[int]) -> Step:
         shape = StepShape.of(
             [(row.start, row.length) for row in batch.prefills], [sequence.num_tokens for sequence in batch.decodes]
         )
@@ -71,7 +75,7 @@ class LaunchedSteps:
         began = self._clock()
         if self._followers is not None:
             self._followers.run(batch, self._num_committed)
-        step = Step(self._engine.launch(batch), prompts, shape, began)
+        step = Step(self._engine.launch(batch), batch_ids, shape, began)
         self._steps.append(step)
         self.request_ids.update(each.request_id for each in step.sequences)
         return step
@@ -85,10 +89,14 @@ class LaunchedSteps:
         now = self._clock()
         # Steps that follow one another take what lies between their ends: the host's part of the next is hidden. One
         # that follows none passes all places of a pipeline meanwhile, and what it takes at each is a share of that.
-        num_places = self._engine.max_num_unread + 1 if self._engine.is_pipeline else 1
-        timed = TimedStep(step.shape, min((now - step.began) / num_places, now - self._committed_at))
+        timed = TimedStep(step.shape, min((now - step.began) / self.num_places, now - self._committed_at))
         self._committed_at = now
         return step, sampled, timed
+
+    def forget(self, request_id: int) -> None:
+        """A sequence that none of these has, and no other will have."""
+        if self._followers is not None:
+            self._followers.forget(request_id)
 
     def _log_probs_of(self, step: Step) -> Callable[[], dict[int, TokenLogProbs]] | None:
         """Where the last place of a pipeline samples, it has the log-probabilities too."""

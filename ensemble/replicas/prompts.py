@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.engine.batch import PrefillRow
-from ensemble.protocol.router_replica import PromptChunk, RunPrompts
+from ensemble.protocol.router_replica import KVHandoff, PromptChunk, RunPrompts
+from ensemble.replicas.launched_steps import LaunchedSteps, Step
+from ensemble.replicas.lending import Lending
 from ensemble.request import Request, Sequence
 
 
@@ -34,14 +36,18 @@ class PromptStep:
 
 
 class Prompts:
-    """Owns the blocks of its sequences until they are taken out by `take`."""
+    """Owns the blocks of its sequences until they are lent, or taken out by `take`."""
 
     def __init__(
         self,
         blocks: BlockManager | PrefixCache,
+        launched: LaunchedSteps,
+        lending: Lending,
         copy_blocks: Callable[[list[int], list[int]], None],  # within the pool: block source[i] |-> block target[i]
     ) -> None:
         self._blocks = blocks
+        self._launched = launched
+        self._lending = lending
         self._copy_blocks = copy_blocks
         self._chunks: deque[_Chunk] = deque()
         self._sequences: dict[int, Sequence] = {}  # request_id |-> has blocks, its prompt is not finished
@@ -139,12 +145,38 @@ class Prompts:
         return self._sequences.pop(request_id)
 
     def cancel(self, request_id: int) -> bool:
-        """Ends a request. True if that is all; False if it has blocks: to be taken when no launched step uses them."""
+        """True if it has left: it had no blocks, or they are free."""
         if self._queued.pop(request_id, None) is not None:
             self._staying.discard(request_id)
             return True
         self._sequences[request_id].finish_reason = "cancelled"
-        return False
+        return self.leave(request_id)
+
+    def leave(self, request_id: int) -> bool:
+        """Ends a sequence. True if it has left: no launched step uses it, and its blocks are free."""
+        if request_id in self._launched.request_ids:
+            return False
+        self._launched.forget(request_id)
+        self.take(request_id)
+        self._blocks.free(Owner("sequence", request_id))
+        return True
+
+    def share(self, step: Step) -> None:
+        """What the step has computed, others may begin with."""
+        if isinstance(self._blocks, PrefixCache):
+            for row in step.launched.batch.prefills:
+                if (owner := Owner("sequence", row.sequence.request_id)) in self._blocks:
+                    self._blocks.commit(owner, row.end)
+
+    def lend(self, step: Step) -> list[KVHandoff]:
+        """Prompts that the step has finished, without ending them, and that go on elsewhere."""
+        handoffs = []
+        for sequence in step.finished_prompts:
+            request_id = sequence.request_id
+            if not sequence.is_finished and request_id in self and not self.stays(request_id):
+                self._launched.forget(request_id)
+                handoffs.append(self._lending.offer(self.take(request_id)))
+        return handoffs
 
     def ran(self, step: PromptStep, seconds: float) -> None:
         """A step with these rows took so long."""

@@ -1,8 +1,41 @@
-"""What a replica tells of its swaps and its prefix cache: what is new since the last report."""
+"""What a replica tells: of a step, of arrivals, and what is new of its swaps and its prefix cache."""
 
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.cache.swapper import Swapped
-from ensemble.protocol.router_replica import Event, PrefixReport, SwapReport
+from ensemble.protocol.router_replica import Event, Joined, KVHandoff, PrefixReport, StepDone, SwapReport
+from ensemble.request import Sequence
+from ensemble.scheduling.estimator import TimedStep
+from ensemble.transfer.puller import Pull
+
+
+def step_done(
+    sampled: list[Sequence],
+    handoffs: list[KVHandoff],  # of the prompts that it has finished and that go on elsewhere
+    batch_ids: list[int],
+    num_free_blocks: int,
+    timed: TimedStep | None = None,  # None: nothing was run
+) -> StepDone:
+    return StepDone(
+        request_ids=[sequence.request_id for sequence in sampled],
+        positions=[len(sequence.output_token_ids) - 1 for sequence in sampled],
+        token_ids=[sequence.last_token_id for sequence in sampled],
+        finished={each.request_id: each.finish_reason for each in sampled if each.finish_reason is not None},
+        log_probs={each.request_id: each.last_log_probs for each in sampled if each.last_log_probs is not None},
+        handoffs=handoffs,
+        batch_ids=batch_ids,
+        num_free_blocks=num_free_blocks,
+        timed=timed,
+    )
+
+
+def joined(pulls: list[Pull]) -> Joined:
+    return Joined(
+        request_ids=[pull.request_id for pull in pulls],
+        transfer_s=[pull.seconds for pull in pulls],
+        transfer_bytes=[pull.num_bytes for pull in pulls],
+        waited_s=[pull.waited_s for pull in pulls],
+        transports=[pull.source.transport for pull in pulls],
+    )
 
 
 class SwapReports:

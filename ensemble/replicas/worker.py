@@ -118,7 +118,7 @@ def main() -> None:
                 peers = Peers(context, pool, layout, transfer, key=key)
             else:
                 peers = GroupPeers(context, pool, layout, transfer, followers, key)
-            loop = EngineLoop(engine, peers, settings, peer_address, followers, leases=leases)
+            loop = EngineLoop(engine, peers, settings, peer_address, followers, life=int(life), leases=leases)
     except ConfigError as error:
         socket.send_multipart([b"failed", life.encode(), str(error).encode()])
         socket.close(linger=LAST_WORD_MS)
@@ -134,7 +134,6 @@ def main() -> None:
     loop.estimator.learn(timed)
     if followers is not None:
         followers.wait_until_ready(LOAD_TIMEOUT_S)
-    loop.life = int(life)
     up = ReplicaUp(
         replica=int(replica),
         life=int(life),

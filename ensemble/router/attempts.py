@@ -63,9 +63,7 @@ class Attempts:
 
     def preempted(self, replica: Replica, event: Preempted, now: float) -> None:
         """The replica has given sequences up for others, and their blocks are free: they are prefilled again."""
-        replica.num_free_blocks = event.num_free_blocks
-        self._dispatch.prefill.released(replica.id, event.request_ids)
-        self._dispatch.admission.released(replica.id, event.request_ids)
+        self._dispatch.released(replica, event.request_ids, event.num_free_blocks)
         for attempt_id in event.request_ids:
             life = self._lives.of_attempt(attempt_id)
             if life is not None:
@@ -149,14 +147,14 @@ class Attempts:
         source = next((each for each in self._fleet.up_ones() if each.peer_address == failed.address), None)
         if source is None:
             return  # it has died: its end is told, or will be
-        if (source.id, reader.id) not in self._dispatch.admission.unreachable:
+        if (source.id, reader.id) not in self._dispatch.decoders.unreachable:
             tell_operator(f"replica {reader.id} cannot map the KV pool of replica {source.id}: {failed.reason}")
-        self._dispatch.admission.cannot_reach(source.id, reader.id)
+        self._dispatch.decoders.cannot_reach(source.id, reader.id)
         self._dispatch.prefix_moves.attach_failed(source, reader)
         source.down_reason = f"replica {reader.id} cannot map the KV pool of replica {source.id}: {failed.reason}"
         for attempt_id in failed.request_ids:
             life = self._lives.of_attempt(attempt_id)
-            if life is not None and not self._dispatch.admission.is_reachable_from(source.id):
+            if life is not None and not self._dispatch.decoders.is_reachable_from(source.id):
                 self._cannot_leave(life, source)
             elif life is not None:
                 self.recover(life, "unreachable", now)
@@ -177,7 +175,7 @@ class Attempts:
 
     def fail_unreachable(self, source: Replica) -> None:
         """What waits in the bridge with its KV at a replica whose pool no reader can map cannot go on."""
-        if self._dispatch.admission.is_reachable_from(source.id):
+        if self._dispatch.decoders.is_reachable_from(source.id):
             return
         for life in self._lives:
             if life.phase == "bridge" and life.prefill_replica == source.id:

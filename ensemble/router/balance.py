@@ -66,7 +66,7 @@ class Balance:
 
     def _candidates(self, source_id: int, now: float) -> list[tuple[int, Life]]:
         """Sequences that decode there, with the tokens that they are expected to have to come."""
-        lives = (self._lives.of_attempt(each) for each in self._dispatch.admission.request_ids(source_id))
+        lives = (self._lives.of_attempt(each) for each in self._dispatch.decoders.request_ids(source_id))
         return [
             (self._dispatch.output_estimate.num_more_tokens(life.attempt, len(life.output_token_ids)), life)
             for life in lives

@@ -25,8 +25,9 @@ from ensemble.router.lives import Life, Lives
 from ensemble.router.predictions import DEFAULT_TTFT_S, Predictions
 from ensemble.router.prefix_moves import PrefixMoves
 from ensemble.router.ways import Ways
-from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.decode_policies import DecodePolicySettings
+from ensemble.scheduling.decoders import DecodeLimits, Decoders
 from ensemble.scheduling.estimates import OutputEstimate
 from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
@@ -71,17 +72,18 @@ class Dispatch:
             num_cached_tokens=lambda replica, request: self.predictions.num_cached_tokens(replica, request),
             limits_now=lambda replica_id, limits: self.ways.limits_now(replica_id, limits),
         )
+        self.decoders = Decoders(deployment.decode.watermark if is_optimistic else 0.0)
         self.admission = DecodeAdmission(
+            self.decoders,
             block_size=deployment.block_size,
             max_bridge_wait_s=deployment.prefill.max_bridge_wait_s,
             wait_s=lambda num_blocks: self.predictions.wait_for_blocks_s(num_blocks),
             expected_kv_tokens=self.output_estimate.num_kv_tokens if is_optimistic else None,
-            watermark=deployment.decode.watermark,
         )
         self.predictions = Predictions(
             deployment, lives, fleet, self.prefill, self.admission, self.output_estimate, self.prefixes
         )
-        self.prefix_moves = PrefixMoves(fleet, self.prefill, self.admission, self.prefixes, self.command, new_id)
+        self.prefix_moves = PrefixMoves(fleet, self.prefill, self.decoders, self.prefixes, self.command, new_id)
         self.ways = Ways(deployment, lives, fleet, self.prefill, self.admission, self.predictions, self.prefix_moves)
 
     # ---- replicas
@@ -92,7 +94,7 @@ class Dispatch:
         limits = DecodeLimits(up.num_places, num_host_blocks)
         is_spare = self.ways.is_spare(replica)
         is_open = replica.takes_sequences or is_spare
-        self.admission.replica_up(replica.id, replica.credits, limits, is_open=is_open, is_spare=is_spare)
+        self.decoders.replica_up(replica.id, replica.credits, limits, is_open=is_open, is_spare=is_spare)
         refused = self.prefill.replica_up(replica.id, replica.credits, self.ways.prompt_limits(replica))
         self._attach(replica)
         return refused
@@ -101,7 +103,7 @@ class Dispatch:
         """Its role or its state is another one; what it has goes on there. See `replica_up`."""
         self.predictions.forget(replica.id)
         is_spare = self.ways.is_spare(replica)
-        self.admission.set_open(replica.id, replica.takes_sequences or is_spare, is_spare=is_spare)
+        self.decoders.set_open(replica.id, replica.takes_sequences or is_spare, is_spare=is_spare)
         refused = self.prefill.set_limits(replica.id, self.ways.prompt_limits(replica))
         self._attach(replica)
         return refused
@@ -109,14 +111,20 @@ class Dispatch:
     def replica_down(self, replica: Replica) -> None:
         self.predictions.forget(replica.id)
         self.prefill.replica_down(replica.id)
-        self.admission.replica_down(replica.id)
+        self.decoders.replica_down(replica.id)
         if self.prefixes is not None:
             self.prefixes.replica_down(replica.id)
         self.prefix_moves.replica_down(replica)
 
     def replica_removed(self, replica: Replica) -> None:
         self.prefill.replica_removed(replica.id)
-        self.admission.replica_removed(replica.id)
+        self.decoders.replica_removed(replica.id)
+
+    def released(self, replica: Replica, attempt_ids: list[int], num_free_blocks: int) -> None:
+        """It has freed the blocks of these, and has so many free."""
+        replica.num_free_blocks = num_free_blocks
+        self.prefill.released(replica.id, attempt_ids)
+        self.decoders.released(replica.id, attempt_ids)
 
     def command(self, replica: Replica, command: Command) -> None:
         item = ToReplica(replica=replica.id, life=replica.life, command=msgspec.Raw(encode(command)))
@@ -164,7 +172,7 @@ class Dispatch:
             first.sharing.append(request.request_id)
         if life.is_alone:
             self.ways.set_alone(request.request_id)
-            self.admission.set_alone(request.request_id)
+            self.decoders.set_alone(request.request_id)
 
     def share_prompt(self, life: Life) -> None:
         """Its prompt is computed: requests that waited for that may start."""
@@ -180,7 +188,7 @@ class Dispatch:
     def no_longer_alone(self, life: Life) -> None:
         life.is_alone = False
         self.ways.clear_alone(life.attempt_id)
-        self.admission.clear_alone(life.attempt_id)
+        self.decoders.clear_alone(life.attempt_id)
 
     def dispatch(self, now: float) -> None:
         """Everything that can start now, starts: first what has waited in the bridge."""
@@ -250,6 +258,6 @@ class Dispatch:
         others = [each for each in self._fleet if each.state == "up" and each.role in ("prefill", "decode")]
         if side == "prefill":
             others = [replica for replica in others if replica.role == "decode"]
-            return min(others, key=lambda replica: self.admission.num_seqs(replica.id), default=None)
+            return min(others, key=lambda replica: self.decoders.num_seqs(replica.id), default=None)
         others = [replica for replica in others if replica.role == "prefill"]
         return min(others, key=lambda replica: self.prefill.backlog(replica.id)[0], default=None)

@@ -14,7 +14,7 @@ from typing import Literal
 from ensemble.config import Role, StageName
 from ensemble.protocol.router_replica import ReplicaUp
 from ensemble.scheduling.credits import Credits
-from ensemble.scheduling.estimator import HandoffEstimator, StepEstimator
+from ensemble.scheduling.estimator import HandoffEstimator, StepEstimator, TimedStep
 
 State = Literal["loading", "pending", "up", "draining", "leaving", "down"]
 
@@ -45,6 +45,16 @@ class Replica:
     step_error: float = 0.0  # relative, of predicted step times: the mean of about the last 50
     kv_token_bytes: float = 0.0  # of KV that came to it
     mean_context_len: float = 0.0  # of the sequences of its last step that had any
+
+    def observe(self, step: TimedStep) -> None:
+        """It has run."""
+        shape = step.shape
+        if self.estimator.has_samples:
+            error = abs(self.estimator.seconds(shape) - step.seconds) / max(1e-9, step.seconds)
+            self.step_error += 0.02 * (min(error, 1.0) - self.step_error)
+        self.estimator.observe(shape, step.seconds)
+        if shape.num_rows:
+            self.mean_context_len = shape.num_row_keys / shape.num_rows
 
     @property
     def is_up(self) -> bool:

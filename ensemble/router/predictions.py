@@ -110,7 +110,9 @@ class Predictions:
         known = self._standings.get(replica.id)
         if known is None or self.now - known.seen_s > STALE_S:
             num_unfinished = len(set(self._prefill.unfinished(replica.id)))
-            num_seqs = self._admission.num_seqs(replica.id) - (num_unfinished if replica.role != "prefill" else 0)
+            num_seqs = self._admission.decoders.num_seqs(replica.id)
+            if replica.role != "prefill":
+                num_seqs -= num_unfinished
             known = self._standings[replica.id] = _Standing(
                 max(0, num_seqs),
                 self._rows(replica, num_seqs),
@@ -170,7 +172,7 @@ class Predictions:
         """The smallest ITL target among its sequences, or where it has none the deployment's."""
         if not self.has_targets:
             return self._deployment.scheduler.itl_target_s
-        lives = (self._lives.of_attempt(attempt_id) for attempt_id in self._admission.request_ids(replica.id))
+        lives = (self._lives.of_attempt(attempt_id) for attempt_id in self._admission.decoders.request_ids(replica.id))
         targets = [life.attempt.itl_target_s for life in lives if life is not None]
         return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
 

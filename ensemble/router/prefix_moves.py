@@ -22,7 +22,7 @@ from ensemble.protocol.router_replica import (
 )
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.lives import Life
-from ensemble.scheduling.admission import DecodeAdmission
+from ensemble.scheduling.decoders import Decoders
 from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.scheduling.prefix_index import PrefixIndex
 
@@ -53,14 +53,14 @@ class PrefixMoves:
         self,
         fleet: Fleet,
         prefill: PrefillScheduler,
-        admission: DecodeAdmission,
+        decoders: Decoders,
         prefixes: PrefixIndex | None,
         command: Callable[[Replica, Command], None],
         new_id: Callable[[], int],
     ) -> None:
         self._fleet = fleet
         self._prefill = prefill
-        self._admission = admission
+        self._decoders = decoders
         self._prefixes = prefixes
         self._command = command
         self._new_id = new_id
@@ -89,7 +89,7 @@ class PrefixMoves:
                 continue
             if best is not None and num_tokens <= best.num_tokens:
                 continue
-            if (source.id, reader.id) in self._admission.unreachable or source.state == "leaving":
+            if (source.id, reader.id) in self._decoders.unreachable or source.state == "leaving":
                 continue
             if source.credits.fits(num_tokens // prefixes.block_size):
                 best = Offer(source, num_tokens, self._seconds(source, reader, num_tokens - num_cached_tokens, up_ones))
@@ -156,7 +156,7 @@ class PrefixMoves:
         reader_id = self._prefill.unsent_at(attempt_id)
         if reader_id is not None:
             self._prefill.released(reader_id, [attempt_id])
-            self._admission.released(reader_id, [attempt_id])
+            self._decoders.released(reader_id, [attempt_id])
 
     def replica_down(self, replica: Replica) -> None:
         for lease_id, move in list(self._moves.items()):

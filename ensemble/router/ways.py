@@ -13,7 +13,8 @@ from ensemble.router.predictions import DEFAULT_TTFT_S, Predictions
 from ensemble.router.prefix_moves import Offer, PrefixMoves
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.placement import NO_WORK, Reader, Site, Way, Work, best, hand_off, num_missed, smallest, stay
-from ensemble.scheduling.prefill import Limits, PrefillScheduler
+from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefiller import Limits
 
 # Where sequences run too, a step is launched before the one before is read, and told then: with three it never waits.
 MAX_BATCHES_BESIDE = 3
@@ -211,7 +212,7 @@ class Ways:
             if replica.id != source.id and (source.role == "prefill" or replica.role == "decode")
         ]
         if self.is_spare(source):
-            others = [pair for pair in others if pair not in self._admission.unreachable]
+            others = [pair for pair in others if pair not in self._admission.decoders.unreachable]
             if not others:
                 has_room = self._admission.blocks_for(request) <= source.credits.num_blocks
                 return [Reader.of(site, work, 0.0)] if has_room else []

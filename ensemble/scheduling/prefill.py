@@ -11,70 +11,9 @@ from typing import Literal
 from ensemble.errors import InternalError, InvalidRequest
 from ensemble.request import Request
 from ensemble.scheduling.credits import Credits
-from ensemble.scheduling.estimator import prompt_keys
 from ensemble.scheduling.policies import DEFAULT_HINTS, Hints, QueuePolicy
+from ensemble.scheduling.prefiller import Chunk, Limits, Prefiller, Prompt, PromptBatch
 from ensemble.scheduling.waiting_queue import WaitingQueue
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Positions [start, start + length) of what a request has to prefill."""
-
-    request: Request
-    start: int
-    length: int
-    is_first: bool
-
-    @property
-    def request_id(self) -> int:
-        return self.request.request_id
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
-
-
-@dataclass(frozen=True, slots=True)
-class PromptBatch:
-    """Chunks for one replica."""
-
-    replica: int
-    batch_id: int
-    chunks: list[Chunk]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
-
-
-@dataclass(slots=True)
-class _Prompt:
-    """A prompt that has begun at a replica and has tokens left to dispatch."""
-
-    request: Request
-    num_dispatched_tokens: int  # or taken to be in the replica's prefix cache
-    has_begun: bool = False
-
-    @property
-    def num_left_tokens(self) -> int:
-        return self.request.prefill_len - self.num_dispatched_tokens
-
-    def next_chunk(self, length: int) -> Chunk:
-        chunk = Chunk(self.request, self.num_dispatched_tokens, length, is_first=not self.has_begun)
-        self.num_dispatched_tokens += length
-        self.has_begun = True
-        return chunk
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What prompts a replica takes."""
-
-    max_num_batched_tokens: int  # token budget of a batch
-    max_batches_in_flight: int
-    max_prompt_len: int | None = None  # longer prompts go elsewhere
-    stays: bool = False  # prompts decode there; such a replica is asked when no other one can take a batch
-
 
 # (replica, request): asked last, when everything else allows the request to start there; answering True starts it.
 # If it stays there, its whole way has been booked then.
@@ -82,16 +21,21 @@ MayStart = Callable[[int, Request], bool]
 
 
 @dataclass(slots=True)
-class _Replica:
-    credits: Credits  # shared with DecodeAdmission
-    limits: Limits | None  # None: it takes no new prompts
-    prompts: dict[int, _Prompt] = field(default_factory=dict)  # unfinished, in the order in which they began
-    batches: dict[int, PromptBatch] = field(default_factory=dict)  # by batch_id, in flight
+class _Filling:
+    """A batch that is being filled."""
 
-    @property
-    def num_outstanding_tokens(self) -> int:
-        in_flight = sum(batch.num_tokens for batch in self.batches.values())
-        return in_flight + sum(prompt.num_left_tokens for prompt in self.prompts.values())
+    num_left_tokens: int
+    lengths: dict[int, int] = field(default_factory=dict)  # request_id |-> tokens of it in this batch
+
+    def add(self, prompt: Prompt, most: int) -> int:
+        """As much of what is left of the prompt as there is room for, and no more than `most`. Returns how much."""
+        request_id = prompt.request.request_id
+        there = self.lengths.get(request_id, 0)
+        length = min(prompt.num_left_tokens - there, self.num_left_tokens, most)
+        if length > 0:
+            self.lengths[request_id] = there + length
+            self.num_left_tokens -= length
+        return length
 
 
 class PrefillScheduler:
@@ -123,7 +67,7 @@ class PrefillScheduler:
         self._num_cached_tokens = num_cached_tokens
         self._limits_now = limits_now
         self._waiting = WaitingQueue(max_queue_requests, max_queue_tokens, policy, max_long_tokens)
-        self._replicas: dict[int, _Replica] = {}
+        self._prefillers: dict[int, Prefiller] = {}
         self._max_prompt_lens: dict[int, int] = {}  # replica |-> longest prompt it takes, kept while it is down
         self._replica_of: dict[int, int] = {}  # request_id |-> replica, from the first chunk until the release
         self._held: dict[int, int] = {}  # request_id |-> tokens that are on their way: its replica waits for these
@@ -184,18 +128,18 @@ class PrefillScheduler:
         Returns the requests that were queued before any pool was known and that no known pool could ever hold; they
         have left the queue.
         """
-        if replica in self._replicas:
+        if replica in self._prefillers:
             raise InternalError(f"replica {replica} is already up")
-        self._replicas[replica] = _Replica(credits, limits)
+        self._prefillers[replica] = Prefiller(credits, limits)
         return self.set_limits(replica, limits)
 
     def set_limits(self, replica: int, limits: Limits | None) -> list[int]:
         """Changes what new prompts a replica that is up takes; those that have begun there go on. See `replica_up`."""
-        state = self._replicas[replica]
-        state.limits = limits
+        prefiller = self._prefillers[replica]
+        prefiller.limits = limits
         self._max_prompt_lens.pop(replica, None)
-        if limits is not None:
-            self._max_prompt_lens[replica] = self._max_prompt_len(state, limits)
+        if (longest_here := prefiller.max_prompt_len(self.block_size)) is not None:
+            self._max_prompt_lens[replica] = longest_here
         self._hold_back()
         longest = self.max_prompt_len
         if longest is None:
@@ -204,7 +148,7 @@ class PrefillScheduler:
 
     def replica_down(self, replica: int) -> None:
         """Forgets a replica, and which requests are there."""
-        gone = self._replicas.pop(replica, None)
+        gone = self._prefillers.pop(replica, None)
         if gone is not None:
             self._held = {each: num_tokens for each, num_tokens in self._held.items() if each not in gone.prompts}
             self._replica_of = {request_id: at for request_id, at in self._replica_of.items() if at != replica}
@@ -235,31 +179,28 @@ class PrefillScheduler:
 
         def load(replica: int) -> tuple[bool, int]:
             num_cached_tokens = 0 if head is None else self._num_cached_tokens(replica, head)
-            state = self._replicas[replica]
-            stays = state.limits is not None and state.limits.stays
-            return stays, state.num_outstanding_tokens - num_cached_tokens
+            prefiller = self._prefillers[replica]
+            stays = prefiller.limits is not None and prefiller.limits.stays
+            return stays, prefiller.num_outstanding_tokens - num_cached_tokens
 
-        for replica in sorted(self._replicas, key=load):
-            state = self._replicas[replica]
-            if head is None and not state.prompts:
+        for replica in sorted(self._prefillers, key=load):
+            prefiller = self._prefillers[replica]
+            if head is None and not prefiller.prompts:
                 continue
-            limits = self._limits_now(replica, state.limits or self.limits)  # what has begun goes on
-            if len(state.batches) >= limits.max_batches_in_flight:
+            limits = self._limits_now(replica, prefiller.limits or self.limits)  # what has begun goes on
+            if len(prefiller.batches) >= limits.max_batches_in_flight:
                 continue
-            chunks = self._chunks(replica, state, limits, now, may_start)
+            chunks = self._chunks(replica, limits, now, may_start)
             if chunks:
                 batch_id = self._num_batches
                 self._num_batches += 1
-                state.batches[batch_id] = PromptBatch(replica, batch_id, chunks)
-                return state.batches[batch_id]
+                prefiller.batches[batch_id] = PromptBatch(replica, batch_id, chunks)
+                return prefiller.batches[batch_id]
         return None
 
     def backlog(self, replica: int) -> tuple[int, int]:
         """Prompt tokens that the replica has yet to compute, and the keys that they attend to."""
-        state = self._replicas[replica]
-        parts = [(chunk.start, chunk.length) for batch in state.batches.values() for chunk in batch.chunks]
-        parts += [(each.num_dispatched_tokens, each.num_left_tokens) for each in state.prompts.values()]
-        return sum(length for _, length in parts), sum(prompt_keys(*part) for part in parts)
+        return self._prefillers[replica].backlog
 
     @property
     def held_ids(self) -> KeysView[int]:
@@ -273,23 +214,19 @@ class PrefillScheduler:
         """So many tokens, or what the replica is taken to have anyway, are cached there."""
         del self._held[request_id]
         replica = self._replica_of[request_id]
-        prompt = self._replicas[replica].prompts[request_id]
+        prompt = self._prefillers[replica].prompts[request_id]
         num_cached_tokens = max(num_tokens, self._num_cached_tokens(replica, prompt.request))
         prompt.num_dispatched_tokens = min(num_cached_tokens, prompt.request.prefill_len - 1)
 
     def unsent_at(self, request_id: int) -> int | None:
         """The replica at which a prompt has been started, but which has been sent nothing of it: it knows nothing."""
         replica = self._replica_of.get(request_id)
-        prompt = None if replica is None else self._replicas[replica].prompts.get(request_id)
+        prompt = None if replica is None else self._prefillers[replica].prompts.get(request_id)
         return None if prompt is None or prompt.has_begun else replica
 
     def unfinished(self, replica: int) -> list[int]:
         """Requests whose prompts are being computed there, or have begun."""
-        state = self._replicas.get(replica)
-        if state is None:
-            return []
-        in_flight = (chunk.request_id for batch in state.batches.values() for chunk in batch.chunks)
-        return [*state.prompts, *in_flight]
+        return self._prefillers[replica].unfinished if replica in self._prefillers else []
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """Counts output tokens served to a tenant, which `fair` goes by; prompts are counted when they start."""
@@ -297,17 +234,17 @@ class PrefillScheduler:
 
     def batch_done(self, replica: int, batch_id: int) -> None:
         """A batch has run, or has failed. Unknown batches (of a replica that went down) are ignored."""
-        if replica in self._replicas:
-            self._replicas[replica].batches.pop(batch_id, None)
+        if replica in self._prefillers:
+            self._prefillers[replica].batches.pop(batch_id, None)
 
     def released(self, replica: int, request_ids: Iterable[int]) -> None:
         """The replica has freed the blocks of these requests. Requests that are not there are ignored."""
-        state = self._replicas.get(replica)
-        if state is None:
+        prefiller = self._prefillers.get(replica)
+        if prefiller is None:
             return
         for request_id in request_ids:
-            state.credits.release(request_id)
-            state.prompts.pop(request_id, None)
+            prefiller.credits.release(request_id)
+            prefiller.prompts.pop(request_id, None)
             self._held.pop(request_id, None)
             if self._replica_of.get(request_id) == replica:
                 del self._replica_of[request_id]
@@ -322,96 +259,71 @@ class PrefillScheduler:
             return "queued"
         replica = self._replica_of.get(request_id)
         if replica is not None:
-            self._replicas[replica].prompts.pop(request_id, None)
+            self._prefillers[replica].prompts.pop(request_id, None)
             self._held.pop(request_id, None)
         return replica
 
     def check_integrity(self) -> None:
         """Raises InternalError if the books contradict each other or a bound is passed."""
         self._waiting.check_integrity()
-        for replica, state in self._replicas.items():
-            state.credits.check_integrity()
-            if not state.prompts.keys() <= set(state.credits.request_ids):
+        for replica, prefiller in self._prefillers.items():
+            prefiller.credits.check_integrity()
+            if not prefiller.prompts.keys() <= set(prefiller.credits.request_ids):
                 raise InternalError(f"replica {replica} has unfinished prompts that hold no blocks")
         for request_id, replica in self._replica_of.items():
-            if request_id not in self._replicas[replica].credits:
+            if request_id not in self._prefillers[replica].credits:
                 raise InternalError(f"request {request_id} was started at replica {replica} and holds nothing there")
-
-    def _max_prompt_len(self, state: _Replica, limits: Limits) -> int:
-        pool_len = state.credits.num_blocks * self.block_size
-        return min(pool_len, limits.max_prompt_len or pool_len)
 
     def _hold_back(self) -> None:
         """Requests that only a replica could hold which is down, or takes no prompts, do not stand before others."""
-        live = [self._max_prompt_len(each, each.limits) for each in self._replicas.values() if each.limits is not None]
-        self._waiting.hold_back(max(live, default=None))
+        longest = [each.max_prompt_len(self.block_size) for each in self._prefillers.values()]
+        self._waiting.hold_back(max((each for each in longest if each is not None), default=None))
 
-    def _chunks(self, replica: int, state: _Replica, limits: Limits, now: float, may_start: MayStart) -> list[Chunk]:
-        lengths: dict[int, int] = {}  # request_id |-> tokens in this batch
-        num_left_tokens = limits.max_num_batched_tokens
-
-        def fill(max_long_tokens: int) -> None:
-            """Gives the tokens that are left to prompts, at most `max_long_tokens` of them to long ones."""
-            nonlocal num_left_tokens
-            begun = iter(list(state.prompts.values()))
-            while num_left_tokens > 0:
-                prompt = next(begun, None)
-                if prompt is None and len(lengths) < self.max_num_seqs:
-                    prompt = self._start(replica, state, now, max_long_tokens == 0, may_start)
-                if prompt is None:
-                    return
-                request_id = prompt.request.request_id
-                if request_id in self._held:
-                    continue
-                if request_id not in lengths and len(lengths) == self.max_num_seqs:
-                    continue
-                length = min(prompt.num_left_tokens - lengths.get(request_id, 0), num_left_tokens)
-                if self._waiting.is_long(prompt.request):
-                    length = min(length, max_long_tokens)
-                    max_long_tokens -= length
-                if length > 0:
-                    lengths[request_id] = lengths.get(request_id, 0) + length
-                    num_left_tokens -= length
-
+    def _chunks(self, replica: int, limits: Limits, now: float, may_start: MayStart) -> list[Chunk]:
+        filling = _Filling(limits.max_num_batched_tokens)
         if self.max_long_tokens is not None:
-            fill(self.max_long_tokens)
-        fill(num_left_tokens)
-        return [self._dispatch(state, request_id, length) for request_id, length in lengths.items()]
+            self._fill(filling, self.max_long_tokens, replica, now, may_start)
+        self._fill(filling, filling.num_left_tokens, replica, now, may_start)
+        prefiller = self._prefillers[replica]
+        return [prefiller.dispatch(request_id, length) for request_id, length in filling.lengths.items()]
 
-    def _start(
-        self, replica: int, state: _Replica, now: float, only_short: bool, may_start: MayStart
-    ) -> _Prompt | None:
-        if state.limits is None:
-            return None
+    def _fill(self, filling: _Filling, num_long_tokens: int, replica: int, now: float, may_start: MayStart) -> None:
+        """Gives the tokens that are left to prompts, at most `num_long_tokens` of them to long ones."""
+        begun = iter(list(self._prefillers[replica].prompts.values()))
+        while filling.num_left_tokens > 0:
+            is_full = len(filling.lengths) == self.max_num_seqs
+            prompt = next(begun, None)
+            if prompt is None and not is_full:
+                prompt = self._start(replica, now, num_long_tokens == 0, may_start)
+            if prompt is None:
+                return
+            request_id = prompt.request.request_id
+            if request_id in self._held or (is_full and request_id not in filling.lengths):
+                continue
+            if self._waiting.is_long(prompt.request):
+                num_long_tokens -= filling.add(prompt, num_long_tokens)
+            else:
+                filling.add(prompt, filling.num_left_tokens)
+
+    def _start(self, replica: int, now: float, only_short: bool, may_start: MayStart) -> Prompt | None:
+        prefiller = self._prefillers[replica]
         request = self._waiting.head(now)
-        if request is None or not self._fits(state, state.limits, request):
+        if request is None or not prefiller.fits(request, self._blocks_for(request)):
             return None
         if only_short and self._waiting.is_long(request):
             request = self._waiting.head(now, only_short=True)
-            if request is None or not self._fits(state, state.limits, request):
+            if request is None or not prefiller.fits(request, self._blocks_for(request)):
                 return None
         if not may_start(replica, request):
             return None
         request_id = request.request_id
         self._waiting.start(request_id, now)
-        if request_id not in state.credits:  # else it stays, and holds there what its whole way needs
-            state.credits.hold(request_id, self._blocks_for(request))
+        if request_id not in prefiller.credits:  # else it stays, and holds there what its whole way needs
+            prefiller.credits.hold(request_id, self._blocks_for(request))
         self._replica_of[request_id] = replica
         num_cached_tokens = self._held.get(request_id) or self._num_cached_tokens(replica, request)
-        state.prompts[request_id] = _Prompt(request, num_cached_tokens)
-        return state.prompts[request_id]
-
-    def _fits(self, state: _Replica, limits: Limits, request: Request) -> bool:
-        is_short_enough = limits.max_prompt_len is None or request.prefill_len <= limits.max_prompt_len
-        return is_short_enough and (limits.stays or state.credits.fits(self._blocks_for(request)))
+        prefiller.prompts[request_id] = Prompt(request, num_cached_tokens)
+        return prefiller.prompts[request_id]
 
     def _blocks_for(self, request: Request) -> int:
         return -(-request.prefill_len // self.block_size)
-
-    @staticmethod
-    def _dispatch(state: _Replica, request_id: int, length: int) -> Chunk:
-        prompt = state.prompts[request_id]
-        chunk = prompt.next_chunk(length)
-        if prompt.num_left_tokens == 0:
-            del state.prompts[request_id]
-        return chunk

@@ -21,6 +21,7 @@ from ensemble.router.lives import Timeline
 from ensemble.serving import control, heartbeat
 from ensemble.serving.cancels import CancelReceiver, CancelWatch
 from ensemble.serving.choices import Choices
+from ensemble.serving.ended_request import Ended
 from ensemble.serving.exchange import CallModel
 from ensemble.serving.fields import OF_THE_SERVER, from_tensor, text_of
 from ensemble.serving.fleet_commands import fleet_handlers
@@ -28,7 +29,8 @@ from ensemble.serving.inputs import check_envelope, parse_request
 from ensemble.serving.limits import ModelLimits
 from ensemble.serving.long_texts import LongTexts, prompt_bytes
 from ensemble.serving.marks import CLIENT_TAG, ENSEMBLE_MARK, TRACE_PARENT, read_mark
-from ensemble.serving.metrics import ITL, Ended, Metrics
+from ensemble.serving.metric_families import ITL
+from ensemble.serving.metrics import Metrics
 from ensemble.serving.metrics_page import MetricsPage
 from ensemble.serving.router_thread import RouterThread
 from ensemble.serving.run_dir import run_dir

@@ -15,12 +15,13 @@ from ensemble.errors import DistServeError, ErrorCode
 from ensemble.operator_log import log_exception
 from ensemble.protocol.router_replica import FromStage, ToStage
 from ensemble.request import FinishReason, Request, TokenLogProbs
+from ensemble.router.events import Observe
 from ensemble.router.gauges import Gauges
 from ensemble.router.lives import Timeline
-from ensemble.router.router import Observe, Router
+from ensemble.router.router import Router
 from ensemble.scheduling.policies import Hints
+from ensemble.serving.ended_request import Ended
 from ensemble.serving.exchange import CallModel, Exchange
-from ensemble.serving.metrics import Ended
 from ensemble.serving.senders import SenderPool
 from ensemble.serving.streams import ClientStream
 from ensemble.threads import end_process

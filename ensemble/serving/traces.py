@@ -24,8 +24,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from ensemble.operator_log import log_exception
 from ensemble.router.lives import Timeline
+from ensemble.serving.ended_request import Ended, observed
 from ensemble.serving.marks import TRACE_PARENT
-from ensemble.serving.metrics import Ended, observed
 from ensemble.threads import start_vital_thread
 
 MAX_QUEUED = 4096  # requests; those that come when so many wait have no spans

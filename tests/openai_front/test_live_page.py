@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from ensemble.openai_front.live_page import NUMBERS, TIMES, totals_of
-from ensemble.serving.metrics import FAMILIES
+from ensemble.serving.metric_families import FAMILIES
 from tools.server.triton_server import TritonServer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")

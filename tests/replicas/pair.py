@@ -72,7 +72,7 @@ class Replica:
 
     def check_integrity(self) -> None:
         self.loop.blocks.check_integrity()
-        self.loop._scheduler.check_integrity()
+        self.loop._running.check_integrity()
 
     def assert_empty(self) -> None:
         self.check_integrity()

@@ -16,8 +16,9 @@ from ensemble.engine.engine import Engine, load_engine
 from ensemble.errors import ConfigError
 from ensemble.protocol.router_replica import CancelRequests, Event, Preempted
 from ensemble.request import Request, SamplingParams
-from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.decoders import DecodeLimits, Decoders
 from kernels.block_copy import copy_blocks
 from tests.checkpoints import make_tiny_llama
 from tests.replicas.pair import CPU, Pair, handoffs_of, join, released_in, swaps_in, tokens_of, whole_prompts
@@ -112,11 +113,12 @@ def run(
 ) -> list[Event]:
     """All requests through both replicas, admitted to decode as if a third of each output were to come."""
     admission = DecodeAdmission(
+        Decoders(),
         block_size=block_size,
         max_bridge_wait_s=1.0,
     )
     credits, by_id = Credits(NUM_BLOCKS), {request.request_id: request for request in requests}
-    admission.replica_up(0, credits, DecodeLimits(NUM_REQUESTS, pair.decode.loop.num_host_blocks))
+    admission.decoders.replica_up(0, credits, DecodeLimits(NUM_REQUESTS, pair.decode.loop.num_host_blocks))
     pair.prefill.handle(whole_prompts(requests))
     prefill_events = pair.prefill.run()
     for request_id in handoffs_of(prefill_events):
@@ -131,7 +133,7 @@ def run(
         is_step = pair.decode.loop.has_work  # else it waits for the source's pool to be mapped
         new = pair.decode.serve_once()
         new += after_step(step) if is_step else []
-        admission.released(0, released_in(new))
+        admission.decoders.released(0, released_in(new))
         pair.decode.check_integrity()
         events += new
         step += is_step
@@ -234,7 +236,7 @@ def test_cancels_in_the_midst_of_swaps_free_both_pools(
     cancelled: set[int] = set()
 
     def cancel_some(step: int) -> list[Event]:
-        here = sorted(pair.decode.loop._running)
+        here = sorted(pair.decode.loop._running.request_ids)
         if step % 5 != 4 or not here or len(cancelled) == NUM_REQUESTS // 2:
             return []
         request_id = rng.choice(here)

@@ -26,9 +26,11 @@ from ensemble.protocol.router_replica import (
     StepDone,
 )
 from ensemble.request import Request, SamplingParams
-from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.credits import Credits
-from ensemble.scheduling.prefill import Limits, PrefillScheduler
+from ensemble.scheduling.decoders import DecodeLimits, Decoders
+from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefiller import Limits
 from tests.checkpoints import make_tiny_llama
 from tests.replicas.pair import CPU, Replica, swaps_in, tokens_of
 from tools.offline import generate
@@ -102,6 +104,7 @@ class Fleet:
             max_queue_tokens=100_000,
         )
         self.admission = DecodeAdmission(
+            Decoders(),
             block_size=BLOCK_SIZE,
             max_bridge_wait_s=1.0,
             wait_s=lambda num_blocks: self.admission.num_promised_seqs / 2.5,
@@ -110,7 +113,7 @@ class Fleet:
         self.credits = [Credits(NUM_BLOCKS) for _ in self.replicas]
         for index, credits in enumerate(self.credits):
             self.prefill.replica_up(index, credits, self.limits(index))
-            self.admission.replica_up(index, credits, DecodeLimits(20, NUM_HOST_BLOCKS))
+            self.admission.decoders.replica_up(index, credits, DecodeLimits(20, NUM_HOST_BLOCKS))
         self.requests: dict[int, Request] = {}  # that live
         self.stays: set[int] = set()
         self.handoffs: dict[int, KVHandoff] = {}
@@ -123,7 +126,7 @@ class Fleet:
 
     def set_role(self, index: int, role: Role) -> None:
         self.roles[index] = role
-        self.admission.set_open(index, role != "prefill")
+        self.admission.decoders.set_open(index, role != "prefill")
         self.prefill.set_limits(index, self.limits(index))
 
     def may_start(self, index: int, request: Request) -> bool:
@@ -181,7 +184,7 @@ class Fleet:
                         self.admission.arrive(handoff.request_id, index)
             if isinstance(event, Released | Preempted):
                 self.prefill.released(index, event.request_ids)
-                self.admission.released(index, event.request_ids)
+                self.admission.decoders.released(index, event.request_ids)
             if isinstance(event, Preempted):
                 self.states.add("is given up")
                 for request_id in event.request_ids:
@@ -271,7 +274,7 @@ def states_of(replica: Replica) -> set[str]:
         "hands off": False in stays,
         "leases": bool(loop.leases),
         "arrives": bool(loop._arrivals.request_ids),
-        "decodes": bool(loop._running),
-        "is swapped": loop._scheduler.num_swapped_seqs > 0,
+        "decodes": bool(loop._running.request_ids),
+        "is swapped": loop._running.num_swapped > 0,
     }
     return {name for name, is_so in states.items() if is_so}

@@ -24,7 +24,6 @@ from ensemble.protocol.router_replica import (
 )
 from ensemble.replicas.launched_steps import LaunchedSteps
 from ensemble.replicas.peer_server import rank_address
-from ensemble.replicas.prompts import PromptStep
 from ensemble.request import Request, SamplingParams, Sequence
 from tests.checkpoints import make_tiny_llama, make_tiny_opt
 from tests.replicas.pair import (
@@ -356,7 +355,7 @@ def test_steps_of_a_pipeline_are_timed_as_one_place_s_whether_the_others_are_idl
     steps = LaunchedSteps(cast(Engine, places), None, lambda: places.now)
     seconds = []
     for number in range(9):
-        steps.launch(Batch([], []), PromptStep())
+        steps.launch(Batch([], []), [])
         if number < 3 or len(steps) > 2:  # three alone, then as many in flight as there are places
             seconds.append(steps.commit()[2].seconds)
     assert seconds[:3] == pytest.approx([0.01] * 3) and seconds[-3:] == pytest.approx([0.01] * 3)

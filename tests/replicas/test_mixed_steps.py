@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 import pytest
@@ -15,14 +15,19 @@ from ensemble.config import Batching, Deployment
 from ensemble.engine.batch import Batch
 from ensemble.engine.engine import Engine, load_engine
 from ensemble.protocol.router_replica import CancelRequests, Event, PrefixReport, PromptChunk, RunPrompts, StepDone
+from ensemble.replicas.launched_steps import LaunchedSteps
+from ensemble.replicas.lending import Lending
 from ensemble.replicas.prompt_budget import whole_tiles
 from ensemble.replicas.prompts import Prompts
 from ensemble.request import Request, SamplingParams
-from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.decoders import DecodeLimits, Decoders
 from ensemble.scheduling.estimator import StepEstimator, StepShape
 from ensemble.scheduling.placement import AIM
-from ensemble.scheduling.prefill import Limits, PrefillScheduler, PromptBatch
+from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefiller import Limits, PromptBatch
+from ensemble.transfer.leases import Leases
 from tests.checkpoints import make_tiny_llama
 from tests.replicas.pair import CPU, Replica, released_in, swaps_in, tokens_of
 from tests.serving.oracle import GreedyJudge
@@ -79,13 +84,14 @@ class Colocated:
             max_queue_tokens=100_000,
         )
         self.admission = DecodeAdmission(
+            Decoders(),
             block_size=deployment.block_size,
             max_bridge_wait_s=1.0,
         )
         self.credits = Credits(self.replica.engine.pool.num_blocks)
         self.prefill.replica_up(0, self.credits, Limits(deployment.num_prompt_tokens_beside, 3, stays=True))
         decode_limits = DecodeLimits(deployment.decode.num_places, self.replica.loop.num_host_blocks)
-        self.admission.replica_up(0, self.credits, decode_limits)
+        self.admission.decoders.replica_up(0, self.credits, decode_limits)
 
     def dispatch(self, batch: PromptBatch) -> None:
         chunks = [
@@ -120,7 +126,7 @@ class Colocated:
                     for batch_id in event.batch_ids:
                         self.prefill.batch_done(0, batch_id)
             self.prefill.released(0, released_in(new))
-            self.admission.released(0, released_in(new))
+            self.admission.decoders.released(0, released_in(new))
             self.replica.check_integrity()
             self.prefill.check_integrity()
             self.admission.check_integrity()
@@ -332,7 +338,10 @@ def test_a_prompt_that_waits_for_blocks_holds_up_none_that_has_them() -> None:
         Request(request_id=index, prompt_token_ids=[5] * length, sampling=SamplingParams())
         for index, length in enumerate([12, 4, 4])
     )
-    prompts = Prompts(BlockManager(10, BLOCK_SIZE), lambda source_ids, target_ids: None)
+    blocks = BlockManager(10, BLOCK_SIZE)
+    launched = LaunchedSteps(cast(Engine, None), None, time.monotonic)  # nothing is
+    lending = Lending(blocks, Leases(), "here", 0)
+    prompts = Prompts(blocks, launched, lending, lambda source_ids, target_ids: None)
     first = [PromptChunk(request_id=each.request_id, end=4, request=each) for each in (long, short)]
     rest = PromptChunk(request_id=0, end=12)
     new = PromptChunk(request_id=2, end=4, request=third)

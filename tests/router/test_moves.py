@@ -58,7 +58,7 @@ def test_two_unequal_replicas_become_even_and_stay_so() -> None:
     seqs = watch(
         served,
         [0.9, 4.0, 5.0, 6.0],
-        lambda: [served.router.dispatch.admission.num_seqs(replica) for replica in (0, 1)],
+        lambda: [served.router.dispatch.decoders.num_seqs(replica) for replica in (0, 1)],
     )
     moves = watch(served, [4.0, 6.0], lambda: served.router.gauges()[MOVES])
     records = comes_back(served)

@@ -15,10 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.errors import InvalidRequest, Overloaded
 from ensemble.request import Request, SamplingParams
-from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.credits import Credits
+from ensemble.scheduling.decoders import DecodeLimits, Decoders
 from ensemble.scheduling.policies import Hints, QueuePolicy
-from ensemble.scheduling.prefill import Limits, PrefillScheduler
+from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefiller import Limits
 
 BLOCK_SIZE = 4
 BUDGET = 16
@@ -132,6 +134,7 @@ class LifeOfRequests(RuleBasedStateMachine):
             max_long_tokens=self.max_long_tokens,
         )
         self.admission = DecodeAdmission(
+            Decoders(),
             block_size=BLOCK_SIZE,
             max_bridge_wait_s=1.0,
             wait_s=lambda num_blocks: float(self.admission.num_promised_seqs),
@@ -159,7 +162,7 @@ class LifeOfRequests(RuleBasedStateMachine):
     def start(self, replica_id):
         replica = self.replicas[replica_id] = Replica(replica_id, self.num_blocks[replica_id])
         is_open = self.roles[replica_id] != "prefill"
-        self.admission.replica_up(replica_id, replica.credits, DecodeLimits(DECODE_SEQS), is_open=is_open)
+        self.admission.decoders.replica_up(replica_id, replica.credits, DecodeLimits(DECODE_SEQS), is_open=is_open)
         self.refuse(self.prefill.replica_up(replica_id, replica.credits, self.limits(replica_id)))
 
     def refuse(self, request_ids):
@@ -194,7 +197,7 @@ class LifeOfRequests(RuleBasedStateMachine):
 
     def released(self, replica, request_id):
         self.prefill.released(replica.id, [request_id])
-        self.admission.released(replica.id, [request_id])
+        self.admission.decoders.released(replica.id, [request_id])
 
     # ---- what clients do
 
@@ -302,7 +305,7 @@ class LifeOfRequests(RuleBasedStateMachine):
         for request_id in submission.request_ids:
             self.bridge.remove(request_id)
             life = self.alive[request_id]
-            assert (life.prefill_replica, reader.id) not in self.admission.unreachable
+            assert (life.prefill_replica, reader.id) not in self.admission.decoders.unreachable
             life.decode_replica = reader.id
             reader.inbox.append(Join(life.request, life.num_outputs, self.replicas[life.prefill_replica]))
 
@@ -395,7 +398,7 @@ class LifeOfRequests(RuleBasedStateMachine):
             life.num_outputs = num_outputs
             if life.is_alone and num_outputs >= len(request.resumed_token_ids) + 3:
                 life.is_alone, life.num_deaths = False, 0
-                self.admission.clear_alone(request_id)
+                self.admission.decoders.clear_alone(request_id)
         if num_outputs == request.sampling.max_tokens:
             replica.free(request_id)
             if life is not None:
@@ -413,7 +416,7 @@ class LifeOfRequests(RuleBasedStateMachine):
             replica.decoding.clear()
             held = replica.credits.request_ids
             self.prefill.replica_down(replica_id)
-            self.admission.replica_down(replica_id)
+            self.admission.decoders.replica_down(replica_id)
             for request_id in held:
                 life = self.alive.get(request_id)
                 if life is None:
@@ -452,14 +455,14 @@ class LifeOfRequests(RuleBasedStateMachine):
         self.alive[request.request_id] = again
         self.again.append(request.request_id)
         if again.is_alone:
-            self.admission.set_alone(request.request_id)
+            self.admission.decoders.set_alone(request.request_id)
 
     @precondition(lambda self: self.changes_roles)
     @rule(replica_id=replicas, role=st.sampled_from(["prefill", "decode", "mixed"]))
     def change_role(self, replica_id, role):
         self.roles[replica_id] = role
         if self.replicas[replica_id].is_up:
-            self.admission.set_open(replica_id, role != "prefill")
+            self.admission.decoders.set_open(replica_id, role != "prefill")
             self.refuse(self.prefill.set_limits(replica_id, self.limits(replica_id)))
         self.fail_unreachable_everywhere()
 
@@ -469,7 +472,7 @@ class LifeOfRequests(RuleBasedStateMachine):
         source, reader = self.replicas[source_id], self.replicas[reader_id]
         if not (source.is_up and reader.is_up):
             return
-        self.admission.cannot_reach(source_id, reader_id)
+        self.admission.decoders.cannot_reach(source_id, reader_id)
         for message in list(reader.inbox):
             if isinstance(message, Join) and message.source is source:
                 reader.inbox.remove(message)
@@ -486,7 +489,7 @@ class LifeOfRequests(RuleBasedStateMachine):
             self.fail_unreachable(replica)
 
     def fail_unreachable(self, source):
-        if not self.admission.is_reachable_from(source.id):
+        if not self.admission.decoders.is_reachable_from(source.id):
             for request_id in list(self.bridge):
                 if self.alive[request_id].prefill_replica == source.id:
                     self.give_up(request_id)

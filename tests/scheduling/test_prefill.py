@@ -3,7 +3,8 @@ import pytest
 from ensemble.errors import InvalidRequest, Overloaded
 from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.policies import Hints, QueuePolicy
-from ensemble.scheduling.prefill import Limits, PrefillScheduler
+from ensemble.scheduling.prefill import PrefillScheduler
+from ensemble.scheduling.prefiller import Limits
 
 
 def always(replica, request):

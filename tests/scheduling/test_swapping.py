@@ -15,9 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ensemble.cache.block_manager import BlockManager, Owner, SwappableBlocks
 from ensemble.replicas.preemptive_decode import PreemptiveDecodeScheduler
 from ensemble.request import Request, SamplingParams, Sequence
-from ensemble.scheduling.admission import DecodeAdmission, DecodeLimits
+from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.credits import Credits
 from ensemble.scheduling.decode_policies import DecodePolicySettings, make_decode_policy
+from ensemble.scheduling.decoders import DecodeLimits, Decoders
 from ensemble.scheduling.swapping import Footprint, IterationPlan, Memory, plan_iteration
 
 BLOCK_SIZE = 2
@@ -47,12 +48,13 @@ class SwapStorm(RuleBasedStateMachine):
         self.num_requests = 0
         self.now = 0.0
         self.admission = DecodeAdmission(
+            Decoders(),
             block_size=BLOCK_SIZE,
             max_bridge_wait_s=1.0,
             expected_kv_tokens=(lambda request: request.prefill_len) if self.is_optimistic else None,
         )
         self.num_given_up = 0
-        self.admission.replica_up(0, Credits(NUM_BLOCKS), DecodeLimits(50, self.num_host_blocks))
+        self.admission.decoders.replica_up(0, Credits(NUM_BLOCKS), DecodeLimits(50, self.num_host_blocks))
         self.requests = {}  # request_id |-> waits in the bridge
         self.submitted = deque()  # admitted, waiting for blocks to be pulled into
 
@@ -156,7 +158,7 @@ class SwapStorm(RuleBasedStateMachine):
     def leave(self, request_id):
         del self.sequences[request_id]
         if request_id not in self.copies:
-            self.admission.released(0, [request_id])
+            self.admission.decoders.released(0, [request_id])
 
     @precondition(lambda self: self.copies)
     @rule(data=st.data())
@@ -169,7 +171,7 @@ class SwapStorm(RuleBasedStateMachine):
             destination[destination_id][:] = source[source_id]
         assert self.scheduler.swap_ended(request_id) == (request_id not in self.sequences)
         if request_id not in self.sequences:
-            self.admission.released(0, [request_id])
+            self.admission.decoders.released(0, [request_id])
 
     @precondition(lambda self: self.num_requests % 3 == 2 and self.sequences)  # seldom enough for pressure to build up
     @rule(data=st.data())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ensemble.serving.metrics import FAMILIES
+from ensemble.serving.metric_families import FAMILIES
 from tests.promql import Scrapes, Vector, samples
 from tests.serving.clients import generate, read_metrics, run_streams, total
 from tests.serving.deployments import deploy

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ensemble.serving.metrics import FAMILIES, ITL
+from ensemble.serving.metric_families import FAMILIES, ITL
 from tests.serving.clients import Answer, StreamClient, generate, read_metrics, total
 from tests.serving.deployments import deploy
 from tests.serving.test_cancel import sample, stopped, wait_until

@@ -14,7 +14,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ensemble.errors import ConfigError
-from ensemble.serving.metrics import ITL, Metrics
+from ensemble.serving.metric_families import ITL
+from ensemble.serving.metrics import Metrics
 from ensemble.serving.metrics_page import MAX_CONNECTIONS, METRICS_VARIABLE, MetricsPage
 
 

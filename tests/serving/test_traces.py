@@ -20,7 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ensemble.config import Deployment
 from ensemble.errors import ConfigError
 from ensemble.router.lives import Timeline
-from ensemble.serving.metrics import Ended
+from ensemble.serving.ended_request import Ended
 from ensemble.serving.traces import MAX_BATCH, MAX_QUEUED, Traces, phases, spans_url
 from tests.serving.clients import StreamClient, make_inputs
 from tests.serving.deployments import deploy

@@ -15,8 +15,9 @@ from rich.progress import Progress
 from ensemble.config import Deployment
 from ensemble.models.spec import load_model_spec
 from tools.load.workloads import Workload, arrivals
-from tools.plan import Plan, layout
+from tools.planning.deployments import layout
 from tools.planning.phases import Phase, decode, prefill
+from tools.planning.plan import Plan
 from tools.planning.search import (
     JOIN_STEPS,
     ROUND_TRIP_S,
@@ -46,24 +47,24 @@ def plan_of(path: Path, gpu: str, cluster: Cluster, targets_ms: dict[str, float]
 
 def phases_of(plan: Plan) -> list[Phase]:
     pairs = degrees(plan.spec.num_heads, plan.spec.num_layers, plan.cluster)
-    return [phase for tp, pp in pairs if (phase := plan.phase(tp, pp)) is not None]
+    return [phase for tp, pp in pairs if (phase := plan.costs.phase(tp, pp)) is not None]
 
 
 def test_both_phases_take_what_the_real_router_takes(tmp_path: Path) -> None:
     """A pair of replicas at two thirds of what it can: means of TTFT and TPOT."""
     plan = plan_of(tmp_path / "m", "h100", FOUR, {})
-    costs, phase = plan.costs(1), plan.phase(1, 1)
+    costs, phase = plan.costs.of(1), plan.costs.phase(1, 1)
     assert costs is not None and phase is not None
     rng = random.Random(0)
     lengths = [each.lengths for each in Workload("chat").draw(300, rng)]
     asks = [Ask(at, each.prompt, each.output) for at, each in zip(arrivals(300, 6.0, 1.0, rng), lengths, strict=True)]
-    real = Simulation(Deployment.parse(plan.virtual(1, 1, {})), costs).run(asks)
+    real = Simulation(Deployment.parse(plan.deployments.virtual(1, 1, {})), costs).run(asks)
     firsts = prefill(asks, phase, 2048)
     found = decode(
         [(end, ask.prompt_len + 1, ask.output_len - 1) for end, ask in zip(firsts, asks, strict=True)], phase
     )
     ttft = mean(
-        end + JOIN_STEPS * each.tpot + ROUND_TRIP_S + plan.handoff_s("low", ask.prompt_len) - ask.due
+        end + JOIN_STEPS * each.tpot + ROUND_TRIP_S + plan.costs.handoff_s("low", ask.prompt_len) - ask.due
         for end, ask, each in zip(firsts, asks, found, strict=True)
     )
     assert mean(record.ttft for record in real) == pytest.approx(ttft, rel=0.1)
@@ -73,7 +74,7 @@ def test_both_phases_take_what_the_real_router_takes(tmp_path: Path) -> None:
 
 def test_a_pipeline_prefills_faster_in_a_row_and_no_faster_alone(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "m", "h100", FOUR, {})
-    one, two = plan.phase(1, 1), plan.phase(1, 2)
+    one, two = plan.costs.phase(1, 1), plan.costs.phase(1, 2)
     assert one is not None and two is not None and two.num_kv_tokens > 2 * one.num_kv_tokens
     crowd = [Ask(0.0, 2000, 1)] * 20
     alone = [prefill(crowd[:1], phase, 2048)[0] for phase in (one, two)]
@@ -87,8 +88,8 @@ def test_the_router_tries_pipelines_as_the_phases_have_them(tmp_path: Path) -> N
     plan = plan_of(tmp_path / "m", "h100", FOUR, {})
     last = []
     for pp in (1, 2):
-        raw = plan.virtual(1, 1, {}, pp)
-        records = Simulation(Deployment.parse(raw), plan.place_costs(1, 1), plan.place_costs(1, pp)).run(
+        raw = plan.deployments.virtual(1, 1, {}, pp)
+        records = Simulation(Deployment.parse(raw), plan.costs.of_a_place(1, 1), plan.costs.of_a_place(1, pp)).run(
             [Ask(0.0, 2000, 1)] * 20
         )
         last.append(max(record.times[-1] for record in records))
@@ -101,7 +102,7 @@ def test_distserves_own_example_gets_distserves_own_placement(tmp_path: Path) ->
     plan = plan_of(tmp_path / "m", "a100-80g", FOUR, {"ttft": 200.0, "tpot": 100.0})
     demand = Demand(plan.asks(150), plan.targets_ms, None)
     singles = [phase for phase in phases_of(plan) if phase.pp == 1 and phase.tp < 4]
-    found = list(candidates(FOUR, demand, singles, 40, plan.handoff_s, 150))
+    found = list(candidates(FOUR, demand, singles, 40, plan.costs.handoff_s, 150))
     assert max(found, key=lambda each: each.per_gpu).prefill.tp == 2
     theirs = next(each for each in found if (each.prefill.tp, each.decode.tp) == (2, 1))
     pair = replace(theirs, num_prefill=1, num_decode=1)

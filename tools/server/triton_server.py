@@ -13,11 +13,8 @@ What a server leaves on disk lies in one private run directory, which `stop` rem
 
 import contextlib
 import os
-import re
 import resource
-import secrets
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -25,39 +22,33 @@ from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
 
-from ensemble.config import DEPLOYMENT_VARIABLE, Deployment
-from ensemble.errors import ERROR_MARK
+from ensemble.config import Deployment
 from ensemble.listener import raise_file_limit
 from ensemble.models.spec import load_model_spec
 from ensemble.openai_front import API_KEY_VARIABLE
 from ensemble.replicas.launchers.base import GIVE_BACK_MEMORY
-from ensemble.serving import control
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.metrics_page import METRICS_VARIABLE
-from ensemble.serving.run_dir import RUN_DIR_VARIABLE
-from tools.installation.server_files import Installation, ServerError, find_libpython
+from tools.installation.server_files import Installation, ServerError
+from tools.server.commands import environment, fill_run_dir, openai_command, relay_command, triton_command
+from tools.server.drain import drain
 from tools.server.local_ray import LocalRay
 from tools.server.ports import Ports, free_ports, port_is_free
 from tools.server.processes import end_processes, how_it_ended, spawn
-from tools.server.run_dir import GRACE_S, RunDir, remove_environment_folder, shm_prefix
+from tools.server.run_dir import GRACE_S, RunDir, remove_environment_folder
+from tools.server.server_log import ServerLog
 from tools.server.watch import StubWatch
 
 MODEL_REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
-MARK = "distserve: "  # of lines in the server's log that are for the operator
 MAX_BODY_BYTES = 4 << 20  # of an HTTP request
 LOADED_TO_READY_S = 60.0  # a server that is not ready so long after its models have loaded will never be
 MAX_STALLED_STARTS = 2
-RELAY, OPENAI_FRONT = "HTTP relay", "OpenAI front"  # the processes beside the Triton server
-CONTROL_S = 2.0  # for the scheduler to answer a command
 MANY_CORES = 4
+RELAY, OPENAI_FRONT = "HTTP relay", "OpenAI front"  # the processes beside the Triton server
 STACKS_S = 0.5  # for the stubs to write their stacks, if they can
-LAST_WORDS_S = 1.0  # for the last errors to be handed over
 # What a stub's shared memory may grow to for what comes in, and never shrinks from: room for many requests, and for
 # each token of the longest one more than any text or message of so many tokens has. The server refuses what is larger.
 SHM_BYTES, SHM_BYTES_PER_TOKEN = 32 << 20, 2 << 10
-# What is in the log of every start on a machine without GPU, and no reason of anything.
-NO_REASON = re.compile("CUDA|NVML|DCGM", re.IGNORECASE)
-LAST_CRY = re.compile("ASSERTION FAILED|terminate called|what\\(\\):")
 
 Progress = Callable[[str], None]
 
@@ -113,7 +104,7 @@ class TritonServer:
         self._beside: dict[str, subprocess.Popen[bytes]] = {}  # RELAY, OPENAI_FRONT |-> its process, if it has one
         self._run_dir: RunDir | None = None
         self._watch: StubWatch | None = None
-        self._log_start = 0  # bytes of the log that are of earlier lives
+        self._log: ServerLog | None = None
         self._was_ready = False  # in this life
 
     def __enter__(self) -> "TritonServer":
@@ -200,10 +191,16 @@ class TritonServer:
             self._choose_ports()
             if self.deployment.launcher == "ray" and not os.environ.get("RAY_ADDRESS"):
                 self._local_ray = LocalRay()
-            self._fill_run_dir(installation)
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            self.log_path.write_bytes(b"")
-            self._start_server()
+            fill_run_dir(
+                self.run_dir,
+                installation,
+                self.model_repository,
+                self.deployment,
+                self._ports.http,
+                num_postprocess=self._num_postprocess,
+            )
+            self._log = ServerLog(self.log_path)
+            self._start_server(installation)
             self._start_beside()
         except ServerError:
             self.stop()
@@ -223,28 +220,67 @@ class TritonServer:
         self._own_http = ("127.0.0.1", own_http) if self._has_relay else (self.host, self.ports.http)
         self._own_metrics = ("127.0.0.1", own_metrics) if self._has_scheduler else (self.host, self.ports.metrics)
 
-    def _start_server(self) -> None:
-        assert self._run_dir is not None
-        self._log_start = self.log_path.stat().st_size
+    def _start_server(self, installation: Installation) -> None:
+        assert self._run_dir is not None and self._log is not None
+        self._log.begin_life()
         self._was_ready = False
         self._run_dir.server_starts()
         if self._local_ray is not None:
             self._ray = self._spawn(self._local_ray.command(self.run_dir, self.deployment))
-        self._process = self._spawn(self._command(Installation.find()), GIVE_BACK_MEMORY)
+        self._process = self._spawn(
+            triton_command(
+                installation,
+                self.run_dir,
+                http=self._own_http,
+                grpc=(self.host, self._ports.grpc),
+                metrics=self._own_metrics,
+                num_replicas=self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas,
+                allow_client_shm=self._allow_client_shm,
+            ),
+            GIVE_BACK_MEMORY,
+        )
         self._watch = StubWatch(self.run_dir)
 
     def _start_beside(self) -> None:
         """Those that are to run, and do not."""
-        commands = {RELAY: self._relay_command} if self._has_relay else {}
-        if self._openai_port is not None:
-            commands[OPENAI_FRONT] = self._openai_command
-        for name, command in commands.items():
-            if name not in self._beside or self._beside[name].poll() is not None:
-                self._beside[name] = self._spawn(command())
+        if self._has_relay and not self._runs(RELAY):
+            self._beside[RELAY] = self._spawn(
+                relay_command(
+                    self.host,
+                    self._ports.http,
+                    self._own_http[1],
+                    self.run_dir,
+                    max_body_bytes=self._max_body_bytes,
+                    allow_client_shm=self._allow_client_shm,
+                )
+            )
+        if self._openai_port is not None and not self._runs(OPENAI_FRONT):
+            self._beside[OPENAI_FRONT] = self._spawn(
+                openai_command(
+                    self.deployment.model,
+                    self._max_model_len,
+                    self.host,
+                    self._openai_port,
+                    grpc_url=self.grpc_url,
+                    http_url=self.http_url,
+                    max_body_bytes=self._max_body_bytes,
+                    allowed_origins=self._allowed_origins,
+                    shown=(self.metrics_url, self.run_dir) if self._has_page else None,
+                )
+            )
+
+    def _runs(self, name: str) -> bool:
+        return name in self._beside and self._beside[name].poll() is None
 
     def _spawn(self, command: list[str], defaults: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        variables = {**(defaults or {}), **environment(self.run_dir)}
+        variables[METRICS_VARIABLE] = f"{self.host} {self._ports.metrics} {self._own_metrics[1]}"
+        if self._api_key is not None:
+            variables[API_KEY_VARIABLE] = self._api_key
+        if self._local_ray is not None:
+            variables |= self._local_ray.environment
         with self.log_path.open("ab") as log:
-            return spawn(command, log, {**(defaults or {}), **self._environment()})
+            return spawn(command, log, variables)
 
     def wait_ready(self, progress: Progress = lambda line: None, timeout_s: float = 3600.0) -> None:
         """Returns when all models are ready and all fronts open; `progress` gets the operator's lines of the log.
@@ -263,11 +299,12 @@ class TritonServer:
                 self._restart_server()
 
     def _wait_ready(self, progress: Progress, timeout_s: float, deadline: float) -> None:
+        assert self._run_dir is not None and self._log is not None
         num_seen = 0
         loaded_at: float | None = None
         while True:
             self._was_ready = self._is_ready()
-            lines = self._operator_lines()
+            lines = self._log.operator_lines()
             for line in lines[num_seen:]:
                 progress(line)
             num_seen = len(lines)
@@ -286,7 +323,6 @@ class TritonServer:
                 self._print_stacks()
                 raise ServerError(f"the server was not ready after {timeout_s:.0f} s")
             time.sleep(0.05)
-        assert self._run_dir is not None
         self._limit_shared_memory()
         self._run_dir.server_is_ready()
 
@@ -311,14 +347,15 @@ class TritonServer:
 
     def poll(self) -> str | None:
         """Why it can serve no more; None: it goes on. To be called every 0.1 s."""
-        if self._server_ended:
-            return self._why_it_ended()
+        assert self._process is not None and self._log is not None and self._watch is not None
+        if (status := self._process.poll()) is not None:
+            how = f"the Triton server ended: {how_it_ended(status)}"
+            return self._log.why_it_ended(how, was_ready=self._was_ready)
         if self._ray is not None and (status := self._ray.poll()) is not None:
             return f"the Ray cluster ended: {how_it_ended(status)}"
         for name, process in self._beside.items():
             if (status := process.poll()) is not None:
-                return self._error_line() or f"the {name} ended: {how_it_ended(status)}"
-        assert self._watch is not None
+                return self._log.error(was_ready=self._was_ready) or f"the {name} ended: {how_it_ended(status)}"
         if not self._was_ready:
             return None  # why a start failed the server itself tells
         return self._watch.poll()
@@ -334,18 +371,7 @@ class TritonServer:
 
     def drain(self, timeout_s: float) -> None:
         """Has new requests refused, and returns when the running ones have ended: after `timeout_s` by an error."""
-        deadline = time.monotonic() + timeout_s
-        with contextlib.suppress(control.ControlError):  # nothing runs there any more
-            load = control.call(self.run_dir, control.Drain(), control.Load, CONTROL_S)
-            while load.num_open and time.monotonic() < deadline and self.poll() is None:
-                time.sleep(0.05)
-                load = control.call(self.run_dir, control.Status(), control.Load, CONTROL_S)
-            deadline = time.monotonic() + LAST_WORDS_S
-            if load.num_open:
-                load = control.call(self.run_dir, control.EndAll(), control.Load, CONTROL_S)
-            while load.num_open and time.monotonic() < deadline and self.poll() is None:
-                time.sleep(0.05)
-                load = control.call(self.run_dir, control.Status(), control.Load, CONTROL_S)
+        drain(self.run_dir, timeout_s, lambda: self.poll() is None)
 
     def stop(self) -> None:
         """Ends the server, its stubs and workers, and removes what they leave behind. Safe to repeat."""
@@ -373,16 +399,14 @@ class TritonServer:
 
     def _restart_server(self) -> None:
         """Ends what is left of it at once: its clients learn of that, and could get nothing from it any more."""
-        assert self._run_dir is not None
-        assert self._process is not None
-        assert self._watch is not None
+        assert self._run_dir is not None and self._process is not None and self._watch is not None
         self._process.kill()
         self._process.wait()
         self._watch.close()
         self._end_ray()
         end_processes(self.run_dir, 0.0, besides=self.beside_pids)
         self._run_dir.remove_leftovers_of_server()
-        self._start_server()
+        self._start_server(Installation.find())
 
     def _end_ray(self) -> None:
         """Of a cluster of our own the first process; the others are ended with whatever is left of the run."""
@@ -392,32 +416,14 @@ class TritonServer:
             self._ray = None
 
     @property
-    def _server_ended(self) -> bool:
-        assert self._process is not None, "the server has not been started"
-        return self._process.poll() is not None
+    def _has_scheduler(self) -> bool:
+        """Whether the models are ours: that one serves the metrics port."""
+        return (self.model_repository / "scheduler").is_dir()
 
-    def _why_it_ended(self) -> str:
-        assert self._process is not None
-        how = f"the Triton server ended: {how_it_ended(self._process.returncode)}"
-        if (line := self._error_line()) is not None:
-            return line
-        lines = self._log_lines()
-        if self._was_ready:
-            cries = [line.strip() for line in lines if LAST_CRY.search(line)]
-            return f"{how}: {cries[-1]}" if cries else how
-        errors = [line for line in lines if line.startswith("E") and "] " in line and not NO_REASON.search(line)]
-        return errors[-1].split("] ", 1)[1].strip('" ') if errors else how
-
-    def _error_line(self) -> str | None:
-        """What a process of ours gave as the reason of its end."""
-        lines = [line.removeprefix(ERROR_MARK).strip() for line in self._log_lines() if line.startswith(ERROR_MARK)]
-        return (lines[-1] if self._was_ready else lines[0]) if lines else None  # a start fails by its first
-
-    def _log_lines(self) -> list[str]:
-        """Of this life of the server."""
-        with self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            return log.read().decode("utf-8", errors="replace").splitlines()
+    @property
+    def _max_model_len(self) -> int:
+        model = self.deployment.model
+        return model.limit_model_len(load_model_spec(model.path).max_model_len)
 
     def _print_stacks(self) -> None:
         assert self._watch is not None
@@ -442,126 +448,3 @@ class TritonServer:
         except OSError:  # URLError is one
             return False
         return all(beat.is_serving for beat in read_heartbeats(self.run_dir).values())
-
-    def _operator_lines(self) -> list[str]:
-        lines = self._log_lines()
-        return [line.removeprefix(MARK) for line in lines if line.startswith(MARK) and not line.startswith(ERROR_MARK)]
-
-    def _fill_run_dir(self, installation: Installation) -> None:
-        backend = self.run_dir / "backends/python"
-        backend.mkdir(parents=True)
-        for file in installation.backend_files:
-            (backend / file.name).symlink_to(file)
-        (self.run_dir / "http-port").write_text(str(self._ports.http), encoding="utf-8")
-        (self.run_dir / "lib").mkdir()
-        libpython = find_libpython()
-        if libpython is not None:
-            (self.run_dir / "lib" / libpython.name).symlink_to(libpython)
-        self._link_models(self.run_dir / "models")
-        (self.run_dir / "deployment.yaml").write_text(self.deployment.to_yaml(), encoding="utf-8")
-
-    def _link_models(self, folder: Path) -> None:
-        """With as many instances of `postprocess` as are asked for: its config.pbtxt cannot say by the cores."""
-        folder.mkdir()
-        for model in self.model_repository.resolve().iterdir():
-            if model.name != "postprocess":
-                (folder / model.name).symlink_to(model)
-                continue
-            (folder / model.name).mkdir()
-            for part in model.iterdir():
-                if part.name != "config.pbtxt":
-                    (folder / model.name / part.name).symlink_to(part)
-            config = (model / "config.pbtxt").read_text(encoding="utf-8")
-            config = re.sub(r"count: \d+", f"count: {self._num_postprocess}", config)
-            (folder / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
-
-    def _command(self, installation: Installation) -> list[str]:
-        num_replicas = self.deployment.prefill.num_replicas + self.deployment.decode.num_replicas
-        python_backend = {
-            "shm-default-byte-size": 4 << 20,  # six stubs, and room to grow, in the 64 MiB that containers get
-            "shm-growth-byte-size": 4 << 20,
-            "shm-region-prefix-name": shm_prefix(self.run_dir),
-            "thread-pool-size": 64 + 8 * num_replicas,  # each parked call of the scheduler holds one
-            "stub-timeout-seconds": 3600,  # a model is initialised when its workers have loaded their weights
-        }
-        options: dict[str, object] = {
-            "model-repository": self.run_dir / "models",
-            "backend-directory": self.run_dir / "backends",
-            "http-address": http_address(self._own_http[0]),
-            "http-port": self._own_http[1],
-            "grpc-address": f"[{self.host}]" if ":" in self.host else self.host,
-            "grpc-port": self._ports.grpc,
-            "grpc-infer-allocation-pool-size": 0,  # what is kept for reuse stays as large as the largest request
-            "metrics-address": http_address(self._own_metrics[0]),
-            "metrics-port": self._own_metrics[1],
-            "exit-timeout-secs": 2,
-            "http-restricted-api": f"{self._closed_protocols}:{secrets.token_hex(8)}={secrets.token_hex(16)}",
-            "grpc-restricted-protocol": f"{self._closed_protocols}:{secrets.token_hex(8)}={secrets.token_hex(16)}",
-        }
-        return [
-            str(installation.server),
-            *(f"--{name}={value}" for name, value in options.items()),
-            *(f"--backend-config=python,{name}={value}" for name, value in python_backend.items()),
-        ]
-
-    def _relay_command(self) -> list[str]:
-        arguments = [self.host, self._ports.http, self._own_http[1], self.run_dir, self._max_body_bytes]
-        arguments += ["allow-client-shm"] if self._allow_client_shm else []
-        return [sys.executable, "-m", "ensemble.serving.http_relay", *map(str, arguments)]
-
-    def _openai_command(self) -> list[str]:
-        model = self.deployment.model
-        arguments = {
-            "model": model.path,
-            "name": model.name,
-            "max-model-len": self._max_model_len,
-            "grpc-url": self.grpc_url,
-            "ready-url": f"{self.http_url}/v2/health/ready",
-            "max-body-bytes": self._max_body_bytes,
-            "host": self.host,
-            "port": self._openai_port,
-        }
-        if self._has_page:
-            arguments |= {"metrics-url": self.metrics_url, "run-dir": self.run_dir}
-        options = [f"--{name}={value}" for name, value in arguments.items()]
-        options += [f"--allowed-origin={origin}" for origin in self._allowed_origins]
-        return [sys.executable, "-m", "ensemble.openai_front", *options]
-
-    @property
-    def _has_scheduler(self) -> bool:
-        """Whether the models are ours: that one serves the metrics port."""
-        return (self.model_repository / "scheduler").is_dir()
-
-    @property
-    def _max_model_len(self) -> int:
-        model = self.deployment.model
-        return model.limit_model_len(load_model_spec(model.path).max_model_len)
-
-    @property
-    def _closed_protocols(self) -> str:
-        """To all: nobody is told the header that would open them."""
-        return ",".join(["model-repository", "trace", "logging"] + ["shared-memory"] * (not self._allow_client_shm))
-
-    def _environment(self) -> dict[str, str]:
-        """The stub finds its packages through the first `python3` on PATH, and ignores PYTHONPATH."""
-        return {
-            **os.environ,
-            "PATH": prepend(Path(sys.prefix) / "bin", os.environ.get("PATH")),
-            "LD_LIBRARY_PATH": prepend(self.run_dir / "lib", os.environ.get("LD_LIBRARY_PATH")),
-            "PYTHONNOUSERSITE": "1",
-            "TMPDIR": str(self.run_dir),
-            DEPLOYMENT_VARIABLE: str(self.run_dir / "deployment.yaml"),
-            RUN_DIR_VARIABLE: str(self.run_dir),
-            METRICS_VARIABLE: f"{self.host} {self._ports.metrics} {self._own_metrics[1]}",
-            **({} if self._api_key is None else {API_KEY_VARIABLE: self._api_key}),
-            **(self._local_ray.environment if self._local_ray is not None else {}),
-        }
-
-
-def prepend(folder: Path, paths: str | None) -> str:
-    return f"{folder}:{paths}" if paths else str(folder)
-
-
-def http_address(host: str) -> str:
-    """As the Triton server's HTTP library takes it."""
-    return f"ipv6:{host}" if ":" in host else host

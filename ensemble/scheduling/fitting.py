@@ -1,0 +1,86 @@
+"""Samples of what took how long, and coefficients that fit them.
+
+Samples are kept by what kind they are of, a few of the newest each: those that are rare are not forgotten for those
+that come a hundred times a second, and of each kind the median counts, so that one which something else held up moves
+nothing.
+"""
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+_MAX_KINDS = 256
+_SAMPLES_OF_A_KIND = 7
+_MAX_FIT_INTERVAL = 64  # samples; from 1 on it doubles
+_NEW_KIND_INTERVAL = 8
+_FADE = 0.7  # of what a kind's samples have counted, at each fit
+Array: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Samples that are alike: each number of theirs has the same power of two."""
+
+    newest: deque[tuple[float, tuple[int, ...]]] = field(default_factory=lambda: deque(maxlen=_SAMPLES_OF_A_KIND))
+    weight: float = 1.0
+
+
+class Samples:
+    """The newest samples of each kind. The kind that has not been seen for longest goes first."""
+
+    def __init__(self) -> None:
+        self._kinds: OrderedDict[tuple[int, ...], _Kind] = OrderedDict()
+        self.num_samples = 0
+        self._interval = 1
+        self._num_since_fit = 0
+
+    def add(self, numbers: tuple[int, ...], seconds: float) -> bool:
+        """Returns whether it is time to fit again: after more and more samples, and soon after one of a new kind."""
+        key = tuple(number.bit_length() for number in numbers)
+        is_new = key not in self._kinds
+        kind = self._kinds.setdefault(key, _Kind())
+        self._kinds.move_to_end(key)
+        kind.newest.append((seconds, numbers))
+        kind.weight += 1
+        if len(self._kinds) > _MAX_KINDS:
+            self._kinds.popitem(last=False)
+        self.num_samples += 1
+        self._num_since_fit += 1
+        if self._num_since_fit < (min(self._interval, _NEW_KIND_INTERVAL) if is_new else self._interval):
+            return False
+        self._interval = min(2 * self._interval, _MAX_FIT_INTERVAL)
+        self._num_since_fit = 0
+        return True
+
+    def medians(self) -> tuple[Array, Array, Array]:
+        """Of each kind the sample of median seconds: its numbers [kinds, numbers], its seconds, and its weight."""
+        middle = [sorted(kind.newest)[(len(kind.newest) - 1) // 2] for kind in self._kinds.values()]
+        weights = [kind.weight for kind in self._kinds.values()]
+        for kind in self._kinds.values():
+            kind.weight = max(1.0, _FADE * kind.weight)
+        return np.array([numbers for _, numbers in middle], float), np.array([s for s, _ in middle]), np.array(weights)
+
+
+def fit_non_negative(terms: Array, seconds: Array, weights: Array) -> tuple[list[float], float]:
+    """Coefficients >= 0 of the terms [samples, terms] for the least squared relative error, and that error.
+
+    By trying every set of terms that may be above zero: with five terms 32 systems of five equations, solved at once.
+    """
+    scale = np.maximum(terms.max(axis=0), 1e-300)
+    relative = terms / scale / seconds[:, None]
+    gram = (relative * weights[:, None]).T @ relative
+    target = (relative * weights[:, None]).sum(axis=0)
+    num_terms = len(target)
+    chosen = np.array(list(product((0.0, 1.0), repeat=num_terms)))
+    identity = np.eye(num_terms)
+    systems = gram * chosen[:, :, None] * chosen[:, None, :] + identity * (1 - chosen)[:, None, :]
+    systems += identity * 1e-9 * gram.diagonal().max()  # where samples do not tell terms apart
+    solutions = np.linalg.solve(systems, (target * chosen)[:, :, None])[:, :, 0]
+    errors = weights.sum() + np.einsum("si,ij,sj->s", solutions, gram, solutions) - 2 * solutions @ target
+    errors[(solutions < 0).any(axis=1)] = np.inf
+    best = int(np.argmin(errors))
+    return (solutions[best] / scale).tolist(), max(0.0, float(errors[best]))
