@@ -56,7 +56,11 @@ GPUS = {
 # Of the floor (weights and KV once, or FLOPs, at the rates above), as measured on H100: docs/results/engine-h100.json.
 OVER_THE_FLOOR = 1.12
 LIBRARY_READS = 0.8  # of the copy rate: 2.1 to 2.7 of 3.0 TB/s
+# An all-reduce of a layer: by our kernel as far as it takes it, with what else such a step loses; NCCL's as measured
+# (28.5 us of few rows, and what a prompt of 2,048 tokens of LLaMA-2-13B takes beyond half of its time on one GPU).
 ALL_REDUCE_BASE_S = 12e-6
+ONE_SHOT_BYTES = 4 << 20  # of all ranks together
+NCCL_BASE_S, NCCL_LINK_SHARE = 28.5e-6, 0.73  # of the links' rate
 GRID = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)  # tokens of a chunk
 FRONT_S = 3e-3  # from a client to the router, of prompts of 800 and 2,000 tokens: 2 to 5 ms
 RESERVE_BYTES = 4 << 30  # of each GPU: CUDA, graphs, activations
@@ -99,8 +103,11 @@ def step_s(model: ModelSize, gpu: Gpu, shape: StepShape, tp: int, node_link_rate
     floor_s = (weights_s**3 + products_s**3) ** (1 / 3) + rows_s + attention_s
     reduce_s = 0.0
     if tp > 1:
-        num_bytes = shape.num_tokens * model.hidden_size * model.num_bytes * 2 * (tp - 1) / tp
-        reduce_s = 2 * model.num_layers * (ALL_REDUCE_BASE_S + num_bytes / (node_link_rate or gpu.link_rate))
+        num_bytes = shape.num_tokens * model.hidden_size * model.num_bytes
+        is_one_shot = num_bytes * tp <= ONE_SHOT_BYTES
+        base_s, share = (ALL_REDUCE_BASE_S, 1.0) if is_one_shot else (NCCL_BASE_S, NCCL_LINK_SHARE)
+        moved_s = num_bytes * 2 * (tp - 1) / tp / (share * (node_link_rate or gpu.link_rate))
+        reduce_s = 2 * model.num_layers * (base_s + moved_s)
     return float(OVER_THE_FLOOR * floor_s + reduce_s + gpu.launch_s)
 
 
