@@ -12,6 +12,7 @@ from ensemble.engine.engine import Engine, Launched
 from ensemble.replicas.followers import Followers
 from ensemble.request import Sequence, TokenLogProbs
 from ensemble.scheduling.estimator import StepShape, TimedStep
+from ensemble.scheduling.placement import NUM_MEAN_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class LaunchedSteps:
         self._committed_at = 0.0  # the last one
         self.request_ids: set[int] = set()  # of all these
         self.mean_context_len = 0.0  # of the sequences of the last step that had any
+        self.last_s: deque[float] = deque(maxlen=NUM_MEAN_STEPS - 1)  # seconds of the last steps with sequences
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -91,6 +93,8 @@ class LaunchedSteps:
         # that follows none passes all places of a pipeline meanwhile, and what it takes at each is a share of that.
         timed = TimedStep(step.shape, min((now - step.began) / self.num_places, now - self._committed_at))
         self._committed_at = now
+        if step.shape.num_rows:
+            self.last_s.append(timed.seconds)
         return step, sampled, timed
 
     def forget(self, request_id: int) -> None:

@@ -312,7 +312,8 @@ class EngineLoop:
             self._prompts,
             self._launched.mean_context_len,
             min(self._running.num_going_on, self._settings.max_num_seqs),
-            self._running.itl_targets_s,
+            self._running.requests,
+            self._launched.last_s,
             self._launched.num_places,
             fills_tiles=self.engine.runs_ahead,
         )

@@ -18,6 +18,7 @@ class LoopSettings:
     host_kv_bytes: int = 0
     prefix_cache: bool = False
     itl_target_s: float | None = None  # of requests without one of their own
+    keeps_gaps: bool = False  # that is of each gap, not of their mean
     adapts: bool = False  # how much of prompts goes beside running sequences, where none of these has a target
 
 
@@ -34,5 +35,6 @@ def loop_settings(deployment: Deployment, home: StageName) -> LoopSettings:
         host_kv_bytes=decode.host_kv_bytes if home == "decode" else 0,
         prefix_cache=deployment.prefill.prefix_cache,
         itl_target_s=deployment.scheduler.itl_target_s,
+        keeps_gaps=deployment.scheduler.keeps_gaps,
         adapts=deployment.scheduler.roles == "auto",
     )

@@ -21,7 +21,7 @@ from ensemble.replicas.lending import Lending
 from ensemble.replicas.loop_settings import LoopSettings
 from ensemble.replicas.preemptive_decode import DecodePlan, PreemptiveDecodeScheduler
 from ensemble.replicas.reports import SwapReports
-from ensemble.request import Sequence
+from ensemble.request import Request, Sequence
 from ensemble.scheduling.decode_policies import make_decode_policy
 
 _Way: TypeAlias = Literal["given up", "handed off"]
@@ -65,8 +65,9 @@ class RunningSequences:
         return list(self._sequences)
 
     @property
-    def itl_targets_s(self) -> Iterator[float | None]:
-        return (each.request.itl_target_s for each in self._sequences.values())
+    def requests(self) -> Iterator[Request]:
+        """Of all that have not left."""
+        return (each.request for each in self._sequences.values())
 
     @property
     def num_going_on(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from ensemble.config import Deployment
 from ensemble.request import Request
@@ -26,6 +27,7 @@ class _Standing:
     num_seqs: int  # that decode there, running or not
     rows: StepShape  # those that run
     target_s: float | None  # the smallest ITL target among them
+    keeps_gaps: bool  # whether one is of each gap, not of the mean
     num_tokens: int  # of prompts that it has been sent
     num_keys: int  # that those attend to
     num_prompts: int  # of those
@@ -116,7 +118,7 @@ class Predictions:
             known = self._standings[replica.id] = _Standing(
                 max(0, num_seqs),
                 self._rows(replica, num_seqs),
-                self._itl_target_of(replica),
+                *self._itl_target_of(replica),
                 *self._prefill.backlog(replica.id),
                 num_unfinished,
                 self.now,
@@ -168,22 +170,30 @@ class Predictions:
         """Between two tokens of each of its sequences, without prompts."""
         return self._num_places(replica) * replica.estimator.seconds(self.rows(replica))
 
-    def _itl_target_of(self, replica: Replica) -> float | None:
-        """The smallest ITL target among its sequences, or where it has none the deployment's."""
+    def _itl_target_of(self, replica: Replica) -> tuple[float | None, bool]:
+        """The smallest ITL target of its sequences, or where it has none the deployment's; whether one is of gaps."""
+        scheduler = self._deployment.scheduler
         if not self.has_targets:
-            return self._deployment.scheduler.itl_target_s
+            return scheduler.itl_target_s, scheduler.keeps_gaps
         lives = (self._lives.of_attempt(attempt_id) for attempt_id in self._admission.decoders.request_ids(replica.id))
-        targets = [life.attempt.itl_target_s for life in lives if life is not None]
-        return smallest(targets or [None], self._deployment.scheduler.itl_target_s)
+        requests = [life.attempt for life in lives if life is not None]
+        target_s = smallest([each.itl_target_s for each in requests] or [None], scheduler.itl_target_s)
+        keep_gaps = [scheduler.keeps_gaps if each.itl_target_s is None else each.keeps_gaps for each in requests]
+        return target_s, any(keep_gaps) if requests else scheduler.keeps_gaps
 
     def _chunk_len(self, replica: Replica, known: "_Standing", rows: StepShape, start: int, num_prompts: float) -> int:
-        """Prompt tokens from `start` on that its steps take beside these sequences, as its loop will find too."""
+        """Prompt tokens from `start` on that its steps take beside these sequences, as its loop will find too, unless
+        so many prompts come that the mean of its steps has nothing to spare.
+        """
         if not rows.num_rows:
             return self._deployment.prefill.max_num_batched_tokens
         target_s = None if known.target_s is None else known.target_s / self._num_places(replica)
         max_len = self._deployment.num_prompt_tokens_beside
         adapts = self._deployment.scheduler.roles == "auto"
-        return chunk_beside(replica.estimator, rows, start, target_s, max_len, num_prompts, adapts=adapts)
+        spare_s = 0.0 if known.keeps_gaps else inf
+        return chunk_beside(
+            replica.estimator, rows, start, target_s, max_len, num_prompts, adapts=adapts, spare_s=spare_s
+        )
 
     def wait_for_blocks_s(self, num_blocks: int) -> float:
         """Until the replicas that decode have freed so many: outputs end evenly, as many as there are in their time."""

@@ -12,7 +12,7 @@ expected output's time at the speed of the replica that decodes it, and what pro
 replica for prompts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape
 
 MIN_CHUNK_LEN = 16  # tokens, so that prompts get on where steps are too long already
 AIM = 0.9  # of an ITL target, by what nearly all steps take: the longest gap of an answer counts, and tokens have a way
+NUM_MEAN_STEPS = 32  # over which a target of the mean is kept: shorter answers are few, and have few gaps
 LEAST_STRETCH = 1.1  # of a step by the chunk in it, where it misses its target without any
 FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading the weights hides it
 LIGHT_LOAD = 0.75  # of those who compute prompts: below it a prompt that is late holds up few others
@@ -205,11 +206,16 @@ def smallest(targets: Iterable[float | None], default: float | None) -> float | 
     return min((each for target in targets if (each := default if target is None else target)), default=None)
 
 
-def _limit_s(bare_s: float, target_s: float, overrun: float) -> float:
+def spare_s(last_s: Collection[float], target_s: float) -> float:
+    """Seconds by which a step may exceed what a target of the mean leaves each: what the last ones were shorter by."""
+    return max(0.0, AIM * target_s * len(last_s) - sum(last_s))
+
+
+def _limit_s(bare_s: float, target_s: float, overrun: float, spare_s: float) -> float:
     """Predicted seconds of a step with a chunk, that takes so long without."""
     if bare_s > target_s:
         return LEAST_STRETCH * bare_s
-    aim_s = AIM * target_s / overrun
+    aim_s = AIM * target_s / overrun + spare_s
     return aim_s if bare_s < aim_s else target_s
 
 
@@ -222,17 +228,18 @@ def chunk_beside(
     num_prompts: float,
     *,
     adapts: bool = False,
+    spare_s: float = 0.0,
 ) -> int:
     """Prompt tokens, of a prompt from `start` on, in a step with running sequences: within their smallest target so
     many that a token of a prompt costs all concerned the least. Without a target `max_len`, unless it `adapts`.
 
-    num_prompts: that wait for the replica's steps.
+    num_prompts: that wait for the replica's steps. spare_s: by which the step may exceed the target.
     """
     if not rows.num_rows or (target_s is None and not adapts):
         return max_len
     bare_s = steps.seconds(rows)
     if target_s is not None:
-        fitting_len = steps.max_chunk_len(_limit_s(bare_s, target_s, steps.overrun), rows, start, max_len)
+        fitting_len = steps.max_chunk_len(_limit_s(bare_s, target_s, steps.overrun, spare_s), rows, start, max_len)
         return max(min(MIN_CHUNK_LEN, max_len), fitting_len)
 
     seconds = steps.beside(rows, start)

@@ -293,7 +293,7 @@ def test_beside_sequences_prompts_take_what_the_smallest_itl_target_leaves(
     colocated.replica.loop.estimator = estimator
     sampling = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
     running = [
-        Request(request_id=index, prompt_token_ids=[5], sampling=sampling, itl_target_s=target_s)
+        Request(request_id=index, prompt_token_ids=[5], sampling=sampling, itl_target_s=target_s, keeps_gaps=True)
         for index, target_s in enumerate(targets_s)
     ]
     late = Request(request_id=2, prompt_token_ids=[7] * 100, sampling=SamplingParams(max_tokens=1))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape, prompt_keys
 from ensemble.scheduling.placement import (
     MIN_CHUNK_LEN,
+    NUM_MEAN_STEPS,
     Reader,
     Site,
     Way,
@@ -16,6 +17,7 @@ from ensemble.scheduling.placement import (
     hand_off,
     num_missed,
     smallest,
+    spare_s,
     stay,
 )
 
@@ -124,6 +126,31 @@ def test_a_chunk_beside_sequences_keeps_their_target_or_is_the_least_that_gets_p
     assert MIN_CHUNK_LEN <= length <= 2048
     if length > MIN_CHUNK_LEN:
         assert STEPS.seconds(rows.with_chunk(0, length)) <= max(target_s, 1.1 * STEPS.seconds(rows))
+
+
+@given(
+    num_rows=st.integers(1, 64),
+    target_s=st.floats(0.015, 0.1),
+    prompts=st.lists(st.sampled_from([0, 0, 0, 100, 700, 3000]), min_size=60, max_size=60),
+)
+def test_steps_keep_a_target_of_their_mean_though_each_takes_what_the_last_ones_left(
+    num_rows, target_s, prompts
+) -> None:
+    """Prompts of so many tokens come, one a step: chunks may be longer than a target of each gap allows."""
+    rows, waiting = StepShape(0, 0, num_rows, 100 * num_rows), 0
+    bare_s, taken_s = STEPS.seconds(rows), list[float]()
+    longest, longest_by_gaps = 0, chunk_beside(STEPS, rows, 0, target_s, 2048, 1)
+    for length in prompts:
+        waiting += length
+        last_s = taken_s[-(NUM_MEAN_STEPS - 1) :]
+        chunk = min(waiting, chunk_beside(STEPS, rows, 0, target_s, 2048, 1, spare_s=spare_s(last_s, target_s)))
+        assert chunk >= min(waiting, longest_by_gaps)
+        waiting, longest = waiting - chunk, max(longest, chunk)
+        taken_s.append(STEPS.seconds(rows.with_chunk(0, chunk)) if chunk else bare_s)
+        window = taken_s[-NUM_MEAN_STEPS:]
+        assert sum(window) / len(window) <= target_s + 1e-9
+    if any(prompts[2:]) and bare_s < 0.5 * target_s:
+        assert longest > longest_by_gaps or max(prompts) <= longest_by_gaps
 
 
 def test_a_chunk_is_shorter_where_steps_take_longer_than_predicted() -> None:
