@@ -370,7 +370,7 @@ def test_a_slow_pair_is_no_broken_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("transport", ["host", "nccl"])
-def test_a_broken_link_keeps_no_memory(source, monkeypatch, transport):
+def test_a_broken_link_keeps_no_memory(source, devices, monkeypatch, transport):
     """Its slots are page-locked, or a GPU's: they do not wait for the collector of cycles."""
     slots = []
     make_slots = link_session.Session._make_slots
@@ -381,7 +381,7 @@ def test_a_broken_link_keeps_no_memory(source, monkeypatch, transport):
         return made
 
     monkeypatch.setattr(link_session.Session, "_make_slots", noting)
-    reader = Reader(LAYOUT, transport=transport, timeout_s=1.0)
+    reader = Reader(LAYOUT, transport=transport, timeout_s=1.0, device=devices[1])
     reader.attach(source.address)
     gc.collect()
     gc.disable()
