@@ -168,16 +168,16 @@ class Worker:
         loop = self.loop
         if not loop.has_work:
             zmq.select([self.socket, self.server.socket, *loop.peers.attaching], [], [], IDLE_POLL_MS / 1e3)
-        if not loop.waits_for_gpu:  # a GPU that stands still would be waited for for ever
-            self.progress.beat()
         self._send_events(loop.end_leases(self.server.acknowledged()))
         while self.socket.poll(0):
             self._receive(*self.socket.recv_multipart())
         if loop.peers.attaching:
             self._send_events(loop.receive_handles())
-        if loop.waits_for_gpu:
+        if loop.waits_for_gpu:  # for ever, if it stands still
             time.sleep(GPU_POLL_S)
-        elif loop.has_work:
+            return
+        self.progress.beat()
+        if loop.has_work:
             start = time.monotonic()
             events = loop.step()
             self.progress.step_takes(max(time.monotonic() - start, loop.launched_s))

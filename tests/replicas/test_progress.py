@@ -157,3 +157,24 @@ def test_a_gpu_that_stands_still_with_prompts_alone_is_found_out(
     worker.serve_once()
     assert progress.beats > beats
     assert worker.loop.leases.why_not(1, []) is None, "the prompt has been computed, and is handed off"
+
+
+def test_steps_that_end_as_soon_as_they_are_waited_for_are_beats(
+    worker: Worker, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often the host looks: with steps of a second, ten in a row that it missed were a hang."""
+    looks: list[bool] = []
+
+    def ends_after_a_look(self: StepHandle) -> bool:
+        looks.append(len(looks) % 2 == 1)
+        return looks[-1]
+
+    monkeypatch.setattr(Engine, "runs_ahead", True)
+    monkeypatch.setattr(StepHandle, "is_done", property(ends_after_a_look))
+    request = Request(request_id=1, prompt_token_ids=[5] * 9, sampling=SamplingParams(max_tokens=5))
+    worker.loop.handle(whole_prompts([request]))
+    worker.serve_once()
+    beats = progress.beats
+    while 1 not in worker.loop.leases:
+        worker.serve_once()
+    assert progress.beats > beats and looks == [False, True]
