@@ -47,7 +47,8 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._num_head_bytes is not None:
             self._num_head_bytes += len(data)
-            self._await_head()
+            if self.cycle is None or self.cycle.response_complete:  # some clients send an empty line after a body
+                self._await_head()
         super().data_received(data)
         if (self._num_head_bytes or 0) > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The request's head has more than {MAX_HEAD_BYTES} bytes.")

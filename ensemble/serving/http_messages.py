@@ -62,13 +62,13 @@ async def read_head(reader: asyncio.StreamReader, begins: Callable[[], None]) ->
     `begins` is called at its first byte, for which a client may let us wait: it may be reading an answer.
     """
     try:
-        line = b""
-        while not line:  # some clients send an empty line after a body
-            line = await reader.read(1)
-            if not line:
-                return b""
-            begins()
-            line = (line + await read_line(reader)).lstrip(b"\r\n")
+        first = b"\r"
+        while first in (b"\r", b"\n"):  # some clients send an empty line after a body: no request begins with it
+            first = await reader.read(1)
+        if not first:
+            return b""
+        begins()
+        line = first + await read_line(reader)
         head = line
         while line != b"\r\n":
             line = await read_line(reader)

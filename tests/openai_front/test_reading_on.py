@@ -32,10 +32,17 @@ async def take(request: Request) -> Response:
     return JSONResponse(len(await read_body(request, LIMIT)))
 
 
+async def take_and_think(request: Request) -> Response:
+    response = await take(request)
+    await asyncio.sleep(0.3)  # longer than the tests let a head take
+    return response
+
+
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     app = FastAPI()
     app.add_api_route("/v1/take", take, methods=["POST"])
+    app.add_api_route("/v1/think", take_and_think, methods=["POST"])
     app.add_exception_handler(ApiError, answer_api_error)
     guard(app, "key", ())
     config = uvicorn.Config(ReadsOn(app, READ_ON), http=BoundedHttp, log_level="warning", timeout_graceful_shutdown=1)
@@ -150,6 +157,16 @@ def test_a_body_that_takes_longer_than_a_head_may_is_read(port: int, monkeypatch
         client.sendall(f"{HEAD}Content-Length: 2\r\n\r\n1".encode())
         time.sleep(0.3)
         client.sendall(b"2")
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_empty_line_after_a_body_is_no_head_that_is_awaited(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "HEAD_S", 0.1)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(f"{HEAD.replace('take', 'think')}Content-Length: 1\r\n\r\n1".encode())
+        time.sleep(0.05)  # else both may come as one piece
+        client.sendall(b"\r\n")
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
