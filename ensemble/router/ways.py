@@ -46,6 +46,7 @@ class Ways:
         self._predictions = predictions
         self._prefix_moves = prefix_moves
         self._is_auto = deployment.scheduler.roles == "auto"
+        self._may_miss = deployment.scheduler.on_missed_target != "refuse"
         self._beside = Limits(deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
         self._chosen: tuple[int, _Choice | None] | None = None  # for the attempt asked of last, as long as it holds
         self._refused: list[tuple[Life, TargetOutOfReach]] = []
@@ -136,7 +137,8 @@ class Ways:
         left_s = None if ttft_target_s is None else ttft_target_s - waited_s
         choices = [_Choice(*each) for each in self._ways(life)]
         apart_within_s = self._apart_within_s(life, ttft_target_s, waited_s)
-        way = best([each.way for each in choices], left_s, itl_target_s, apart_within_s)
+        ways = [each.way for each in choices]
+        way = best(ways, left_s, itl_target_s, apart_within_s, may_miss=self._may_miss)
         return next((each for each in choices if each.way is way), None)
 
     def _ways(self, life: Life) -> Iterator[tuple[Way, Offer | None]]:
@@ -235,7 +237,7 @@ class Ways:
 
     def _refuses(self, life: Life, way: Way) -> bool:
         """Whether it has to be refused now, since nothing of it is computed yet and it is going to miss a target."""
-        if self._deployment.scheduler.on_missed_target != "refuse" or life.attempt is not life.request:
+        if self._may_miss or life.attempt is not life.request:
             return False
         ttft_target_s, itl_target_s = self._targets(life)
         left_s = None if ttft_target_s is None else life.arrived_s + ttft_target_s - self._predictions.now
@@ -249,12 +251,13 @@ class Ways:
 
     def check_targets(self, life: Life, now: float) -> None:
         """Raises TargetOutOfReach where requests are refused that will miss one, behind all that wait."""
-        if self._deployment.scheduler.on_missed_target != "refuse":
+        if self._may_miss:
             return
         ttft_target_s, itl_target_s = self._targets(life)
         self._predictions.look_again(now)
         apart_within_s = self._apart_within_s(life, ttft_target_s, now - life.arrived_s)
-        way = best([way for way, _ in self._ways(life)], ttft_target_s, itl_target_s, apart_within_s)
+        ways = [way for way, _ in self._ways(life)]
+        way = best(ways, ttft_target_s, itl_target_s, apart_within_s, may_miss=self._may_miss)
         if way is None:
             return
         ttft_s = way.ttft_s + (

@@ -176,21 +176,27 @@ def hand_off(site: Site, work: Work, readers: Iterable[Reader]) -> Way | None:
 
 
 def best(
-    ways: Iterable[Way], left_s: float | None, itl_target_s: float | None, apart_within_s: float | None = None
+    ways: Iterable[Way],
+    left_s: float | None,
+    itl_target_s: float | None,
+    apart_within_s: float | None = None,
+    *,
+    may_miss: bool = True,
 ) -> Way | None:
     """The cheapest of those that miss the fewest targets; of equals the first. None: there is no way.
 
     `left_s`: of the TTFT target. None: there is no target. `apart_within_s`: gaps have a target, so a way apart goes
-    before its equals if it takes no longer, and before all others where those who compute prompts have little to do;
-    None: gaps have none.
+    before its equals if it takes no longer, and before all others where those who compute prompts have little to do,
+    unless it misses a target and must not: who misses one is refused. None: gaps have none.
     """
 
     def rank(way: Way) -> tuple[float, ...]:
+        missed = num_missed(way, left_s, itl_target_s)
         if apart_within_s is None:
-            return num_missed(way, left_s, itl_target_s), way.cost_s
-        is_light = way.is_apart and way.prompt_load < LIGHT_LOAD
+            return missed, way.cost_s
+        is_light = way.is_apart and way.prompt_load < LIGHT_LOAD and (may_miss or not missed)
         is_soon = way.is_apart and way.ttft_s <= apart_within_s
-        return not is_light, num_missed(way, left_s, itl_target_s), not is_soon, way.slows_prompts, way.cost_s
+        return not is_light, missed, not is_soon, way.slows_prompts, way.cost_s
 
     return min(ways, key=rank, default=None)
 

@@ -145,6 +145,18 @@ def test_what_will_miss_its_target_is_refused_before_anything_is_computed_or_ser
     fleet.assert_empty()
 
 
+def test_nobody_is_refused_for_being_late_apart_who_would_be_in_time_beside_others():
+    scheduler = {"roles": "auto", "on_missed_target": "refuse", "ttft_target_ms": 12.0, "itl_target_ms": 1000.0}
+    fleet = make_fleet(1, 3, scheduler=scheduler)
+    asked = []
+    for _ in range(20):  # 1.8 ms each, if one replica computed them all
+        asked.append(fleet.arrive(16, max_tokens=2))
+        fleet.now += 0.5e-3
+    fleet.run()
+    assert all(client.error is None and client.tokens == answer(request) for request, client in asked)
+    fleet.assert_empty()
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_in_auto_whoever_is_left_does_it_all(lost):
     fleet = make_fleet(1, 1, scheduler={"roles": "auto"})
