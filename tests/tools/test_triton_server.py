@@ -21,7 +21,7 @@ from ensemble.listener import MAX_FILES
 from tools.installation import server_files as installation
 from tools.installation.server_files import Installation, ServerError
 from tools.server.ports import Ports
-from tools.server.processes import session_pids
+from tools.server.processes import limit_file_size, session_pids
 from tools.server.run_dir import SHM
 from tools.server.triton_server import TritonServer
 
@@ -240,6 +240,18 @@ def test_a_port_in_use_is_named(tmp_path: Path, deployment: Deployment) -> None:
         server = TritonServer(deployment, model_repository=repository, ports=Ports(free.http, port, free.metrics))
         with pytest.raises(ServerError, match=f"port {port} is in use"):
             server.start()
+
+
+def test_a_smaller_limit_of_files_stays() -> None:
+    """An operator's own; a larger one than the hard limit could not be set either."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        for num_bytes, limited in ((4096, 4096), (8192, 4096), (1024, 1024)):
+            limit_file_size(process.pid, num_bytes)
+            assert resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[0] == limited
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (512, 512))
+        limit_file_size(process.pid, 1024)
+        assert resource.prlimit(process.pid, resource.RLIMIT_FSIZE) == (512, 512)
+        process.kill()
 
 
 KILLED = """

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -26,6 +27,13 @@ def spawn(command: list[str], log: BinaryIO, environment: Mapping[str, str]) -> 
         env=environment,
         start_new_session=True,
     )
+
+
+def limit_file_size(pid: int, num_bytes: int) -> None:
+    """Of what a running process writes, and what it starts from now on. A smaller limit stays. Raises OSError."""
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    if soft == resource.RLIM_INFINITY or soft > num_bytes:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
 
 
 def how_it_ended(status: int) -> str:

@@ -11,9 +11,7 @@ What a server leaves on disk lies in one private run directory, which `stop` rem
         secret, stubs, ...       what the processes share (ensemble/serving/run_dir.py)
 """
 
-import contextlib
 import os
-import resource
 import subprocess
 import time
 import urllib.request
@@ -34,7 +32,7 @@ from tools.server.commands import environment, fill_run_dir, openai_command, rel
 from tools.server.drain import drain
 from tools.server.local_ray import LocalRay
 from tools.server.ports import Ports, free_ports, port_is_free
-from tools.server.processes import end_processes, how_it_ended, spawn
+from tools.server.processes import end_processes, how_it_ended, limit_file_size, spawn
 from tools.server.run_dir import GRACE_S, RunDir, remove_environment_folder
 from tools.server.server_log import ServerLog
 from tools.server.watch import StubWatch
@@ -323,10 +321,10 @@ class TritonServer:
                 self._print_stacks()
                 raise ServerError(f"the server was not ready after {timeout_s:.0f} s")
             time.sleep(0.05)
-        self._limit_shared_memory()
+        self._limit_shared_memory(progress)
         self._run_dir.server_is_ready()
 
-    def _limit_shared_memory(self) -> None:
+    def _limit_shared_memory(self, progress: Progress) -> None:
         """The server has no such limit, but cannot make a file longer than its own, which its stubs do not inherit now.
 
         Python, which execs it, ignores SIGXFSZ, and so it does. Its log is a file, too, but grows by the stubs' lines.
@@ -334,10 +332,10 @@ class TritonServer:
         assert self._process is not None
         if not self._has_scheduler:
             return
-        limit = SHM_BYTES + SHM_BYTES_PER_TOKEN * self._max_model_len
-        _, hard = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
-        with contextlib.suppress(ProcessLookupError):  # `wait` will tell
-            resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            limit_file_size(self._process.pid, SHM_BYTES + SHM_BYTES_PER_TOKEN * self._max_model_len)
+        except OSError as error:  # it serves without; if it has ended, `wait` will tell
+            progress(f"the Triton server's shared memory has no limit: RLIMIT_FSIZE: {error}")
 
     def wait(self) -> str:
         """Blocks until the server or its relay has ended, or can serve no more, and returns why in one line."""
