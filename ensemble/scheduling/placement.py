@@ -213,8 +213,13 @@ def smallest(targets: Iterable[float | None], default: float | None) -> float | 
 
 
 def spare_s(last_s: Collection[float], target_s: float) -> float:
-    """Seconds by which a step may exceed what a target of the mean leaves each: what the last ones were shorter by."""
-    return max(0.0, AIM * target_s * len(last_s) - sum(last_s))
+    """Seconds by which a step may exceed what a target of the mean leaves each: what the last ones were shorter by.
+
+    Below 0: it has to be shorter by so much, for with the last ones it would miss the target itself.
+    """
+    taken_s, num_steps = sum(last_s), len(last_s) + 1
+    spare_s = AIM * target_s * (num_steps - 1) - taken_s
+    return spare_s if spare_s > 0 else min(0.0, target_s * (num_steps - AIM) - taken_s)
 
 
 def _limit_s(bare_s: float, target_s: float, overrun: float, spare_s: float) -> float:
@@ -222,7 +227,7 @@ def _limit_s(bare_s: float, target_s: float, overrun: float, spare_s: float) -> 
     if bare_s > target_s:
         return LEAST_STRETCH * bare_s
     aim_s = AIM * target_s / overrun + spare_s
-    return aim_s if bare_s < aim_s else target_s
+    return aim_s if bare_s < aim_s or spare_s < 0 else target_s
 
 
 def chunk_beside(
