@@ -25,6 +25,8 @@ REASONS = {
 FRAMING = {b"content-length", b"transfer-encoding"}
 JSON_OBJECT_START = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*(?=[^ \t\r\n])")
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}")
+REQUEST_LINE = re.compile(rb"[!-~]+ [^\x00- \x7f]+ HTTP/\d(?:\.\d)?\r\n")
+HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 class Refused(Exception):
@@ -68,8 +70,11 @@ async def read_head(reader: asyncio.StreamReader, begins: Callable[[], None]) ->
         if not first:
             return b""
         begins()
-        line = first + await read_line(reader)
-        head = line
+        if not first.isalpha():  # TLS, say, which may send no end of a line
+            raise BadRequest(f"what begins with {first!r} is not HTTP/1.1")
+        head = line = await read_line(reader, first)
+        if not REQUEST_LINE.fullmatch(line):
+            raise BadRequest(f"{line.decode(errors='replace')!r} is not the first line of a request of HTTP/1.1")
         while line != b"\r\n":
             line = await read_line(reader)
             head += line
@@ -80,12 +85,15 @@ async def read_head(reader: asyncio.StreamReader, begins: Callable[[], None]) ->
     return head
 
 
-async def read_line(reader: asyncio.StreamReader) -> bytes:
-    """With its end. Raises BadRequest, asyncio.IncompleteReadError when the client closes before that."""
+async def read_line(reader: asyncio.StreamReader, begun: bytes = b"") -> bytes:
+    """With what has `begun` it, and its end. Raises BadRequest; IncompleteReadError when the client closes within."""
     try:
-        return await reader.readuntil(b"\r\n")
+        line = begun + await reader.readuntil(b"\n")
     except asyncio.LimitOverrunError:
         raise BadRequest(f"a line is longer than {MAX_HEAD_BYTES} bytes") from None
+    if line.find(b"\r") != len(line) - 2:
+        raise BadRequest(f"{line.decode(errors='replace')!r} does not end in CR LF, or has a CR before that")
+    return line
 
 
 def parse_headers(head: bytes) -> dict[bytes, bytes]:
@@ -93,7 +101,7 @@ def parse_headers(head: bytes) -> dict[bytes, bytes]:
     headers: dict[bytes, bytes] = {}
     for line in head.split(b"\r\n")[1:-2]:
         name, colon, value = line.partition(b":")
-        if not colon or name != name.strip():
+        if not colon or not HEADER_NAME.fullmatch(name) or b"\0" in value:
             raise BadRequest(f"{line.decode(errors='replace')!r} is not a header")
         if name.lower() in headers and name.lower() in FRAMING:
             raise BadRequest(f"{name.decode(errors='replace')} is there twice")

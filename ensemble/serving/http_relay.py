@@ -5,6 +5,8 @@ not see that the client of a `generate`, or of a `generate_stream` before its fi
 stands between them. It puts a tag into the JSON body of each such request, which reaches the scheduler as a request
 parameter, and when the client closes the connection it tells the scheduler the tag. Responses pass as they are.
 
+Requests that a client sends before it has its answer wait for the end of that, unread.
+
 It also refuses what is not for clients (fronts.py) and bodies that are too long, says whether the server is ready,
 which the server itself does not know, and stays when the Triton server ends and is started again.
 
@@ -38,6 +40,7 @@ from ensemble.serving.http_contract import (
     is_of_http_1_0,
     with_packed_objects,
 )
+from ensemble.serving.http_downstream import ClientReader, Deadline
 from ensemble.serving.http_messages import (
     CHUNK_BYTES,
     MAX_HEAD_BYTES,
@@ -62,7 +65,6 @@ MAX_UNTOLD = 100_000  # tags on their way to the scheduler
 BACKLOG = 1024
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MAX_LARGE_BODIES = 64  # of `generate`s, longer than MAX_KEPT_BYTES, that are read at a time
-REQUEST_S = 60.0  # in which a request has to come, head and body
 LINGER_S = 5.0  # a refused client may send on for so long: else it would not read why
 TAG_SECRET = f"http-{secrets.token_hex(8)}"  # no client can name another's request
 
@@ -90,12 +92,16 @@ class HttpRelay:
 
     async def serve(self, host: str, port: int) -> None:
         listener = listen(host, port, BACKLOG)
-        server = await asyncio.start_server(self._connected, sock=listener, backlog=BACKLOG, limit=MAX_HEAD_BYTES)
+        server = await asyncio.get_running_loop().create_server(self._protocol, sock=listener, backlog=BACKLOG)
         async with server:
             await server.serve_forever()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream = Upstream(writer)
+    def _protocol(self) -> asyncio.Protocol:
+        reader = ClientReader(MAX_HEAD_BYTES)
+        return asyncio.StreamReaderProtocol(reader, lambda _, writer: self._connected(reader, writer))
+
+    async def _connected(self, reader: ClientReader, writer: asyncio.StreamWriter) -> None:
+        upstream = Upstream(reader, writer)
         with contextlib.suppress(OSError), closing(writer, upstream), self._counted():
             if self._num_connections > 2 * self._limits.max_connections:
                 return  # without a word: those who still hear theirs are as many as there may be
@@ -104,12 +110,11 @@ class HttpRelay:
                     raise NotServing(f"{self._limits.max_connections} connections are open, the most there may be")
                 await self._pass_requests(reader, writer, upstream)
             except Refused as refused:
-                if not upstream.is_unanswered:  # else it would be taken for that answer
-                    upstream.drop()
-                    writer.write(refusal(refused))
-                    writer.write_eof()
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(discard(reader), LINGER_S)
+                upstream.drop()
+                writer.write(refusal(refused))
+                writer.write_eof()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(discard(reader), LINGER_S)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -119,25 +124,28 @@ class HttpRelay:
         finally:
             self._num_connections -= 1
 
-    async def _pass_requests(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: Upstream
-    ) -> None:
-        """Until the client, or the Triton server, closes. Raises Refused."""
-        tag = ""  # of the last `generate`: clients do not pipeline, so only that may be unanswered
-        deadline = Deadline(reader)
+    async def _pass_requests(self, reader: ClientReader, writer: asyncio.StreamWriter, upstream: Upstream) -> None:
+        """One after another, until the client, or the Triton server, closes. Raises Refused."""
+        tag = ""  # of the `generate` that is being answered
+        deadline = Deadline(reader, writer)
         deadline.start()
         try:
             while head := await read_head(reader, deadline.start):
                 head = as_plain_request(head)
                 request = fronts.request_of(head)
-                if fronts.asks_whether_live(request) and not upstream.is_unanswered:
-                    deadline.stop()
+                if fronts.asks_whether_live(request):
+                    deadline.rest()
                     writer.write(response(200, [], b""))  # as long as this stands: the rest may be started again
+                    await writer.drain()
                     continue
                 headers = parse_headers(head)
                 self._check(request)
                 await upstream.connect(self._upstream_port)
-                tag = await self._pass_request(request, head, headers, reader, upstream, deadline) or tag
+                tag = await self._pass_request(request, head, headers, reader, upstream, deadline)
+                if not await upstream.answer_has_ended():
+                    break
+                tag = ""
+                deadline.rest()
         except (OSError, EOFError):  # reset, or closed in the midst of a request
             pass
         finally:
@@ -175,7 +183,7 @@ class HttpRelay:
             deadline.stop()
             return await self._generate(request, head, headers, whole, upstream)
         in_chunks = is_chunked(headers)
-        was_unanswered, upstream.is_unanswered = upstream.is_unanswered, True
+        upstream.expect_answer()
         unsent = head  # goes with the first of the body, unless the client waits to be told to send that
         if waits:
             await upstream.write(head)
@@ -184,8 +192,9 @@ class HttpRelay:
             async for data in body:
                 await upstream.write(unsent + (b"%x\r\n%b\r\n" % (len(data), data) if in_chunks else data))
                 unsent = b""
-        except Refused:  # the Triton server will not see the end of it, and does not answer
-            upstream.is_unanswered = was_unanswered
+        except Refused:  # the Triton server will not see the end of it
+            if not upstream.is_unanswered:
+                raise ConnectionAbortedError from None  # the client would take it for a part of the answer
             raise
         deadline.stop()
         if in_chunks:
@@ -228,28 +237,9 @@ class HttpRelay:
             members[TRACE_PARENT] = headers[TRACE_PARENT.encode()].decode("latin-1")
         tagged = with_first_member(body, json.dumps(members)[1:-1].encode())
         upstream.inspect(None if is_large else body, in_chunks=not is_of_http_1_0(head))
-        upstream.is_unanswered = True
+        upstream.expect_answer()
         await upstream.write(with_sized_body(head, len(tagged)) + tagged)
         return tag
-
-
-class Deadline:
-    """Of a request that has begun to come: what reads it then raises Refused."""
-
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        self._reader = reader
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self) -> None:
-        """Unless it runs."""
-        if self._timer is None:
-            late = Refused(408, f"the request has not come within {REQUEST_S:.0f} s")
-            self._timer = asyncio.get_running_loop().call_later(REQUEST_S, self._reader.set_exception, late)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 async def discard(reader: asyncio.StreamReader) -> None:
@@ -268,7 +258,7 @@ def closing(writer: asyncio.StreamWriter, upstream: Upstream) -> Iterator[None]:
 
 
 def main(host: str, port: str, upstream_port: str, of_run: str, max_body_bytes: str, *flags: str) -> None:
-    max_connections = raise_file_limit() // 4  # each has two files here, one in the Triton server
+    max_connections = raise_file_limit() // 4  # each has two or three files here, one in the Triton server
     cancels: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     cancels.setsockopt(zmq.SNDHWM, MAX_UNTOLD)
     cancels.connect(cancel_address(Path(of_run)))

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 
+import httptools
+
 from ensemble.serving.http_contract import AnswerInspector
+from ensemble.serving.http_downstream import ClientReader
 from ensemble.serving.http_messages import CHUNK_BYTES, NotServing, UnchunkedAnswer, refusal
 
 NO_ANSWER = NotServing("the Triton server does not answer")
@@ -12,13 +15,17 @@ NO_ANSWER = NotServing("the Triton server does not answer")
 class Upstream(asyncio.Protocol):
     """A connection to the Triton server, made at the first request, whose bytes go to a client as they come."""
 
-    def __init__(self, client: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: ClientReader, client: asyncio.StreamWriter) -> None:
+        self._reader = reader
         self._client = client
         self._transport: asyncio.Transport | None = None
         self._can_write = asyncio.Event()
         self._resuming: asyncio.Task[None] | None = None
         self._inspector: AnswerInspector | None = None  # of a `generate` that is not answered
         self._unchunked: UnchunkedAnswer | None = None  # of a `generate` of HTTP/1.0
+        self._parser: httptools.HttpResponseParser | None = None  # of an answer that has not ended
+        self._is_settled = asyncio.Event()  # the answer has ended, or either side has closed
+        reader.on_closed = self._is_settled.set
         self.is_unanswered = False  # nothing of the last request's answer has come
         self.has_closed = False
         self._is_dropped = False  # the client has its answer from us
@@ -26,6 +33,31 @@ class Upstream(asyncio.Protocol):
     def answer(self, data: bytes) -> None:
         """Answers the client in the Triton server's place."""
         self._client.write(data)
+
+    def expect_answer(self) -> None:
+        """The request that is being written is to be answered."""
+        self.is_unanswered = True
+        self._parser = httptools.HttpResponseParser(self)
+        if not self._reader.has_closed:
+            self._is_settled.clear()
+
+    async def answer_has_ended(self) -> bool:
+        """Whether it has, when it has or either side has closed."""
+        await self._is_settled.wait()
+        return self._parser is None and not self.has_closed
+
+    def on_message_begin(self) -> None:
+        """Called by the parser."""
+        self.is_unanswered = False
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        assert self._parser is not None
+        if self._parser.get_status_code() < 200:  # an interim answer
+            self.is_unanswered = True
+        else:
+            self._parser = None
+            self._is_settled.set()
 
     def inspect(self, request_body: bytes | None, in_chunks: bool) -> None:
         """The request that is being written is a `generate`, whose client reads chunks or does not."""
@@ -53,6 +85,7 @@ class Upstream(asyncio.Protocol):
             self._client.write(refusal(NO_ANSWER))
         self.has_closed = True
         self._can_write.set()
+        self._is_settled.set()
         if not self._is_dropped:
             self._client.close()
 
@@ -64,7 +97,9 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called for each event of a stream, so it is no task of its own: that would take twice the time."""
-        self.is_unanswered = False
+        if self._parser is not None:
+            with contextlib.suppress(httptools.HttpParserError):  # then it ends when the server closes
+                self._parser.feed_data(data)
         if self._inspector is not None:
             data = self._inspector.push(data)
             if self._inspector.is_done:

@@ -23,6 +23,7 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
+from tritonclient.http import InferenceServerClient
 
 from ensemble.errors import (
     DeadlineExceeded,
@@ -32,7 +33,7 @@ from ensemble.errors import (
     Overloaded,
     StageUnavailable,
 )
-from ensemble.serving import http_relay
+from ensemble.serving import http_downstream
 from ensemble.serving.heartbeat import beats_folder
 from ensemble.serving.http_contract import MAX_KEPT_BYTES, AnswerInspector, as_plain_request
 from ensemble.serving.http_messages import UnchunkedAnswer, with_first_member
@@ -463,6 +464,15 @@ def test_a_client_that_waits_to_be_told_to_continue(relay: Relay) -> None:
     assert CLIENT_TAG.encode() in received
 
 
+def test_a_client_that_was_told_to_continue_is_told_what_is_wrong_with_what_follows(relay: Relay) -> None:
+    head = b"POST /v2/models/scheduler/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", relay.port), timeout=10) as connection:
+        connection.sendall(head)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b"zz\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+
+
 def test_the_tag_of_a_client_that_goes_is_told(relay: Relay) -> None:
     while relay.cancels.poll(300):
         relay.cancels.recv()
@@ -479,23 +489,90 @@ def test_the_tag_of_a_client_that_goes_is_told(relay: Relay) -> None:
     assert int(told.rpartition("-")[2]) == int(first.rpartition("-")[2]) + 1, "of its last request"
 
 
-def test_what_comes_after_a_generate_neither_answers_nor_hides_it(relay: Relay) -> None:
-    for junk in (b"junk\r\nx\r\n\r\n", b"x" * 200_000, b"\r\n\r\n"):
-        Echo.go_on.clear()
-        while relay.cancels.poll(100):
-            relay.cancels.recv()
-        with socket.create_connection(("127.0.0.1", relay.port), timeout=10) as connection:
-            head = f"POST {GENERATE}?wait HTTP/1.1\r\nContent-Length: 8\r\n\r\n"
-            connection.sendall(head.encode() + b'{"a": 1}')
-            assert not relay.cancels.poll(200)
-            with contextlib.suppress(ConnectionError):
-                connection.sendall(junk)
-            if junk.strip():
-                with contextlib.suppress(ConnectionError):
-                    assert connection.recv(4096) == b""
-        assert relay.cancels.poll(1000), junk[:10]
-        relay.cancels.recv()
+LIVE = b"GET /v2/health/live HTTP/1.1\r\n\r\n"
+WAITING = f"POST {GENERATE}?wait HTTP/1.1\r\nContent-Length: 8\r\n\r\n".encode() + b'{"a": 1}'
+
+
+BEHIND = pytest.mark.parametrize(
+    "behind",
+    [b"junk\r\nx\r\n\r\n", b"x" * 200_000, b"\r\n\r\n", LIVE, WAITING * 9],
+    ids=["junk", "more than is read", "lines", "get", "nine more"],
+)
+
+
+@BEHIND
+def test_what_comes_behind_a_generate_does_not_hide_its_answer(relay: Relay, behind: bytes) -> None:
+    Echo.go_on.clear()
+    with socket.create_connection(("127.0.0.1", relay.port), timeout=10) as connection:
+        connection.sendall(WAITING + behind)
+        assert not select.select([connection], [], [], 0.1)[0], "nothing answers in its place"
         Echo.go_on.set()
+        answer = b""
+        while b'"a": 1}' not in answer:
+            data = connection.recv(4096)
+            assert data, f"closed after {answer!r}"
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@BEHIND
+def test_what_comes_behind_a_generate_does_not_hide_that_its_client_goes(relay: Relay, behind: bytes) -> None:
+    """Of what waits nothing has begun: the first is cancelled, alone."""
+    other = relay.connect()
+    other.request("POST", GENERATE, b'{"a": 1}')
+    number = int(json.load(other.getresponse())[CLIENT_TAG].rpartition("-")[2])
+    while relay.cancels.poll(100):
+        relay.cancels.recv()
+    Echo.go_on.clear()
+    with socket.create_connection(("127.0.0.1", relay.port), timeout=10) as connection:
+        connection.sendall(WAITING + behind)
+        assert not relay.cancels.poll(100), "it is still there"
+    assert relay.cancels.poll(1000)
+    assert int(relay.cancels.recv().decode().rpartition("-")[2]) == number + 1
+    Echo.go_on.set()
+    assert not relay.cancels.poll(100)
+    other.close()
+
+
+def test_requests_that_come_at_once_are_answered_in_turn(relay: Relay) -> None:
+    """Ten, of all kinds: each whole, and in order."""
+    Echo.go_on.set()
+    head = f"POST {GENERATE}_stream HTTP/1.1\r\nContent-Length: 8\r\n\r\n".encode()
+    data = b"".join(head + b'{"a": %d}' % number + LIVE for number in range(4))
+    data += b"GET /v2/models/ensemble/config HTTP/1.1\r\n\r\n"
+    data += b"GET /v2 HTTP/1.1\r\nConnection: close\r\n\r\n"
+    answers = relay.raw(data).split(b"HTTP/1.1 200 OK\r\n")[1:]
+    found = [answer.partition(b"\r\n\r\n")[2] for answer in answers]
+    assert [json.loads(body)["a"] for body in found[:8:2]] == [0, 1, 2, 3]
+    assert found[1:8:2] == [b""] * 4
+    assert found[8:] == [b"/v2/models/ensemble/config", b"/v2"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n0\r\n\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n0\r\n\r\n\r\n3;x=y\r\nabc\r\n0\r\n\r\n",
+        b"HTTP/1.1 400 Bad Request\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    ],
+    ids=["sized", "chunked", "error"],
+)
+def test_the_next_request_waits_for_the_last_byte_of_an_answer(tmp_path: Path, answer: bytes) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        running_relay(listener.getsockname()[1], tmp_path) as relay,
+        socket.create_connection(("127.0.0.1", relay.port), timeout=10) as client,
+    ):
+        client.sendall(WAITING + b"GET /v2 HTTP/1.1\r\n\r\n")
+        server, _ = listener.accept()
+        with server:
+            server.settimeout(10)
+            while b"}" not in server.recv(4096):
+                pass
+            for start in range(len(answer)):
+                assert not select.select([server], [], [], 0.002)[0], answer[:start]
+                server.sendall(answer[start : start + 1])
+            assert server.recv(4096).startswith(b"GET /v2 ")
 
 
 def test_an_empty_line_after_a_body_is_passed_over(relay: Relay) -> None:
@@ -532,6 +609,13 @@ def test_chunks_are_joined_for_clients_of_http_1_0_however_they_arrive(parts: li
             b"Content-Length 'many' is not a number",
         ),
         (b"GET /v2 HTTP/1.1\r\nwhat is this\r\n\r\n", b"'what is this' is not a header"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"is not HTTP/1.1"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", b"is not the first line of a request"),
+        (b"GET /v2\r\n", b"is not the first line of a request"),
+        (b"GET /v2 HTTP/1.1\n", rb"'GET /v2 HTTP/1.1\\n' does not end in CR LF"),
+        (b"GET /v2 HTTP/1.1\r\nX: 1\nTransfer-Encoding: chunked\r\n\r\n", b"does not end in CR LF"),
+        (b"GET /v2 HTTP/1.1\r\nX: 1\rTransfer-Encoding: chunked\r\n\r\n", b"has a CR before that"),
+        (b"GET /v2 HTTP/1.1\r\nX(Y): 1\r\n\r\n", b"'X(Y): 1' is not a header"),
         (b"GET /v2 HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", b"longer than 65536 bytes"),
         (
             b"POST /v2/models/scheduler/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
@@ -569,6 +653,13 @@ def test_chunks_are_joined_for_clients_of_http_1_0_however_they_arrive(parts: li
     ids=[
         "length",
         "header",
+        "TLS",
+        "SSH",
+        "HTTP/0.9",
+        "LF",
+        "LF in a header",
+        "CR in a header",
+        "name",
         "long head",
         "chunk size",
         "signed",
@@ -767,7 +858,6 @@ def test_one_connection_too_many_is_told_so_and_a_place_is_free_again(
     [
         b"",
         b"POST /v2/mod",
-        b"GET /v2 HTTP/1.1\nHost: x\n\n",
         f"POST {GENERATE} HTTP/1.1\r\nContent-Length: 9\r\n\r\n{{".encode(),
         b"GET /v2/health/live HTTP/1.1\r\n\r\nGET /v2",
     ],
@@ -775,7 +865,7 @@ def test_one_connection_too_many_is_told_so_and_a_place_is_free_again(
 def test_a_request_that_does_not_come_to_an_end_is_not_waited_for(
     echo: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bytes
 ) -> None:
-    monkeypatch.setattr(http_relay, "REQUEST_S", 0.1)
+    monkeypatch.setattr(http_downstream, "REQUEST_S", 0.1)
 
     async def ask() -> bytes:
         async with relay_here(echo.server_port, tmp_path) as port:
@@ -792,7 +882,7 @@ def test_a_request_that_does_not_come_to_an_end_is_not_waited_for(
 def test_who_waits_for_an_answer_or_rests_is_not_hurried(
     echo: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_relay, "REQUEST_S", 0.1)
+    monkeypatch.setattr(http_downstream, "REQUEST_S", 0.1)
     Echo.go_on.clear()
 
     async def ask() -> None:
@@ -808,3 +898,26 @@ def test_who_waits_for_an_answer_or_rests_is_not_hurried(
             writer.close()
 
     asyncio.run(asyncio.wait_for(ask(), 30))
+
+
+def test_a_connection_that_rests_is_closed_and_clients_make_another(
+    echo: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tritonclient too, whose pool keeps them."""
+    monkeypatch.setattr(http_downstream, "IDLE_S", 0.1)
+
+    async def rest() -> None:
+        async with relay_here(echo.server_port, tmp_path) as port:
+            client = await asyncio.to_thread(InferenceServerClient, f"127.0.0.1:{port}")
+            assert await asyncio.to_thread(client.is_server_ready)
+            for request, end in ((LIVE, b"\r\n\r\n"), (b"GET /v2 HTTP/1.1\r\n\r\n", b"\r\n\r\n/v2")):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                for _ in range(2):
+                    writer.write(request)
+                    assert (await reader.readuntil(end)).startswith(b"HTTP/1.1 200 ")
+                assert await reader.read() == b"", "no word on a request that nobody has sent"
+                writer.close()
+            assert await asyncio.to_thread(client.is_server_ready), "its connection has rested longer"
+            await asyncio.to_thread(client.close)
+
+    asyncio.run(asyncio.wait_for(rest(), 30))
