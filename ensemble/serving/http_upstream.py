@@ -98,8 +98,10 @@ class Upstream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Called for each event of a stream, so it is no task of its own: that would take twice the time."""
         if self._parser is not None:
-            with contextlib.suppress(httptools.HttpParserError):  # then it ends when the server closes
+            try:  # noqa: SIM105  # for each event, so it is to cost nothing
                 self._parser.feed_data(data)
+            except httptools.HttpParserError:
+                pass  # then it ends when the server closes
         if self._inspector is not None:
             data = self._inspector.push(data)
             if self._inspector.is_done:
