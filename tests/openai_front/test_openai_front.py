@@ -25,6 +25,7 @@ from ensemble.serving.pacing import PATIENCE_S
 from tests.serving.clients import blocks_in_use, read_metrics
 from tests.serving.oracle import greedy_by_transformers
 from tests.serving.test_cancel import CANCELLED, FREED_S, sample, wait_until
+from tools.server.answers import MAX_SILENCE_S, OPENAI_FRONT
 from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
@@ -368,6 +369,21 @@ def test_32_at_once(client: openai.OpenAI) -> None:
 
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(ask, [True, False] * 16)) == [expected] * 32
+
+
+def test_a_front_that_hangs_is_started_again(
+    openai_server: TritonServer, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid, front_pid, relay_pid = openai_server.pid, openai_server.openai_pid, openai_server.relay_pid
+    os.kill(front_pid, signal.SIGSTOP)
+    monkeypatch.setitem(MAX_SILENCE_S, OPENAI_FRONT, 1.0)
+    assert openai_server.wait() == f"the OpenAI front (process {front_pid}) has answered nothing for 1 s"
+    monkeypatch.undo()
+    openai_server.restart()
+    openai_server.wait_ready(timeout_s=120)
+    assert (openai_server.pid, openai_server.relay_pid) == (pid, relay_pid)
+    assert openai_server.openai_pid != front_pid
+    assert complete(client).choices[0].text
 
 
 def test_while_the_triton_server_starts_again(openai_server: TritonServer, client: openai.OpenAI) -> None:
