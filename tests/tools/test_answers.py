@@ -62,6 +62,12 @@ class Watched:
             self.now += every_s
             yield self.watch.poll(self.now)
 
+    def hear_from(self, *processes: Process) -> None:
+        for reason in self.looks(3.0):
+            assert reason is None
+            for process in processes:
+                process.go_on()
+
 
 @pytest.fixture
 def process() -> Iterator[Process]:
@@ -78,14 +84,17 @@ def watched(request: pytest.FixtureRequest, process: Process) -> Iterator[Watche
 
 
 def test_one_that_answers_nothing_has_hung_until_another_takes_its_place(watched: Watched, process: Process) -> None:
-    for reason in watched.looks(20.0):
-        process.go_on()
-        assert reason is None
+    watched.hear_from(process)
+    assert not watched.watch.waits
     limit_s = MAX_SILENCE_S[watched.name]
-    assert not any(watched.looks(limit_s - 1.0))
+    assert not any(watched.looks(1.0))
+    for reason in watched.looks(limit_s - 2.0):
+        assert reason is None
+        assert watched.watch.waits
     *_, reason = watched.looks(3.0)
     assert reason == f"the {watched.name} (process 7) has answered nothing for {limit_s:.0f} s"
     assert watched.watch.has_hung(watched.name)
+    assert watched.watch.waits
     process.go_on()
     assert set(watched.looks(5.0)) == {reason}, "what was said stays true until it is started again"
     watched.begin(8)
@@ -119,7 +128,14 @@ def test_whatever_it_says_it_goes_on(watched: Watched, process: Process, answer:
         assert reason is None
 
 
+def test_one_that_has_not_answered_yet_starts(watched: Watched) -> None:
+    """The OpenAI front listens first, and reads its tokenizer then."""
+    assert not any(watched.looks(3 * MAX_SILENCE_S[watched.name]))
+    assert not watched.watch.waits
+
+
 def test_one_that_does_not_listen_has_ended_or_begins(watched: Watched, process: Process) -> None:
+    watched.hear_from(process)
     process.close()
     assert not any(watched.looks(3 * MAX_SILENCE_S[watched.name]))
 
@@ -127,6 +143,7 @@ def test_one_that_does_not_listen_has_ended_or_begins(watched: Watched, process:
 def test_a_watcher_that_stood_still_counts_anew(watched: Watched, process: Process) -> None:
     """As when a machine, a container or a shell's job is stopped, all processes with it, and goes on."""
     limit_s = MAX_SILENCE_S[watched.name]
+    watched.hear_from(process)
     assert not any(watched.looks(limit_s - 1.0))
     watched.now += 3600.0
     assert not any(watched.looks(limit_s - 1.0))
@@ -138,6 +155,7 @@ def test_each_is_judged_by_itself(process: Process) -> None:
     watched = Watched(RELAY, process.port)
     hung = Process()
     watched.watch.watch(TRITON_SERVER, 9, f"http://127.0.0.1:{hung.port}/v2/health/live", watched.now)
+    watched.hear_from(process, hung)
     reasons = []
     for reason in watched.looks(2 * MAX_SILENCE_S[TRITON_SERVER]):
         process.go_on()

@@ -155,7 +155,7 @@ def test_what_has_ended_or_hangs_is_started_again_and_nothing_else(
         pid = server.pid
         os.kill(relay_pid, signal.SIGSTOP)
         monkeypatch.setitem(MAX_SILENCE_S, RELAY, 1.0)
-        assert server.wait() == f"the HTTP relay (process {relay_pid}) has answered nothing for 1 s"
+        assert f"the HTTP relay (process {relay_pid}) has answered nothing for " in server.wait()
         monkeypatch.undo()
         server.restart()
         server.wait_ready(timeout_s=120)
@@ -164,7 +164,7 @@ def test_what_has_ended_or_hangs_is_started_again_and_nothing_else(
         relay_pid = server.relay_pid
         os.kill(pid, signal.SIGSTOP)
         monkeypatch.setitem(MAX_SILENCE_S, TRITON_SERVER, 1.0)
-        assert server.wait() == f"the Triton server (process {pid}) has answered nothing for 1 s"
+        assert f"the Triton server (process {pid}) has answered nothing for " in server.wait()
         monkeypatch.undo()
         server.restart()
         assert not list(session_pids(pid))

@@ -20,7 +20,8 @@ MAX_READ_BYTES = 1 << 16
 class AnswerWatch:
     """Asks whenever it is polled, which should be every 0.1 s, and does not wait. Time is an argument, in seconds.
 
-    One that has hung has, until another process is watched in its place.
+    A process is judged from its first answer on: until then it starts. One that has hung has, until another process is
+    watched in its place.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,11 @@ class AnswerWatch:
 
     def has_hung(self, name: str) -> bool:
         return name in self._reasons
+
+    @property
+    def waits(self) -> bool:
+        """For an answer of one that has answered before: whoever asks it now may have to wait, too."""
+        return any(asked.is_waited_for for asked in self._asked.values())
 
     def poll(self, now: float) -> str | None:
         """Why the server can serve no more.
@@ -67,6 +73,8 @@ class _Asked:
         parts = urlsplit(url)
         self.pid: Final = pid
         self.silent_s = 0.0  # since it was asked
+        self.is_waited_for = False
+        self._has_answered = False
         self._address = (parts.hostname or "", parts.port or 0)
         self._question = f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode()
         self._connection: socket.socket | None = None
@@ -77,12 +85,13 @@ class _Asked:
     def look(self, now: float, step_s: float) -> None:
         if now < self._ask_at:
             return
-        self.silent_s = self.silent_s + step_s if step_s <= MAX_LATE_S else 0.0
+        self.silent_s = self.silent_s + step_s if self._has_answered and step_s <= MAX_LATE_S else 0.0
         try:
             is_heard = self._is_heard()
         except OSError:
             self.disconnect()
             is_heard = True
+        self.is_waited_for = self._has_answered and not is_heard
         if is_heard:
             self._ask_later(now)
         elif now >= self._try_until:
@@ -105,6 +114,7 @@ class _Asked:
                 self._is_sent = True
             if not self._connection.recv(MAX_READ_BYTES):
                 raise ConnectionResetError
+            self._has_answered = True
         except BlockingIOError:  # nothing has, or there is no connection yet
             return False
         return True

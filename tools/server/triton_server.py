@@ -315,7 +315,7 @@ class TritonServer:
         num_seen = 0
         loaded_at: float | None = None
         while True:
-            self._was_ready = self._is_ready()
+            self._was_ready = not self._answers.waits and self._is_ready()
             lines = self._log.operator_lines()
             for line in lines[num_seen:]:
                 progress(line)
@@ -368,9 +368,11 @@ class TritonServer:
         for name, process in self._beside.items():
             if (status := process.poll()) is not None:
                 return self._log.error(was_ready=self._was_ready) or f"the {name} ended: {how_it_ended(status)}"
+        if (reason := self._answers.poll(time.monotonic())) is not None:
+            return reason
         if not self._was_ready:
             return None  # why a start failed the server itself tells
-        return self._watch.poll() or self._answers.poll(time.monotonic())
+        return self._watch.poll()
 
     def restart(self) -> None:
         """After `wait`: starts again what has ended or hung, one beside it or the Triton server with stubs and workers.
