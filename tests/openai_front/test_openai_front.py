@@ -25,6 +25,8 @@ from ensemble.serving.pacing import PATIENCE_S
 from tests.serving.clients import blocks_in_use, read_metrics
 from tests.serving.oracle import greedy_by_transformers
 from tests.serving.test_cancel import CANCELLED, FREED_S, sample, wait_until
+from tools.installation.server_files import ServerError
+from tools.server.answers import MAX_SILENCE_S, OPENAI_FRONT, RELAY
 from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
@@ -368,6 +370,29 @@ def test_32_at_once(client: openai.OpenAI) -> None:
 
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(ask, [True, False] * 16)) == [expected] * 32
+
+
+def test_a_front_that_hangs_is_started_again(
+    openai_server: TritonServer, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the relay, which hangs at the same time, and is found when the front's new process is waited for."""
+    pid, front_pid, relay_pid = openai_server.pid, openai_server.openai_pid, openai_server.relay_pid
+    monkeypatch.setitem(MAX_SILENCE_S, RELAY, 60.0)
+    for each in (front_pid, relay_pid):
+        os.kill(each, signal.SIGSTOP)
+    monkeypatch.setitem(MAX_SILENCE_S, OPENAI_FRONT, 1.0)
+    assert f"the OpenAI front (process {front_pid}) has answered nothing for " in openai_server.wait()
+    monkeypatch.setitem(MAX_SILENCE_S, OPENAI_FRONT, 60.0)
+    openai_server.restart()
+    monkeypatch.setitem(MAX_SILENCE_S, RELAY, 2.0)
+    with pytest.raises(ServerError, match=rf"^the HTTP relay \(process {relay_pid}\) has answered nothing for "):
+        openai_server.wait_ready(timeout_s=120)
+    monkeypatch.undo()
+    openai_server.restart()
+    openai_server.wait_ready(timeout_s=120)
+    assert openai_server.pid == pid
+    assert not {front_pid, relay_pid} & set(openai_server.beside_pids)
+    assert complete(client).choices[0].text
 
 
 def test_while_the_triton_server_starts_again(openai_server: TritonServer, client: openai.OpenAI) -> None:

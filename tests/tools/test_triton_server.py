@@ -20,6 +20,7 @@ from ensemble.config import Deployment
 from ensemble.listener import MAX_FILES
 from tools.installation import server_files as installation
 from tools.installation.server_files import Installation, ServerError
+from tools.server.answers import MAX_SILENCE_S, RELAY, TRITON_SERVER
 from tools.server.ports import Ports
 from tools.server.processes import limit_file_size, session_pids
 from tools.server.run_dir import SHM
@@ -131,7 +132,9 @@ def test_without_the_relay_the_port_is_the_triton_servers_own(tmp_path: Path, de
         assert double(server, [3]) == [6]
 
 
-def test_what_has_ended_is_started_again_and_nothing_else(tmp_path: Path, deployment: Deployment) -> None:
+def test_what_has_ended_or_hangs_is_started_again_and_nothing_else(
+    tmp_path: Path, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repository = make_repository(tmp_path / "models", DOUBLE)
     with TritonServer(deployment, model_repository=repository) as server:
         server.wait_ready(timeout_s=120)
@@ -149,6 +152,25 @@ def test_what_has_ended_is_started_again_and_nothing_else(tmp_path: Path, deploy
         server.wait_ready(timeout_s=120)
         assert (server.ports, server.relay_pid) == (ports, relay_pid)
         assert double(server, [5]) == [10]
+        pid = server.pid
+        os.kill(relay_pid, signal.SIGSTOP)
+        monkeypatch.setitem(MAX_SILENCE_S, RELAY, 1.0)
+        assert f"the HTTP relay (process {relay_pid}) has answered nothing for " in server.wait()
+        monkeypatch.undo()
+        server.restart()
+        server.wait_ready(timeout_s=120)
+        assert (server.ports, server.pid) == (ports, pid)
+        assert server.relay_pid != relay_pid
+        relay_pid = server.relay_pid
+        os.kill(pid, signal.SIGSTOP)
+        monkeypatch.setitem(MAX_SILENCE_S, TRITON_SERVER, 1.0)
+        assert f"the Triton server (process {pid}) has answered nothing for " in server.wait()
+        monkeypatch.undo()
+        server.restart()
+        assert not list(session_pids(pid))
+        server.wait_ready(timeout_s=120)
+        assert (server.ports, server.relay_pid) == (ports, relay_pid)
+        assert double(server, [6]) == [12]
 
 
 def test_two_servers_at_once(tmp_path: Path, deployment: Deployment) -> None:

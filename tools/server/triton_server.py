@@ -28,6 +28,7 @@ from ensemble.replicas.launchers.base import GIVE_BACK_MEMORY
 from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.metrics_page import METRICS_VARIABLE
 from tools.installation.server_files import Installation, ServerError
+from tools.server.answers import OPENAI_FRONT, RELAY, TRITON_SERVER, AnswerWatch
 from tools.server.commands import environment, fill_run_dir, openai_command, relay_command, triton_command
 from tools.server.drain import drain
 from tools.server.local_ray import LocalRay
@@ -42,7 +43,6 @@ MAX_BODY_BYTES = 4 << 20  # of an HTTP request
 LOADED_TO_READY_S = 60.0  # a server that is not ready so long after its models have loaded will never be
 MAX_STALLED_STARTS = 2
 MANY_CORES = 4
-RELAY, OPENAI_FRONT = "HTTP relay", "OpenAI front"  # the processes beside the Triton server
 STACKS_S = 0.5  # for the stubs to write their stacks, if they can
 # What a stub's shared memory may grow to for what comes in, and never shrinks from: room for many requests, and for
 # each token of the longest one more than any text or message of so many tokens has. The server refuses what is larger.
@@ -102,6 +102,7 @@ class TritonServer:
         self._beside: dict[str, subprocess.Popen[bytes]] = {}  # RELAY, OPENAI_FRONT |-> its process, if it has one
         self._run_dir: RunDir | None = None
         self._watch: StubWatch | None = None
+        self._answers = AnswerWatch()
         self._log: ServerLog | None = None
         self._was_ready = False  # in this life
 
@@ -238,37 +239,48 @@ class TritonServer:
             GIVE_BACK_MEMORY,
         )
         self._watch = StubWatch(self.run_dir)
+        live_url = f"{self.direct_http_url}/v2/health/live"
+        self._answers.watch(TRITON_SERVER, self._process.pid, live_url, time.monotonic())
 
     def _start_beside(self) -> None:
         """Those that are to run, and do not."""
         if self._has_relay and not self._runs(RELAY):
-            self._beside[RELAY] = self._spawn(
-                relay_command(
-                    self.host,
-                    self._ports.http,
-                    self._own_http[1],
-                    self.run_dir,
-                    max_body_bytes=self._max_body_bytes,
-                    allow_client_shm=self._allow_client_shm,
-                )
+            command = relay_command(
+                self.host,
+                self._ports.http,
+                self._own_http[1],
+                self.run_dir,
+                max_body_bytes=self._max_body_bytes,
+                allow_client_shm=self._allow_client_shm,
             )
+            self._start_one_beside(RELAY, command, f"{self.http_url}/v2/health/live")
         if self._openai_port is not None and not self._runs(OPENAI_FRONT):
-            self._beside[OPENAI_FRONT] = self._spawn(
-                openai_command(
-                    self.deployment.model,
-                    self._max_model_len,
-                    self.host,
-                    self._openai_port,
-                    grpc_url=self.grpc_url,
-                    http_url=self.http_url,
-                    max_body_bytes=self._max_body_bytes,
-                    allowed_origins=self._allowed_origins,
-                    shown=(self.metrics_url, self.run_dir) if self._has_page else None,
-                )
+            command = openai_command(
+                self.deployment.model,
+                self._max_model_len,
+                self.host,
+                self._openai_port,
+                grpc_url=self.grpc_url,
+                http_url=self.http_url,
+                max_body_bytes=self._max_body_bytes,
+                allowed_origins=self._allowed_origins,
+                shown=(self.metrics_url, self.run_dir) if self._has_page else None,
             )
+            self._start_one_beside(OPENAI_FRONT, command, f"{self.openai_url}/models")
+
+    def _start_one_beside(self, name: str, command: list[str], url: str) -> None:
+        self._end_beside(name)
+        self._beside[name] = self._spawn(command)
+        self._answers.watch(name, self._beside[name].pid, url, time.monotonic())
+
+    def _end_beside(self, *names: str) -> None:
+        for name in names:
+            if (process := self._beside.pop(name, None)) is not None:
+                process.kill()
+                process.wait()
 
     def _runs(self, name: str) -> bool:
-        return name in self._beside and self._beside[name].poll() is None
+        return name in self._beside and self._beside[name].poll() is None and not self._answers.has_hung(name)
 
     def _spawn(self, command: list[str], defaults: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         variables = {**(defaults or {}), **environment(self.run_dir)}
@@ -294,14 +306,16 @@ class TritonServer:
                 if attempt == MAX_STALLED_STARTS:
                     raise
                 progress(f"{stalled}; starting it again")
+                self._end_beside(*self._beside)  # one that has hung is not ready either
                 self._restart_server()
+                self._start_beside()
 
     def _wait_ready(self, progress: Progress, timeout_s: float, deadline: float) -> None:
         assert self._run_dir is not None and self._log is not None
         num_seen = 0
         loaded_at: float | None = None
         while True:
-            self._was_ready = self._is_ready()
+            self._was_ready = not self._answers.waits and self._is_ready()
             lines = self._log.operator_lines()
             for line in lines[num_seen:]:
                 progress(line)
@@ -354,12 +368,14 @@ class TritonServer:
         for name, process in self._beside.items():
             if (status := process.poll()) is not None:
                 return self._log.error(was_ready=self._was_ready) or f"the {name} ended: {how_it_ended(status)}"
+        if (reason := self._answers.poll(time.monotonic())) is not None:
+            return reason
         if not self._was_ready:
             return None  # why a start failed the server itself tells
         return self._watch.poll()
 
     def restart(self) -> None:
-        """After `wait`: starts again what has ended, a process beside it or the Triton server with stubs and workers.
+        """After `wait`: starts again what has ended or hung, one beside it or the Triton server with stubs and workers.
 
         `wait_ready` tells when it serves.
         """
@@ -373,6 +389,7 @@ class TritonServer:
 
     def stop(self) -> None:
         """Ends the server, its stubs and workers, and removes what they leave behind. Safe to repeat."""
+        self._answers.close()  # the server would wait for its connections to end
         if self._process is not None:
             self._process.terminate()
             try:
@@ -386,10 +403,7 @@ class TritonServer:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        for process in self._beside.values():  # after the server, whose last answers they pass
-            process.kill()
-            process.wait()
-        self._beside = {}
+        self._end_beside(*self._beside)  # after the server, whose last answers they pass
         if self._run_dir is not None:
             self._end_ray()
             self._run_dir.remove(grace_s=0.5)
