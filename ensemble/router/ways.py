@@ -1,7 +1,7 @@
 """Which way a request takes: which replica computes its prompt, and whether it stays there."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ensemble.config import Deployment
@@ -132,14 +132,17 @@ class Ways:
 
     def _best_way(self, life: Life) -> _Choice | None:
         """None: nobody could start it, were it idle."""
-        ttft_target_s, itl_target_s = self._targets(life)
-        waited_s = self._predictions.now - life.arrived_s
-        left_s = None if ttft_target_s is None else ttft_target_s - waited_s
         choices = [_Choice(*each) for each in self._ways(life)]
-        apart_within_s = self._apart_within_s(life, ttft_target_s, waited_s)
-        ways = [each.way for each in choices]
-        way = best(ways, left_s, itl_target_s, apart_within_s, may_miss=self._may_miss)
+        way = self._best(life, (each.way for each in choices))
         return next((each for each in choices if each.way is way), None)
+
+    def _best(self, life: Life, ways: Iterable[Way]) -> Way | None:
+        left_s, itl_target_s = self._left_s(life), self._targets(life)[1]
+        apart_within_s: float | None = None
+        if self._deployment.scheduler.keeps_gaps or life.request.keeps_gaps:
+            waited_s = self._predictions.now - life.arrived_s
+            apart_within_s = APART_SHARE * (DEFAULT_TTFT_S - waited_s if left_s is None else left_s)
+        return best(ways, left_s, itl_target_s, apart_within_s, may_miss=self._may_miss)
 
     def _ways(self, life: Life) -> Iterator[tuple[Way, Offer | None]]:
         """Those that are open now, or will be when the replica has run a batch; of equals who only prefills first."""
@@ -229,19 +232,17 @@ class Ways:
             [life.request.itl_target_s], scheduler.itl_target_s
         )
 
-    def _apart_within_s(self, life: Life, ttft_target_s: float | None, waited_s: float) -> float | None:
-        """Seconds from now that a way apart may take before it gives way; None: gaps have no target."""
-        if not (self._deployment.scheduler.keeps_gaps or life.request.keeps_gaps):
-            return None
-        return APART_SHARE * ((DEFAULT_TTFT_S if ttft_target_s is None else ttft_target_s) - waited_s)
+    def _left_s(self, life: Life) -> float | None:
+        """Of its TTFT target."""
+        ttft_target_s = self._targets(life)[0]
+        return None if ttft_target_s is None else life.arrived_s + ttft_target_s - self._predictions.now
 
     def _refuses(self, life: Life, way: Way) -> bool:
         """Whether it has to be refused now, since nothing of it is computed yet and it is going to miss a target."""
         if self._may_miss or life.attempt is not life.request:
             return False
         ttft_target_s, itl_target_s = self._targets(life)
-        left_s = None if ttft_target_s is None else life.arrived_s + ttft_target_s - self._predictions.now
-        if not num_missed(way, left_s, itl_target_s):
+        if not num_missed(way, self._left_s(life), itl_target_s):
             return False
         if all(life is not each for each, _ in self._refused):
             waited_s = self._predictions.now - life.arrived_s
@@ -253,13 +254,11 @@ class Ways:
         """Raises TargetOutOfReach where requests are refused that will miss one, behind all that wait."""
         if self._may_miss:
             return
-        ttft_target_s, itl_target_s = self._targets(life)
         self._predictions.look_again(now)
-        apart_within_s = self._apart_within_s(life, ttft_target_s, now - life.arrived_s)
-        ways = [way for way, _ in self._ways(life)]
-        way = best(ways, ttft_target_s, itl_target_s, apart_within_s, may_miss=self._may_miss)
+        way = self._best(life, (way for way, _ in self._ways(life)))
         if way is None:
             return
+        ttft_target_s, itl_target_s = self._targets(life)
         ttft_s = way.ttft_s + (
             self._predictions.queue_s(self.computing()) if self._deployment.scheduler.policy == "fcfs" else 0.0
         )

@@ -129,7 +129,7 @@ class Way(NamedTuple):
     others_target_s: float | None = None  # the smallest ITL target of those that it would decode with
     is_apart: bool = False  # where nothing decodes the prompt is computed, and handed off
     slows_prompts: bool = False  # it decodes where prompts are to be computed
-    prompt_load: float = 0.0  # share of the time there that prompts take
+    prompt_load: float = 0.0  # of one apart: share of the time there that prompts take
 
     def later(self, seconds: float) -> "Way":
         """The same, if the prompt can be computed only so much later."""
@@ -140,16 +140,7 @@ def stay(site: Site, work: Work) -> Way:
     computed_s, itl_s = site.until_computed(work), site.itl(work)
     output_s = work.num_output_tokens * itl_s
     cost_s = computed_s + site.delay(work) + output_s + site.lost(output_s)
-    return Way(
-        site.replica,
-        True,
-        computed_s,
-        itl_s,
-        cost_s,
-        site.target_s,
-        slows_prompts=site.full_len > 0,
-        prompt_load=site.prompt_load,
-    )
+    return Way(site.replica, True, computed_s, itl_s, cost_s, site.target_s, slows_prompts=site.full_len > 0)
 
 
 def hand_off(site: Site, work: Work, readers: Iterable[Reader]) -> Way | None:
@@ -218,8 +209,8 @@ def spare_s(last_s: Collection[float], target_s: float) -> float:
     Below 0: it has to be shorter by so much, for with the last ones it would miss the target itself.
     """
     taken_s, num_steps = sum(last_s), len(last_s) + 1
-    spare_s = AIM * target_s * (num_steps - 1) - taken_s
-    return spare_s if spare_s > 0 else min(0.0, target_s * (num_steps - AIM) - taken_s)
+    left_s = AIM * target_s * (num_steps - 1) - taken_s
+    return left_s if left_s > 0 else min(0.0, target_s * (num_steps - AIM) - taken_s)
 
 
 def _limit_s(bare_s: float, target_s: float, overrun: float, spare_s: float) -> float:

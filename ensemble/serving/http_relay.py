@@ -171,7 +171,7 @@ class HttpRelay:
         headers: dict[bytes, bytes],
         reader: asyncio.StreamReader,
         upstream: Upstream,
-        deadline: "Deadline",
+        deadline: Deadline,
     ) -> str:
         """One request to the Triton server. The tag that it got, if it is a `generate`. Raises Refused."""
         body = body_of(headers, reader, self._limits.max_body_bytes)

@@ -95,6 +95,26 @@ def test_a_crowd_costs_no_more_threads_than_there_are_places() -> None:
         assert get(page.port) == "ours 1\n", "a place is free again"
 
 
+def test_who_gets_no_thread_keeps_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, start, num_left = MetricsPage("127.0.0.1", 0, 0, lambda: "ours 1\n"), Thread.start, MAX_CONNECTIONS
+
+    def exhausted(thread: Thread) -> None:
+        nonlocal num_left
+        num_left -= 1
+        if num_left >= 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    try:
+        monkeypatch.setattr(Thread, "start", exhausted)
+        for _ in range(MAX_CONNECTIONS):
+            with pytest.raises(OSError):
+                get(page.port)
+        assert get(page.port) == "ours 1\n"
+    finally:
+        page.close()
+
+
 def test_values_as_prometheus_reads_them() -> None:
     metrics = Metrics('a "name"\\with\nall')
     metrics.observe(ITL, [0.001, 0.0011, 1000.0])
