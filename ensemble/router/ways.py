@@ -139,10 +139,10 @@ class Ways:
     def _best(self, life: Life, ways: Iterable[Way]) -> Way | None:
         left_s, itl_target_s = self._left_s(life), self._targets(life)[1]
         apart_within_s: float | None = None
+        waited_s = self._predictions.now - life.arrived_s
         if self._deployment.scheduler.keeps_gaps or life.request.keeps_gaps:
-            waited_s = self._predictions.now - life.arrived_s
             apart_within_s = APART_SHARE * (DEFAULT_TTFT_S - waited_s if left_s is None else left_s)
-        return best(ways, left_s, itl_target_s, apart_within_s, may_miss=self._may_miss)
+        return best(ways, left_s, itl_target_s, apart_within_s, waited_s=waited_s, may_miss=self._may_miss)
 
     def _ways(self, life: Life) -> Iterator[tuple[Way, Offer | None]]:
         """Those that are open now, or will be when the replica has run a batch; of equals who only prefills first."""

@@ -172,20 +172,22 @@ def best(
     itl_target_s: float | None,
     apart_within_s: float | None = None,
     *,
+    waited_s: float = 0.0,
     may_miss: bool = True,
 ) -> Way | None:
     """The cheapest of those that miss the fewest targets; of equals the first. None: there is no way.
 
     `left_s`: of the TTFT target. None: there is no target. `apart_within_s`: gaps have a target, so a way apart goes
     before its equals if it takes no longer, and before all others where those who compute prompts have little to do,
-    unless it misses a target and must not: who misses one is refused. None: gaps have none.
+    unless it misses a target and must not: who misses one is refused. None: gaps have none. `waited_s`: so far. Longer
+    than it would still take: more prompts come than the load, a mean of many seconds, says.
     """
 
     def rank(way: Way) -> tuple[float, ...]:
         missed = num_missed(way, left_s, itl_target_s)
         if apart_within_s is None:
             return missed, way.cost_s
-        is_light = way.is_apart and way.prompt_load < LIGHT_LOAD and (may_miss or not missed)
+        is_light = way.is_apart and way.prompt_load < LIGHT_LOAD and waited_s <= way.ttft_s and (may_miss or not missed)
         is_soon = way.is_apart and way.ttft_s <= apart_within_s
         return not is_light, missed, not is_soon, way.slows_prompts, way.cost_s
 

@@ -231,3 +231,14 @@ def test_under_overload_auto_serves_long_prompts_about_as_fast_as_a_colocated_fl
         assert all(record.is_complete for record in records)
         ends.append(max(record.times[-1] for record in records))
     assert ends[0] < 1.12 * ends[1]
+
+
+def test_a_load_that_prefill_cannot_bear_alone_rides_at_once_also_after_a_quiet_time() -> None:
+    """The share of its time that prompts take is a mean of many seconds, and says of the first ones that it is idle."""
+    steps = predicted_steps(LLAMA_2_13B, GPUS["h100"], 1, 2048, 4096)
+    h100 = Costs(steps=steps, kv_token_bytes=LLAMA_2_13B.kv_token_bytes, num_kv_tokens=56_000)
+    told = deployment(scheduler={"roles": "auto", "ttft_target_ms": 1000.0, "itl_target_ms": 20.0})
+    quiet = [Ask(float(index), 1949, 16) for index in range(20)]
+    crowd = [Ask(20.0 + due, 1949, 16) for due in arrivals(150, 16.0, 1.0, random.Random(0))]
+    records = Simulation(told, h100).run(quiet + crowd)[len(quiet) :]
+    assert mean(record.meets({"ttft": 1000.0, "itl": 20.0}) for record in records) > 0.9
