@@ -31,7 +31,7 @@ from tools.benchmarks.results import write_results
 from tools.command_line import run
 from tools.installation.default_model import ensure_default_model
 from tools.installation.model_source import resolve_model
-from tools.load.client import LoadError
+from tools.load.client_process import LoadError
 from tools.load.goodput import SHARE, Measured, curve_targets
 from tools.load.load import MAX_LAG_MS, Load, put
 from tools.load.records import METRICS, Run, describe, parse_targets

@@ -32,7 +32,7 @@ from tools.installation.cache import cache_dir
 from tools.installation.default_model import ensure_default_model
 from tools.installation.model_source import resolve_model
 from tools.load import perf_analyzer
-from tools.load.client import LoadError
+from tools.load.client_process import LoadError
 from tools.load.load import MAX_LAG_MS, Load, put
 from tools.load.prompts import one_token_pieces, random_text
 from tools.load.records import METRICS, Run, parse_targets

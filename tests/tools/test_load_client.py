@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tools.load.client import LoadError, drive, phases, prepare
+from tools.load.client import drive, prepare
+from tools.load.client_process import LoadError, phases
 
 
 class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]

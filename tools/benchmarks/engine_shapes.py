@@ -57,6 +57,20 @@ SHAPES = {
         decode_goals={1: 1.14, 8: 1.14, 32: 1.11, 64: 1.09},
         prefill_goals_ms={512: 26, 1024: 46},
     ),
+    "LLaMA-3-8B": Shape(
+        config={
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 128256,
+            "max_position_embeddings": 32768,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+        },
+    ),
 }
 
 

@@ -4,47 +4,29 @@ Several processes share the schedule. How late each sends, and how late its even
 is the bottleneck measures itself.
 """
 
-import asyncio
-import gc
+import contextlib
 import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import grpc
-import grpc.aio
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
-from ensemble.errors import DistServeError
+from tools.load.client_process import CONNECT_TIMEOUT_S, Job, LoadError, Part, Prepared
 from tools.load.records import Record
 
-STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
+ROOT = Path(__file__).resolve().parents[2]
 DATATYPES = {"int32": "INT32", "int64": "INT64", "float32": "FP32", "bool": "BOOL"}
-CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-CONNECT_TIMEOUT_S = 10.0
-LOOK_EVERY_S = 0.02  # the event loop's own lateness
 HEAD_START_S = 0.1  # from the start signal to time 0
-TIMELINE = ("arrival", "first_scheduled", "first_token", "decode_submitted", "decode_joined", "last_token")
-
-
-class LoadError(DistServeError):
-    """The load could not be put on the server."""
-
-
-class Prepared(NamedTuple):
-    """A request that only has to be sent."""
-
-    due: float  # seconds from the start
-    body: bytes  # ModelInferRequest
-    prompt_len: int
-    output_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +34,6 @@ class Outcome:
     records: list[Record]
     lags: list[float]  # seconds by which sends and looks were late
     cpu_share: float  # of the cores that the processes had
-
-
-class _Job(NamedTuple):
-    """What one process is to do."""
-
-    url: str
-    warmups: list[Prepared]
-    requests: list[Prepared]
-    max_concurrency: int | None
-    timeout_s: float
-    connect_timeout_s: float
-    keep_text: bool
-
-
-class _Part(msgspec.Struct):
-    """What one process saw."""
-
-    records: list[Record]
-    lags: list[float]
-    cpu_s: float
-    wall_s: float
 
 
 def prepare(
@@ -123,12 +84,15 @@ def drive(
     num_warmups: of the requests are sent before, all at once; they do not count, but one that fails is a LoadError.
     """
     num_processes = max(1, min(num_processes, len(requests), max_concurrency or len(requests)))
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
+    pipes: list[Connection] = []
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        for index in range(num_processes):
-            ours, theirs = context.Pipe()
-            job = _Job(
+        for _ in range(num_processes):
+            process, pipe = _start()
+            processes.append(process)
+            pipes.append(pipe)
+        for index, pipe in enumerate(pipes):
+            job = Job(
                 url,
                 list(requests[:num_warmups]) if index == 0 else [],
                 list(requests[index::num_processes]),
@@ -137,11 +101,8 @@ def drive(
                 connect_timeout_s,
                 keep_text,
             )
-            process = context.Process(target=_client, args=(theirs, job), daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
+            with contextlib.suppress(BrokenPipeError):  # it has ended: told below
+                pipe.send(job)
         for pipe in pipes:
             answer = _receive(pipe, url)
             if answer != "ready":
@@ -153,7 +114,7 @@ def drive(
     finally:
         for process in processes:
             process.terminate()
-            process.join()
+            process.wait()
     cores = min(num_processes, os.cpu_count() or 1)
     wall_s = max(part.wall_s for part in parts)
     return Outcome(
@@ -163,6 +124,17 @@ def drive(
     )
 
 
+def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+    """Not by multiprocessing, whose processes import what this one was started with: torch, for seconds."""
+    ours, theirs = multiprocessing.Pipe()
+    code = f"from tools.load.client_process import main; main({theirs.fileno()})"
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    with theirs:
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, pass_fds=[theirs.fileno()])
+    return process, ours
+
+
 def _receive(pipe: Connection, url: str) -> Any:
     try:
         return pipe.recv()
@@ -170,7 +142,7 @@ def _receive(pipe: Connection, url: str) -> Any:
         raise LoadError(f"{url}: a process of the client has ended") from None
 
 
-def _gather(pipes: list[Connection], url: str, on_done: Callable[[int], None]) -> Iterator[_Part]:
+def _gather(pipes: list[Connection], url: str, on_done: Callable[[int], None]) -> Iterator[Part]:
     num_done, left = dict.fromkeys(pipes, 0), set(pipes)
     while left:
         for pipe in wait(list(left)):
@@ -178,132 +150,7 @@ def _gather(pipes: list[Connection], url: str, on_done: Callable[[int], None]) -
             message = _receive(pipe, url)
             if isinstance(message, bytes):
                 left.remove(pipe)
-                yield msgspec.msgpack.decode(message, type=_Part)
+                yield msgspec.msgpack.decode(message, type=Part)
             else:
                 num_done[pipe] = message
                 on_done(sum(num_done.values()))
-
-
-# ---- one process
-
-
-def _client(pipe: Connection, job: _Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    try:
-        part = asyncio.run(_drive(pipe, job))
-    except (TimeoutError, asyncio.TimeoutError):
-        pipe.send(f"{job.url}: no server answers")
-    except LoadError as error:
-        pipe.send(str(error))
-    else:
-        pipe.send(msgspec.msgpack.encode(part))
-
-
-async def _drive(pipe: Connection, job: _Job) -> _Part:
-    requests, max_concurrency, timeout_s = job.requests, job.max_concurrency, job.timeout_s
-    async with grpc.aio.insecure_channel(job.url, options=CHANNEL_OPTIONS) as channel:
-        await asyncio.wait_for(channel.channel_ready(), job.connect_timeout_s)
-        method = channel.stream_stream(STREAM)  # bytes: the time is taken before they are parsed
-        await asyncio.gather(*(_warm_up(job.url, method(), request, timeout_s) for request in job.warmups))
-        gate = asyncio.Semaphore(max_concurrency or max(1, len(requests)))
-        records: list[Record] = []
-        lags: list[float] = []
-        gc.collect()
-        gc.freeze()
-        gc.disable()  # a pause would be taken for the server's
-        pipe.send("ready")
-        start = await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
-
-        async def send(request: Prepared) -> None:
-            async with gate:
-                now = time.monotonic() - start
-                is_open = max_concurrency is None
-                if is_open:
-                    lags.append(now - request.due)
-                record = Record(
-                    prompt_len=request.prompt_len,
-                    output_len=request.output_len,
-                    due=request.due if is_open else max(now, request.due),
-                    sent=now,
-                )
-                try:
-                    await asyncio.wait_for(_stream(method(), request.body, record, start, job.keep_text), timeout_s)
-                except (TimeoutError, asyncio.TimeoutError):
-                    record.error = f"no end after {timeout_s:g} s"
-                except grpc.aio.AioRpcError as error:
-                    record.error = f"{error.code().name}: {error.details()}"
-                records.append(record)
-
-        watch = asyncio.create_task(_watch(pipe, records, lags))
-        cpu_s = time.process_time()
-        tasks = []
-        for request in requests:
-            delay = start + request.due - time.monotonic()
-            await asyncio.sleep(max(0.0, delay))
-            tasks.append(asyncio.create_task(send(request)))
-        await asyncio.gather(*tasks)
-        watch.cancel()
-        return _Part(records, lags, time.process_time() - cpu_s, time.monotonic() - start)
-
-
-async def _warm_up(url: str, call: Any, request: Prepared, timeout_s: float) -> None:
-    record = Record(prompt_len=request.prompt_len, output_len=request.output_len, due=0.0, sent=0.0)
-    try:
-        await asyncio.wait_for(_stream(call, request.body, record, 0.0, False), timeout_s)
-    except grpc.aio.AioRpcError as error:
-        record.error = f"{error.code().name}: {error.details()}"
-    if record.error:
-        raise LoadError(f"the first request to {url} failed: {record.error}")
-
-
-async def _watch(pipe: Connection, records: list[Record], lags: list[float]) -> None:
-    told = 0
-    while True:
-        expected = time.monotonic() + LOOK_EVERY_S
-        await asyncio.sleep(LOOK_EVERY_S)
-        lags.append(max(0.0, time.monotonic() - expected))
-        if len(records) > told:
-            told = len(records)
-            pipe.send(told)
-
-
-async def _stream(call: Any, body: bytes, record: Record, start: float, keep_text: bool) -> None:
-    await call.write(body)
-    await call.done_writing()
-    async for raw in call:  # to its end also after an error: what is cancelled there may crash the 24.10 server
-        now = time.monotonic() - start
-        message = service_pb2.ModelStreamInferResponse.FromString(raw)
-        if message.error_message:
-            record.error = message.error_message
-            continue
-        response = message.infer_response
-        if response.outputs:
-            outputs = {
-                output.name: content
-                for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
-            }
-            num_tokens = int.from_bytes(outputs["num_output_tokens"], "little")
-            if num_tokens:
-                record.times.append(now)
-                record.tokens.append(num_tokens)
-            if keep_text:
-                record.text += outputs["text_output"][4:].decode()
-            if "last_token_time_ns" in outputs:
-                record.phases = phases(
-                    {name: int.from_bytes(outputs[f"{name}_time_ns"], "little") for name in TIMELINE}
-                )
-        if response.parameters["triton_final_response"].bool_param:
-            return
-
-
-def phases(at_ns: Mapping[str, int]) -> dict[str, float]:
-    """Seconds in each phase of the server's timeline; without a hand-off there is neither bridge nor hand-off."""
-    found = {
-        "queue": at_ns["first_scheduled"] - at_ns["arrival"],
-        "prefill": at_ns["first_token"] - at_ns["first_scheduled"],
-    }
-    if at_ns["decode_submitted"]:
-        found["bridge"] = at_ns["decode_submitted"] - at_ns["first_token"]
-        found["handoff"] = at_ns["decode_joined"] - at_ns["decode_submitted"]
-    found["decode"] = at_ns["last_token"] - (at_ns["decode_joined"] or at_ns["first_token"])
-    return {name: max(0, ns) / 1e9 for name, ns in found.items()}

@@ -9,7 +9,8 @@ import numpy as np
 
 from ensemble.errors import ConfigError
 from ensemble.tokenizer import Tokenizer
-from tools.load.client import Prepared, drive, prepare
+from tools.load.client import drive, prepare
+from tools.load.client_process import Prepared
 from tools.load.prompts import one_token_pieces, random_text, token_ids
 from tools.load.records import Run
 from tools.load.workloads import Asked, Workload, arrivals

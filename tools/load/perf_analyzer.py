@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools.load.client import LoadError
+from tools.load.client_process import LoadError
 from tools.load.records import Record
 from tools.perf_analyzer import ensure_perf_analyzer
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tools.bench_serving import default_processes
 from tools.benchmarks.engine_shapes import SHAPES
 from tools.benchmarks.results import at_least
 from tools.installation.server_files import ServerError
-from tools.load.client import LoadError
+from tools.load.client_process import LoadError
 from tools.load.goodput import SHARE, Goodput, goodput
 from tools.load.load import Load, put
 from tools.load.records import describe
@@ -61,6 +61,8 @@ class Case:
         """Of tools.plan."""
         load = ["--dataset-name", self.workload.name]
         load += ["--output-len", str(self.workload.output_len)] if self.workload.output_len else []
+        if self.workload.name == "random":
+            load += ["--input-len", str(self.workload.input_len), "--range-ratio", str(self.workload.range_ratio)]
         targets = [word for metric, ms in self.targets_ms.items() for word in ("--goodput", f"{metric}:{ms:g}")]
         return ["--model", self.shape, "--gpu", gpu, "--gpus-per-node", str(NUM_GPUS), *load, *targets]
 
@@ -68,6 +70,12 @@ class Case:
 CASES = {
     "summary": Case("LLaMA-2-13B", Workload("summary", output_len=16), {"ttft": 1000.0, "itl": 20.0}, "colocated:256"),
     "chat": Case("OPT-13B", Workload("chat"), {"ttft": 250.0, "tpot": 40.0}, "colocated"),
+    "long": Case(  # prompts of 8,000 to 30,000 tokens; targets near three prefills and 1.5 decode steps
+        "LLaMA-3-8B",
+        Workload("random", input_len=19_000, output_len=200, range_ratio=0.58),
+        {"ttft": 2000.0, "itl": 10.0},
+        "colocated:256",
+    ),
 }
 
 
@@ -177,7 +185,7 @@ def served(
     Raises ServerError; LoadError where no run counts.
     """
     start = time.monotonic()
-    workload = Workload(case.workload.name, output_len=case.workload.output_len, scale=scale)
+    workload = replace(case.workload, scale=scale)
     invalid: list[str] = []
     with TritonServer(deployment, log_path=log) as server:
         server.wait_ready(timeout_s=READY_TIMEOUT_S)
