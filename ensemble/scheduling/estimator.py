@@ -166,13 +166,12 @@ class StepEstimator:
     def _fit(self) -> None:
         kinds, seconds, weights = self._samples.medians()
         tokens = kinds[:, 0] + kinds[:, 2]
-        least_error = np.inf
-        for knee in KNEES:
-            terms = [np.ones(len(kinds)), np.maximum(0, tokens - knee), kinds[:, 1], kinds[:, 2], kinds[:, 3]]
-            coefficients, error = fit_non_negative(np.stack(terms, axis=1), seconds, weights)
-            error *= 1 if knee else _KNEE_GAIN
-            if error < least_error:
-                least_error, self._knee, self._coefficients = error, knee, coefficients
+        terms = np.ones((len(KNEES), len(kinds), 5))
+        terms[:, :, 1] = np.maximum(0, tokens - np.array(KNEES)[:, None])
+        terms[:, :, 2:] = kinds[:, 1:]
+        coefficients, errors = fit_non_negative(terms, seconds, weights)
+        best = int(np.argmin(errors * np.where(KNEES, 1, _KNEE_GAIN)))
+        self._knee, self._coefficients = KNEES[best], coefficients[best].tolist()
 
 
 def _overrun(ratios: list[float]) -> float:
@@ -204,7 +203,7 @@ class HandoffEstimator:
         if seconds > 0 and self._samples.add((num_bytes,), seconds):
             kinds, medians, weights = self._samples.medians()
             terms = np.stack([np.ones(len(kinds)), kinds[:, 0]], axis=1)
-            self._coefficients, _ = fit_non_negative(terms, medians, weights)
+            self._coefficients = fit_non_negative(terms[None], medians, weights)[0][0].tolist()
 
     def seconds(self, num_bytes: int) -> float:
         base, per_byte = self._coefficients

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 _MAX_KINDS = 256
 _SAMPLES_OF_A_KIND = 7
-_MAX_FIT_INTERVAL = 64  # samples; from 1 on it doubles
+_MAX_FIT_INTERVAL = 256  # samples; from 1 on it doubles
 _NEW_KIND_INTERVAL = 8
 _FADE = 0.7  # of what a kind's samples have counted, at each fit
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -65,22 +65,26 @@ class Samples:
         return np.array([numbers for _, numbers in middle], float), np.array([s for s, _ in middle]), np.array(weights)
 
 
-def fit_non_negative(terms: Array, seconds: Array, weights: Array) -> tuple[list[float], float]:
-    """Coefficients >= 0 of the terms [samples, terms] for the least squared relative error, and that error.
+def fit_non_negative(terms: Array, seconds: Array, weights: Array) -> tuple[Array, Array]:
+    """Coefficients >= 0 of the terms [sets, samples, terms] for the least squared relative error, of each set of terms
+    on its own: [sets, terms]; and those errors [sets].
 
-    By trying every set of terms that may be above zero: with five terms 32 systems of five equations, solved at once.
+    By trying every choice of terms that may be above zero, with five terms 32 systems of five equations: all are solved
+    at once, for a replica's next step and its tokens wait.
     """
-    scale = np.maximum(terms.max(axis=0), 1e-300)
+    scale = np.maximum(terms.max(axis=1, keepdims=True), 1e-300)
     relative = terms / scale / seconds[:, None]
-    gram = (relative * weights[:, None]).T @ relative
-    target = (relative * weights[:, None]).sum(axis=0)
-    num_terms = len(target)
+    weighted = relative * weights[:, None]
+    gram, target = weighted.transpose(0, 2, 1) @ relative, weighted.sum(axis=1)
+    num_sets, num_terms = target.shape
     chosen = np.array(list(product((0.0, 1.0), repeat=num_terms)))
     identity = np.eye(num_terms)
-    systems = gram * chosen[:, :, None] * chosen[:, None, :] + identity * (1 - chosen)[:, None, :]
-    systems += identity * 1e-9 * gram.diagonal().max()  # where samples do not tell terms apart
-    solutions = np.linalg.solve(systems, (target * chosen)[:, :, None])[:, :, 0]
-    errors = weights.sum() + np.einsum("si,ij,sj->s", solutions, gram, solutions) - 2 * solutions @ target
-    errors[(solutions < 0).any(axis=1)] = np.inf
-    best = int(np.argmin(errors))
-    return (solutions[best] / scale).tolist(), max(0.0, float(errors[best]))
+    systems = gram[:, None] * (chosen[:, :, None] * chosen[:, None, :]) + identity * (1 - chosen)[:, None, :]
+    largest = gram.diagonal(axis1=1, axis2=2).max(axis=1)
+    systems += identity * (1e-9 * largest)[:, None, None, None]  # where samples do not tell terms apart
+    solutions = np.linalg.solve(systems, (target[:, None] * chosen)[..., None])[..., 0]  # [sets, choices, terms]
+    squares = ((solutions @ gram) * solutions).sum(axis=2)
+    errors = weights.sum() + squares - 2 * (solutions @ target[:, :, None])[..., 0]
+    errors[(solutions < 0).any(axis=2)] = np.inf
+    each, best = np.arange(num_sets), errors.argmin(axis=1)
+    return solutions[each, best] / scale[:, 0], np.maximum(0.0, errors[each, best])
