@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 
-from ensemble.collector import freeze_heap
+from ensemble.interpreter import settle_interpreter
 
 MEASURE = """
 import gc, time
-from ensemble.collector import freeze_heap
+from ensemble.interpreter import settle_interpreter
 
 kept = [[number] for number in range(500_000)]
 
@@ -21,7 +21,7 @@ def seconds():
     return time.process_time() - start
 
 before = min(seconds() for _ in range(3))
-freeze_heap()
+settle_interpreter()
 print(min(seconds() for _ in range(3)) / before)
 """
 
@@ -33,7 +33,7 @@ def test_what_is_kept_is_not_looked_at_again() -> None:
 
 @pytest.fixture
 def frozen():
-    freeze_heap()
+    settle_interpreter()
     yield
     gc.unfreeze()
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import uvicorn
 
 from ensemble.chat import ChatTemplate
-from ensemble.collector import freeze_heap
 from ensemble.errors import ERROR_MARK, ModelError
+from ensemble.interpreter import settle_interpreter
 from ensemble.listener import listen, raise_file_limit
 from ensemble.openai_front import API_KEY_VARIABLE
 from ensemble.openai_front.access import guard
@@ -67,7 +67,7 @@ async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
         timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
     )
-    freeze_heap()
+    settle_interpreter()
     await uvicorn.Server(config).serve(sockets=[listener])
 
 

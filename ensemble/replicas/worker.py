@@ -23,11 +23,11 @@ from urllib.parse import urlsplit
 import torch
 import zmq
 
-from ensemble.collector import freeze_heap
 from ensemble.config import Deployment, StageName
 from ensemble.engine.engine import load_engine, use_device
 from ensemble.engine.timing import time_steps
 from ensemble.errors import ConfigError
+from ensemble.interpreter import settle_interpreter
 from ensemble.models.fingerprint import fingerprint
 from ensemble.operator_log import log_exception, tell_operator
 from ensemble.parallel.group import LOOPBACK, meet
@@ -126,7 +126,7 @@ def main() -> None:
         os._exit(1)  # other ranks, or readers of the pool, may keep what is here from being torn down
     max_model_len = deployment.model.limit_model_len(engine.spec.max_model_len)
     timed = time_steps(engine, deployment.prefill.max_num_batched_tokens, stage.max_num_seqs, max_model_len)
-    freeze_heap()
+    settle_interpreter()
     if rank:
         follower.start()
         while True:

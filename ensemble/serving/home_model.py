@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from ensemble.collector import freeze_heap
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, Forbidden
+from ensemble.interpreter import settle_interpreter
 from ensemble.serving import heartbeat, secret
 from ensemble.serving.home import Home
 
@@ -21,7 +21,7 @@ class TritonPythonModel:
         heartbeat.start(args["model_name"])
         self.home = Home(args["model_name"], Deployment.from_environment())
         self.home.wait_until_up()
-        freeze_heap()
+        settle_interpreter()
         heartbeat.set_serving(True)
 
     def execute(self, requests: list[Any]) -> None:

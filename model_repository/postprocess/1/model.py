@@ -2,7 +2,7 @@
 
 import triton_python_backend_utils as pb_utils
 
-from ensemble.collector import freeze_heap
+from ensemble.interpreter import settle_interpreter
 from ensemble.serving import heartbeat
 from ensemble.serving.handover import HandOver
 from ensemble.serving.marks import read_cancel_handle
@@ -14,7 +14,7 @@ class TritonPythonModel:
     def initialize(self, args):
         heartbeat.start(args["model_name"])
         self.hand_over = HandOver()
-        freeze_heap()
+        settle_interpreter()
         heartbeat.set_serving(True)
 
     def execute(self, requests):

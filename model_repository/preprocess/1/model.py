@@ -7,9 +7,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.chat import ChatTemplate
-from ensemble.collector import freeze_heap
 from ensemble.config import Deployment
 from ensemble.errors import DistServeError, InternalError, Overloaded
+from ensemble.interpreter import settle_interpreter
 from ensemble.serving import heartbeat
 from ensemble.serving.inputs import parse_prompt
 from ensemble.serving.limits import ModelLimits
@@ -33,7 +33,7 @@ class TritonPythonModel:
         self.chat = ChatTemplate.from_dir(deployment.model.path)
         self.limits = ModelLimits.of(deployment, self.tokenizer)
         self.long_texts = LongTexts(self.limits.max_text_bytes)
-        freeze_heap()
+        settle_interpreter()
         heartbeat.set_serving(True)
 
     def execute(self, requests):

@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ensemble.collector import freeze_heap
 from ensemble.config import Deployment
 from ensemble.errors import InternalError
+from ensemble.interpreter import settle_interpreter
 from ensemble.serving import heartbeat, secret
 from ensemble.serving.front_door import FrontDoor
 from ensemble.serving.marks import ENSEMBLE_MARK
@@ -70,7 +70,7 @@ class TritonPythonModel:
     def initialize(self, args):
         heartbeat.start(args["model_name"])
         self.front_door = FrontDoor(Deployment.from_environment(), call_stage)
-        freeze_heap()
+        settle_interpreter()
         opening = threading.Timer(MAX_S_TO_FIRST_REQUEST, may_call.set)
         opening.daemon = True
         opening.start()
