@@ -179,16 +179,17 @@ def best(
 
     `left_s`: of the TTFT target. None: there is no target. `apart_within_s`: gaps have a target, so a way apart goes
     before its equals if it takes no longer, and before all others where those who compute prompts have little to do,
-    unless it misses a target and must not: who misses one is refused. None: gaps have none. `waited_s`: so far. Longer
-    than it would still take: more prompts come than the load, a mean of many seconds, says.
+    unless it misses a target and must not: who misses one is refused. None: gaps have none. `waited_s`: so far. Who has
+    waited longer than it would still take apart stands in a queue, and such a queue does not end by waiting.
     """
 
     def rank(way: Way) -> tuple[float, ...]:
         missed = num_missed(way, left_s, itl_target_s)
         if apart_within_s is None:
             return missed, way.cost_s
-        is_light = way.is_apart and way.prompt_load < LIGHT_LOAD and waited_s <= way.ttft_s and (may_miss or not missed)
-        is_soon = way.is_apart and way.ttft_s <= apart_within_s
+        waits_little = way.is_apart and waited_s <= way.ttft_s
+        is_light = waits_little and way.prompt_load < LIGHT_LOAD and (may_miss or not missed)
+        is_soon = waits_little and way.ttft_s <= apart_within_s
         return not is_light, missed, not is_soon, way.slows_prompts, way.cost_s
 
     return min(ways, key=rank, default=None)
