@@ -97,6 +97,7 @@ def test_where_gaps_have_a_target_prompts_keep_apart_as_long_as_that_is_soon_eno
     assert chosen(0.3, 1.0, 0.4, itl_s=0.03) == rides  # the other side is full
     assert chosen(0.9, 0.5, 0.4) == apart(0.9, 0.5)  # late, but few prompts come
     assert best([apart(0.9, 0.5), rides], 0.8, 0.02, 0.4, waited_s=1.0) == rides  # many do now, whatever the mean says
+    assert best([apart(0.3, 1.0), rides], 0.8, 0.02, 0.4, waited_s=0.5) == rides  # soon, but behind a queue
     assert best([rides, stays], 0.8, 0.02, 0.4) == rides
     assert best([apart(0.9, 0.5), rides], 0.8, 0.02, 0.4, may_miss=False) == rides  # who is late is refused
     assert best([apart(0.7, 0.5), rides], 0.8, 0.02, 0.4, may_miss=False) == apart(0.7, 0.5)
