@@ -39,6 +39,8 @@ def test_what_waits_behind_a_long_prompt_starts_in_the_order_of_the_policy(
         client = StreamClient(server.grpc_url)
         for index in range(2):
             client.send("scheduler", f"blocker {index}", **LONG_BLOCKER)
+        # What arrives in the same millisecond is put in order with the blockers: by `sjf`, before them.
+        wait_until(lambda: sample(server, "num_requests_running") > 0, 5.0)
         for name, values in WAITING.items():
             client.send("scheduler", name, max_tokens=1, return_perf_metrics=True, **values)
         answers = client.wait()
@@ -80,7 +82,7 @@ def send(server: TritonServer, num_blockers: int, **values: Any) -> tuple[Answer
     for index in range(num_blockers):
         others.send("scheduler", str(index), **BLOCKER)
     if num_blockers:  # streams may overtake each other
-        wait_until(lambda: num_waiting(server) > 0, 5.0)
+        wait_until(lambda: sample(server, "num_requests_waiting") > 0, 5.0)
     start = time.monotonic()
     client.send("scheduler", "only", **values)
     answer = client.wait()["only"]
@@ -91,9 +93,9 @@ def send(server: TritonServer, num_blockers: int, **values: Any) -> tuple[Answer
     return answer, seconds
 
 
-def num_waiting(server: TritonServer) -> float:
+def sample(server: TritonServer, gauge: str) -> float:
     samples = read_metrics(server.metrics_url).items()
-    return sum(value for name, value in samples if name.startswith("vllm:num_requests_waiting"))
+    return sum(value for name, value in samples if name.startswith(f"vllm:{gauge}"))
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
