@@ -44,7 +44,7 @@ def test_commands_exist(document: str) -> None:
 
 def test_every_model_of_the_repository_is_in_the_table() -> None:
     named = set(table_paths(DOCUMENTS["docs/architecture.md"]))
-    models = {f"model_repository/{path.name}" for path in (ROOT / "model_repository").iterdir() if path.is_dir()}
+    models = {f"model_repository/{path.parent.name}" for path in (ROOT / "model_repository").glob("*/config.pbtxt")}
     assert models <= named
 
 

@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2
 
 from ensemble.openai_front.errors import ApiError, of_the_connection, of_the_scheduler, unavailable
 from ensemble.serving.handover import HandOver
-from ensemble.serving.marks import ENSEMBLE_MARK, CancelHandle, openai_mark, read_cancel_handle
+from ensemble.serving.marks import ENSEMBLE_MARK, ResponseHandle, openai_mark, read_response_handle
 
 MODEL = "scheduler"
 READY_TIMEOUT_S = 5.0
@@ -61,8 +61,8 @@ class Upstream:
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
         self._ready_url = ready_url
-        self._hand_over = HandOver(send_timeout_ms=0)
-        self._passed: list[CancelHandle] = []  # not yet told
+        self._hand_over = HandOver()
+        self._passed: list[ResponseHandle] = []  # not yet told
 
     async def close(self) -> None:
         await self._channel.close()
@@ -96,8 +96,8 @@ class Upstream:
                 for piece in _pieces(outputs):
                     num_open -= piece.finish_reason is not None
                     yield piece
-                if num_open and "cancel_handle" in outputs:
-                    self._has_passed(outputs["cancel_handle"])
+                if num_open and "response_handle" in outputs:
+                    self._has_passed(outputs["response_handle"])
         except grpc.aio.AioRpcError as error:
             raise of_the_connection(error.code()) from None
         finally:
@@ -109,7 +109,7 @@ class Upstream:
 
     def _has_passed(self, packed_handle: bytes) -> None:
         (text,) = _elements(packed_handle)
-        handle = read_cancel_handle(text.decode())
+        handle = read_response_handle(text.decode())
         if handle is not None:
             if not self._passed:  # all that the loop hands over in one round are told together
                 asyncio.get_running_loop().call_soon(self._tell_passed)

@@ -49,7 +49,7 @@ class Choices:
                 raise Cancelled("another choice of the request has ended all of them")
             self._num_open -= final
             is_last = self._num_open == 0
-            if self._is_streaming or not final:  # what is not final may be a heartbeat
+            if self._is_streaming:
                 self._call.send(outputs, final=is_last)
             else:
                 self._ended[int(outputs["sequence_index"][0])] = outputs
@@ -65,6 +65,9 @@ class Choices:
             self._call.send_error(error)
         for request_id in self.request_ids:
             self._cancel(request_id)
+
+    def end(self) -> None:
+        self._call.end()
 
     def is_cancelled(self) -> bool:
         with self._lock:

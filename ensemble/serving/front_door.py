@@ -15,13 +15,14 @@ import numpy.typing as npt
 
 from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError, InternalError, Overloaded, StageUnavailable
+from ensemble.errors import DistServeError, InternalError, InvalidRequest, Overloaded, StageUnavailable
 from ensemble.operator_log import tell_operator
 from ensemble.router.lives import Timeline
 from ensemble.serving import control, heartbeat
 from ensemble.serving.cancels import CancelReceiver, CancelWatch
 from ensemble.serving.choices import Choices
 from ensemble.serving.ended_request import Ended
+from ensemble.serving.ensemble_calls import EnsembleCall, EnsembleCalls
 from ensemble.serving.exchange import CallModel
 from ensemble.serving.fields import OF_THE_SERVER, from_tensor, text_of
 from ensemble.serving.fleet_commands import fleet_handlers
@@ -72,8 +73,9 @@ class FrontDoor:
             self._tell_serving,
         )
         self._page = MetricsPage.from_environment(lambda: self._metrics.text(self._router.gauges()))
+        self._ensemble_calls = EnsembleCalls(self._router.cancel)
         self._cancels = CancelReceiver(self._router.cancel, self._senders.passed)
-        self._watch = CancelWatch(self._router.live_streams, self._router.cancel, self._senders)
+        self._watch = CancelWatch(self._router.live_streams, self._router.cancel, self._senders, self._ensemble_calls)
         handlers: Mapping[type[control.Command[Any]], Callable[[Any], msgspec.Struct]] = {
             control.Status: self._load,
             control.Drain: self._drain,
@@ -105,6 +107,13 @@ class FrontDoor:
         if self._traces is not None:  # with the spans of what the router has ended just now
             self._traces.close()
 
+    def started(self, handle: str, step: ClientCall, is_cancelled: bool) -> None:
+        """The step of an ensemble that is to carry an answer has started, for a client that has cancelled or not."""
+        try:
+            self._ensemble_calls.started(handle, step, is_cancelled)
+        except InvalidRequest as error:
+            step.send_error(error)
+
     def _take(self, call: ClientCall, tensors: Tensors, arrival_ns: int) -> None:
         trace_parent = ""
         try:
@@ -123,6 +132,9 @@ class FrontDoor:
             # The traceback knows this frame, and this frame the error: a huge text would wait for the collector.
             self._refuse(call, known.with_traceback(None), arrival_ns, trace_parent)
             return
+        ensemble_call = None
+        if mark is not None and mark.is_of_ensemble:
+            call = ensemble_call = EnsembleCall(call, is_told=tag is not None)
         choices = [client_request]
         if client_request.num_choices > 1:
             more = range(1, client_request.num_choices)
@@ -130,17 +142,13 @@ class FrontDoor:
             request_ids = [each.request.request_id for each in choices]
             call = Choices(call, request_ids, client_request.options.stream, self._router.cancel)
         since = arrival_ns if mark is None else mark.arrival_ns
-        is_of_ensemble = mark is not None and mark.is_of_ensemble
-        needs_heartbeats = is_of_ensemble and tag is None  # of a client with a tag the relay tells
         streams = [
             ClientStream(
                 call,
                 each,
                 self._tokenizer,
                 since,
-                is_paced=mark is not None,
-                is_of_ensemble=is_of_ensemble,
-                needs_heartbeats=needs_heartbeats,
+                is_paced=mark is not None and not mark.is_of_ensemble,
                 trace_parent=trace_parent,
             )
             for each in choices
@@ -158,6 +166,8 @@ class FrontDoor:
             self._router.submit(stream.request, stream, same_prompt=first.request_id)
         if tag is not None:
             self._cancels.watch(call if isinstance(call, Choices) else streams[0], str(tag))
+        if ensemble_call is not None:
+            self._ensemble_calls.begin(ensemble_call, [stream.request_id for stream in streams])
 
     def _refuse(self, call: ClientCall, error: DistServeError, arrival_ns: int, trace_parent: str) -> None:
         call.send_error(error)

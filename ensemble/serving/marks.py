@@ -10,7 +10,7 @@ ENSEMBLE_MARK = "ensemble_mark"  # the tensor from `preprocess`, or the OpenAI f
 
 
 class Mark(NamedTuple):
-    """Of a request that one of our own fronts passes on: its responses carry a `cancel_handle`."""
+    """Of a request that one of our own fronts passes on."""
 
     arrival_ns: int  # at the front, time.time_ns()
     is_of_ensemble: bool  # else of the OpenAI front, whose gRPC stream the scheduler sees cancelled by itself
@@ -30,22 +30,29 @@ def read_mark(mark: str) -> Mark | None:
     return Mark(int(arrival_ns), kind == "ensemble") if kind in ("ensemble", "openai") else None
 
 
-class CancelHandle(NamedTuple):
-    """Of one response: by it `postprocess`, or the OpenAI front, tells that it has handed it over (handover.py)."""
+def stream_handle(request_id: int) -> str:
+    """From an ensemble's first step to the one that carries the answer (ensemble_calls.py)."""
+    return secret.sign(f"stream {request_id}")
+
+
+def read_stream_handle(text: str) -> int | None:
+    """The request's id. None: the handle is none of ours."""
+    kind, _, request_id = (secret.signed(text) or "").partition(" ")
+    return int(request_id) if kind == "stream" else None
+
+
+class ResponseHandle(NamedTuple):
+    """Of one response: by it the OpenAI front tells that it has handed it over (handover.py)."""
 
     request_id: int
     number: int  # of the response in its stream (pacing.py)
-    must_ask: bool  # whether `postprocess` is to look for a cancel
 
 
-def cancel_handle(handle: CancelHandle) -> str:
-    return secret.sign(f"handle {handle.request_id} {handle.number} {handle.must_ask:d}")
+def response_handle(handle: ResponseHandle) -> str:
+    return secret.sign(f"handle {handle.request_id} {handle.number}")
 
 
-def read_cancel_handle(text: str) -> CancelHandle | None:
-    """None: the handle is none of ours, but a client's own."""
+def read_response_handle(text: str) -> ResponseHandle | None:
+    """None: the handle is none of ours."""
     kind, *numbers = (secret.signed(text) or "").split(" ")
-    if kind != "handle":
-        return None
-    request_id, number, must_ask = map(int, numbers)
-    return CancelHandle(request_id, number, bool(must_ask))
+    return ResponseHandle(*map(int, numbers)) if kind == "handle" else None

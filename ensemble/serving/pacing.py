@@ -1,10 +1,7 @@
-"""At most one response of a stream is on its way through the ensemble, and its tokens gather behind it.
+"""At most one response of a stream is on its way to the OpenAI front, and its tokens gather behind it.
 
-Every response passes the ensemble's last step, `postprocess`, and the Triton server queues without a bound what a step
-has not taken. So a response carries its number, and `postprocess` tells the number when it has handed the response
-over. The OpenAI front, whose requests come to the scheduler without the ensemble, does the same. Streams do not wait
-for one another, and as the next response leaves after the last has passed, it does not matter which of several
-instances takes it.
+The Triton server queues without a bound what the front has not read. So a response carries its number, and the front
+tells the number when it has handed the response over. Streams do not wait for one another.
 """
 
 # After that a number is taken for lost. The Triton server takes an instance for dead that stands still for so long.

@@ -2,7 +2,7 @@
 
 secret         what only processes of this run know (secret.py)
 stubs/         signs of life, a file for each stub (heartbeat.py)
-cancels        socket: `postprocess` and the HTTP relay tell the scheduler of clients that have gone (cancels.py)
+cancels        socket: the HTTP relay tells the scheduler of clients that have gone (cancels.py)
 control        socket: an operator's commands to the scheduler (control.py)
 """
 

@@ -2,8 +2,13 @@
 
 A stream belongs to one of them: what concerns it is put into that thread's inbox as a function, so that its state needs
 no lock, and its responses keep their order. While it waits for its turn its tokens gather.
+
+A response costs the machine's cores more than a token does. So a stream rests after each, the longer the more streams
+there are, and all of them together send no more responses than the cores carry: beyond that tokens gather.
 """
 
+import contextlib
+import os
 import queue
 import time
 from collections import deque
@@ -16,7 +21,9 @@ from ensemble.request import FinishReason, TokenLogProbs
 from ensemble.serving.streams import ClientStream
 from ensemble.threads import start_vital_thread
 
-NUM_SENDERS = 1  # docs/results/README.md: on two cores, more responses of fewer tokens are fewer tokens in all
+NUM_CORES = len(os.sched_getaffinity(0))
+NUM_SENDERS = 1 if NUM_CORES < 4 else 2  # a send waits some 0.24 ms for the Triton server: docs/results/README.md
+RESPONSES_PER_CORE_S = 400  # docs/results/README.md
 NewToken: TypeAlias = tuple[ClientStream, int, FinishReason | None, TokenLogProbs | None]
 
 
@@ -30,8 +37,12 @@ class SenderPool:
         on_failure: Callable[[ClientStream, Exception], None],
         on_gaps: Callable[[list[float]], None] = lambda gaps: None,  # seconds between tokens of a request
         num_threads: int = NUM_SENDERS,
+        max_responses_per_s: float = RESPONSES_PER_CORE_S * NUM_CORES,
     ) -> None:
-        self._senders = [_Sender(on_answered, on_failure, on_gaps, f"sender-{i}") for i in range(num_threads)]
+        self._senders = [
+            _Sender(on_answered, on_failure, on_gaps, f"sender-{i}", max_responses_per_s / num_threads)
+            for i in range(num_threads)
+        ]
         self._batches: list[list[NewToken]] = [[] for _ in self._senders]
 
     def push(
@@ -54,13 +65,8 @@ class SenderPool:
         sender = self._of(stream.request_id)
         sender.put(lambda: sender.fail(stream, error))
 
-    def heartbeat(self, stream: ClientStream) -> None:
-        """Sends one, unless a response is on its way."""
-        sender = self._of(stream.request_id)
-        sender.put(lambda: sender.heartbeat(stream))
-
     def passed(self, numbers: Iterable[tuple[int, int]]) -> None:
-        """(request_id, number) of responses that have come through the ensemble."""
+        """(request_id, number) of responses that the OpenAI front has handed over."""
         batches: list[list[tuple[int, int]]] = [[] for _ in self._senders]
         for request_id, number in numbers:
             batches[request_id % len(batches)].append((request_id, number))
@@ -94,13 +100,16 @@ class _Sender:
         on_failure: Callable[[ClientStream, Exception], None],
         on_gaps: Callable[[list[float]], None],
         name: str,
+        max_responses_per_s: float,
     ) -> None:
+        self._max_responses_per_s = max_responses_per_s
         self._on_answered = on_answered
         self._on_failure = on_failure
         self._on_gaps = on_gaps
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ready: deque[ClientStream] = deque()  # have something to send; by turns
         self._waiting: dict[int, ClientStream] = {}  # request_id |-> stream with a response on its way
+        self._resting: deque[tuple[float, ClientStream]] = deque()  # (when it sent, stream), oldest first
         self._is_closing = False
         self.put = self._inbox.put
         self.thread = start_vital_thread(self._run, name)
@@ -112,15 +121,16 @@ class _Sender:
                 gaps.append(now - stream.last_token_at)
             stream.last_token_at = now
             stream.push(token_id, finish_reason, log_probs)
-            if not stream.is_queued and stream.may_send:
-                self._queue(stream)
+            if finish_reason is not None:
+                stream.is_resting = False  # the end waits for nobody
+            self._go_on(stream)
         if gaps:
             self._on_gaps(gaps)
 
     def fail(self, stream: ClientStream, error: DistServeError) -> None:
         stream.fail(error)
-        if not stream.is_queued:
-            self._queue(stream)
+        stream.is_resting = False
+        self._go_on(stream)
 
     def passed(self, numbers: list[tuple[int, int]]) -> None:
         for request_id, number in numbers:
@@ -135,10 +145,6 @@ class _Sender:
             stream.pace.give_up(now)
             self._go_on(stream)
 
-    def heartbeat(self, stream: ClientStream) -> None:
-        if stream.pace.is_clear and not stream.is_closed:
-            self._do(stream, stream.send_heartbeat)
-
     def close(self) -> None:
         self._is_closing = True
 
@@ -147,18 +153,29 @@ class _Sender:
     def _run(self) -> None:
         while not (self._is_closing and self._inbox.empty() and not self._ready):
             if not self._ready:
-                self._inbox.get()()
+                with contextlib.suppress(queue.Empty):
+                    self._inbox.get(timeout=self._rest_s())()
             while not self._inbox.empty():
                 self._inbox.get()()
+            while self._resting and (self._is_closing or self._rest_s() == 0.0):
+                _, stream = self._resting.popleft()
+                stream.is_resting = False
+                self._go_on(stream)
             if self._ready:
                 stream = self._ready.popleft()
                 stream.is_queued = False
-                self._do(stream, stream.send_next)
+                self._send_next(stream)
 
-    def _do(self, stream: ClientStream, send: Callable[[], None]) -> None:
+    def _rest_s(self) -> float | None:
+        """How long the stream that has rested longest will rest yet. None: no stream rests."""
+        if not self._resting:
+            return None
+        return max(0.0, self._resting[0][0] + len(self._resting) / self._max_responses_per_s - time.monotonic())
+
+    def _send_next(self, stream: ClientStream) -> None:
         was_closed = stream.is_closed
         try:
-            send()
+            stream.send_next()
         except Exception as error:  # of the Triton server, or a fault of ours: it ends this stream alone
             self._on_failure(stream, error)
         else:
@@ -168,13 +185,13 @@ class _Sender:
             self._waiting.pop(stream.request_id, None)
         else:
             self._waiting[stream.request_id] = stream
-
-    def _queue(self, stream: ClientStream) -> None:
-        stream.is_queued = True
-        self._ready.append(stream)
+        if not stream.is_closed:
+            stream.is_resting = True
+            self._resting.append((time.monotonic(), stream))
 
     def _go_on(self, stream: ClientStream) -> None:
         if stream.pace.is_clear:
             self._waiting.pop(stream.request_id, None)
-            if not stream.is_queued and stream.has_news:
-                self._queue(stream)
+        if stream.may_send and not stream.is_queued:
+            stream.is_queued = True
+            self._ready.append(stream)

@@ -14,11 +14,10 @@ from ensemble.router.lives import Timeline
 from ensemble.serving.answer_text import AnswerText
 from ensemble.serving.client_request import ClientRequest
 from ensemble.serving.log_probs import LogProbOutputs
-from ensemble.serving.marks import CancelHandle, cancel_handle
+from ensemble.serving.marks import ResponseHandle, response_handle
 from ensemble.serving.pacing import Pace
 from ensemble.tokenizer import Tokenizer
 
-ASK_INTERVAL_S = 0.1  # in which `postprocess` looks for a stream's cancel, as long as there are tokens to send
 Outputs = dict[str, npt.NDArray[Any]]
 
 
@@ -32,6 +31,10 @@ class ClientCall(Protocol):
 
     def send_error(self, error: DistServeError) -> None:
         """Sends the error as the final response."""
+        ...
+
+    def end(self) -> None:
+        """Without a response."""
         ...
 
     def is_cancelled(self) -> bool: ...
@@ -48,15 +51,12 @@ class ClientStream:
         arrival_ns: int,  # time.time_ns() at the front
         *,
         is_paced: bool = False,  # a response leaves when the last has been handed over (pacing.py)
-        is_of_ensemble: bool = False,
-        needs_heartbeats: bool = False,  # while there is nothing to answer, its cancel is seen in no other way
         trace_parent: str = "",
     ) -> None:
         self._call = call
         self._call_lock = threading.Lock()
         self._is_closed = False  # the final response has been sent
         self.is_answered = False  # it is being sent, or has been: `answered` follows, or a failure to send
-        self.last_asked = time.monotonic()  # when `postprocess` was last told to look for a cancel; first the arrival
         self.timeline = Timeline(arrival_ns=arrival_ns)
         self.request = client_request.request
         self.hints = client_request.hints
@@ -69,8 +69,6 @@ class ClientStream:
         self._log_probs = LogProbOutputs(client_request.options, tokenizer)
         self._tokenizer = tokenizer
         self._is_paced = is_paced
-        self.is_of_ensemble = is_of_ensemble
-        self.needs_heartbeats = needs_heartbeats
         self.pace = Pace()
         self._prompt_text = client_request.prompt_text
         shows_stop = client_request.options.include_stop_str_in_output
@@ -78,7 +76,7 @@ class ClientStream:
         self._pending: list[tuple[int, TokenLogProbs | None]] = []
         self._finish_reason: FinishReason | None = None
         self._error: DistServeError | None = None
-        self.is_queued = False  # at the sender
+        self.is_queued = self.is_resting = False  # at the sender
         self._previous_sent_ns = 0
         self.last_token_at: float | None = None  # by time.monotonic()
         self._is_first = True
@@ -124,23 +122,12 @@ class ClientStream:
 
     @property
     def may_send(self) -> bool:
-        return self.has_news and (self.pace.is_clear or self._error is not None)
+        return self.has_news and not self.is_resting and (self.pace.is_clear or self._error is not None)
 
     def is_cancelled(self) -> bool:
         """Asks the Triton server. Never beside or after the final response: the 24.10 server crashes on that."""
         with self._call_lock:
             return not self._is_closed and self._call.is_cancelled()
-
-    def send_heartbeat(self) -> None:
-        """Sends a response of the cancel handle alone, which goes to `postprocess` and not to the client."""
-        self._send(self._handle(time.monotonic(), must_ask=True), is_last=False)
-
-    def _handle(self, now: float, must_ask: bool = False) -> Outputs:
-        must_ask = must_ask or now - self.last_asked >= ASK_INTERVAL_S
-        if must_ask:
-            self.last_asked = now
-        handle = cancel_handle(CancelHandle(self.request_id, self.pace.leave(now), must_ask))
-        return {"cancel_handle": np.array([handle.encode()], dtype=object)}
 
     def send_next(self) -> None:
         """Sends all that is pending as one response, if it shows anything."""
@@ -162,7 +149,8 @@ class ClientStream:
         if is_last or (self._options.stream and (any(self._texts) or self._options.return_output_ids)):
             outputs = self._outputs(is_last)
             if self._is_paced:
-                outputs |= self._handle(time.monotonic())
+                handle = response_handle(ResponseHandle(self.request_id, self.pace.leave(time.monotonic())))
+                outputs["response_handle"] = np.array([handle.encode()], dtype=object)
             self._send(outputs, is_last)
             now = time.time_ns()
             if self._previous_sent_ns:

@@ -39,6 +39,7 @@ class Answer:
 
     responses: list[dict[str, np.ndarray]] = field(default_factory=list)
     error: InferenceServerException | None = None
+    ends_with_outputs: bool = False  # the final response is not an empty one
 
     @property
     def text(self) -> str:
@@ -110,6 +111,7 @@ class StreamClient:
             outputs = {output.name: result.as_numpy(output.name) for output in response.outputs}
             self.answers[response.id].responses.append(outputs)
         if is_final:
+            self.answers[response.id].ends_with_outputs = bool(response.outputs)
             self._done.put(None)
 
 

@@ -36,7 +36,6 @@ def roomy_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     log_path = tmp_path_factory.mktemp("server") / "server.log"
-    # Two instances, as where there are many cores: the harder case.
-    with TritonServer(deploy(tiny_llama), log_path=log_path, num_postprocess=2) as server:
+    with TritonServer(deploy(tiny_llama), log_path=log_path) as server:
         server.wait_ready(timeout_s=120)
         yield server

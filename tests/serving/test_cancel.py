@@ -189,7 +189,7 @@ def test_a_closed_connection_whose_requests_are_answered_cancels_nothing(narrow_
     assert sample(narrow_server, CANCELLED) == before
 
 
-# ---- what heartbeats are to a client that stays: nothing
+# ---- what pings are to a client that stays: nothing
 
 
 def post(url: str, body: dict[str, Any], answers: "queue.SimpleQueue[bytes]") -> None:
@@ -205,7 +205,7 @@ def test_a_client_that_waits_long_gets_its_text_alone(narrow_server: TritonServe
     url = f"{server.http_url}/v2/models/ensemble/{'generate_stream' if stream else 'generate'}"
     http: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     client = StreamClient(server.grpc_url)
-    executed = 'nv_inference_request_success{model="postprocess"'
+    executed = 'nv_inference_request_success{model="scheduler"'
     with stopped(server, "decode"):
         thread = threading.Thread(target=post, args=(url, asked, http))
         thread.start()
@@ -216,6 +216,7 @@ def test_a_client_that_waits_long_gets_its_text_alone(narrow_server: TritonServe
         wait_until(lambda: sample(server, executed) >= before + 8, 5.0)
     for answer in client.wait().values():
         assert answer.error is None
+        assert answer.ends_with_outputs
         assert answer.text == expected
         assert stream or len(answer.responses) == 1
     client.close()

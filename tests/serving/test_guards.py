@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import re
 import threading
 import time
@@ -76,7 +75,7 @@ def test_inner_models_obey_nobody_without_the_secret(server: TritonServer) -> No
 
 
 def test_handles_and_marks_are_not_for_clients_to_make(server: TritonServer) -> None:
-    """They neither cancel another's stream nor take a request out of the reach of its own client's cancel."""
+    """They neither take or cancel another's stream nor take a request out of the reach of its own client's cancel."""
     victim = StreamClient(server.grpc_url)
     victim.send("ensemble", "0", text_input="x", **STREAM)
     wait_until(lambda: len(victim.answers["0"].responses) >= 2, 10)
@@ -85,13 +84,16 @@ def test_handles_and_marks_are_not_for_clients_to_make(server: TritonServer) -> 
     for request_id in range(20):
         for handle in (
             f"{request_id}:1@ipc:///tmp/x",
-            f"handle {request_id} 1 1/{'0' * 64}",
-            f"handle {request_id} 1 1",
+            f"stream {request_id}/{'0' * 64}",
+            f"stream {request_id}",
+            "",
         ):
-            tensor = grpc.InferInput("cancel_handle", [1], "BYTES")
+            tensor = grpc.InferInput("stream_handle", [1], "BYTES")
             tensor.set_data_from_numpy(text(handle))
-            forger.send_inputs("postprocess", f"{request_id}{handle}", [tensor])
-    forger.wait()
+            forger.send_inputs("scheduler", f"{request_id}{handle}", [tensor])
+    forged = list(forger.wait().values())
+    assert not any(answer.responses for answer in forged)
+    assert "is not valid: there is no input of this name" in str(forged[0].error), "an error need not name its request"
     forger.close(cancel=True)
     marked = StreamClient(server.grpc_url)
     for kind in ("ensemble", "openai"):
@@ -99,7 +101,7 @@ def test_handles_and_marks_are_not_for_clients_to_make(server: TritonServer) -> 
         mark.set_data_from_numpy(text(f"{kind} 1/{'0' * 64}"))
         marked.send_inputs("scheduler", kind, [*make_inputs(**LONG), mark])
         wait_until(lambda kind=kind: len(marked.answers[kind].responses) >= 2, 10)
-        assert all("cancel_handle" not in response for response in marked.answers[kind].responses)
+        assert all("response_handle" not in response for response in marked.answers[kind].responses)
     marked.close(cancel=True)
     wait_until(lambda: sample(server, CANCELLED) == before + 2, 2.0)
     num_responses = len(victim.answers["0"].responses)
@@ -125,11 +127,6 @@ def test_the_grpc_front_takes_no_shared_memory_and_no_orders(server: TritonServe
 
 
 # ---- sizes
-
-
-def test_there_are_as_many_instances_of_postprocess_as_the_cores_bear(server: TritonServer) -> None:
-    num_instances = sum(any("/postprocess/" in word for word in each.cmdline()) for each in processes(server))
-    assert num_instances == (2 if len(os.sched_getaffinity(0)) >= 4 else 1)
 
 
 def private_bytes(server: TritonServer) -> int:

@@ -9,12 +9,12 @@ import pytest
 
 from ensemble.errors import Cancelled, DistServeError, InternalError
 from ensemble.request import Request, SamplingParams
-from ensemble.serving.cancels import CHECK_INTERVAL_S, HEARTBEAT_S, MAX_HEARTBEATS, heartbeats_due
+from ensemble.serving.cancels import CHECK_INTERVAL_S
 from ensemble.serving.client_request import ClientRequest, OutputOptions
-from ensemble.serving.marks import CancelHandle, read_cancel_handle
+from ensemble.serving.marks import ResponseHandle, read_response_handle
 from ensemble.serving.pacing import PATIENCE_S
 from ensemble.serving.senders import SenderPool
-from ensemble.serving.streams import ASK_INTERVAL_S, ClientStream, Outputs
+from ensemble.serving.streams import ClientStream, Outputs
 from ensemble.tokenizer import Tokenizer
 from tests.checkpoints import EOS_ID, make_tiny_tokenizer
 
@@ -44,6 +44,10 @@ class Recorder:
         self.errors.append(error)
         self.ended.set()
 
+    def end(self) -> None:
+        assert not self.ended.is_set(), "a second end"
+        self.ended.set()
+
     def is_cancelled(self) -> bool:
         assert not self.ended.is_set(), "asked after the final response"
         return False
@@ -59,22 +63,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def make_stream(
     call: Recorder,
     tokenizer: Tokenizer,
-    is_of_ensemble: bool = False,
     request_id: int = 0,
     is_paced: bool = False,
     **options: Any,
 ) -> ClientStream:
     request = Request(request_id=request_id, prompt_token_ids=[3], sampling=SamplingParams(max_tokens=100))
     client_request = ClientRequest(request, OutputOptions(**options), None)
-    return ClientStream(
-        call,
-        client_request,
-        tokenizer,
-        time.time_ns(),
-        is_paced=is_paced or is_of_ensemble,
-        is_of_ensemble=is_of_ensemble,
-        needs_heartbeats=is_of_ensemble,
-    )
+    return ClientStream(call, client_request, tokenizer, time.time_ns(), is_paced=is_paced)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -142,39 +137,8 @@ def test_a_stream_that_failed_sends_one_error(tokenizer: Tokenizer) -> None:
     assert not stream.is_cancelled()
 
 
-def test_a_heartbeat_is_the_handle_alone_and_never_follows_the_end(tokenizer: Tokenizer) -> None:
-    call, pool = Recorder(), make_pool([])
-    stream = make_stream(call, tokenizer, is_of_ensemble=True, stream=True)
-    pool.heartbeat(stream)
-    pool.heartbeat(stream)
-    wait_until(lambda: bool(call.outputs))
-    assert [list(each) for each in call.outputs] == [["cancel_handle"]], "and no second beside the first"
-    pool.push(stream, 100, "length")
-    pool.flush()
-    pool.passed([(0, 1)])
-    assert call.ended.wait(10)
-    pool.heartbeat(stream)
-    pool.close()
-    assert len(call.outputs) == 2
-
-
-def test_heartbeats_have_a_bound_and_reach_every_stream_in_turn(tokenizer: Tokenizer) -> None:
-    streams = [make_stream(Recorder(), tokenizer, is_of_ensemble=True) for _ in range(3 * MAX_HEARTBEATS)]
-    direct = make_stream(Recorder(), tokenizer)
-    now = direct.last_asked + 2 * HEARTBEAT_S
-    served = []
-    for _ in range(3):
-        batch = heartbeats_due([direct, *streams], now)
-        assert len(batch) == MAX_HEARTBEATS
-        served += batch
-        for stream in batch:
-            stream.last_asked = now
-    assert set(served) == set(streams)
-    assert heartbeats_due([direct, *streams], now) == []
-
-
-def handles(call: Recorder) -> list[CancelHandle]:
-    found = [read_cancel_handle(outputs["cancel_handle"][0].decode()) for outputs in call.outputs]
+def handles(call: Recorder) -> list[ResponseHandle]:
+    found = [read_response_handle(outputs["response_handle"][0].decode()) for outputs in call.outputs]
     return [handle for handle in found if handle is not None]
 
 
@@ -183,9 +147,8 @@ def test_one_response_of_a_stream_is_on_its_way_and_tokens_gather_behind_it(toke
     pool = SenderPool(lambda stream: None, lambda stream, error: None, num_threads=1)
     options = {"stream": True, "return_output_ids": True}
     calls = [Recorder() for _ in range(4)]
-    waiting = make_stream(calls[0], tokenizer, is_paced=True, **options)  # as the OpenAI front's are
-    doomed, other = (
-        make_stream(calls[index], tokenizer, is_of_ensemble=True, request_id=index, **options) for index in (1, 2)
+    waiting, doomed, other = (
+        make_stream(calls[index], tokenizer, is_paced=True, request_id=index, **options) for index in range(3)
     )
     direct = make_stream(calls[3], tokenizer, request_id=3, **options)
     for token_id in range(100, 120):
@@ -205,14 +168,14 @@ def test_one_response_of_a_stream_is_on_its_way_and_tokens_gather_behind_it(toke
     pool.close()
     assert [each["output_ids"].tolist() for each in calls[0].outputs] == [[100], list(range(101, 120))]
     assert [(handle.request_id, handle.number) for handle in handles(calls[0])] == [(0, 1), (0, 2)]
-    assert not any("cancel_handle" in outputs for outputs in calls[3].outputs)
-    text = calls[0].outputs[0]["cancel_handle"][0].decode()
-    assert read_cancel_handle(text.replace("handle 0 1", "handle 0 2")) is None, "forged"
+    assert not any("response_handle" in outputs for outputs in calls[3].outputs)
+    text = calls[0].outputs[0]["response_handle"][0].decode()
+    assert read_response_handle(text.replace("handle 0 1", "handle 0 2")) is None, "forged"
 
 
 def test_a_lost_number_costs_a_stream_less_than_a_second(tokenizer: Tokenizer) -> None:
     call, pool = Recorder(), make_pool([])
-    stream = make_stream(call, tokenizer, is_of_ensemble=True, stream=True, return_output_ids=True)
+    stream = make_stream(call, tokenizer, is_paced=True, stream=True, return_output_ids=True)
     pool.push(stream, 100, None)
     pool.flush()
     wait_until(lambda: len(call.outputs) == 1)
@@ -227,21 +190,6 @@ def test_a_lost_number_costs_a_stream_less_than_a_second(tokenizer: Tokenizer) -
         assert time.monotonic() < started + 10
     pool.close()
     assert [each["output_ids"].tolist() for each in call.outputs] == [[100], [101]]
-
-
-def test_a_cancel_is_looked_for_now_and_then(tokenizer: Tokenizer) -> None:
-    call, pool = Recorder(), make_pool([])
-    stream = make_stream(call, tokenizer, is_of_ensemble=True, stream=True, return_output_ids=True)
-    asked = []
-    for number in range(1, 5):
-        stream.last_asked = time.monotonic() - (ASK_INTERVAL_S if number % 2 else -60)
-        pool.push(stream, 100, None)
-        pool.flush()
-        wait_until(lambda number=number: len(call.outputs) == number)  # type: ignore[misc]
-        asked.append(handles(call)[-1].must_ask)
-        pool.passed([(0, number)])
-    pool.close()
-    assert asked == [True, False, True, False]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -291,3 +239,43 @@ def test_a_length_limit_keeps_the_last_token_and_a_stop_string_at_it_counts(toke
         pool.close()
         assert call.outputs[-1]["text_output"][0].decode() == text
         assert call.outputs[-1]["finish_reason"][0].decode() == reason
+
+
+def test_many_streams_together_send_no_more_than_the_machine_carries(tokenizer: Tokenizer) -> None:
+    """Their tokens gather, and a stream's end waits for nothing."""
+    pool = SenderPool(lambda stream: None, lambda stream, error: None, num_threads=1, max_responses_per_s=100)
+    calls = [Recorder() for _ in range(20)]
+    streams = [
+        make_stream(call, tokenizer, request_id=index, stream=True, return_output_ids=True)
+        for index, call in enumerate(calls)
+    ]
+    started, count = time.monotonic(), 0
+    while time.monotonic() < started + 1.0:
+        for stream in streams:
+            pool.push(stream, 100 + count % 200, None)
+        pool.flush()
+        count += 1
+        time.sleep(0.005)
+    num_responses, seconds = sum(len(call.outputs) for call in calls), time.monotonic() - started
+    for stream in streams:
+        pool.push(stream, 99, "length")
+    pool.flush()
+    assert all(call.ended.wait(0.1) for call in calls)
+    assert 20 + 40 <= num_responses <= 20 + 110 * seconds
+    assert max(len(call.outputs) for call in calls) <= 2 + min(len(call.outputs) for call in calls), "by turns"
+    expected = [100 + index % 200 for index in range(count)] + [99]
+    for call in calls:
+        assert [int(i) for each in call.outputs for i in each["output_ids"]] == expected
+    pool.close()
+
+
+def test_a_stream_that_is_alone_hardly_rests(tokenizer: Tokenizer) -> None:
+    pool = SenderPool(lambda stream: None, lambda stream, error: None, num_threads=1, max_responses_per_s=100)
+    call = Recorder()
+    alone = make_stream(call, tokenizer, stream=True, return_output_ids=True)
+    for index in range(20):
+        pool.push(alone, 100 + index, "length" if index == 19 else None)
+        pool.flush()
+        time.sleep(0.02)
+    pool.close()
+    assert len(call.outputs) == 20, "10 ms of rest"

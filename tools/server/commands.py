@@ -1,7 +1,6 @@
 """The processes of a server: their command lines, their environment, and what has to be in the run directory first."""
 
 import os
-import re
 import secrets
 import sys
 from collections.abc import Sequence
@@ -19,8 +18,6 @@ def fill_run_dir(
     model_repository: Path,
     deployment: Deployment,
     http_port: int,
-    *,
-    num_postprocess: int,  # instances of that model
 ) -> None:
     backend = run_dir / "backends/python"
     backend.mkdir(parents=True)
@@ -31,24 +28,10 @@ def fill_run_dir(
     libpython = find_libpython()
     if libpython is not None:
         (run_dir / "lib" / libpython.name).symlink_to(libpython)
-    _link_models(model_repository.resolve(), run_dir / "models", num_postprocess)
+    (run_dir / "models").mkdir()
+    for config in model_repository.resolve().glob("*/config.pbtxt"):  # not what is left of a model that is no more
+        (run_dir / "models" / config.parent.name).symlink_to(config.parent)
     (run_dir / "deployment.yaml").write_text(deployment.to_yaml(), encoding="utf-8")
-
-
-def _link_models(model_repository: Path, folder: Path, num_postprocess: int) -> None:
-    """The number of instances is written here: config.pbtxt cannot say it by the cores."""
-    folder.mkdir()
-    for model in model_repository.iterdir():
-        if model.name != "postprocess":
-            (folder / model.name).symlink_to(model)
-            continue
-        (folder / model.name).mkdir()
-        for part in model.iterdir():
-            if part.name != "config.pbtxt":
-                (folder / model.name / part.name).symlink_to(part)
-        config = (model / "config.pbtxt").read_text(encoding="utf-8")
-        config = re.sub(r"count: \d+", f"count: {num_postprocess}", config)
-        (folder / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
 
 
 def triton_command(
@@ -62,7 +45,7 @@ def triton_command(
     allow_client_shm: bool,
 ) -> list[str]:
     python_backend = {
-        "shm-default-byte-size": 4 << 20,  # six stubs, and room to grow, in the 64 MiB that containers get
+        "shm-default-byte-size": 4 << 20,  # four stubs, and room to grow, in the 64 MiB that containers get
         "shm-growth-byte-size": 4 << 20,
         "shm-region-prefix-name": shm_prefix(run_dir),
         "thread-pool-size": 64 + 8 * num_replicas,  # each parked call of the scheduler holds one

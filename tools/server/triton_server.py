@@ -42,7 +42,6 @@ MODEL_REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 MAX_BODY_BYTES = 4 << 20  # of an HTTP request
 LOADED_TO_READY_S = 60.0  # a server that is not ready so long after its models have loaded will never be
 MAX_STALLED_STARTS = 2
-MANY_CORES = 4
 STACKS_S = 0.5  # for the stubs to write their stacks, if they can
 # What a stub's shared memory may grow to for what comes in, and never shrinks from: room for many requests, and for
 # each token of the longest one more than any text or message of so many tokens has. The server refuses what is larger.
@@ -78,7 +77,6 @@ class TritonServer:
         allowed_origins: Sequence[str] = (),  # of browsers' pages that may call the front
         max_body_bytes: int = MAX_BODY_BYTES,
         allow_client_shm: bool = False,  # clients may register shared memory
-        num_postprocess: int | None = None,  # instances of that model; None: two, or one where there are few cores
     ) -> None:
         self.deployment = deployment
         self.ports = ports
@@ -92,8 +90,6 @@ class TritonServer:
         self._allowed_origins = allowed_origins
         self._max_body_bytes = max_body_bytes
         self._allow_client_shm = allow_client_shm
-        # On two cores one, whose responses carry more tokens: docs/results/README.md.
-        self._num_postprocess = num_postprocess or (2 if len(os.sched_getaffinity(0)) >= MANY_CORES else 1)
         self._local_ray: LocalRay | None = None  # a cluster of our own
         self._ray: subprocess.Popen[bytes] | None = None
         self._own_http = (host, 0)  # where the Triton server itself listens
@@ -196,7 +192,6 @@ class TritonServer:
                 self.model_repository,
                 self.deployment,
                 self._ports.http,
-                num_postprocess=self._num_postprocess,
             )
             self._log = ServerLog(self.log_path)
             self._start_server(installation)

@@ -31,6 +31,9 @@ class ClientCall:
         triton_error = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
         self._sender.send(pb_utils.InferenceResponse(error=triton_error), flags=FINAL)
 
+    def end(self):
+        self._sender.send(flags=FINAL)
+
     def is_cancelled(self):
         return self._sender.is_cancelled()
 
@@ -79,10 +82,14 @@ class TritonPythonModel:
         may_call.set()
         for request in requests:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            call = ClientCall(request)
             if is_warm_up(tensors):
-                request.get_response_sender().send(flags=FINAL)
-                continue
-            self.front_door.handle(ClientCall(request), tensors)
+                call.end()
+            elif "stream_handle" in tensors:
+                handle = tensors["stream_handle"].item(0).decode(errors="replace")
+                self.front_door.started(handle, call, request.is_cancelled())
+            else:
+                self.front_door.handle(call, tensors)
 
     def finalize(self):
         self.front_door.close()
