@@ -66,9 +66,6 @@ class Choices:
         for request_id in self.request_ids:
             self._cancel(request_id)
 
-    def end(self) -> None:
-        self._call.end()
-
     def is_cancelled(self) -> bool:
         with self._lock:
             return not self._is_closed and self._call.is_cancelled()

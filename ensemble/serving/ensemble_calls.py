@@ -4,120 +4,167 @@ The Triton server shows an ensemble's cancel only to steps that start after it, 
 an answer runs as long as the answer. A step behind it would see the cancel, and would cost each response a second way
 through the server. So a step before it takes the request, and stays open: each of its responses, a handle, starts the
 step behind it anew. The first start carries the answer, straight to the client; later ones, the pings, look for a
-cancel, and end. Of a client that came through the HTTP relay the relay tells: its first step ends with the handle.
+cancel, and end.
 
-A response is an ensemble's last if no step is open after it. So the first step ends before it, and no ping is out.
+A response is an ensemble's last if no step is open after it. So the first step ends before it, and no ping is out. An
+error must not come while another step is open at all: the 24.10 server would never release that request.
 """
 
+import contextlib
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol
 
 import numpy as np
 
-from ensemble.errors import DistServeError, InvalidRequest, StageUnavailable
+from ensemble.errors import DistServeError, InternalError, InvalidRequest, StageUnavailable
+from ensemble.operator_log import log_exception
 from ensemble.serving.marks import read_stream_handle, stream_handle
 from ensemble.serving.streams import ClientCall, Outputs
 
 PING_S = 0.3  # between two pings of a request
+TOLD_PING_S = 5.0  # of one whose cancel the HTTP relay tells, unless that has died
 MAX_PINGS = 50  # in a tick, which is every 0.1 s: a ping costs as much as a response
-LOST_S = 1.0  # a ping that has not come back after that never will
-START_S = 10.0  # nor will the step of the answer start after that
-Act: TypeAlias = Callable[[ClientCall], None]
+LATE_S = 1.0  # a response does not wait longer for a ping: at worst an empty one comes after it
+LOST_S = 60.0  # nothing waits longer for a step that is to start
+
+
+class Step(ClientCall, Protocol):
+    """One execution of the model."""
+
+    def end(self) -> None:
+        """Without a response."""
+        ...
 
 
 class EnsembleCall:
-    """The `ClientCall` of such a request. Its methods may be called from any thread."""
+    """The `ClientCall` of such a request: its streams send nothing before `on_start` was called. Its methods may be
+    called from any thread."""
 
-    def __init__(self, first: ClientCall, is_told: bool) -> None:
+    def __init__(self, first: Step, is_told: bool) -> None:
         """`is_told`: of its cancel the relay tells."""
         self.request_id, self.parameters = first.request_id, first.parameters
         self.request_ids: list[int] = []  # from `begin` on
-        self.last_sign = time.monotonic()  # when it began, or was last pinged
         self.is_ended = False
-        self._is_told = is_told
+        self._ping_s = TOLD_PING_S if is_told else PING_S
         self._lock = threading.Lock()
-        self._first = first
-        self._handle: Outputs | None = None  # what starts the step behind
-        self._answer: ClientCall | None = None  # that step
-        self._waiting: deque[tuple[Act, bool]] = deque()  # for that step; True: for the last ping too
-        self._is_pinged = False
+        self._first, self._is_first_open = first, True
+        self._handle: Outputs = {}  # what starts the step behind
+        self._on_start: Callable[[], None] = lambda: None
+        self._answer: Step | None = None  # that step
+        self._last_sign = time.monotonic()  # when it began, or was last pinged
+        self._is_pinged = False  # and the step that looks has not ended
+        self._end: tuple[Callable[[Step], None], bool] | None = None  # waits for that; True: it is an error
 
-    def begin(self, request_ids: list[int]) -> None:
+    def begin(self, request_ids: list[int], on_start: Callable[[], None]) -> None:
         """Starts the step of the answer to these requests, unless they have failed already."""
         with self._lock:
             if not self.is_ended:
-                self.request_ids, self.last_sign = request_ids, time.monotonic()
+                self.request_ids, self._on_start, self._last_sign = request_ids, on_start, time.monotonic()
                 self._handle = {"stream_handle": np.array([stream_handle(request_ids[0]).encode()], dtype=object)}
-                self._first.send(self._handle, final=self._is_told)
+                self._first.send(self._handle, final=False)
 
-    def started(self, step: ClientCall) -> None:
-        """The step behind the first has started, or, for a ping, has been started again."""
+    def started(self, step: Step) -> None:
+        """The step behind the first has started; not for the first time: a ping has come."""
         with self._lock:
-            if self._answer is None and not self.is_ended:
+            is_start = self._answer is None and not self.is_ended
+            if is_start:
                 self._answer = step
             else:
                 step.end()
                 self._is_pinged = False
-            self._go_on()
-
-    def ping(self, now: float) -> None:
-        with self._lock:
-            if self._answer is not None and not (self.is_ended or self._is_told or self._is_pinged):
-                self._is_pinged, self.last_sign = True, now
-                self._first.send(self._handle or {}, final=False)
-
-    def give_up_lost(self, now: float) -> None:
-        """Waits no longer for a step that will not start. Raises StageUnavailable if it is that of the answer."""
-        with self._lock:
-            if self._is_pinged and now - self.last_sign > LOST_S:
-                self._is_pinged = False
-                self._go_on()
-            if self._answer is None and not self.is_ended and now - self.last_sign > START_S:
-                self.is_ended = True
-                error = StageUnavailable("scheduler", "the Triton server does not start its step")
-                if not self._is_told:
-                    self._first.send_error(error)
-                raise error
+                self._end_at_last()
+        if is_start:
+            self._on_start()
 
     def send(self, outputs: Outputs, final: bool) -> None:
-        self._put(lambda step: step.send(outputs, final), final)
+        if final:
+            self._finish(lambda step: step.send(outputs, final=True), is_error=False)
+        else:
+            with self._lock:
+                self._answering.send(outputs, final=False)
 
     def send_error(self, error: DistServeError) -> None:
         with self._lock:
-            is_first_alone = self._handle is None
-            if is_first_alone:
-                self.is_ended = True
+            if not self._handle:  # no step behind the first was ever to start
+                self._is_first_open, self.is_ended = False, True
                 self._first.send_error(error)
-        if not is_first_alone:
-            self._put(lambda step: step.send_error(error), is_last=True)
-
-    def end(self) -> None:
-        """Without an answer."""
-        self._put(lambda step: step.end(), is_last=True)
+                return
+        self._finish(lambda step: step.send_error(error), is_error=True)
 
     def is_cancelled(self) -> bool:
         return False  # the server tells it the steps that start, never one that runs
 
-    def _put(self, act: Act, is_last: bool) -> None:
-        with self._lock:
-            if not self.is_ended:
-                self._waiting.append((act, is_last))
-            self._go_on()
+    # ---- now and then
 
-    def _go_on(self) -> None:
-        while self._waiting and self._answer is not None and not self.is_ended:
-            act, is_last = self._waiting[0]
-            if is_last and self._is_pinged:
+    def is_due(self, now: float) -> bool:
+        """Whether it is to be pinged."""
+        is_open = self._answer is not None and self._is_first_open and not self._is_pinged
+        return is_open and now - self._last_sign >= self._ping_s
+
+    @property
+    def last_sign(self) -> float:
+        return self._last_sign
+
+    def ping(self, now: float) -> None:
+        with self._lock:
+            if self.is_due(now):
+                self._is_pinged, self._last_sign = True, now
+                self._first.send(self._handle, final=False)
+
+    def give_up_lost(self, now: float) -> bool:
+        """Waits no longer for what is late or lost. Whether the answer's step is lost, and so the request."""
+        with self._lock:
+            waited = now - self._last_sign
+            if self._end is not None and waited > (LOST_S if self._end[1] else LATE_S):
+                self._end_at_last()
+            is_lost = self._answer is None and not self.is_ended and bool(self._handle) and waited > LOST_S
+            if is_lost:
+                self._is_first_open, self.is_ended = False, True
+                self._first.send_error(StageUnavailable("scheduler", "the Triton server does not start its step"))
+            return is_lost
+
+    def stop_pinging(self) -> None:
+        """Whoever ends waits for no ping any more."""
+        with self._lock:
+            self._ping_s, self._is_pinged = float("inf"), False
+            self._end_at_last()
+
+    # ---- under the lock
+
+    @property
+    def _answering(self) -> Step:
+        assert self._answer is not None, "streams wait for the start"
+        return self._answer
+
+    def _finish(self, act: Callable[[Step], None], is_error: bool) -> None:
+        with self._lock:
+            if self._is_pinged:
+                self._end = act, is_error
                 return
-            self._waiting.popleft()
-            if is_last:
-                self.is_ended = True
-                if not self._is_told:
-                    self._first.end()
-            act(self._answer)
+            self._end_first()
+            act(self._answering)
+
+    def _end_at_last(self) -> None:
+        """For the stream it has ended already: nobody else would tell the client of a failure."""
+        if self._end is None:
+            return
+        (act, _), self._end = self._end, None
+        self._end_first()
+        try:
+            act(self._answering)
+        except Exception as error:
+            log_exception()
+            with contextlib.suppress(Exception):
+                self._answering.send_error(InternalError(f"the answer could not be sent: {error}"))
+
+    def _end_first(self) -> None:
+        self.is_ended = True
+        if self._is_first_open:
+            self._is_first_open = False
+            with contextlib.suppress(Exception):  # of the Triton server
+                self._first.end()
 
 
 class EnsembleCalls:
@@ -126,42 +173,50 @@ class EnsembleCalls:
     def __init__(self, cancel: Callable[[int], None]) -> None:
         self._cancel = cancel
         self._lock = threading.Lock()
-        self._calls: OrderedDict[int, EnsembleCall] = (
-            OrderedDict()
-        )  # by the first of its requests; longest not pinged first
+        self._calls: dict[int, EnsembleCall] = {}  # by the first of its requests
 
-    def begin(self, call: EnsembleCall, request_ids: list[int]) -> None:
+    def begin(self, call: EnsembleCall, request_ids: list[int], on_start: Callable[[], None]) -> None:
         with self._lock:
             self._calls[request_ids[0]] = call
-        call.begin(request_ids)
+        try:
+            call.begin(request_ids, on_start)
+        except Exception:  # of the Triton server
+            log_exception()
+            self._cancel_all(call)
 
-    def started(self, handle: str, step: ClientCall, is_cancelled: bool) -> None:
-        """A step with a handle has started. Raises InvalidRequest if that is a client's own."""
+    def started(self, handle: str, step: Step, is_cancelled: bool) -> None:
+        """A step with a handle has started, for a client that has cancelled or not."""
         number = read_stream_handle(handle)
         if number is None:
-            raise InvalidRequest("stream_handle", handle[:64], "there is no input of this name")
+            step.send_error(InvalidRequest("stream_handle", handle[:64], "there is no input of this name"))
+            return
         call = self._calls.get(number)
         if call is None:
             step.end()
             return
+        if is_cancelled:
+            self._cancel_all(call)
         call.started(step)
-        for request_id in call.request_ids if is_cancelled else []:
-            self._cancel(request_id)
 
     def tick(self, now: float) -> None:
         """Pings those first that have waited longest for it, and forgets those that have ended."""
-        due: list[EnsembleCall] = []
         with self._lock:
-            for number, call in list(self._calls.items()):
-                if call.is_ended:
-                    del self._calls[number]
-                elif len(due) < MAX_PINGS and now - call.last_sign >= PING_S:
-                    due.append(call)
-                    self._calls.move_to_end(number)
-        for call in due:
-            try:
-                call.give_up_lost(now)
+            self._calls = {number: call for number, call in self._calls.items() if not call.is_ended}
+            calls = list(self._calls.values())
+        for call in calls:
+            with contextlib.suppress(Exception):  # the server stops, or has forgotten the request
+                if call.give_up_lost(now):
+                    self._cancel_all(call)
+        due = sorted((call for call in calls if call.is_due(now)), key=lambda call: call.last_sign)
+        for call in due[:MAX_PINGS]:
+            with contextlib.suppress(Exception):
                 call.ping(now)
-            except Exception:  # the server stops, or has forgotten the request
-                for request_id in call.request_ids:
-                    self._cancel(request_id)
+
+    def close(self) -> None:
+        """The server stops, and starts no more steps."""
+        for call in list(self._calls.values()):
+            call.stop_pinging()
+
+    def _cancel_all(self, call: EnsembleCall) -> None:
+        for request_id in call.request_ids:
+            self._cancel(request_id)

@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from ensemble.chat import ChatTemplate
 from ensemble.config import Deployment
-from ensemble.errors import DistServeError, InternalError, InvalidRequest, Overloaded, StageUnavailable
+from ensemble.errors import DistServeError, InternalError, Overloaded, StageUnavailable
 from ensemble.operator_log import tell_operator
 from ensemble.router.lives import Timeline
 from ensemble.serving import control, heartbeat
 from ensemble.serving.cancels import CancelReceiver, CancelWatch
 from ensemble.serving.choices import Choices
 from ensemble.serving.ended_request import Ended
-from ensemble.serving.ensemble_calls import EnsembleCall, EnsembleCalls
+from ensemble.serving.ensemble_calls import EnsembleCall, EnsembleCalls, Step
 from ensemble.serving.exchange import CallModel
 from ensemble.serving.fields import OF_THE_SERVER, from_tensor, text_of
 from ensemble.serving.fleet_commands import fleet_handlers
@@ -84,7 +84,7 @@ class FrontDoor:
         }
         self._control = control.ControlServer(run_dir(), handlers)
 
-    def handle(self, call: ClientCall, tensors: Tensors) -> None:
+    def handle(self, call: Step, tensors: Tensors) -> None:
         """Takes one request; every outcome, errors too, goes to `call`."""
         work = partial(self._take, call, tensors, time.time_ns())
         if self._long_texts.is_long(prompt_bytes(tensors)):
@@ -99,6 +99,7 @@ class FrontDoor:
         self._control.close()
         self._watch.close()
         self._long_texts.close()
+        self._ensemble_calls.close()
         if self._page is not None:
             self._page.close()
         self._router.close()
@@ -107,14 +108,12 @@ class FrontDoor:
         if self._traces is not None:  # with the spans of what the router has ended just now
             self._traces.close()
 
-    def started(self, handle: str, step: ClientCall, is_cancelled: bool) -> None:
-        """The step of an ensemble that is to carry an answer has started, for a client that has cancelled or not."""
-        try:
-            self._ensemble_calls.started(handle, step, is_cancelled)
-        except InvalidRequest as error:
-            step.send_error(error)
+    def started(self, handle: str, step: Step, is_cancelled: bool) -> None:
+        """An ensemble's step of the answer has started, for a client that has cancelled or not."""
+        self._ensemble_calls.started(handle, step, is_cancelled)
 
-    def _take(self, call: ClientCall, tensors: Tensors, arrival_ns: int) -> None:
+    def _take(self, step: Step, tensors: Tensors, arrival_ns: int) -> None:
+        call: ClientCall = step
         trace_parent = ""
         try:
             check_envelope(call.request_id, call.parameters)
@@ -134,7 +133,7 @@ class FrontDoor:
             return
         ensemble_call = None
         if mark is not None and mark.is_of_ensemble:
-            call = ensemble_call = EnsembleCall(call, is_told=tag is not None)
+            call = ensemble_call = EnsembleCall(step, is_told=tag is not None)
         choices = [client_request]
         if client_request.num_choices > 1:
             more = range(1, client_request.num_choices)
@@ -148,6 +147,7 @@ class FrontDoor:
                 each,
                 self._tokenizer,
                 since,
+                is_started=ensemble_call is None,
                 is_paced=mark is not None and not mark.is_of_ensemble,
                 trace_parent=trace_parent,
             )
@@ -167,7 +167,8 @@ class FrontDoor:
         if tag is not None:
             self._cancels.watch(call if isinstance(call, Choices) else streams[0], str(tag))
         if ensemble_call is not None:
-            self._ensemble_calls.begin(ensemble_call, [stream.request_id for stream in streams])
+            request_ids = [stream.request_id for stream in streams]
+            self._ensemble_calls.begin(ensemble_call, request_ids, partial(self._senders.start, streams))
 
     def _refuse(self, call: ClientCall, error: DistServeError, arrival_ns: int, trace_parent: str) -> None:
         call.send_error(error)

@@ -65,6 +65,12 @@ class SenderPool:
         sender = self._of(stream.request_id)
         sender.put(lambda: sender.fail(stream, error))
 
+    def start(self, streams: Iterable[ClientStream]) -> None:
+        """They may send from now on."""
+        for stream in streams:
+            sender = self._of(stream.request_id)
+            sender.put(partial(sender.start, stream))
+
     def passed(self, numbers: Iterable[tuple[int, int]]) -> None:
         """(request_id, number) of responses that the OpenAI front has handed over."""
         batches: list[list[tuple[int, int]]] = [[] for _ in self._senders]
@@ -132,6 +138,10 @@ class _Sender:
         stream.is_resting = False
         self._go_on(stream)
 
+    def start(self, stream: ClientStream) -> None:
+        stream.is_started = True
+        self._go_on(stream)
+
     def passed(self, numbers: list[tuple[int, int]]) -> None:
         for request_id, number in numbers:
             stream = self._waiting.get(request_id)
@@ -173,9 +183,9 @@ class _Sender:
         return max(0.0, self._resting[0][0] + len(self._resting) / self._max_responses_per_s - time.monotonic())
 
     def _send_next(self, stream: ClientStream) -> None:
-        was_closed = stream.is_closed
+        was_closed, has_sent = stream.is_closed, False
         try:
-            stream.send_next()
+            has_sent = stream.send_next()
         except Exception as error:  # of the Triton server, or a fault of ours: it ends this stream alone
             self._on_failure(stream, error)
         else:
@@ -185,7 +195,7 @@ class _Sender:
             self._waiting.pop(stream.request_id, None)
         else:
             self._waiting[stream.request_id] = stream
-        if not stream.is_closed:
+        if has_sent and not stream.is_closed:
             stream.is_resting = True
             self._resting.append((time.monotonic(), stream))
 

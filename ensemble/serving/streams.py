@@ -33,10 +33,6 @@ class ClientCall(Protocol):
         """Sends the error as the final response."""
         ...
 
-    def end(self) -> None:
-        """Without a response."""
-        ...
-
     def is_cancelled(self) -> bool: ...
 
 
@@ -50,6 +46,7 @@ class ClientStream:
         tokenizer: Tokenizer,
         arrival_ns: int,  # time.time_ns() at the front
         *,
+        is_started: bool = True,  # else its sender is told when it may send (ensemble_calls.py)
         is_paced: bool = False,  # a response leaves when the last has been handed over (pacing.py)
         trace_parent: str = "",
     ) -> None:
@@ -76,6 +73,7 @@ class ClientStream:
         self._pending: list[tuple[int, TokenLogProbs | None]] = []
         self._finish_reason: FinishReason | None = None
         self._error: DistServeError | None = None
+        self.is_started = is_started
         self.is_queued = self.is_resting = False  # at the sender
         self._previous_sent_ns = 0
         self.last_token_at: float | None = None  # by time.monotonic()
@@ -117,25 +115,23 @@ class ClientStream:
         self._error = error
 
     @property
-    def has_news(self) -> bool:
-        return bool(self._pending) or self._error is not None
-
-    @property
     def may_send(self) -> bool:
-        return self.has_news and not self.is_resting and (self.pace.is_clear or self._error is not None)
+        if not self.is_started or self.is_resting:
+            return False
+        return self._error is not None or (bool(self._pending) and self.pace.is_clear)
 
     def is_cancelled(self) -> bool:
         """Asks the Triton server. Never beside or after the final response: the 24.10 server crashes on that."""
         with self._call_lock:
             return not self._is_closed and self._call.is_cancelled()
 
-    def send_next(self) -> None:
-        """Sends all that is pending as one response, if it shows anything."""
+    def send_next(self) -> bool:
+        """Sends all that is pending as one response, if it shows anything. Whether a response has left."""
         if self._is_closed:
-            return
+            return False
         if self._error is not None:
             self._send_error(self._error)
-            return
+            return True
         tokens, self._pending = self._pending, []
         has_all = self._finish_reason is not None
         num_read_before = len(self._token_ids)
@@ -146,7 +142,8 @@ class ClientStream:
         is_last = has_all or self._answer_text.is_stopped
         if is_last and not self.timeline.last_token_ns:  # the stop string came before the last token
             self.timeline.last_token_ns = time.time_ns()
-        if is_last or (self._options.stream and (any(self._texts) or self._options.return_output_ids)):
+        shows = is_last or (self._options.stream and (any(self._texts) or self._options.return_output_ids))
+        if shows:
             outputs = self._outputs(is_last)
             if self._is_paced:
                 handle = response_handle(ResponseHandle(self.request_id, self.pace.leave(time.monotonic())))
@@ -161,6 +158,7 @@ class ClientStream:
             self.timeline.first_sent_ns = self.timeline.first_sent_ns or now
             self.timeline.last_sent_ns = now if is_last else 0
             self._texts, self._token_ids, self._is_first = [], [], False
+        return shows
 
     def _send(self, outputs: Outputs, is_last: bool) -> None:
         with self._call_lock:

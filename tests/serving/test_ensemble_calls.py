@@ -7,8 +7,16 @@ from collections import deque
 import numpy as np
 import pytest
 
-from ensemble.errors import Cancelled, DistServeError, InvalidRequest
-from ensemble.serving.ensemble_calls import LOST_S, MAX_PINGS, PING_S, START_S, EnsembleCall, EnsembleCalls
+from ensemble.errors import Cancelled, DistServeError
+from ensemble.serving.ensemble_calls import (
+    LATE_S,
+    LOST_S,
+    MAX_PINGS,
+    PING_S,
+    TOLD_PING_S,
+    EnsembleCall,
+    EnsembleCalls,
+)
 from ensemble.serving.streams import Outputs
 
 
@@ -20,6 +28,7 @@ class Ensemble:
         self.starts: deque[tuple[str, Step]] = deque()  # not yet executed
         self.first = Step(self)
         self.seen: list[tuple[str, bool]] = []  # what the client got, and whether it was the last
+        self.fails = False  # the next response but a handle
 
     def start(self, handle: str) -> None:
         self.starts.append((handle, Step(self)))
@@ -39,14 +48,19 @@ class Step:
         ensemble.num_open += 1
 
     def send(self, outputs: Outputs, final: bool) -> None:
-        self._close(final)
+        assert self.is_open, "a step that has ended"
         if "stream_handle" in outputs:
             self.ensemble.start(outputs["stream_handle"][0].decode())
-        else:
-            self.ensemble.deliver(outputs["text_output"][0].decode())
+            return
+        if self.ensemble.fails:
+            self.ensemble.fails = False
+            raise RuntimeError("the server refuses")
+        self._close(final)
+        self.ensemble.deliver(outputs["text_output"][0].decode())
 
     def send_error(self, error: DistServeError) -> None:
         self._close(True)
+        assert self.ensemble.num_open == 0, "the server would never release the request"
         self.ensemble.deliver(str(error))
 
     def end(self) -> None:
@@ -61,50 +75,56 @@ class Step:
         self.ensemble.num_open -= final
 
 
+class Request:
+    """One of the ensemble's, and its stream."""
+
+    def __init__(self, *request_ids: int, is_told: bool = False, calls: EnsembleCalls | None = None) -> None:
+        self.ensemble, self.has_started = Ensemble(), False
+        self.cancelled: list[int] = []
+        self.calls = calls or EnsembleCalls(self.cancelled.append)
+        self.call = EnsembleCall(self.ensemble.first, is_told)
+        self.calls.begin(self.call, list(request_ids or (7,)), self._start)
+
+    def execute(self, is_cancelled: bool = False) -> None:
+        """The model does, one step that has been started."""
+        handle, step = self.ensemble.starts.popleft()
+        self.calls.started(handle, step, is_cancelled)
+
+    def _start(self) -> None:
+        assert not self.has_started
+        self.has_started = True
+
+
 def text(value: str) -> Outputs:
     return {"text_output": np.array([value.encode()], dtype=object)}
 
 
-def begun(is_told: bool = False) -> tuple[Ensemble, EnsembleCalls, EnsembleCall]:
-    ensemble, calls = Ensemble(), EnsembleCalls(lambda request_id: None)
-    call = EnsembleCall(ensemble.first, is_told)
-    calls.begin(call, [7])
-    return ensemble, calls, call
-
-
-def execute(ensemble: Ensemble, calls: EnsembleCalls, is_cancelled: bool = False) -> None:
-    handle, step = ensemble.starts.popleft()
-    calls.started(handle, step, is_cancelled)
-
-
 @pytest.mark.parametrize("seed", range(300))
 def test_the_client_gets_all_in_order_and_the_end_with_the_last_response(seed: int) -> None:
-    """Whatever comes first: tokens before the step that carries them, pings under way, an error for an end."""
+    """Whatever comes first: steps that start late, pings under way, an error for an end."""
     rng = random.Random(seed)
-    ensemble, calls, call = begun(is_told=rng.random() < 0.3)
-    now = time.monotonic()
+    request = Request(is_told=rng.random() < 0.3)
+    ensemble, now = request.ensemble, time.monotonic()
     words = [str(index) for index in range(rng.randrange(1, 12))]
     todo = deque(words)
     while todo or ensemble.starts:
         action = rng.random()
-        if action < 0.4 and todo:
+        if action < 0.4 and todo and request.has_started:
             word = todo.popleft()
             if not todo and rng.random() < 0.3:
-                call.send_error(Cancelled(word))
+                request.call.send_error(Cancelled(word))
             else:
-                call.send(text(word), final=not todo)
+                request.call.send(text(word), final=not todo)
         elif action < 0.7 and ensemble.starts:
-            execute(ensemble, calls)
-        else:
+            request.execute()
+        elif now - request.call.last_sign < LATE_S - PING_S or not ensemble.starts:
             now += PING_S
-            if not any(step.is_open for _, step in ensemble.starts) or now - call.last_sign < LOST_S:
-                calls.tick(now)
-    calls.tick(now)
+            request.calls.tick(now)
     assert [each.split(": ")[-1] for each, _ in ensemble.seen] == words
     assert [is_last for _, is_last in ensemble.seen] == [False] * (len(words) - 1) + [True]
     assert ensemble.num_open == 0
-    assert call.is_ended
-    calls.tick(now + 60)
+    assert request.call.is_ended
+    request.calls.tick(now + 60)
     assert not ensemble.starts, "what has ended is pinged no more"
 
 
@@ -112,68 +132,103 @@ def test_an_error_before_the_answers_step_ends_the_request_at_once() -> None:
     ensemble = Ensemble()
     call = EnsembleCall(ensemble.first, is_told=False)
     call.send_error(Cancelled("refused"))
-    call.begin([7])
+    call.begin([7], lambda: None)
     assert [is_last for _, is_last in ensemble.seen] == [True]
     assert not ensemble.starts
 
 
 def test_a_cancel_is_seen_by_the_next_step_that_starts_and_told_of_each_request() -> None:
-    cancelled: list[int] = []
-    ensemble, calls = Ensemble(), EnsembleCalls(cancelled.append)
-    calls.begin(EnsembleCall(ensemble.first, is_told=False), [7, 8])
-    execute(ensemble, calls)
-    calls.tick(time.monotonic() + PING_S)
-    assert cancelled == []
-    execute(ensemble, calls, is_cancelled=True)
-    assert cancelled == [7, 8]
+    request = Request(7, 8)
+    request.execute()
+    request.calls.tick(time.monotonic() + PING_S)
+    assert request.cancelled == []
+    request.execute(is_cancelled=True)
+    assert request.cancelled == [7, 8]
 
 
 def test_pings_have_a_bound_and_reach_every_request_in_turn() -> None:
+    """Beside those that need none: of clients of the relay, or whose answer's step has not started."""
     calls = EnsembleCalls(lambda request_id: None)
-    ensembles = [Ensemble() for _ in range(3 * MAX_PINGS)]
-    for index, ensemble in enumerate(ensembles):
-        calls.begin(EnsembleCall(ensemble.first, is_told=False), [index])
-        execute(ensemble, calls)
+    for request_id in range(1, 3 * MAX_PINGS):
+        Request(request_id, calls=calls)
+        Request(1000 + request_id, calls=calls, is_told=True).execute()
+    started = [Request(2000 + index, calls=calls) for index in range(3 * MAX_PINGS)]
+    for request in started:
+        request.execute()
     now = time.monotonic() + PING_S
     for turn in range(1, 4):
         calls.tick(now)
-        assert sum(len(ensemble.starts) for ensemble in ensembles) == turn * MAX_PINGS
-    assert all(len(ensemble.starts) == 1 for ensemble in ensembles)
+        assert sum(len(request.ensemble.starts) for request in started) == turn * MAX_PINGS
+    assert all(len(request.ensemble.starts) == 1 for request in started)
 
 
-def test_of_a_client_of_the_relay_no_step_is_open_beside_the_answers() -> None:
-    ensemble, calls, call = begun(is_told=True)
-    assert not ensemble.first.is_open
-    execute(ensemble, calls)
-    calls.tick(time.monotonic() + 60)
-    assert not ensemble.starts
-    call.send(text("all"), final=True)
-    assert ensemble.seen == [("all", True)]
+def test_a_client_of_the_relay_is_looked_after_too_but_seldom() -> None:
+    request = Request(is_told=True)
+    request.execute()
+    now = time.monotonic()
+    request.calls.tick(now + TOLD_PING_S - 1)
+    assert not request.ensemble.starts
+    request.calls.tick(now + TOLD_PING_S + 0.1)
+    assert len(request.ensemble.starts) == 1
 
 
-def test_a_lost_ping_holds_up_the_end_for_a_second_and_a_lost_answers_step_fails_the_request() -> None:
-    ensemble, calls, call = begun()
-    execute(ensemble, calls)
+def test_a_late_ping_holds_up_an_end_for_a_second_but_an_error_until_it_has_come() -> None:
+    request = Request()
+    request.execute()
     now = time.monotonic() + PING_S
-    calls.tick(now)
-    call.send(text("all"), final=True)
-    assert ensemble.seen == []
-    calls.tick(now + LOST_S + 0.1)
-    assert [each for each, _ in ensemble.seen] == ["all"]
+    request.calls.tick(now)
+    request.call.send(text("all"), final=True)
+    assert request.ensemble.seen == []
+    request.calls.tick(now + LATE_S + 0.1)
+    assert [each for each, _ in request.ensemble.seen] == ["all"]
 
-    cancelled: list[int] = []
-    ensemble, calls = Ensemble(), EnsembleCalls(cancelled.append)
-    call = EnsembleCall(ensemble.first, is_told=False)
-    calls.begin(call, [7])
-    call.send(text("never"), final=False)
-    calls.tick(time.monotonic() + START_S + 0.1)
-    assert cancelled == [7]
-    assert len(ensemble.seen) == 1 and "does not start" in ensemble.seen[0][0]
-    execute(ensemble, calls)  # too late
-    assert ensemble.num_open == 0
+    request, now = Request(), time.monotonic() + 2 * PING_S
+    request.execute()
+    request.calls.tick(now)
+    request.call.send_error(Cancelled("gone"))
+    request.calls.tick(now + LATE_S + 0.1)
+    assert request.ensemble.seen == []
+    request.execute()
+    assert [is_last for _, is_last in request.ensemble.seen] == [True]
+
+
+def test_a_request_whose_answers_step_never_starts_is_given_up() -> None:
+    request = Request()
+    request.ensemble.starts.popleft()[1].end()  # as with a client of `scheduler` that shows a mark of `preprocess`
+    request.calls.tick(time.monotonic() + LOST_S + 0.1)
+    assert request.cancelled == [7]
+    assert len(request.ensemble.seen) == 1 and "does not start" in request.ensemble.seen[0][0]
+
+
+@pytest.mark.parametrize("is_pinged", [False, True])
+def test_an_answer_that_cannot_be_sent_ends_with_an_error(is_pinged: bool) -> None:
+    request = Request()
+    request.execute()
+    if is_pinged:
+        request.calls.tick(time.monotonic() + PING_S)
+    request.ensemble.fails = True
+    if is_pinged:
+        request.call.send(text("all"), final=True)
+        request.execute()
+    else:
+        with pytest.raises(RuntimeError):
+            request.call.send(text("all"), final=True)
+        request.call.send_error(Cancelled("as the sender does"))
+    assert [is_last for _, is_last in request.ensemble.seen] == [True]
+    assert request.ensemble.num_open == 0
+
+
+def test_a_server_that_stops_lets_answers_end_without_the_pings_that_will_not_come() -> None:
+    request = Request()
+    request.execute()
+    request.calls.tick(time.monotonic() + PING_S)
+    request.ensemble.starts.popleft()[1].end()
+    request.calls.close()
+    request.call.send_error(Cancelled("stopping"))
+    assert [is_last for _, is_last in request.ensemble.seen] == [True]
 
 
 def test_a_handle_that_nobody_signed_is_refused() -> None:
     ensemble = Ensemble()
-    with pytest.raises(InvalidRequest, match="stream_handle"):
-        EnsembleCalls(lambda request_id: None).started("stream 7/00", ensemble.first, is_cancelled=True)
+    EnsembleCalls(lambda request_id: None).started("stream 7/00", ensemble.first, is_cancelled=True)
+    assert "stream_handle = 'stream 7/00' is not valid" in ensemble.seen[0][0]

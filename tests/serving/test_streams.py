@@ -279,3 +279,33 @@ def test_a_stream_that_is_alone_hardly_rests(tokenizer: Tokenizer) -> None:
         time.sleep(0.02)
     pool.close()
     assert len(call.outputs) == 20, "10 ms of rest"
+
+
+def test_who_sends_nothing_does_not_make_others_rest(tokenizer: Tokenizer) -> None:
+    pool = SenderPool(lambda stream: None, lambda stream, error: None, num_threads=1, max_responses_per_s=100)
+    silent = [make_stream(Recorder(), tokenizer, request_id=index) for index in range(1, 50)]
+    call = Recorder()
+    streaming = make_stream(call, tokenizer, stream=True, return_output_ids=True)
+    for index in range(20):
+        for stream in [*silent, streaming]:
+            pool.push(stream, 100 + index, "length" if index == 19 else None)
+        pool.flush()
+        time.sleep(0.02)
+    pool.close()
+    assert len(call.outputs) >= 18
+
+
+def test_a_stream_of_the_ensemble_sends_nothing_before_it_is_told_to(tokenizer: Tokenizer) -> None:
+    call, pool = Recorder(), make_pool([])
+    request = Request(request_id=0, prompt_token_ids=[3], sampling=SamplingParams(max_tokens=100))
+    options = OutputOptions(stream=True, return_output_ids=True)
+    stream = ClientStream(call, ClientRequest(request, options, None), tokenizer, 0, is_started=False)
+    for token_id in (100, 101):
+        pool.push(stream, token_id, None)
+        pool.flush()
+    pool.fail(stream, Cancelled("an error waits too"))
+    assert not call.ended.wait(0.05)
+    assert not call.outputs
+    pool.start([stream])
+    pool.close()
+    assert [type(error) for error in call.errors] == [Cancelled]

@@ -29,8 +29,10 @@ def fill_run_dir(
     if libpython is not None:
         (run_dir / "lib" / libpython.name).symlink_to(libpython)
     (run_dir / "models").mkdir()
-    for config in model_repository.resolve().glob("*/config.pbtxt"):  # not what is left of a model that is no more
-        (run_dir / "models" / config.parent.name).symlink_to(config.parent)
+    for model in model_repository.resolve().iterdir():
+        # Of a model that is no more, compiled files are left: the Triton server would not start.
+        if any(path.is_file() and path.suffix != ".pyc" for path in model.rglob("*")):
+            (run_dir / "models" / model.name).symlink_to(model)
     (run_dir / "deployment.yaml").write_text(deployment.to_yaml(), encoding="utf-8")
 
 
