@@ -11,6 +11,7 @@ error must not come while another step is open at all: the 24.10 server would ne
 """
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from ensemble.serving.streams import ClientCall, Outputs
 
 PING_S = 0.3  # between two pings of a request
 TOLD_PING_S = 5.0  # of one whose cancel the HTTP relay tells, unless that has died
-MAX_PINGS = 50  # in a tick, which is every 0.1 s: a ping costs as much as a response
+MAX_PINGS = 5 * len(os.sched_getaffinity(0))  # in a tick, every 0.1 s: a ping costs as much as a response (senders.py)
 LATE_S = 1.0  # a response does not wait longer for a ping: at worst an empty one comes after it
 LOST_S = 60.0  # nothing waits longer for a step that is to start
 
