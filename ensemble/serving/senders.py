@@ -23,7 +23,7 @@ from ensemble.threads import start_vital_thread
 
 NUM_CORES = len(os.sched_getaffinity(0))
 NUM_SENDERS = 1 if NUM_CORES < 4 else 2  # a send waits some 0.24 ms for the Triton server: docs/results/README.md
-RESPONSES_PER_CORE_S = 400  # docs/results/README.md
+RESPONSES_PER_CORE_S = 500  # docs/results/README.md
 NewToken: TypeAlias = tuple[ClientStream, int, FinishReason | None, TokenLogProbs | None]
 
 
