@@ -6,6 +6,7 @@ Bytes moved per row of H elements: 2 * H * itemsize, with the residual 4 * H * i
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,6 +65,8 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if compute_dtype(x.dtype) == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.to(compute_dtype(x.dtype))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)

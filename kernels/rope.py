@@ -24,6 +24,15 @@ def apply_rope_reference(
     positions: Tensor,  # [T] int64
 ) -> Tensor:  # [T, H, D]
     """Half-split rotation, as in Hugging Face checkpoints: element i turns with element i + D/2."""
-    cos, sin = cos_sin[positions].to(x.dtype)[:, None].chunk(2, dim=-1)
+    return turned_reference(x, *cos_and_sin(cos_sin, positions, x.dtype))
+
+
+def cos_and_sin(cos_sin: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of each token, for `turned_reference`: [T, 1, D/2] each."""
+    cos, sin = cos_sin[positions].to(dtype)[:, None].chunk(2, dim=-1)
+    return cos, sin
+
+
+def turned_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, D], as x
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -9,13 +9,14 @@ Bytes moved per token: 4 * Hkv * D * itemsize, with rope 2 * (Hq + 2 * Hkv) * D 
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import uses_triton
 from kernels.rms_norm import rms_norm_reference
-from kernels.rope import apply_rope_reference
+from kernels.rope import cos_and_sin, turned_reference
 
 _HEADS_PER_PROGRAM = 16
 
@@ -137,10 +138,7 @@ def write_kv_reference(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Ten
     if slot_mapping.numel() and int(slot_mapping.min()) < 0:
         kept = slot_mapping >= 0
         k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
-    block_ids = slot_mapping // block_size
-    offsets = slot_mapping % block_size
-    kv_cache[:, 0][block_ids, :, offsets] = k
-    kv_cache[:, 1][block_ids, :, offsets] = v
+    kv_cache[slot_mapping // block_size, :, :, slot_mapping % block_size] = torch.stack((k, v), dim=1)
 
 
 def rope_and_write_kv_reference(
@@ -156,8 +154,9 @@ def rope_and_write_kv_reference(
     if norms is not None:
         q.copy_(rms_norm_reference(q, norms.query, norms.eps))
         k = rms_norm_reference(k, norms.key, norms.eps)
-    q.copy_(apply_rope_reference(q, cos_sin, positions))
-    write_kv_reference(apply_rope_reference(k, cos_sin, positions), v, kv_cache, slot_mapping)
+    cos, sin = cos_and_sin(cos_sin, positions, q.dtype)
+    q.copy_(turned_reference(q, cos, sin))
+    write_kv_reference(turned_reference(k, cos, sin), v, kv_cache, slot_mapping)
 
 
 def write_kv(
