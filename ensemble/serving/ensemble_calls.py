@@ -11,6 +11,7 @@ error must not come while another step is open at all: the 24.10 server would ne
 """
 
 import contextlib
+import heapq
 import os
 import threading
 import time
@@ -26,7 +27,8 @@ from ensemble.serving.streams import ClientCall, Outputs
 
 PING_S = 0.3  # between two pings of a request
 TOLD_PING_S = 5.0  # of one whose cancel the HTTP relay tells, unless that has died
-MAX_PINGS = 5 * len(os.sched_getaffinity(0))  # in a tick, every 0.1 s: a ping costs as much as a response (senders.py)
+# In a tick, which is every 0.1 s: a ping costs as much as a response (senders.py), and one thread half a millisecond.
+MAX_PINGS = min(40, 5 * len(os.sched_getaffinity(0)))
 LATE_S = 1.0  # a response does not wait longer for a ping: at worst an empty one comes after it
 LOST_S = 60.0  # nothing waits longer for a step that is to start
 
@@ -52,7 +54,7 @@ class EnsembleCall:
         self._lock = threading.Lock()
         self._first, self._is_first_open = first, True
         self._handle: Outputs = {}  # what starts the step behind
-        self._on_start: Callable[[], None] = lambda: None
+        self._on_start: Callable[[], None] = _nothing
         self._answer: Step | None = None  # that step
         self._last_sign = time.monotonic()  # when it began, or was last pinged
         self._is_pinged = False  # and the step that looks has not ended
@@ -61,23 +63,30 @@ class EnsembleCall:
     def begin(self, request_ids: list[int], on_start: Callable[[], None]) -> None:
         """Starts the step of the answer to these requests, unless they have failed already."""
         with self._lock:
-            if not self.is_ended:
-                self.request_ids, self._on_start, self._last_sign = request_ids, on_start, time.monotonic()
-                self._handle = {"stream_handle": np.array([stream_handle(request_ids[0]).encode()], dtype=object)}
+            if self.is_ended:
+                return
+            self.request_ids, self._on_start, self._last_sign = request_ids, on_start, time.monotonic()
+            self._handle = {"stream_handle": np.array([stream_handle(request_ids[0]).encode()], dtype=object)}
+            try:
                 self._first.send(self._handle, final=False)
+            except Exception as error:
+                self._fail_first(InternalError(f"the answer's step could not be started: {error}"))
+                raise
 
     def started(self, step: Step) -> None:
         """The step behind the first has started; not for the first time: a ping has come."""
         with self._lock:
-            is_start = self._answer is None and not self.is_ended
-            if is_start:
+            on_start = None
+            if self._answer is None and not self.is_ended:
                 self._answer = step
+                on_start, self._on_start = self._on_start, _nothing  # it knows the streams, and they this call
             else:
-                step.end()
+                with contextlib.suppress(Exception):  # of the Triton server
+                    step.end()
                 self._is_pinged = False
                 self._end_at_last()
-        if is_start:
-            self._on_start()
+        if on_start is not None:
+            on_start()
 
     def send(self, outputs: Outputs, final: bool) -> None:
         if final:
@@ -89,8 +98,7 @@ class EnsembleCall:
     def send_error(self, error: DistServeError) -> None:
         with self._lock:
             if not self._handle:  # no step behind the first was ever to start
-                self._is_first_open, self.is_ended = False, True
-                self._first.send_error(error)
+                self._fail_first(error)
                 return
         self._finish(lambda step: step.send_error(error), is_error=True)
 
@@ -99,20 +107,17 @@ class EnsembleCall:
 
     # ---- now and then
 
-    def is_due(self, now: float) -> bool:
-        """Whether it is to be pinged."""
+    def lateness(self, now: float) -> float:
+        """Of its next ping, in intervals of its pings: from 1 on it is due. 0: it needs none."""
         is_open = self._answer is not None and self._is_first_open and not self._is_pinged
-        return is_open and now - self._last_sign >= self._ping_s
-
-    @property
-    def last_sign(self) -> float:
-        return self._last_sign
+        return (now - self._last_sign) / self._ping_s if is_open else 0.0
 
     def ping(self, now: float) -> None:
         with self._lock:
-            if self.is_due(now):
-                self._is_pinged, self._last_sign = True, now
+            if self.lateness(now) >= 1.0:
+                self._last_sign = now
                 self._first.send(self._handle, final=False)
+                self._is_pinged = True  # the step that looks needs the lock, too
 
     def give_up_lost(self, now: float) -> bool:
         """Waits no longer for what is late or lost. Whether the answer's step is lost, and so the request."""
@@ -122,8 +127,7 @@ class EnsembleCall:
                 self._end_at_last()
             is_lost = self._answer is None and not self.is_ended and bool(self._handle) and waited > LOST_S
             if is_lost:
-                self._is_first_open, self.is_ended = False, True
-                self._first.send_error(StageUnavailable("scheduler", "the Triton server does not start its step"))
+                self._fail_first(StageUnavailable("scheduler", "the Triton server does not start its step"))
             return is_lost
 
     def stop_pinging(self) -> None:
@@ -157,8 +161,14 @@ class EnsembleCall:
             act(self._answering)
         except Exception as error:
             log_exception()
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the server takes no answer any more
                 self._answering.send_error(InternalError(f"the answer could not be sent: {error}"))
+
+    def _fail_first(self, error: DistServeError) -> None:
+        """Ends the request where the step of the answer will not."""
+        self._is_first_open, self.is_ended, self._on_start = False, True, _nothing
+        with contextlib.suppress(Exception):  # the server takes no answer any more
+            self._first.send_error(error)
 
     def _end_first(self) -> None:
         self.is_ended = True
@@ -166,6 +176,10 @@ class EnsembleCall:
             self._is_first_open = False
             with contextlib.suppress(Exception):  # of the Triton server
                 self._first.end()
+
+
+def _nothing() -> None:
+    pass
 
 
 class EnsembleCalls:
@@ -200,7 +214,7 @@ class EnsembleCalls:
         call.started(step)
 
     def tick(self, now: float) -> None:
-        """Pings those first that have waited longest for it, and forgets those that have ended."""
+        """Pings the latest first, and forgets those that have ended."""
         with self._lock:
             self._calls = {number: call for number, call in self._calls.items() if not call.is_ended}
             calls = list(self._calls.values())
@@ -208,9 +222,9 @@ class EnsembleCalls:
             with contextlib.suppress(Exception):  # the server stops, or has forgotten the request
                 if call.give_up_lost(now):
                     self._cancel_all(call)
-        due = sorted((call for call in calls if call.is_due(now)), key=lambda call: call.last_sign)
-        for call in due[:MAX_PINGS]:
-            with contextlib.suppress(Exception):
+        lateness = {call: late for call in calls if (late := call.lateness(now)) >= 1.0}
+        for call in heapq.nlargest(MAX_PINGS, lateness, key=lateness.__getitem__):
+            with contextlib.suppress(Exception):  # the server stops, or has forgotten the request
                 call.ping(now)
 
     def close(self) -> None:

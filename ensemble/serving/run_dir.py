@@ -2,7 +2,8 @@
 
 secret         what only processes of this run know (secret.py)
 stubs/         signs of life, a file for each stub (heartbeat.py)
-cancels        socket: the HTTP relay tells the scheduler of clients that have gone (cancels.py)
+cancels        socket: the HTTP relay tells the scheduler of clients that have gone (cancels.py), and the OpenAI front
+               of responses that it has handed over (handover.py)
 control        socket: an operator's commands to the scheduler (control.py)
 """
 

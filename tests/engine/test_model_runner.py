@@ -11,6 +11,7 @@ from checkpoints import make_tiny_llama, make_tiny_mistral, make_tiny_opt, make_
 from ensemble.config import ModelConfig
 from ensemble.engine.batch import Batch, PrefillRow
 from ensemble.engine.model_runner import ModelRunner, load_model, resolve_dtype
+from ensemble.models import layers
 from ensemble.models.spec import load_model_spec
 from ensemble.request import Request, SamplingParams, Sequence
 
@@ -211,7 +212,20 @@ def test_greedy_tokens_on_a_gpu_are_those_of_transformers(tmp_path, name):
     """In float32, to the first token where the two best are closer than 1e-3: rounding may choose there."""
     make, overrides = CHECKPOINTS[name]
     path = make(tmp_path, **overrides)
-    runner = make_runner(path, device="cuda:0", dtype="float32")
+    assert_certain_tokens(path, make_runner(path, device="cuda:0", dtype="float32"))
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "llama-tied", "opt"])
+def test_weights_in_the_order_of_onednn_give_the_tokens_of_transformers(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(layers, "MIN_PACKED", 0)  # else those of a tiny model stay as they are
+    make, overrides = CHECKPOINTS[name]
+    path = make(tmp_path, **overrides)
+    runner = make_runner(path, dtype="float32")
+    assert all(linear.weight.is_mkldnn for linear in runner.model.linears())
+    assert_certain_tokens(path, runner)
+
+
+def assert_certain_tokens(path: Path, runner: ModelRunner) -> None:
     prompts = random_prompts(runner.model.spec.vocab_size)
     expected = transformers_greedy(path, prompts, NUM_OUTPUT_TOKENS)
     certain = [certain_length(path, prompt, tokens) for prompt, tokens in zip(prompts, expected, strict=True)]

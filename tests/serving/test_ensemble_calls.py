@@ -1,7 +1,9 @@
 """A request of an ensemble: its steps end in the order that makes the answer's last response the ensemble's last."""
 
+import gc
 import random
 import time
+import weakref
 from collections import deque
 
 import numpy as np
@@ -28,7 +30,7 @@ class Ensemble:
         self.starts: deque[tuple[str, Step]] = deque()  # not yet executed
         self.first = Step(self)
         self.seen: list[tuple[str, bool]] = []  # what the client got, and whether it was the last
-        self.fails = False  # the next response but a handle
+        self.fails = False  # the next send
 
     def start(self, handle: str) -> None:
         self.starts.append((handle, Step(self)))
@@ -50,9 +52,12 @@ class Step:
     def send(self, outputs: Outputs, final: bool) -> None:
         assert self.is_open, "a step that has ended"
         if "stream_handle" in outputs:
+            if self.ensemble.fails:
+                self.ensemble.fails = False
+                raise RuntimeError("the server refuses")
             self.ensemble.start(outputs["stream_handle"][0].decode())
             return
-        if self.ensemble.fails:
+        if self.ensemble.fails:  # before the server has counted the response: after that it takes no other
             self.ensemble.fails = False
             raise RuntimeError("the server refuses")
         self._close(final)
@@ -104,7 +109,7 @@ def test_the_client_gets_all_in_order_and_the_end_with_the_last_response(seed: i
     """Whatever comes first: steps that start late, pings under way, an error for an end."""
     rng = random.Random(seed)
     request = Request(is_told=rng.random() < 0.3)
-    ensemble, now = request.ensemble, time.monotonic()
+    ensemble, now, late_at = request.ensemble, time.monotonic(), 0.0
     words = [str(index) for index in range(rng.randrange(1, 12))]
     todo = deque(words)
     while todo or ensemble.starts:
@@ -117,8 +122,9 @@ def test_the_client_gets_all_in_order_and_the_end_with_the_last_response(seed: i
                 request.call.send(text(word), final=not todo)
         elif action < 0.7 and ensemble.starts:
             request.execute()
-        elif now - request.call.last_sign < LATE_S - PING_S or not ensemble.starts:
+        elif not ensemble.starts or now < late_at:
             now += PING_S
+            late_at = late_at if ensemble.starts else now + LATE_S - PING_S
             request.calls.tick(now)
     assert [each.split(": ")[-1] for each, _ in ensemble.seen] == words
     assert [is_last for _, is_last in ensemble.seen] == [False] * (len(words) - 1) + [True]
@@ -152,10 +158,10 @@ def test_pings_have_a_bound_and_reach_every_request_in_turn() -> None:
     for request_id in range(1, 3 * MAX_PINGS):
         Request(request_id, calls=calls)
         Request(1000 + request_id, calls=calls, is_told=True).execute()
+    now = time.monotonic() + TOLD_PING_S - 1  # the relay's are not due yet
     started = [Request(2000 + index, calls=calls) for index in range(3 * MAX_PINGS)]
     for request in started:
         request.execute()
-    now = time.monotonic() + PING_S
     for turn in range(1, 4):
         calls.tick(now)
         assert sum(len(request.ensemble.starts) for request in started) == turn * MAX_PINGS
@@ -232,3 +238,64 @@ def test_a_handle_that_nobody_signed_is_refused() -> None:
     ensemble = Ensemble()
     EnsembleCalls(lambda request_id: None).started("stream 7/00", ensemble.first, is_cancelled=True)
     assert "stream_handle = 'stream 7/00' is not valid" in ensemble.seen[0][0]
+
+
+def test_those_that_are_to_be_pinged_seldom_do_not_keep_the_others_waiting() -> None:
+    calls = EnsembleCalls(lambda request_id: None)
+    told = [Request(index, calls=calls, is_told=True) for index in range(1, 12 * MAX_PINGS)]
+    own = [Request(10_000 + index, calls=calls) for index in range(MAX_PINGS // 5)]
+    for request in [*told, *own]:
+        request.execute()
+    now, num_pings = time.monotonic() + TOLD_PING_S, 0
+    for _ in range(20):
+        now += 0.1
+        calls.tick(now)
+        num_pings += sum(len(request.ensemble.starts) for request in own)
+        for request in [*told, *own]:
+            if request.ensemble.starts:
+                request.execute()
+    assert num_pings > 20 * 0.1 / PING_S * len(own) / 4, "each at least every fourth time"
+
+
+def test_a_ping_that_cannot_be_sent_is_followed_by_another_and_holds_up_nothing() -> None:
+    request = Request()
+    request.execute()
+    now = time.monotonic() + PING_S
+    request.ensemble.fails = True
+    request.calls.tick(now)
+    assert not request.ensemble.starts
+    request.calls.tick(now + PING_S)
+    assert len(request.ensemble.starts) == 1
+    request.execute()
+    request.ensemble.fails = True
+    request.calls.tick(now + 2 * PING_S)
+    request.call.send_error(Cancelled("gone"))
+    assert [is_last for _, is_last in request.ensemble.seen] == [True]
+
+
+def test_a_request_whose_answers_step_cannot_be_started_gets_an_error() -> None:
+    ensemble, cancelled = Ensemble(), []
+    ensemble.fails = True
+    call = EnsembleCall(ensemble.first, is_told=False)
+    EnsembleCalls(cancelled.append).begin(call, [7], lambda: None)
+    assert cancelled == [7]
+    assert [is_last for _, is_last in ensemble.seen] == [True]
+
+
+def test_a_request_that_has_ended_is_gone_without_the_collector_of_cycles() -> None:
+    class Stream:
+        call: EnsembleCall
+
+    calls, ensemble, stream = EnsembleCalls(lambda request_id: None), Ensemble(), Stream()
+    stream.call = EnsembleCall(ensemble.first, is_told=False)
+    calls.begin(stream.call, [7], lambda stream=stream: None)  # type: ignore[misc]
+    calls.started(*ensemble.starts.popleft(), is_cancelled=False)
+    stream.call.send(text("all"), final=True)
+    calls.tick(time.monotonic())
+    is_there = weakref.ref(stream)
+    gc.disable()
+    try:
+        del stream
+        assert is_there() is None
+    finally:
+        gc.enable()
