@@ -17,6 +17,7 @@ _MAX_KINDS = 256
 _SAMPLES_OF_A_KIND = 7
 _MAX_FIT_INTERVAL = 256  # samples; from 1 on it doubles
 _NEW_KIND_INTERVAL = 8
+_SHORTEST_S = 1e-9  # that a sample counts for: relative errors stay finite
 _FADE = 0.7  # of what a kind's samples have counted, at each fit
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -73,7 +74,7 @@ def fit_non_negative(terms: Array, seconds: Array, weights: Array) -> tuple[Arra
     at once, for a replica's next step and its tokens wait.
     """
     scale = np.maximum(terms.max(axis=1, keepdims=True), 1e-300)
-    relative = terms / scale / seconds[:, None]
+    relative = terms / scale / np.maximum(seconds, _SHORTEST_S)[:, None]
     weighted = relative * weights[:, None]
     gram, target = weighted.transpose(0, 2, 1) @ relative, weighted.sum(axis=1)
     num_sets, num_terms = target.shape
