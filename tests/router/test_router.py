@@ -756,7 +756,7 @@ class AnyFleet(RuleBasedStateMachine):
         self.fleet.run()
         self.asked = []
         self.cancelled = set()
-        self.delivered = set()  # to whom a token was
+        self.moved = set()  # told to, or has a token: a drain moves those, and they hold nothing back
         self.num_added = 0
 
     def known(self):
@@ -807,6 +807,7 @@ class AnyFleet(RuleBasedStateMachine):
     def move(self, data, count):
         """To any replica, whether it serves or not, and from where it may not have arrived yet."""
         life = data.draw(st.sampled_from(self.decoding()))
+        self.moved.add(life.request_id)
         source_id, reader_id = life.decode_replica, data.draw(st.sampled_from(self.known()))
         self.fleet.router.balance.move(life, self.fleet.router.fleet.get(reader_id))
         for _ in range(count):
@@ -883,10 +884,10 @@ class AnyFleet(RuleBasedStateMachine):
                 assert not life.held
             elif life.phase in ("bridge", "decode") and life.attempt is life.request:
                 has_joined = life.prefill_replica is None  # or decodes where it was prefilled
-                if request.request_id not in self.delivered:  # else it may move to another replica, and holds nothing
+                if request.request_id not in self.moved:
                     assert bool(client.tokens) == (has_joined and bool(life.output_token_ids))
             if client.tokens:
-                self.delivered.add(request.request_id)
+                self.moved.add(request.request_id)
 
     def teardown(self):
         for replica in list(self.fleet.router.fleet):
