@@ -31,8 +31,7 @@ class Pace:
             self._left_at = None
 
     def is_overdue(self, now: float) -> bool:
-        left_at = self._left_at  # is read by another thread too
-        return left_at is not None and now - left_at > PATIENCE_S
+        return self._left_at is not None and now - self._left_at > PATIENCE_S
 
     def give_up(self, now: float) -> None:
         """Waits no longer for a number that must be lost."""
