@@ -1,4 +1,4 @@
-"""A request of an ensemble, which is two steps of the `scheduler` model.
+"""A request of an ensemble, which is a step of the `scheduler` model and one of `answer` behind it.
 
 The Triton server shows an ensemble's cancel only to steps that start after it, never to one that runs, and the step of
 an answer runs as long as the answer. A step behind it would see the cancel, and would cost each response a second way
@@ -33,11 +33,23 @@ LATE_S = 1.0  # a response does not wait longer for a ping: at worst an empty on
 LOST_S = 60.0  # nothing waits longer for a step that is to start
 
 
-class Step(ClientCall, Protocol):
-    """One execution of the model."""
+class FirstStep(ClientCall, Protocol):
+    """An execution of the `scheduler` model."""
 
     def end(self) -> None:
         """Without a response."""
+        ...
+
+
+class Step(Protocol):
+    """An execution of the `answer` model (answer_steps.py)."""
+
+    def send(self, outputs: Outputs, final: bool) -> None: ...
+
+    def send_error(self, error: DistServeError) -> None: ...
+
+    def end(self, on_ended: Callable[[], None]) -> None:
+        """Without a response; `on_ended` is called from any thread when it has ended."""
         ...
 
 
@@ -45,7 +57,7 @@ class EnsembleCall:
     """The `ClientCall` of such a request: its streams send nothing before `on_start` was called. Its methods may be
     called from any thread."""
 
-    def __init__(self, first: Step, is_told: bool) -> None:
+    def __init__(self, first: FirstStep, is_told: bool) -> None:
         """`is_told`: of its cancel the relay tells."""
         self.request_id, self.parameters = first.request_id, first.parameters
         self.request_ids: list[int] = []  # from `begin` on
@@ -76,17 +88,14 @@ class EnsembleCall:
     def started(self, step: Step) -> None:
         """The step behind the first has started; not for the first time: a ping has come."""
         with self._lock:
-            on_start = None
-            if self._answer is None and not self.is_ended:
+            is_answer = self._answer is None and not self.is_ended
+            if is_answer:
                 self._answer = step
                 on_start, self._on_start = self._on_start, _nothing  # it knows the streams, and they this call
-            else:
-                with contextlib.suppress(Exception):  # of the Triton server
-                    step.end()
-                self._is_pinged = False
-                self._end_at_last()
-        if on_start is not None:
+        if is_answer:
             on_start()
+        else:
+            step.end(self._ping_ended)
 
     def send(self, outputs: Outputs, final: bool) -> None:
         if final:
@@ -104,6 +113,11 @@ class EnsembleCall:
 
     def is_cancelled(self) -> bool:
         return False  # the server tells it the steps that start, never one that runs
+
+    def _ping_ended(self) -> None:
+        with self._lock:
+            self._is_pinged = False
+            self._end_at_last()
 
     # ---- now and then
 
@@ -157,12 +171,8 @@ class EnsembleCall:
             return
         (act, _), self._end = self._end, None
         self._end_first()
-        try:
+        with contextlib.suppress(Exception):  # the instance takes nothing any more, and the server ends
             act(self._answering)
-        except Exception as error:
-            log_exception()
-            with contextlib.suppress(Exception):  # the server takes no answer any more
-                self._answering.send_error(InternalError(f"the answer could not be sent: {error}"))
 
     def _fail_first(self, error: DistServeError) -> None:
         """Ends the request where the step of the answer will not."""
@@ -207,11 +217,18 @@ class EnsembleCalls:
             return
         call = self._calls.get(number)
         if call is None:
-            step.end()
+            step.end(_nothing)
             return
         if is_cancelled:
             self._cancel_all(call)
         call.started(step)
+
+    def failed(self, handle: str) -> None:
+        """A response to the request that began with this handle could not be sent."""
+        number = read_stream_handle(handle)
+        call = None if number is None else self._calls.get(number)
+        if call is not None:
+            self._cancel_all(call)
 
     def tick(self, now: float) -> None:
         """Pings the latest first, and forgets those that have ended."""

@@ -80,7 +80,6 @@ OTHERS: dict[str, Kind] = {
     "return_logprobs": Kind.BOOL,
     "return_cumulative_logprob": Kind.BOOL,
     "ensemble_mark": Kind.TEXT,
-    "stream_handle": Kind.TEXT,
     "return_vllm_outputs": Kind.BOOL,
 }
 # Of no effect at these values, and refused at others. None: at any, because what it is a detail of is refused.
@@ -140,7 +139,7 @@ IN_SAMPLING_PARAMETERS = {
     *(alias for alias, name in ALIASES.items() if name in SAMPLING),
 }
 MAX_NAME_LEN = 64  # of one that may be a misspelling
-INTERNAL = {"ensemble_mark", "stream_handle", "return_vllm_outputs"}  # between the models, not for clients
+INTERNAL = {"ensemble_mark", "return_vllm_outputs"}  # between the models, not for clients
 SCHEDULER_ONLY = {"input_ids", "return_output_ids"}  # the ensembles have neither this input nor the output
 # What the Triton server and its clients put among a request's parameters by themselves.
 OF_THE_SERVER = re.compile(r"triton_\w*|sequence_(?:id|start|end)|priority|timeout|headers|binary_data_output|id")

@@ -19,10 +19,11 @@ from ensemble.errors import DistServeError, InternalError, Overloaded, StageUnav
 from ensemble.operator_log import tell_operator
 from ensemble.router.lives import Timeline
 from ensemble.serving import control, heartbeat
+from ensemble.serving.answer_steps import AnswerSteps
 from ensemble.serving.cancels import CancelReceiver, CancelWatch
 from ensemble.serving.choices import Choices
 from ensemble.serving.ended_request import Ended
-from ensemble.serving.ensemble_calls import EnsembleCall, EnsembleCalls, Step
+from ensemble.serving.ensemble_calls import EnsembleCall, EnsembleCalls, FirstStep
 from ensemble.serving.exchange import CallModel
 from ensemble.serving.fields import OF_THE_SERVER, from_tensor, text_of
 from ensemble.serving.fleet_commands import fleet_handlers
@@ -74,6 +75,7 @@ class FrontDoor:
         )
         self._page = MetricsPage.from_environment(lambda: self._metrics.text(self._router.gauges()))
         self._ensemble_calls = EnsembleCalls(self._router.cancel)
+        self._answer_steps = AnswerSteps(self._ensemble_calls.started, self._ensemble_calls.failed)
         self._cancels = CancelReceiver(self._router.cancel, self._senders.passed)
         self._watch = CancelWatch(self._router.live_streams, self._router.cancel, self._senders, self._ensemble_calls)
         handlers: Mapping[type[control.Command[Any]], Callable[[Any], msgspec.Struct]] = {
@@ -84,7 +86,7 @@ class FrontDoor:
         }
         self._control = control.ControlServer(run_dir(), handlers)
 
-    def handle(self, call: Step, tensors: Tensors) -> None:
+    def handle(self, call: FirstStep, tensors: Tensors) -> None:
         """Takes one request; every outcome, errors too, goes to `call`."""
         work = partial(self._take, call, tensors, time.time_ns())
         if self._long_texts.is_long(prompt_bytes(tensors)):
@@ -104,15 +106,12 @@ class FrontDoor:
             self._page.close()
         self._router.close()
         self._senders.close()
+        self._answer_steps.close()
         self._cancels.close()
         if self._traces is not None:  # with the spans of what the router has ended just now
             self._traces.close()
 
-    def started(self, handle: str, step: Step, is_cancelled: bool) -> None:
-        """An ensemble's step of the answer has started, for a client that has cancelled or not."""
-        self._ensemble_calls.started(handle, step, is_cancelled)
-
-    def _take(self, step: Step, tensors: Tensors, arrival_ns: int) -> None:
+    def _take(self, step: FirstStep, tensors: Tensors, arrival_ns: int) -> None:
         call: ClientCall = step
         trace_parent = ""
         try:
@@ -148,7 +147,7 @@ class FrontDoor:
                 self._tokenizer,
                 since,
                 is_started=ensemble_call is None,
-                is_paced=mark is not None and not mark.is_of_ensemble,
+                is_paced=mark is not None,
                 trace_parent=trace_parent,
             )
             for each in choices

@@ -4,6 +4,8 @@ secret         what only processes of this run know (secret.py)
 stubs/         signs of life, a file for each stub (heartbeat.py)
 cancels        socket: the HTTP relay tells the scheduler of clients that have gone (cancels.py), and the OpenAI front
                of responses that it has handed over (handover.py)
+answers        socket: instances of the `answer` model tell the scheduler of steps that start (answers.py)
+answer-PID     socket: the scheduler tells such an instance what to send (answer_steps.py)
 control        socket: an operator's commands to the scheduler (control.py)
 """
 
@@ -35,6 +37,16 @@ def run_dir() -> Path:
 def cancel_address(of_run: Path) -> str:
     """Where the scheduler hears of cancels."""
     return f"ipc://{of_run}/cancels"
+
+
+def answers_address(of_run: Path) -> str:
+    """Where the scheduler hears of the steps of the `answer` model."""
+    return f"ipc://{of_run}/answers"
+
+
+def answer_address(of_run: Path, instance: int) -> str:
+    """Where an instance of that model, a process, hears what to send."""
+    return f"ipc://{of_run}/answer-{instance}"
 
 
 def control_address(of_run: Path) -> str:

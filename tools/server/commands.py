@@ -1,6 +1,7 @@
 """The processes of a server: their command lines, their environment, and what has to be in the run directory first."""
 
 import os
+import re
 import secrets
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from ensemble.config import DEPLOYMENT_VARIABLE, Deployment, ModelConfig
 from ensemble.serving.run_dir import RUN_DIR_VARIABLE
 from tools.installation.server_files import Installation, find_libpython
 from tools.server.run_dir import shm_prefix
+
+# Of the `answer` model: each passes some 2,500 responses a second on an H100's host, and has its own shared memory.
+NUM_ANSWER_INSTANCES = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
 def fill_run_dir(
@@ -28,12 +32,25 @@ def fill_run_dir(
     libpython = find_libpython()
     if libpython is not None:
         (run_dir / "lib" / libpython.name).symlink_to(libpython)
-    (run_dir / "models").mkdir()
-    for model in model_repository.resolve().iterdir():
-        # Of a model that is no more, compiled files are left: the Triton server would not start.
-        if any(path.is_file() and path.suffix != ".pyc" for path in model.rglob("*")):
-            (run_dir / "models" / model.name).symlink_to(model)
+    _link_models(model_repository.resolve(), run_dir / "models")
     (run_dir / "deployment.yaml").write_text(deployment.to_yaml(), encoding="utf-8")
+
+
+def _link_models(model_repository: Path, folder: Path) -> None:
+    folder.mkdir()
+    for model in model_repository.iterdir():
+        # Of a model that is no more, compiled files are left: the Triton server would not start.
+        if not any(path.is_file() and path.suffix != ".pyc" for path in model.rglob("*")):
+            continue
+        if model.name != "answer":
+            (folder / model.name).symlink_to(model)
+            continue
+        # The number of instances is written here: config.pbtxt cannot say it by the cores.
+        (folder / model.name).mkdir()
+        (folder / model.name / "1").symlink_to(model / "1")
+        config = (model / "config.pbtxt").read_text(encoding="utf-8")
+        config = re.sub(r"count: \d+", f"count: {NUM_ANSWER_INSTANCES}", config)
+        (folder / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
 
 
 def triton_command(
@@ -47,7 +64,7 @@ def triton_command(
     allow_client_shm: bool,
 ) -> list[str]:
     python_backend = {
-        "shm-default-byte-size": 4 << 20,  # four stubs, and room to grow, in the 64 MiB that containers get
+        "shm-default-byte-size": 4 << 20,  # five to eight stubs, and room to grow, in the 64 MiB that containers get
         "shm-growth-byte-size": 4 << 20,
         "shm-region-prefix-name": shm_prefix(run_dir),
         "thread-pool-size": 64 + 8 * num_replicas,  # each parked call of the scheduler holds one

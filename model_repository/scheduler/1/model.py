@@ -9,34 +9,9 @@ from ensemble.config import Deployment
 from ensemble.errors import InternalError
 from ensemble.interpreter import settle_interpreter
 from ensemble.serving import heartbeat, secret
+from ensemble.serving.client_call import TritonCall
 from ensemble.serving.front_door import FrontDoor
 from ensemble.serving.marks import ENSEMBLE_MARK
-
-FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-
-
-class ClientCall:
-    """A client's request: how its answer is sent, and whether anybody still waits for it."""
-
-    def __init__(self, request):
-        self._sender = request.get_response_sender()
-        # Not the request itself: as long as that is there, its inputs are in shared memory.
-        self.request_id, self.parameters = request.request_id(), request.parameters()
-
-    def send(self, outputs, final):
-        tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
-        self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if final else 0)
-
-    def send_error(self, error):
-        triton_error = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
-        self._sender.send(pb_utils.InferenceResponse(error=triton_error), flags=FINAL)
-
-    def end(self):
-        self._sender.send(flags=FINAL)
-
-    def is_cancelled(self):
-        return self._sender.is_cancelled()
-
 
 may_call = threading.Event()  # the server has begun to give us requests, or has had the time to
 MAX_S_TO_FIRST_REQUEST = 3.0  # after `initialize`: a warm-up that is lost must not keep all calls back for ever
@@ -82,12 +57,9 @@ class TritonPythonModel:
         may_call.set()
         for request in requests:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            call = ClientCall(request)
+            call = TritonCall(request)
             if is_warm_up(tensors):
                 call.end()
-            elif "stream_handle" in tensors:
-                handle = tensors["stream_handle"].item(0).decode(errors="replace")
-                self.front_door.started(handle, call, request.is_cancelled())
             else:
                 self.front_door.handle(call, tensors)
 
