@@ -40,7 +40,7 @@ class End(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """A step has started, for a client that has cancelled or not."""
 
-    instance: int  # process id
+    instance: int  # its number: the process id
     step: int  # number, of this instance
     handle: str  # as the request has it: anybody can have made it
     is_cancelled: bool

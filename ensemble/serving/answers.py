@@ -58,8 +58,9 @@ class _Told(DistServeError):
 class Answers:
     """`started` may be called from any thread."""
 
-    def __init__(self) -> None:
-        self._instance = os.getpid()
+    def __init__(self, instance: int | None = None) -> None:
+        """`instance`: another number for each of a server's; default: the process id."""
+        self._instance = os.getpid() if instance is None else instance
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)  # the sender's bound holds
@@ -81,7 +82,8 @@ class Answers:
         self._tell(Started(instance=self._instance, step=number, handle=handle, is_cancelled=is_cancelled))
 
     def close(self) -> None:
-        self._scheduler.close(linger=0)
+        with self._lock:
+            self._scheduler.close(linger=0)
         self._context.term()  # the thread closes its socket
         self._thread.join(timeout=1.0)
         self._hand_over.close()
@@ -96,15 +98,21 @@ class Answers:
         sent: list[ResponseHandle] = []
         try:
             while True:
-                self._do(decode_to_answer(self._socket.recv()), sent)
+                self._take(self._socket.recv(), sent)
                 with contextlib.suppress(zmq.Again):
                     while len(sent) < MAX_TOGETHER:
-                        self._do(decode_to_answer(self._socket.recv(zmq.NOBLOCK)), sent)
+                        self._take(self._socket.recv(zmq.NOBLOCK), sent)
                 if sent:
                     self._hand_over.passed(sent)
                     sent.clear()
         except zmq.ContextTerminated:
             self._socket.close(linger=0)
+
+    def _take(self, encoded: bytes, sent: list[ResponseHandle]) -> None:
+        try:
+            self._do(decode_to_answer(encoded), sent)
+        except Exception:  # of one step: it harms no other
+            log_exception()
 
     def _do(self, message: ToAnswer, sent: list[ResponseHandle]) -> None:
         with self._lock:

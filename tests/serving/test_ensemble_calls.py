@@ -5,6 +5,7 @@ import random
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ from ensemble.serving.streams import Outputs
 
 
 class Ensemble:
-    """What the Triton server does with two steps: each handle of the first starts the second anew."""
+    """What the Triton server does with two steps: each handle of the first starts the second anew, in one of as many
+    processes as there are queues; without any, what is said to a step is done at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *queues: deque[Callable[[], None]]) -> None:
+        self.queues = queues
         self.num_open = 0
         self.starts: deque[tuple[str, Step]] = deque()  # not yet executed
         self.first = Step(self)
@@ -33,7 +36,7 @@ class Ensemble:
         self.fails = False  # the next send
 
     def start(self, handle: str) -> None:
-        self.starts.append((handle, Step(self)))
+        self.starts.append((handle, Step(self, random.choice(self.queues) if self.queues else None)))
 
     def deliver(self, text: str) -> None:
         assert not any(is_last for _, is_last in self.seen), "a response after the last"
@@ -41,15 +44,34 @@ class Ensemble:
 
 
 class Step:
-    """One execution of the `scheduler` model."""
+    """One execution of a model; with a queue what it is told is done later."""
 
     request_id, parameters = "", "{}"
 
-    def __init__(self, ensemble: Ensemble) -> None:
-        self.ensemble, self.is_open = ensemble, True
+    def __init__(self, ensemble: Ensemble, queue: deque[Callable[[], None]] | None = None) -> None:
+        self.ensemble, self.is_open, self.queue = ensemble, True, queue
         ensemble.num_open += 1
 
     def send(self, outputs: Outputs, final: bool) -> None:
+        self._do(lambda: self._send(outputs, final))
+
+    def send_error(self, error: DistServeError) -> None:
+        self._do(lambda: self._send_error(error))
+
+    def end(self, on_ended: Callable[[], None] = lambda: None) -> None:
+        self._do(lambda: self._close(True), on_ended)
+
+    def is_cancelled(self) -> bool:
+        return False
+
+    def _do(self, *actions: Callable[[], None]) -> None:
+        if self.queue is not None:
+            self.queue.extend(actions)
+            return
+        for action in actions:
+            action()
+
+    def _send(self, outputs: Outputs, final: bool) -> None:
         assert self.is_open, "a step that has ended"
         if "stream_handle" in outputs:
             if self.ensemble.fails:
@@ -63,16 +85,10 @@ class Step:
         self._close(final)
         self.ensemble.deliver(outputs["text_output"][0].decode())
 
-    def send_error(self, error: DistServeError) -> None:
+    def _send_error(self, error: DistServeError) -> None:
         self._close(True)
         assert self.ensemble.num_open == 0, "the server would never release the request"
         self.ensemble.deliver(str(error))
-
-    def end(self) -> None:
-        self._close(True)
-
-    def is_cancelled(self) -> bool:
-        return False
 
     def _close(self, final: bool) -> None:
         assert self.is_open, "a step that has ended"
@@ -83,8 +99,14 @@ class Step:
 class Request:
     """One of the ensemble's, and its stream."""
 
-    def __init__(self, *request_ids: int, is_told: bool = False, calls: EnsembleCalls | None = None) -> None:
-        self.ensemble, self.has_started = Ensemble(), False
+    def __init__(
+        self,
+        *request_ids: int,
+        is_told: bool = False,
+        calls: EnsembleCalls | None = None,
+        queues: list[deque[Callable[[], None]]] | None = None,
+    ) -> None:
+        self.ensemble, self.has_started = Ensemble(*(queues or [])), False
         self.cancelled: list[int] = []
         self.calls = calls or EnsembleCalls(self.cancelled.append)
         self.call = EnsembleCall(self.ensemble.first, is_told)
@@ -106,14 +128,19 @@ def text(value: str) -> Outputs:
 
 @pytest.mark.parametrize("seed", range(300))
 def test_the_client_gets_all_in_order_and_the_end_with_the_last_response(seed: int) -> None:
-    """Whatever comes first: steps that start late, pings under way, an error for an end."""
+    """Whatever comes first: steps that start late, pings under way, an error for an end, slow processes."""
     rng = random.Random(seed)
-    request = Request(is_told=rng.random() < 0.3)
+    random.seed(seed)
+    queues: list[deque[Callable[[], None]]] = [deque() for _ in range(rng.randrange(4))]
+    request = Request(is_told=rng.random() < 0.3, queues=queues)
     ensemble, now, late_at = request.ensemble, time.monotonic(), 0.0
     words = [str(index) for index in range(rng.randrange(1, 12))]
     todo = deque(words)
-    while todo or ensemble.starts:
+    while todo or ensemble.starts or any(queues):
         action = rng.random()
+        if rng.random() < 0.5 and any(queues):
+            rng.choice([queue for queue in queues if queue]).popleft()()
+            continue
         if action < 0.4 and todo and request.has_started:
             word = todo.popleft()
             if not todo and rng.random() < 0.3:
@@ -122,9 +149,9 @@ def test_the_client_gets_all_in_order_and_the_end_with_the_last_response(seed: i
                 request.call.send(text(word), final=not todo)
         elif action < 0.7 and ensemble.starts:
             request.execute()
-        elif not ensemble.starts or now < late_at:
+        elif not (ensemble.starts or any(queues)) or now < late_at:
             now += PING_S
-            late_at = late_at if ensemble.starts else now + LATE_S - PING_S
+            late_at = late_at if ensemble.starts or any(queues) else now + LATE_S - PING_S
             request.calls.tick(now)
     assert [each.split(": ")[-1] for each, _ in ensemble.seen] == words
     assert [is_last for _, is_last in ensemble.seen] == [False] * (len(words) - 1) + [True]
@@ -206,22 +233,24 @@ def test_a_request_whose_answers_step_never_starts_is_given_up() -> None:
     assert len(request.ensemble.seen) == 1 and "does not start" in request.ensemble.seen[0][0]
 
 
-@pytest.mark.parametrize("is_pinged", [False, True])
-def test_an_answer_that_cannot_be_sent_ends_with_an_error(is_pinged: bool) -> None:
+def test_an_answer_that_cannot_be_sent_ends_with_an_error() -> None:
     request = Request()
     request.execute()
-    if is_pinged:
-        request.calls.tick(time.monotonic() + PING_S)
     request.ensemble.fails = True
-    if is_pinged:
+    with pytest.raises(RuntimeError):
         request.call.send(text("all"), final=True)
-        request.execute()
-    else:
-        with pytest.raises(RuntimeError):
-            request.call.send(text("all"), final=True)
-        request.call.send_error(Cancelled("as the sender does"))
+    request.call.send_error(Cancelled("as the sender does"))
     assert [is_last for _, is_last in request.ensemble.seen] == [True]
     assert request.ensemble.num_open == 0
+
+
+def test_a_request_of_which_a_response_was_lost_is_cancelled() -> None:
+    request = Request(7, 8)
+    handle, _ = request.ensemble.starts[0]
+    request.calls.failed("stream 7/00")
+    assert request.cancelled == []
+    request.calls.failed(handle)
+    assert request.cancelled == [7, 8]
 
 
 def test_a_server_that_stops_lets_answers_end_without_the_pings_that_will_not_come() -> None:

@@ -90,7 +90,7 @@ def test_handles_and_marks_are_not_for_clients_to_make(server: TritonServer) -> 
         ):
             tensor = grpc.InferInput("stream_handle", [1], "BYTES")
             tensor.set_data_from_numpy(text(handle))
-            forger.send_inputs("scheduler", f"{request_id}{handle}", [tensor])
+            forger.send_inputs("answer", f"{request_id}{handle}", [tensor])
     forged = list(forger.wait().values())
     assert not any(answer.responses for answer in forged)
     assert "is not valid: there is no input of this name" in str(forged[0].error), "an error need not name its request"

@@ -25,7 +25,7 @@ from tools.server.triton_server import TritonServer
 
 WORKLOAD = Workload(input_len=20, output_len=60)
 REQUESTS_EACH = 12  # of a stream, one after the other
-MODELS = ("preprocess", "scheduler", "prefill", "decode")
+MODELS = ("preprocess", "scheduler", "answer", "prefill", "decode")
 GOALS = {"output tokens": 8000, "gap between responses, P99": 150.0}  # of 64 streams through `ensemble` on two cores
 
 

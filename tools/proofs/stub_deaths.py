@@ -28,7 +28,7 @@ from tools.proofs.http_request import ask_http
 from tools.proofs.serve_process import ServeProcess, wait_until
 from tools.server.tiny_server import TINY_MODEL
 
-STUBS = ("scheduler", "prefill", "decode", "preprocess")
+STUBS = ("scheduler", "prefill", "decode", "preprocess", "answer")
 KNOWN_GOAL_S, SERVED_GOAL_S = 3.0, 20.0
 REQUEST_TIMEOUT_S = 60.0
 MAX_TOKENS = 400
