@@ -1,4 +1,4 @@
-"""What the OpenAI front tells the scheduler: which responses it has handed over (pacing.py)."""
+"""What the OpenAI front and the `answer` model tell the scheduler: which responses have left (pacing.py)."""
 
 import contextlib
 from collections.abc import Iterable

@@ -1,7 +1,8 @@
-"""At most one response of a stream is on its way to the OpenAI front, and its tokens gather behind it.
+"""At most one response of a stream is on its way to the OpenAI front or the `answer` model; tokens gather behind it.
 
-The Triton server queues without a bound what the front has not read. So a response carries its number, and the front
-tells the number when it has handed the response over. Streams do not wait for one another.
+The Triton server queues without a bound what the front has not read, as a socket does what the model has not sent. So a
+response carries its number, and they tell the number when they have handed the response over. Streams do not wait for
+one another.
 """
 
 # After that a number is taken for lost. The Triton server takes an instance for dead that stands still for so long.
