@@ -205,7 +205,7 @@ def test_a_client_that_waits_long_gets_its_text_alone(narrow_server: TritonServe
     url = f"{server.http_url}/v2/models/ensemble/{'generate_stream' if stream else 'generate'}"
     http: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     client = StreamClient(server.grpc_url)
-    executed = 'nv_inference_request_success{model="scheduler"'
+    executed = 'nv_inference_request_success{model="answer"'
     with stopped(server, "decode"):
         thread = threading.Thread(target=post, args=(url, asked, http))
         thread.start()
