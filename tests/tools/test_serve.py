@@ -133,7 +133,7 @@ class Clients:
     ("stub", "number", "reason"),
     [
         ("scheduler", signal.SIGKILL, "ended: killed by signal 9, SIGKILL"),
-        ("preprocess", signal.SIGSTOP, "has stood still for 2 s"),
+        ("answer", signal.SIGSTOP, "has stood still for 2 s"),
     ],
 )
 def test_a_stub_that_ends_or_hangs(serve: ServeProcess, stub: str, number: int, reason: str) -> None:
