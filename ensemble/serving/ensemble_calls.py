@@ -20,14 +20,14 @@ from typing import Protocol
 
 import numpy as np
 
-from ensemble.errors import DistServeError, InternalError, InvalidRequest, StageUnavailable
+from ensemble.errors import DistServeError, InternalError, StageUnavailable
 from ensemble.operator_log import log_exception
-from ensemble.serving.marks import read_stream_handle, stream_handle
+from ensemble.serving.marks import stream_handle
 from ensemble.serving.streams import ClientCall, Outputs
 
 PING_S = 0.3  # between two pings of a request
 TOLD_PING_S = 5.0  # of one whose cancel the HTTP relay tells, unless that has died
-# In a tick, which is every 0.1 s: a ping costs as much as a response (senders.py), and one thread half a millisecond.
+# In a tick, which is every 0.1 s: a ping costs as much as a response (senders.py).
 MAX_PINGS = min(40, 5 * len(os.sched_getaffinity(0)))
 LATE_S = 1.0  # a response does not wait longer for a ping: at worst an empty one comes after it
 LOST_S = 60.0  # nothing waits longer for a step that is to start
@@ -166,7 +166,7 @@ class EnsembleCall:
             act(self._answering)
 
     def _end_at_last(self) -> None:
-        """For the stream it has ended already: nobody else would tell the client of a failure."""
+        """For the stream it has ended already."""
         if self._end is None:
             return
         (act, _), self._end = self._end, None
@@ -209,13 +209,9 @@ class EnsembleCalls:
             log_exception()
             self._cancel_all(call)
 
-    def started(self, handle: str, step: Step, is_cancelled: bool) -> None:
-        """A step with a handle has started, for a client that has cancelled or not."""
-        number = read_stream_handle(handle)
-        if number is None:
-            step.send_error(InvalidRequest("stream_handle", handle[:64], "there is no input of this name"))
-            return
-        call = self._calls.get(number)
+    def started(self, request_id: int, step: Step, is_cancelled: bool) -> None:
+        """A step behind this request's first has started, for a client that has cancelled or not."""
+        call = self._calls.get(request_id)
         if call is None:
             step.end(_nothing)
             return
@@ -223,10 +219,9 @@ class EnsembleCalls:
             self._cancel_all(call)
         call.started(step)
 
-    def failed(self, handle: str) -> None:
-        """A response to the request that began with this handle could not be sent."""
-        number = read_stream_handle(handle)
-        call = None if number is None else self._calls.get(number)
+    def failed(self, request_id: int) -> None:
+        """A response of a step behind this request's first could not be sent."""
+        call = self._calls.get(request_id)
         if call is not None:
             self._cancel_all(call)
 

@@ -42,7 +42,7 @@ def read_stream_handle(text: str) -> int | None:
 
 
 class ResponseHandle(NamedTuple):
-    """Of one response: by it the OpenAI front tells that it has handed it over (handover.py)."""
+    """Of one response: by it the OpenAI front, or the `answer` model, tells that it has left (handover.py)."""
 
     request_id: int
     number: int  # of the response in its stream (pacing.py)

@@ -4,7 +4,7 @@ secret         what only processes of this run know (secret.py)
 stubs/         signs of life, a file for each stub (heartbeat.py)
 cancels        socket: the HTTP relay tells the scheduler of clients that have gone (cancels.py), the OpenAI front and
                the `answer` model of responses that they have handed over (handover.py)
-answers        socket: instances of the `answer` model tell the scheduler of steps that start (answers.py)
+answers        socket: instances of the `answer` model tell the scheduler of steps that start (answer_model.py)
 answer-PID     socket: the scheduler tells such an instance what to send (answer_steps.py)
 control        socket: an operator's commands to the scheduler (control.py)
 """

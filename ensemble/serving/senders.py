@@ -22,7 +22,7 @@ from ensemble.serving.streams import ClientStream
 from ensemble.threads import start_vital_thread
 
 NUM_CORES = len(os.sched_getaffinity(0))
-NUM_SENDERS = 1 if NUM_CORES < 4 else 2  # a send waits some 0.24 ms for the Triton server: docs/results/README.md
+NUM_SENDERS = 1 if NUM_CORES < 4 else 2  # a send of a client of `scheduler` waits 0.24 ms: docs/results/README.md
 RESPONSES_PER_CORE_S = 500  # docs/results/README.md
 NewToken: TypeAlias = tuple[ClientStream, int, FinishReason | None, TokenLogProbs | None]
 
@@ -72,7 +72,7 @@ class SenderPool:
             sender.put(partial(sender.start, stream))
 
     def passed(self, numbers: Iterable[tuple[int, int]]) -> None:
-        """(request_id, number) of responses that the OpenAI front has handed over."""
+        """(request_id, number) of responses that the OpenAI front or the `answer` model has handed over."""
         batches: list[list[tuple[int, int]]] = [[] for _ in self._senders]
         for request_id, number in numbers:
             batches[request_id % len(batches)].append((request_id, number))

@@ -14,10 +14,10 @@ from ensemble.router.lives import Timeline
 from ensemble.serving.answer_text import AnswerText
 from ensemble.serving.client_request import ClientRequest
 from ensemble.serving.log_probs import LogProbOutputs
-from ensemble.serving.marks import ResponseHandle, response_handle
 from ensemble.serving.pacing import Pace
 from ensemble.tokenizer import Tokenizer
 
+# Of a response, by name. A paced one has a `response_handle`, [request_id, number]: by it is told that it has left.
 Outputs = dict[str, npt.NDArray[Any]]
 
 
@@ -146,8 +146,7 @@ class ClientStream:
         if shows:
             outputs = self._outputs(is_last)
             if self._is_paced:
-                handle = response_handle(ResponseHandle(self.request_id, self.pace.leave(time.monotonic())))
-                outputs["response_handle"] = np.array([handle.encode()], dtype=object)
+                outputs["response_handle"] = np.array([self.request_id, self.pace.leave(time.monotonic())], np.int64)
             self._send(outputs, is_last)
             now = time.time_ns()
             if self._previous_sent_ns:

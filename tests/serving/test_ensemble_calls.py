@@ -20,6 +20,7 @@ from ensemble.serving.ensemble_calls import (
     EnsembleCall,
     EnsembleCalls,
 )
+from ensemble.serving.marks import read_stream_handle
 from ensemble.serving.streams import Outputs
 
 
@@ -115,7 +116,9 @@ class Request:
     def execute(self, is_cancelled: bool = False) -> None:
         """The model does, one step that has been started."""
         handle, step = self.ensemble.starts.popleft()
-        self.calls.started(handle, step, is_cancelled)
+        request_id = read_stream_handle(handle)
+        assert request_id is not None, "the scheduler signs it"
+        self.calls.started(request_id, step, is_cancelled)
 
     def _start(self) -> None:
         assert not self.has_started
@@ -246,10 +249,9 @@ def test_an_answer_that_cannot_be_sent_ends_with_an_error() -> None:
 
 def test_a_request_of_which_a_response_was_lost_is_cancelled() -> None:
     request = Request(7, 8)
-    handle, _ = request.ensemble.starts[0]
-    request.calls.failed("stream 7/00")
+    request.calls.failed(8)
     assert request.cancelled == []
-    request.calls.failed(handle)
+    request.calls.failed(7)
     assert request.cancelled == [7, 8]
 
 
@@ -261,12 +263,6 @@ def test_a_server_that_stops_lets_answers_end_without_the_pings_that_will_not_co
     request.calls.close()
     request.call.send_error(Cancelled("stopping"))
     assert [is_last for _, is_last in request.ensemble.seen] == [True]
-
-
-def test_a_handle_that_nobody_signed_is_refused() -> None:
-    ensemble = Ensemble()
-    EnsembleCalls(lambda request_id: None).started("stream 7/00", ensemble.first, is_cancelled=True)
-    assert "stream_handle = 'stream 7/00' is not valid" in ensemble.seen[0][0]
 
 
 def test_those_that_are_to_be_pinged_seldom_do_not_keep_the_others_waiting() -> None:
@@ -318,7 +314,7 @@ def test_a_request_that_has_ended_is_gone_without_the_collector_of_cycles() -> N
     calls, ensemble, stream = EnsembleCalls(lambda request_id: None), Ensemble(), Stream()
     stream.call = EnsembleCall(ensemble.first, is_told=False)
     calls.begin(stream.call, [7], lambda stream=stream: None)  # type: ignore[misc]
-    calls.started(*ensemble.starts.popleft(), is_cancelled=False)
+    calls.started(7, ensemble.starts.popleft()[1], is_cancelled=False)
     stream.call.send(text("all"), final=True)
     calls.tick(time.monotonic())
     is_there = weakref.ref(stream)

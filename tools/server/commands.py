@@ -12,7 +12,8 @@ from ensemble.serving.run_dir import RUN_DIR_VARIABLE
 from tools.installation.server_files import Installation, find_libpython
 from tools.server.run_dir import shm_prefix
 
-# Of the `answer` model: each passes some 2,500 responses a second on an H100's host, and has its own shared memory.
+# Of the `answer` model: each sends some 2,500 responses a second on an H100's host (beyond that tokens gather), and has
+# its own shared memory.
 NUM_ANSWER_INSTANCES = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
@@ -49,7 +50,8 @@ def _link_models(model_repository: Path, folder: Path) -> None:
         (folder / model.name).mkdir()
         (folder / model.name / "1").symlink_to(model / "1")
         config = (model / "config.pbtxt").read_text(encoding="utf-8")
-        config = re.sub(r"count: \d+", f"count: {NUM_ANSWER_INSTANCES}", config)
+        config, number = re.subn(r"count: \d+", f"count: {NUM_ANSWER_INSTANCES}", config)
+        assert number == 1, f"{model}/config.pbtxt has {number} counts of instances"
         (folder / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
 
 

@@ -54,6 +54,8 @@ class RunDir:
         remove_shared_memory(self.path)
         remove_environment_folder(self.path)
         shutil.rmtree(self.path / "stubs", ignore_errors=True)
+        for socket in self.path.glob("answer-*"):  # of processes that are no more
+            socket.unlink(missing_ok=True)
 
     def remove(self, grace_s: float) -> None:
         """Ends what still runs, and leaves nothing."""

@@ -440,9 +440,10 @@ class TritonServer:
     def _has_loaded(self) -> bool:
         """Whether every model that has a stub is done with its `initialize`."""
         models = {path.parent.parent.name for path in self.model_repository.glob("*/1/model.py")}
-        beats = {beat.model: beat for beat in read_heartbeats(self.run_dir).values()}
+        beats = list(read_heartbeats(self.run_dir).values())
         # The scheduler says so only when it could serve a request.
-        return models == {name for name, beat in beats.items() if beat.is_serving or name == "scheduler"}
+        loading = {beat.model for beat in beats if not (beat.is_serving or beat.model == "scheduler")}
+        return not loading and models == {beat.model for beat in beats}
 
     def _is_ready(self) -> bool:
         """Of the fronts the server opens that of the metrics last, some 40 ms after it says that it is ready."""

@@ -1,15 +1,15 @@
-"""The shell of the `answer` model: steps of the ensembles to `ensemble.serving.answers.Answers`."""
+"""The shell of the `answer` model: steps of the ensembles to `ensemble.serving.answer_model.AnswerModel`."""
 
 from ensemble.interpreter import settle_interpreter
 from ensemble.serving import heartbeat
-from ensemble.serving.answers import Answers
+from ensemble.serving.answer_model import AnswerModel
 from ensemble.serving.client_call import TritonCall
 
 
 class TritonPythonModel:
     def initialize(self, args):
         heartbeat.start(args["model_name"])
-        self.answers = Answers()
+        self.answers = AnswerModel()
         settle_interpreter()
         heartbeat.set_serving(True)
 

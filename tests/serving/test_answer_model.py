@@ -12,9 +12,10 @@ import pytest
 import zmq
 
 from ensemble.errors import Cancelled, DistServeError
+from ensemble.protocol.scheduler_answer import Send, Tensor
+from ensemble.serving.answer_model import MAX_HANDLE_BYTES, AnswerModel
 from ensemble.serving.answer_steps import AnswerStep, AnswerSteps
-from ensemble.serving.answers import Answers
-from ensemble.serving.marks import ResponseHandle, response_handle, stream_handle
+from ensemble.serving.marks import stream_handle
 from ensemble.serving.run_dir import RUN_DIR_VARIABLE, cancel_address
 
 Said = queue.SimpleQueue[tuple[Any, ...]]
@@ -52,16 +53,16 @@ class Run:
         self.cancels = self.context.socket(zmq.PULL)
         self.cancels.rcvtimeo = int(1e3 * TIMEOUT_S)
         self.cancels.bind(cancel_address(folder))
-        self.started: queue.SimpleQueue[tuple[str, AnswerStep, bool]] = queue.SimpleQueue()
-        self.failed: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.started: queue.SimpleQueue[tuple[int, AnswerStep, bool]] = queue.SimpleQueue()
+        self.failed: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.scheduler = AnswerSteps(lambda *what: self.started.put(what), self.failed.put)
-        self.instances = [Answers(1), Answers(2)]
+        self.instances = [AnswerModel(1), AnswerModel(2)]
 
-    def start(self, handle: str = "handle", is_cancelled: bool = False, at: int = 0) -> tuple[TritonStep, AnswerStep]:
+    def start(self, request_id: int = 7, is_cancelled: bool = False, at: int = 0) -> tuple[TritonStep, AnswerStep]:
         step = TritonStep()
-        self.instances[at].started(handle, step, is_cancelled)
+        self.instances[at].started(stream_handle(request_id), step, is_cancelled)
         told, answer, cancelled = self.started.get(timeout=TIMEOUT_S)
-        assert (told, cancelled) == (handle, is_cancelled)
+        assert (told, cancelled) == (request_id, is_cancelled)
         return step, answer
 
     def close(self) -> None:
@@ -94,8 +95,7 @@ def test_a_response_has_its_tensors_as_they_were_and_nothing_of_its_handle(run: 
         "output_log_probs": np.array([[-0.5, -np.inf, 0.0]], np.float32),
         "output_ids": np.array([], np.int32),
     }
-    handle = response_handle(ResponseHandle(7, 3))
-    answer.send({**outputs, "response_handle": np.array([handle.encode()], dtype=object)}, final=False)
+    answer.send({**outputs, "response_handle": np.array([7, 3], np.int64)}, final=False)
     kind, got, final = step.next()
     assert (kind, final, got.keys()) == ("response", False, outputs.keys())
     for name, array in outputs.items():
@@ -147,18 +147,53 @@ def test_one_instance_that_stands_still_holds_up_no_other(run: Run) -> None:
     assert slow.next()[1]["text_output"][0] == b"slow"
 
 
-@pytest.mark.parametrize("final", [False, True])
-def test_a_response_that_cannot_be_sent_is_told_and_a_final_one_becomes_an_error(run: Run, final: bool) -> None:
-    handle = stream_handle(7)
-    step, answer = run.start(handle)
+@pytest.mark.parametrize("end", ["that one", "a later one", "an error"])
+def test_an_answer_with_a_hole_ends_with_an_error(run: Run, end: str) -> None:
+    """And the scheduler is told at once, but not that the lost response has left."""
+    step, answer = run.start()
     step.fails = True
-    answer.send(text("lost"), final=final)
-    assert run.failed.get(timeout=TIMEOUT_S) == handle
-    if final:
-        assert step.next()[:2] == ("error", "INTERNAL")
-    else:
+    answer.send({**text("lost"), "response_handle": np.array([7, 1], np.int64)}, final=end == "that one")
+    assert run.failed.get(timeout=TIMEOUT_S) == 7
+    if end == "a later one":
+        answer.send(text("the rest"), final=False)
+        answer.send({**text("."), "response_handle": np.array([7, 3], np.int64)}, final=True)
+    elif end == "an error":
         answer.send_error(Cancelled("as the scheduler does then"))
-        assert step.next()[:2] == ("error", "CANCELLED")
+    assert step.next()[:2] == ("error", "CANCELLED" if end == "an error" else "INTERNAL")
+    assert step.said.empty()
+    _other, other_answer = run.start(8)
+    other_answer.send({**text("x"), "response_handle": np.array([8, 1], np.int64)}, final=False)
+    assert run.cancels.recv() == b"passed 8 1"
+
+
+def test_what_cannot_be_made_a_tensor_ends_the_answer_too(run: Run) -> None:
+    step, _answer = run.start()
+    run.scheduler.tell(1, Send(step=0, tensors=[Tensor("x", "<i4", [3], b"12")], final=True, request_id=7, number=1))
+    assert step.next()[:2] == ("error", "INTERNAL")
+    assert run.failed.get(timeout=TIMEOUT_S) == 7
+
+
+@pytest.mark.parametrize("handle", ["", "stream 7", f"stream 7/{'0' * 64}", "x" * (MAX_HANDLE_BYTES + 1)])
+def test_a_handle_that_nobody_signed_is_refused_on_the_spot(run: Run, handle: str) -> None:
+    step = TritonStep()
+    run.instances[0].started(handle, step, True)
+    kind, code, message = step.said.get_nowait()
+    assert (kind, code) == ("error", "INVALID_ARG")
+    assert message.startswith("stream_handle = ") and "is not valid: this model is for the ensembles alone" in message
+    time.sleep(0.05)
+    assert run.started.empty()
+
+
+def test_an_instance_whose_send_never_returns_can_be_closed(run: Run) -> None:
+    step, answer = run.start()
+    go_on: queue.SimpleQueue[None] = queue.SimpleQueue()
+    step.send = lambda outputs, final: go_on.get(timeout=TIMEOUT_S)  # type: ignore[method-assign]
+    answer.send(text("never"), final=True)
+    time.sleep(0.1)
+    began = time.monotonic()
+    run.instances[0].close()
+    assert time.monotonic() - began < 2.0
+    go_on.put(None)
 
 
 def test_an_unreadable_message_harms_no_other(run: Run) -> None:

@@ -20,7 +20,8 @@ class Send(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True)
     step: int
     tensors: list[Tensor]
     final: bool
-    handle: str  # to be handed over when it has been sent (handover.py); empty: nobody waits for that
+    request_id: int  # whose stream waits until it has been sent (handover.py)
+    number: int  # of the response there; 0: nobody waits
 
 
 class SendError(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -32,7 +33,7 @@ class SendError(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """The end of a step without a response. `Ended` answers."""
+    """The end of a step without a response. `StepEnded` answers."""
 
     step: int
 
@@ -42,11 +43,11 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
 
     instance: int  # its number: the process id
     step: int  # number, of this instance
-    handle: str  # as the request has it: anybody can have made it
+    request_id: int  # of the ensemble's request, or its first
     is_cancelled: bool
 
 
-class Ended(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+class StepEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     instance: int
     step: int
 
@@ -54,11 +55,11 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """A response could not be sent."""
 
-    handle: str  # of its step
+    request_id: int  # as its step had it
 
 
 ToAnswer: TypeAlias = Send | SendError | End
-FromAnswer: TypeAlias = Started | Ended | Failed
+FromAnswer: TypeAlias = Started | StepEnded | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_answer = msgspec.msgpack.Decoder(ToAnswer).decode
