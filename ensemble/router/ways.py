@@ -16,8 +16,10 @@ from ensemble.scheduling.placement import NO_WORK, Reader, Site, Way, Work, best
 from ensemble.scheduling.prefill import PrefillScheduler
 from ensemble.scheduling.prefiller import Limits
 
-# Where sequences run too, a step is launched before the one before is read, and told then: with three it never waits.
-MAX_BATCHES_BESIDE = 3
+# Where sequences run too, a step is launched before the one before is read, and told then. Steps take whole tiles, so one
+# may end just short of its batch, which is in flight for another step: with three, on H100, each fifth step beside
+# sequences found the last 3 tokens of its batch, and no other.
+MAX_BATCHES_BESIDE = 4
 # Of what is left of the TTFT target: those who wait behind, for as long, need the rest.
 APART_SHARE = 0.5
 
