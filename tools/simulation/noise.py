@@ -13,15 +13,15 @@ from typing import Protocol
 
 Distribution = list[tuple[float, float]]
 
-# Two H100, LLaMA-2-13B and OPT-13B, summaries and chat, one and two replicas of a role: every step of six workers. Of a
-# step over what is predicted: of steps with a chunk over the median of those with as many tokens of prompts and rows. Steps
-# without a chunk vary less (P5 0.995, P95 1.035); what the estimator itself errs by comes from the simulation's own.
+# Two H100, LLaMA-2-13B and OPT-13B, summaries and chat, one and two replicas of a role: every step of six workers. Of
+# a step over what is predicted: of steps with a chunk over the median of those with as many tokens of prompts and rows.
+# Steps without a chunk vary less (P5 0.995, P95 1.035); what the estimator itself errs by comes from the simulation's.
 STEP_RATIOS: Distribution = [(0, 0.9), (0.05, 0.958), (0.25, 0.984), (0.5, 1.0), (0.75, 1.023), (0.9, 1.05)]
 STEP_RATIOS += [(0.95, 1.068), (0.99, 1.107), (0.997, 1.13), (1, 1.2)]
 # One H100, LLaMA-2-7B, summaries at 7/s and chat at 13/s: stamps on the way of each token.
 # Seconds from a step's commit to a sender, beyond the 1 ms that they take in any case; a step's tokens share them. With
-# the rest of the way to the client, which has no stamps: clients' times lay behind the commits of two H100's runs by more
-# (P50 to P95 2.3 ms, to a send's end 0.9), but there a thread that looked on woke every 4 ms. This lies between the two.
+# the rest of the way to the client, which has no stamps: clients' times lay behind the commits of two H100's runs by
+# more (P50 to P95 2.3 ms, to a send's end 0.9), but there a thread that looked on woke every 4 ms. This lies between.
 OUT_S: Distribution = [(0, 0.0), (0.05, 0.0), (0.25, 0.12e-3), (0.5, 0.28e-3), (0.75, 0.57e-3), (0.9, 1.05e-3)]
 OUT_S += [(0.95, 1.5e-3), (0.99, 3e-3), (1, 5e-3)]
 # Seconds from the begin of a send to that of the next, of a sender that has more to send.
