@@ -120,16 +120,25 @@ def test_what_is_not_predicted_is_drawn_by_the_seed_and_learnt() -> None:
     assert max(gaps_of(alone)) > 1.3 * mean(gaps_of(alone))
 
 
-def test_responses_pass_the_front_one_by_one_and_tokens_gather_behind_them() -> None:
-    """Four streams with a token every 5.8 ms each, and 4 ms for a response: each has one every 16."""
+def test_responses_pass_a_sender_one_by_one_and_tokens_gather_behind_them() -> None:
+    """Eight streams with a token every 10.6 ms each, two senders, 4 ms for a response: each has one every 16."""
     slow = msgspec.structs.replace(costs(), response_s=[(0.0, 4e-3), (1.0, 4e-3)])
-    records = Simulation(deployment("colocated"), slow).run([Ask(0.0, 16, 200) for _ in range(4)])
+    records = Simulation(deployment("colocated"), slow).run([Ask(0.0, 16, 200) for _ in range(8)])
     assert all(record.num_tokens == 200 for record in records)
     busy = [gap for record in records for gap in gaps_of(record)[10:-10]]
     assert mean(busy) == pytest.approx(16.0, rel=0.02) and min(busy) > 15.9
-    assert {number for record in records for number in record.tokens[10:-10]} <= {2, 3}
-    ends = [record.times[-1] for record in Simulation(deployment("colocated"), costs()).run([Ask(0.0, 16, 200)] * 4)]
+    assert {number for record in records for number in record.tokens[10:-10]} <= {1, 2}
+    ends = [record.times[-1] for record in Simulation(deployment("colocated"), costs()).run([Ask(0.0, 16, 200)] * 8)]
     assert max(record.times[-1] for record in records) == pytest.approx(max(ends), abs=0.03)
+
+
+def test_tokens_of_a_step_share_their_way_to_the_senders() -> None:
+    late = msgspec.structs.replace(costs(), out_s=[(0.0, 0.0), (1.0, 2e-3)])
+    first, second = Simulation(deployment("colocated"), late).run([Ask(0.0, 16, 100) for _ in range(2)])
+    assert first.num_tokens == second.num_tokens == 100
+    assert len(set(first.times[2:]) ^ set(second.times[2:])) <= 4  # but for steps without the other
+    gaps = gaps_of(first)[5:-5]
+    assert mean(gaps) == pytest.approx(3.4, rel=0.02) and max(gaps) > 4.5 and min(gaps) < 2.3
 
 
 def test_drawn_values_are_those_of_the_distribution() -> None:
@@ -164,7 +173,7 @@ def test_a_run_of_a_slower_machine_is_met_by_calibration() -> None:
     [
         ((1024, 510), [2000] * 2, 26.5),
         ((1024, 504), [2000] * 8, 29.7),
-        ((1024, 254), [2000] * 2, 15.6),
+        ((1024, 254), [2000] * 2, 14.5),
         ((0, 512), [], 23.0),
         ((0, 1024), [], 46.1),
         ((0, 0), [544], 9.56),

@@ -34,7 +34,7 @@ class ReplicaCosts:
         if self.measured is None:
             return found
         if tp == pp == 1:
-            noise = {"step_ratios": found.step_ratios, "response_s": found.response_s}
+            noise = {"step_ratios": found.step_ratios, "out_s": found.out_s, "response_s": found.response_s}
             return msgspec.structs.replace(self.measured, num_kv_tokens=num_kv_tokens, **noise)
         ratios = [step.seconds / step_s(size, self.gpu, step.shape, 1) for step in self.measured.steps]
         return found.scaled(median(ratios))

@@ -10,7 +10,7 @@ from ensemble.config import Deployment
 from ensemble.errors import ConfigError
 from ensemble.models.spec import ModelSpec
 from ensemble.scheduling.estimator import StepEstimator, StepShape, TimedStep
-from tools.simulation.noise import RESPONSE_S, STEP_RATIOS, Distribution
+from tools.simulation.noise import OUT_S, RESPONSE_S, STEP_RATIOS, Distribution
 
 
 class ToldEstimator(StepEstimator):
@@ -55,7 +55,7 @@ GPUS = {
 }
 # Of the floor (weights and KV once, or FLOPs, at the rates above), as measured on H100: docs/results/engine-h100.json.
 OVER_THE_FLOOR = 1.12
-LIBRARY_READS = 0.8  # of the copy rate: 2.1 to 2.7 of 3.0 TB/s
+LIBRARY_READS = 0.88  # of the copy rate, as steps with short chunks were measured: 12 ms of LLaMA-2-13B, one without 10
 # An all-reduce of a layer: by our kernel as far as it takes it, with what else such a step loses; NCCL's as measured
 # (28.5 us of few rows, and what a prompt of 2,048 tokens of LLaMA-2-13B takes beyond half of its time on one GPU).
 ALL_REDUCE_BASE_S = 12e-6
@@ -93,14 +93,15 @@ def step_s(model: ModelSize, gpu: Gpu, shape: StepShape, tp: int, node_link_rate
     Floor: weights over the copy rate and products over the matmul rate, the KV of every row over the copy rate, and
     attention's FLOPs. Where the first two are about equal neither hides the other: products of 258 rows were measured
     at 1.4 times the larger one (docs/results/README.md). Products of prompts are cuBLAS's, which reads weights more
-    slowly than our kernels for few rows do.
+    slowly than our kernels for few rows do, and hides more: 254 tokens beside 2 rows take 14.5 ms in a server.
     """
     weights_s = model.weight_bytes / tp / gpu.copy_rate / (LIBRARY_READS if shape.num_prompt_tokens else 1)
     products_s = 2 * model.num_weights * shape.num_tokens / tp / gpu.matmul_rate
     rows_s = shape.num_row_keys * model.kv_token_bytes / tp / gpu.copy_rate
     heads = 4 * model.num_layers * model.num_heads * model.head_dim
     attention_s = heads * shape.num_prompt_keys / tp / (0.45 * gpu.matmul_rate)
-    floor_s = (weights_s**3 + products_s**3) ** (1 / 3) + rows_s + attention_s
+    power = 4 if shape.num_prompt_tokens else 3  # the higher, the more of the smaller is hidden
+    floor_s = (weights_s**power + products_s**power) ** (1 / power) + rows_s + attention_s
     reduce_s = 0.0
     if tp > 1:
         num_bytes = shape.num_tokens * model.hidden_size * model.num_bytes
@@ -138,8 +139,10 @@ class Costs(msgspec.Struct, kw_only=True, frozen=True):
     control_s: float = 1e-3  # from the router to a replica, or back
     front_s: float = 2e-3  # from the client to the router
     back_s: float = 1e-3  # from the router to the client
-    step_ratios: Distribution = []  # of a step over what is predicted, and
-    response_s: Distribution = []  # seconds of a response in the front: by tools/simulation/noise.py
+    # tools/simulation/noise.py
+    step_ratios: Distribution = []  # of a step over what is predicted
+    out_s: Distribution = []  # of a step's tokens from the router to the senders
+    response_s: Distribution = []  # of a response there
 
     @property
     def times(self) -> StepTimes:
@@ -218,5 +221,6 @@ def costs_by_rates(model: ModelSize, gpu: Gpu, tp: int, num_kv_tokens: int, max_
         swap_bytes_per_s=gpu.host_rate * tp,
         front_s=FRONT_S,
         step_ratios=STEP_RATIOS,
+        out_s=OUT_S,
         response_s=RESPONSE_S,
     )

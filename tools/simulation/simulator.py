@@ -56,8 +56,15 @@ class _Client:
     """Writes a record. Tokens that come at once are one response."""
 
     def __init__(
-        self, ask: Ask, clock: Callable[[], float], back_s: float, front: Front, on_last: Callable[[], None]
+        self,
+        ask: Ask,
+        request_id: int,
+        clock: Callable[[], float],
+        back_s: float,
+        front: Front,
+        on_last: Callable[[], None],
     ) -> None:
+        self.request_id = request_id
         self.record = Record(prompt_len=ask.prompt_len, output_len=ask.output_len, due=ask.due, sent=ask.due)
         self.timeline = Timeline()
         self.hints = ask.hints
@@ -65,20 +72,23 @@ class _Client:
         self.deadline: float | None = None
         self.is_answered = False
         self.num_pending = self.num_leaving = 0
+        self._num_due = 0  # tokens that the front has
         self._clock, self._back_s, self._front, self._on_last = clock, back_s, front, on_last
 
     def take(self, token_id: int, finish_reason: FinishReason | None, log_probs: TokenLogProbs | None) -> None:
         self.is_answered = finish_reason is not None
+        self._num_due += 1
         self._front.take(self)
 
     def hand_over(self, num_tokens: int) -> None:
+        self._num_due -= num_tokens
         at, record = self._clock() + self._back_s, self.record
         if record.times and record.times[-1] == at:
             record.tokens[-1] += num_tokens
         else:
             record.times.append(at)
             record.tokens.append(num_tokens)
-        if self.is_answered and not self.num_pending and not record.error:
+        if self.is_answered and not self._num_due and not record.error:
             self._on_last()
 
     def fail(self, error: DistServeError) -> None:
@@ -109,7 +119,7 @@ class Simulation:
         self._num_open = 0  # requests that have not ended
         self._ids = count(1)
         rng = random.Random(seed)
-        self._front = Front(costs.response_s, rng, self._time, self._at)
+        self._front = Front(costs.out_s, costs.response_s, rng, self._time, self._at)
         self._sources: dict[str, Source] = {}
         self.router = Router(deployment, self._send, lambda: next(self._ids), 0.0)
         self.replicas: dict[int, SimulatedReplica] = {}
@@ -150,7 +160,9 @@ class Simulation:
         clients = []
         for ask in asks:
             request_id = next(self._ids)
-            client = _Client(ask, self._time, self._costs.back_s, self._front, partial(self._answered, request_id))
+            client = _Client(
+                ask, request_id, self._time, self._costs.back_s, self._front, partial(self._answered, request_id)
+            )
             clients.append(client)
             request = Request(
                 request_id=request_id,
