@@ -27,8 +27,8 @@ OUT_S += [(0.95, 1.5e-3), (0.99, 3e-3), (1, 5e-3)]
 # Seconds from the begin of a send to that of the next, of a sender that has more to send.
 RESPONSE_S: Distribution = [(0, 0.2e-3), (0.05, 0.28e-3), (0.25, 0.35e-3), (0.5, 0.41e-3), (0.75, 0.47e-3)]
 RESPONSE_S += [(0.9, 0.55e-3), (0.95, 0.65e-3), (0.98, 0.95e-3), (0.99, 1.25e-3), (0.998, 2.2e-3), (1, 6.5e-3)]
-# Ensembles' responses leave by so many instances of `answer` since, as hosts of GPUs have (tools/server/commands.py): they
-# take as long for each, but the interpreter of none holds up another.
+# Since these runs ensembles' responses leave by so many instances of `answer`, as hosts of GPUs have
+# (tools/server/commands.py): each takes as long for one, and holds up no other.
 NUM_SENDERS = 4
 
 
