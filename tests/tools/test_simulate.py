@@ -121,8 +121,8 @@ def test_what_is_not_predicted_is_drawn_by_the_seed_and_learnt() -> None:
 
 
 def test_responses_pass_a_sender_one_by_one_and_tokens_gather_behind_them() -> None:
-    """Eight streams with a token every 10.6 ms each, two senders, 4 ms for a response: each has one every 16."""
-    slow = msgspec.structs.replace(costs(), response_s=[(0.0, 4e-3), (1.0, 4e-3)])
+    """Eight streams with a token every 10.6 ms each, four senders, 8 ms for a response: each has one every 16."""
+    slow = msgspec.structs.replace(costs(), response_s=[(0.0, 8e-3), (1.0, 8e-3)])
     records = Simulation(deployment("colocated"), slow).run([Ask(0.0, 16, 200) for _ in range(8)])
     assert all(record.num_tokens == 200 for record in records)
     busy = [gap for record in records for gap in gaps_of(record)[10:-10]]
