@@ -93,7 +93,9 @@ def test_handles_and_marks_are_not_for_clients_to_make(server: TritonServer) -> 
             forger.send_inputs("answer", f"{request_id}{handle}", [tensor])
     forged = list(forger.wait().values())
     assert not any(answer.responses for answer in forged)
-    assert "is not valid: this model is for the ensembles alone" in str(forged[0].error), "an error need not name its request"
+    assert "is not valid: this model is for the ensembles alone" in str(forged[0].error), (
+        "an error need not name its request"
+    )
     forger.close(cancel=True)
     marked = StreamClient(server.grpc_url)
     for kind in ("ensemble", "openai"):

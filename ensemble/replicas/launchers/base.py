@@ -15,8 +15,8 @@ from ensemble.replicas.progress import Beats
 
 WORKER = ["-m", "ensemble.replicas.worker"]  # what an interpreter runs as a rank
 # glibc's settings for the Triton server, which else keeps 100 MB for reuse after texts of 20 and 60 MB: what is large
-# comes from the system and returns to it, and of the heaps, each of which may keep 64 MB, there are a quarter as many as
-# else. Not for ranks on a CPU, whose tensors are as large and come at every step.
+# comes from the system and returns to it; and there are a quarter of the heaps, each of which may keep 64 MB. Not for
+# ranks on a CPU, whose tensors are as large and come at every step.
 GIVE_BACK_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 20),
