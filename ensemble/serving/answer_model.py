@@ -63,9 +63,8 @@ class _Open:
 
     def __init__(self, step: Step, request_id: int) -> None:
         self.step, self.request_id = step, request_id
-        self.failure: Exception | None = (
-            None  # of a response: the answer has a hole, and must not end as if it had none
-        )
+        # Of a response: the answer has a hole, and must not end as if it had none.
+        self.failure: Exception | None = None
 
 
 class AnswerModel:

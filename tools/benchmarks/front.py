@@ -1,7 +1,7 @@
 """What the way from the engine to the client carries: a model too small to matter, and many streams at once.
 
     python -m tools.benchmarks.front --output docs/results/front.json
-  XX
+    python -m tools.benchmarks.front --devices cuda:0 --output docs/results/front-h200.json
 
 Tokens and responses a second through `ensemble`, and through `scheduler` alone, by requests in flight, and the CPU time
 that each process takes for a response. Without a GPU workers, server and client share the machine's cores; on GPUs
