@@ -39,3 +39,20 @@ def tiny_server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     with TritonServer(deploy(tiny_llama), log_path=log_path) as server:
         server.wait_ready(timeout_s=120)
         yield server
+
+
+@pytest.fixture(autouse=True)
+def shared_server_serves_after(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that ends the server that others use, or finds it ended, fails with the reason; the next ones have it
+    again."""
+    if "tiny_server" not in request.fixturenames:
+        yield
+        return
+    server: TritonServer = request.getfixturevalue("tiny_server")
+    before = server.poll()
+    yield
+    if (reason := server.poll()) is not None:
+        lines = server.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        server.restart()
+        server.wait_ready(timeout_s=120)
+        pytest.fail("\n".join([f"before the test: {before}; after it: {reason}; its log ends:", *lines[-40:]]))

@@ -134,6 +134,13 @@ def test_one_that_has_not_answered_yet_starts(watched: Watched) -> None:
     assert not watched.watch.waits
 
 
+def test_one_that_has_answered_another_watcher_does_not_start(watched: Watched) -> None:
+    """One that is stopped as soon as the server is ready: it would never be missed."""
+    watched.watch.all_have_answered()
+    *_, reason = watched.looks(MAX_SILENCE_S[watched.name] + 3.0)
+    assert reason is not None and "has answered nothing for" in reason
+
+
 def test_one_that_does_not_listen_has_ended_or_begins(watched: Watched, process: Process) -> None:
     watched.hear_from(process)
     process.close()

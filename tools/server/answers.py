@@ -20,8 +20,8 @@ MAX_READ_BYTES = 1 << 16
 class AnswerWatch:
     """Asks whenever it is polled, which should be every 0.1 s, and does not wait. Time is an argument, in seconds.
 
-    A process is judged from its first answer on: until then it starts. One that has hung has, until another process is
-    watched in its place.
+    A process is judged from its first answer on, to this watcher or to another: until then it starts. One that has hung
+    has, until another process is watched in its place.
     """
 
     def __init__(self) -> None:
@@ -35,6 +35,11 @@ class AnswerWatch:
             self._asked[name].disconnect()
         self._asked[name] = _Asked(pid, url, now)
         self._reasons.pop(name, None)
+
+    def all_have_answered(self) -> None:
+        """Somebody else, where not this watcher: from now on silence tells against each."""
+        for asked in self._asked.values():
+            asked.has_answered = True
 
     def has_hung(self, name: str) -> bool:
         return name in self._reasons
@@ -74,7 +79,7 @@ class _Asked:
         self.pid: Final = pid
         self.silent_s = 0.0  # since it was asked
         self.is_waited_for = False
-        self._has_answered = False
+        self.has_answered = False  # since it started
         self._address = (parts.hostname or "", parts.port or 0)
         self._question = f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode()
         self._connection: socket.socket | None = None
@@ -85,13 +90,13 @@ class _Asked:
     def look(self, now: float, step_s: float) -> None:
         if now < self._ask_at:
             return
-        self.silent_s = self.silent_s + step_s if self._has_answered and step_s <= MAX_LATE_S else 0.0
+        self.silent_s = self.silent_s + step_s if self.has_answered and step_s <= MAX_LATE_S else 0.0
         try:
             is_heard = self._is_heard()
         except OSError:
             self.disconnect()
             is_heard = True
-        self.is_waited_for = self._has_answered and not is_heard
+        self.is_waited_for = self.has_answered and not is_heard
         if is_heard:
             self._ask_later(now)
         elif now >= self._try_until:
@@ -114,7 +119,7 @@ class _Asked:
                 self._is_sent = True
             if not self._connection.recv(MAX_READ_BYTES):
                 raise ConnectionResetError
-            self._has_answered = True
+            self.has_answered = True
         except BlockingIOError:  # nothing has, or there is no connection yet
             return False
         return True

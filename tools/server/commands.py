@@ -91,6 +91,7 @@ def triton_command(
     return [
         str(installation.server),
         *(f"--{name}={value}" for name, value in options.items()),
+        "--disable-auto-complete-config",  # stubs would be started twice, once only to be asked for theirs
         *(f"--backend-config=python,{name}={value}" for name, value in python_backend.items()),
     ]
 

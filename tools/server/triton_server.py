@@ -330,6 +330,7 @@ class TritonServer:
                 self._print_stacks()
                 raise ServerError(f"the server was not ready after {timeout_s:.0f} s")
             time.sleep(0.05)
+        self._answers.all_have_answered()  # so they have, though some not to the watch yet
         self._limit_shared_memory(progress)
         self._run_dir.server_is_ready()
 
