@@ -20,8 +20,8 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from ensemble.openai_front.errors import ApiError, of_the_connection, of_the_scheduler, unavailable
-from ensemble.serving.handover import HandOver
-from ensemble.serving.marks import ENSEMBLE_MARK, ResponseHandle, openai_mark, read_response_handle
+from ensemble.serving.handover import HandOver, ResponseHandle
+from ensemble.serving.marks import ENSEMBLE_MARK, openai_mark
 
 MODEL = "scheduler"
 READY_TIMEOUT_S = 5.0
@@ -108,12 +108,9 @@ class Upstream:
             raise unavailable("the Triton server does not answer")
 
     def _has_passed(self, packed_handle: bytes) -> None:
-        (text,) = _elements(packed_handle)
-        handle = read_response_handle(text.decode())
-        if handle is not None:
-            if not self._passed:  # all that the loop hands over in one round are told together
-                asyncio.get_running_loop().call_soon(self._tell_passed)
-            self._passed.append(handle)
+        if not self._passed:  # all that the loop hands over in one round are told together
+            asyncio.get_running_loop().call_soon(self._tell_passed)
+        self._passed.append(ResponseHandle(*np.frombuffer(packed_handle, np.int64).tolist()))
 
     def _tell_passed(self) -> None:
         self._hand_over.passed(self._passed)

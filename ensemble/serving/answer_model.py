@@ -29,8 +29,8 @@ from ensemble.protocol.scheduler_answer import (
     decode_to_answer,
     encode,
 )
-from ensemble.serving.handover import HandOver
-from ensemble.serving.marks import ResponseHandle, read_stream_handle
+from ensemble.serving.handover import HandOver, ResponseHandle
+from ensemble.serving.marks import read_stream_handle
 from ensemble.serving.run_dir import answer_address, answers_address, run_dir
 from ensemble.threads import start_vital_thread
 

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from ensemble.errors import DistServeError
-from ensemble.serving.marks import ResponseHandle, response_handle
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -21,9 +19,6 @@ class TritonCall:
         self.request_id, self.parameters = request.request_id(), request.parameters()
 
     def send(self, outputs: dict[str, npt.NDArray[Any]], final: bool) -> None:
-        if "response_handle" in outputs:  # to the OpenAI front
-            signed = response_handle(ResponseHandle(*outputs["response_handle"].tolist()))
-            outputs = {**outputs, "response_handle": np.array([signed.encode()], dtype=object)}
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if final else 0)
 

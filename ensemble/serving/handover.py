@@ -2,13 +2,20 @@
 
 import contextlib
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import zmq
 
-from ensemble.serving.marks import ResponseHandle
 from ensemble.serving.run_dir import cancel_address, run_dir
 
 PASSED = "passed"  # begins a message; the HTTP relay tells, on the same socket, the tag of a client that has gone
+
+
+class ResponseHandle(NamedTuple):
+    """Of one response."""
+
+    request_id: int
+    number: int  # of the response in its stream (pacing.py)
 
 
 class HandOver:

@@ -39,20 +39,3 @@ def read_stream_handle(text: str) -> int | None:
     """The request's id. None: the handle is none of ours."""
     kind, _, request_id = (secret.signed(text) or "").partition(" ")
     return int(request_id) if kind == "stream" else None
-
-
-class ResponseHandle(NamedTuple):
-    """Of one response: by it the OpenAI front, or the `answer` model, tells that it has left (handover.py)."""
-
-    request_id: int
-    number: int  # of the response in its stream (pacing.py)
-
-
-def response_handle(handle: ResponseHandle) -> str:
-    return secret.sign(f"handle {handle.request_id} {handle.number}")
-
-
-def read_response_handle(text: str) -> ResponseHandle | None:
-    """None: the handle is none of ours."""
-    kind, *numbers = (secret.signed(text) or "").split(" ")
-    return ResponseHandle(*map(int, numbers)) if kind == "handle" else None

@@ -9,13 +9,10 @@ from ensemble.errors import Forbidden
 from ensemble.serving import secret
 from ensemble.serving.marks import (
     Mark,
-    ResponseHandle,
     ensemble_mark,
     openai_mark,
     read_mark,
-    read_response_handle,
     read_stream_handle,
-    response_handle,
     stream_handle,
 )
 from ensemble.serving.run_dir import RUN_DIR_VARIABLE
@@ -30,26 +27,21 @@ def test_a_sealed_call_is_opened_and_no_other() -> None:
 
 
 def test_marks_and_handles_cannot_be_forged_or_taken_for_each_other() -> None:
-    mark, handle, stream = ensemble_mark(12345), response_handle(ResponseHandle(7, 3)), stream_handle(7)
+    mark, stream = ensemble_mark(12345), stream_handle(7)
     assert read_mark(mark) == Mark(12345, is_of_ensemble=True)
     assert read_mark(openai_mark(12345)) == Mark(12345, is_of_ensemble=False)
-    assert read_response_handle(handle) == ResponseHandle(7, 3)
     assert read_stream_handle(stream) == 7
-    for read, own in ((read_mark, mark), (read_response_handle, handle), (read_stream_handle, stream)):
-        assert all(read(other) is None for other in (mark, handle, stream) if other != own)
+    assert read_mark(stream) is None and read_stream_handle(mark) is None
     for forged in (
         "",
         "/",
-        "handle 7 3",
-        "handle 7 3/",
+        "stream 7",
         "stream 7/",
         stream.replace("7", "8", 1),
-        handle.replace("7", "8", 1),
-        handle[:-1],
-        handle + "0",
+        stream[:-1],
+        stream + "0",
         "é/é",
     ):
-        assert read_response_handle(forged) is None
         assert read_stream_handle(forged) is None
         assert read_mark(forged) is None
 

@@ -11,7 +11,7 @@ from ensemble.errors import Cancelled, DistServeError, InternalError
 from ensemble.request import Request, SamplingParams
 from ensemble.serving.cancels import CHECK_INTERVAL_S
 from ensemble.serving.client_request import ClientRequest, OutputOptions
-from ensemble.serving.marks import ResponseHandle
+from ensemble.serving.handover import ResponseHandle
 from ensemble.serving.pacing import PATIENCE_S
 from ensemble.serving.senders import SenderPool
 from ensemble.serving.streams import ClientStream, Outputs
@@ -283,13 +283,14 @@ def test_who_sends_nothing_does_not_make_others_rest(tokenizer: Tokenizer) -> No
     silent = [make_stream(Recorder(), tokenizer, request_id=index) for index in range(1, 50)]
     call = Recorder()
     streaming = make_stream(call, tokenizer, stream=True, return_output_ids=True)
+    start = time.monotonic()
     for index in range(20):
         for stream in [*silent, streaming]:
             pool.push(stream, 100 + index, "length" if index == 19 else None)
         pool.flush()
-        time.sleep(0.02)
+        wait_until(lambda num_sent=index + 1: len(call.outputs) == num_sent)
+    assert time.monotonic() - start < 5.0, "for 50 streams each response but the first would rest half a second"
     pool.close()
-    assert len(call.outputs) >= 18
 
 
 def test_a_stream_of_the_ensemble_sends_nothing_before_it_is_told_to(tokenizer: Tokenizer) -> None:
