@@ -1,6 +1,7 @@
 """Servers that several tests share."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def shared_server_serves_after(request: pytest.FixtureRequest) -> Iterator[None]
     yield
     if (reason := server.poll()) is not None:
         lines = server.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        free = shutil.disk_usage("/dev/shm").free
         server.restart()
         server.wait_ready(timeout_s=120)
-        pytest.fail("\n".join([f"before the test: {before}; after it: {reason}; its log ends:", *lines[-40:]]))
+        told = f"before the test: {before}; after it: {reason}; /dev/shm had {free >> 20} MiB left; its log ends:"
+        pytest.fail("\n".join([told, *lines[-40:]]))
