@@ -36,6 +36,7 @@ from tools.server.ports import Ports, free_ports, port_is_free
 from tools.server.processes import end_processes, how_it_ended, limit_file_size, spawn
 from tools.server.run_dir import GRACE_S, RunDir, remove_environment_folder
 from tools.server.server_log import ServerLog
+from tools.server.stall_guard import preload
 from tools.server.watch import StubWatch
 
 MODEL_REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
@@ -232,6 +233,7 @@ class TritonServer:
                 allow_client_shm=self._allow_client_shm,
             ),
             GIVE_BACK_MEMORY,
+            preload(os.environ, self.run_dir),
         )
         self._watch = StubWatch(self.run_dir)
         live_url = f"{self.direct_http_url}/v2/health/live"
@@ -277,8 +279,13 @@ class TritonServer:
     def _runs(self, name: str) -> bool:
         return name in self._beside and self._beside[name].poll() is None and not self._answers.has_hung(name)
 
-    def _spawn(self, command: list[str], defaults: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        variables = {**(defaults or {}), **environment(self.run_dir)}
+    def _spawn(
+        self,
+        command: list[str],
+        defaults: Mapping[str, str] | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        variables = {**(defaults or {}), **environment(self.run_dir), **(settings or {})}
         variables[METRICS_VARIABLE] = f"{self.host} {self._ports.metrics} {self._own_metrics[1]}"
         if self._api_key is not None:
             variables[API_KEY_VARIABLE] = self._api_key
