@@ -6,7 +6,7 @@ lies on this device, on a peer's (a CUDA IPC mapping) or, page-locked, on the ho
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ensemble.errors import LinkBroken, TransferError
 from kernels.block_copy import as_rows, copy_blocks
 
 # (source, target), of the same shape but for the number of blocks: whole pools, or the same layers and heads of both
@@ -34,7 +35,7 @@ _PR_SET_TIMERSLACK, _CUDA_MEMCPY_DEFAULT = 29, 4
 class Copy:
     is_done: Callable[[], bool]
     seconds: Callable[[], float]  # of the copy itself, once it is done; raises what the copy raised
-    futures: "tuple[Future[float], ...]" = ()  # it is done when they are; none: that has to be looked at
+    futures: "tuple[Future[float], ...]" = ()  # not before they are is it done; from then on it has to be looked at
 
 
 def make_copier(device: torch.device, min_run_bytes: int, *, is_local: bool = False) -> "Copier":
@@ -43,6 +44,28 @@ def make_copier(device: torch.device, min_run_bytes: int, *, is_local: bool = Fa
     is_local: parts of blocks are copied within the device alone, and shortly: by many programs, or few by torch.
     """
     return StreamCopier(device, min_run_bytes, is_local=is_local) if device.type == "cuda" else ThreadCopier()
+
+
+def together(*copies: Copy) -> Copy:
+    """Done when all are, after the longest of their times."""
+    return Copy(
+        lambda: all(copy.is_done() for copy in copies),
+        lambda: longest(copy.seconds for copy in copies),
+        tuple(future for copy in copies for future in copy.futures),
+    )
+
+
+def longest(times: Iterable[Callable[[], float]]) -> float:
+    """Seconds. Raises what one of them does: LinkBroken, if one does, before what concerns that copy alone."""
+    seconds, errors = [], []
+    for each in times:
+        try:
+            seconds.append(each())
+        except TransferError as error:
+            errors.append(error)
+    if errors:
+        raise max(errors, key=lambda error: isinstance(error, LinkBroken))
+    return max(seconds)
 
 
 def wait_for_any(copies: list[Copy], timeout_s: float) -> None:

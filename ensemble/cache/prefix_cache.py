@@ -63,7 +63,6 @@ class PrefixCache:
         self.blocks = blocks
         self.num_queried_tokens = 0  # prompt tokens asked for
         self.num_hit_tokens = 0  # of them found
-        self.num_evicted_blocks = 0
         self._prompts: dict[Owner, _Prompt] = {}
         self._num_users: dict[int, int] = {}  # block_id |-> owners that use it, at least one
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached and used by nobody, least recently used first
@@ -99,11 +98,6 @@ class PrefixCache:
     def allocate(self, owner: Owner, num_blocks: int) -> list[int]:
         """Gives blocks to a new owner that shares none of them. Raises OutOfBlocks if too few are free."""
         return self.allocate_prompt(owner, (), num_blocks).block_ids
-
-    def num_cached_tokens(self, token_ids: Sequence[int]) -> int:
-        """Tokens of a prompt that an allocation would find now, the last token never among them."""
-        found = len(self._cached_blocks(block_hashes(token_ids, self.blocks.block_size)))
-        return min(found * self.blocks.block_size, len(token_ids) - 1)
 
     def allocate_prompt(self, owner: Owner, token_ids: Sequence[int], num_blocks: int) -> Allocation:
         """Blocks for a prompt, `num_blocks` in all, the cached ones first. Raises OutOfBlocks if too few are free.
@@ -278,7 +272,6 @@ class PrefixCache:
             block_hash = self._hash_of.pop(evicted)
             del self._block_of[block_hash]
             self._evicted.append(block_hash)
-            self.num_evicted_blocks += 1
             self._num_users[evicted] = 1
             return evicted
         [block_id] = self.blocks.allocate(_NEW, 1)

@@ -8,12 +8,13 @@ side's blocks may be reused, and a sequence that comes in may not run.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 
-from ensemble.cache.block_copier import Copy, make_copier, wait_for_any
+from ensemble.cache.block_copier import Copy, make_copier, together, wait_for_any
 from ensemble.cache.block_manager import Swap
 from ensemble.cache.host_memory import host_memory
 from ensemble.cache.kv_pool import KVLayout
@@ -53,11 +54,17 @@ def make_host_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> t
 class Swapper:
     """The copies between two pools, `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`."""
 
-    def __init__(self, device_pool: torch.Tensor, host_pool: torch.Tensor) -> None:
+    def __init__(
+        self,
+        device_pool: torch.Tensor,
+        host_pool: torch.Tensor,
+        start_elsewhere: Callable[[Swap, Way], Copy] | None = None,  # between the pools of the replica's other ranks
+    ) -> None:
         self._pools: dict[Way, tuple[torch.Tensor, torch.Tensor]] = {  # source, target
             "out": (device_pool, host_pool),
             "in": (host_pool, device_pool),
         }
+        self._start_elsewhere = start_elsewhere
         self._copiers = {way: make_copier(device_pool.device, COPY_ENGINE_RUN_BYTES) for way in self._pools}
         self._in_flight: dict[Way, deque[tuple[Swap, Copy]]] = {"out": deque(), "in": deque()}
         self._in_blocks, self._in_seconds = 0, 0.0
@@ -68,13 +75,14 @@ class Swapper:
 
     def start(self, swap: Swap, way: Way) -> None:
         """Starts a copy, after those of the same way."""
+        elsewhere = [] if self._start_elsewhere is None else [self._start_elsewhere(swap, way)]
         copy = self._copiers[way].start(
             *self._pools[way],
             swap.source_block_ids,
             swap.destination_block_ids,
             after_steps=way == "out",  # those launched by now write the blocks
         )
-        self._in_flight[way].append((swap, copy))
+        self._in_flight[way].append((swap, together(copy, *elsewhere)))
 
     def completed(self) -> list[Swapped]:
         """Copies that have completed since the last call, those of a way in the order of their start."""

@@ -42,6 +42,7 @@ class Engine:
         self.group = group
         self.runner = runner
         self.pool = pool
+        self.block_bytes = sum(map(int, group.all_of("block_bytes", str(pool.layout.block_bytes))))  # of all ranks
         self.blocks = BlockManager(pool.num_blocks, pool.layout.block_size)
         self.eos_token_ids = frozenset(spec.eos_token_ids)
 

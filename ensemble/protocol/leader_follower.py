@@ -124,7 +124,6 @@ class Copied(_Message, frozen=True, kw_only=True):
 
     copy_id: int
     seconds: float
-    num_bytes: int
     error: str | None = None  # it failed
     is_broken: bool = False  # so would others from there
 

@@ -39,14 +39,6 @@ class PoolHandle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     shape: list[int]  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
     dtype: str
     host: str = ""  # cuda_ipc: which the exporter is on; what its bytes mean on another is chance
-    first_layer: int = 0  # of the model's
-    kv_heads: list[int] = []  # the model's, one for each of the pool's; empty: all of them
-    num_ranks: int = 1  # of its replica
-
-    @property
-    def layout(self) -> tuple[object, ...]:
-        """What two pools have to share for a block of one to be a block of the other."""
-        return self.shape[1:], self.dtype, self.first_layer, self.kv_heads, self.num_ranks
 
 
 class PoolOffer(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -14,7 +14,6 @@ from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.errors import LinkBroken
 from ensemble.protocol.router_replica import Arrival, AttachFailed, KVHandoff, PrefixPulled
-from ensemble.replicas.group_parts import GroupPuller
 from ensemble.replicas.peers import Peers
 from ensemble.request import Sequence
 from ensemble.transfer.puller import Pull, Puller, Source
@@ -50,7 +49,7 @@ class Ended:
 class Arrivals:
     """Owns the blocks of its sequences from the start of their copies until they have arrived."""
 
-    def __init__(self, blocks: BlockManager | PrefixCache, peers: Peers, puller: Puller | GroupPuller) -> None:
+    def __init__(self, blocks: BlockManager | PrefixCache, peers: Peers, puller: Puller) -> None:
         self._blocks = blocks
         self._peers = peers
         self._puller = puller

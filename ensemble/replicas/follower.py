@@ -151,24 +151,14 @@ class Follower:
             self._tell(StepLogProbs(step=number, log_probs=launched.handle.log_probs()))
 
     def _tell_of_copies(self) -> None:
-        block_bytes = self.engine.pool.layout.block_bytes
         for swapped in self._swapper.completed():
             copy_id = self._copies.pop((swapped.way, swapped.request_id))
-            num_bytes = swapped.num_blocks * block_bytes
-            self._tell(Copied(copy_id=copy_id, seconds=swapped.seconds, num_bytes=num_bytes))
+            self._tell(Copied(copy_id=copy_id, seconds=swapped.seconds))
         for pull in self._puller.completed():
             copy_id, error = self._copies.pop(("pull", pull.request_id)), pull.error
             reason = None if error is None else str(error)
             is_broken = isinstance(error, LinkBroken)
-            self._tell(
-                Copied(
-                    copy_id=copy_id,
-                    seconds=pull.seconds,
-                    num_bytes=pull.num_bytes,
-                    error=reason,
-                    is_broken=is_broken,
-                )
-            )
+            self._tell(Copied(copy_id=copy_id, seconds=pull.seconds, error=reason, is_broken=is_broken))
 
     def _tell(self, answer: Answer) -> None:
         """Raises zmq.Again when the leader takes nothing for too long: it hangs, and the process ends."""

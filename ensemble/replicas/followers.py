@@ -4,13 +4,15 @@ A replica of one rank has none of this.
 """
 
 import time
+from functools import partial
 
 import zmq
 
+from ensemble.cache.block_copier import Copy, longest
 from ensemble.cache.block_manager import Swap
 from ensemble.cache.swapper import Way
 from ensemble.engine.batch import Batch
-from ensemble.errors import InternalError
+from ensemble.errors import InternalError, LinkBroken, PullRefused
 from ensemble.protocol.curve import CurveKey, bind
 from ensemble.protocol.leader_follower import (
     Answer,
@@ -59,7 +61,7 @@ class Followers:
         self._known: dict[int, tuple[Sequence, list[int], int]] = {}  # request_id |-> it, its blocks, how many
         self._gone: list[int] = []
         self._num_copies = 0
-        self._copying: dict[int, list[Copied]] = {}  # copy_id |-> what they have said of its end so far
+        self._copying: dict[int, list[Copied]] = {}  # copy_id |-> what some have said of its end
         self._attached: list[Attached] = []
         self._log_probs: dict[int, dict[int, TokenLogProbs]] = {}  # step |-> by request_id
 
@@ -116,9 +118,8 @@ class Followers:
     def copy_blocks(self, source_ids: list[int], target_ids: list[int]) -> None:
         self._tell(CopyBlocks(source_ids=source_ids, target_ids=target_ids))
 
-    def start_swap(self, swap: Swap, way: Way) -> int:
-        """Returns the copy's id."""
-        copy_id = self._next_copy()
+    def start_swap(self, swap: Swap, way: Way) -> Copy:
+        copy_id, copy = self._next_copy()
         self._tell(
             StartSwap(
                 copy_id=copy_id,
@@ -128,11 +129,10 @@ class Followers:
                 target_ids=swap.destination_block_ids,
             )
         )
-        return copy_id
+        return copy
 
-    def start_pull(self, pull: Pull) -> int:
-        """Returns the copy's id."""
-        copy_id = self._next_copy()
+    def start_pull(self, pull: Pull) -> Copy:
+        copy_id, copy = self._next_copy()
         self._tell(
             StartPull(
                 copy_id=copy_id,
@@ -142,7 +142,7 @@ class Followers:
                 target_ids=pull.target_block_ids,
             )
         )
-        return copy_id
+        return copy
 
     def attach(self, address: str) -> None:
         self._tell(AttachReplica(address=address))
@@ -160,13 +160,6 @@ class Followers:
         """Returns when all have begun it."""
         self._tell(BeginLife(life=life))
         self.wait_until_ready(ANSWER_TIMEOUT_S)
-
-    def ends_of(self, copy_id: int) -> list[Copied] | None:
-        """What each has said of the copy's end, once: when all have."""
-        self._receive()
-        if len(self._copying[copy_id]) < self.num_followers:
-            return None
-        return self._copying.pop(copy_id)
 
     def attached(self) -> list[Attached]:
         """What they have said of pools since the last call."""
@@ -192,10 +185,17 @@ class Followers:
     def close(self) -> None:
         self.socket.close(linger=0)
 
-    def _next_copy(self) -> int:
+    def _next_copy(self) -> tuple[int, Copy]:
+        """Its id, and what is done when all have said that their part has ended."""
         self._num_copies += 1
-        self._copying[self._num_copies] = []
-        return self._num_copies
+        ends: list[Copied] = []
+        self._copying[self._num_copies] = ends
+
+        def is_done() -> bool:
+            self._receive()
+            return len(ends) == self.num_followers
+
+        return self._num_copies, Copy(is_done, lambda: longest(partial(_seconds, end) for end in ends))
 
     def _receive(self) -> None:
         while self.socket.poll(0):
@@ -205,6 +205,8 @@ class Followers:
         match answer:
             case Copied(copy_id=copy_id):
                 self._copying[copy_id].append(answer)
+                if len(self._copying[copy_id]) == self.num_followers:
+                    del self._copying[copy_id]
             case Attached():
                 self._attached.append(answer)
             case StepLogProbs(step=step, log_probs=log_probs):
@@ -217,3 +219,9 @@ class Followers:
                 self.socket.send_multipart([rank, payload], zmq.NOBLOCK)
             except zmq.ZMQError as error:
                 raise InternalError(f"rank {rank.decode()} takes no orders: {error}") from None
+
+
+def _seconds(end: Copied) -> float:
+    if end.error is not None:
+        raise (LinkBroken if end.is_broken else PullRefused)(end.error)
+    return end.seconds

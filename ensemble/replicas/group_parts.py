@@ -1,61 +1,16 @@
-"""What an engine loop has of copies and peers, where it leads several ranks: like those of one, but for all of them."""
-
-import time
+"""Leases and peers of an engine loop that leads several ranks: like those of one, but for all of them."""
 
 import torch
 import zmq
 
-from ensemble.cache.block_manager import Swap
-from ensemble.cache.swapper import Swapped, Swapper, Way
 from ensemble.config import TransferConfig
-from ensemble.errors import LinkBroken, PullRefused
 from ensemble.protocol.curve import CurveKey
 from ensemble.protocol.replica_replica import PoolLayout
 from ensemble.replicas.followers import Followers
 from ensemble.replicas.peers import Peer, Peers
 from ensemble.transfer.leases import Leases
-from ensemble.transfer.puller import Pull, Puller, Source
+from ensemble.transfer.puller import Source
 from ensemble.transfer.wakeup import Wakeup
-
-
-class GroupSwapper:
-    """Swaps of all ranks: like a `Swapper`, but that a copy has completed when every rank's has."""
-
-    def __init__(self, swapper: Swapper, followers: Followers) -> None:
-        self._swapper = swapper
-        self._followers = followers
-        self._copy_ids: dict[tuple[int, Way], int] = {}  # (request_id, way) |-> copy_id
-        self._completed_here: list[Swapped] = []
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._copy_ids)
-
-    def start(self, swap: Swap, way: Way) -> None:
-        self._copy_ids[swap.request_id, way] = self._followers.start_swap(swap, way)
-        self._swapper.start(swap, way)
-
-    def completed(self) -> list[Swapped]:
-        """Copies that have completed everywhere since the last call."""
-        here, self._completed_here, done = [*self._completed_here, *self._swapper.completed()], [], []
-        for swapped in here:
-            key = swapped.request_id, swapped.way
-            if self._followers.ends_of(self._copy_ids[key]) is None:
-                self._completed_here.append(swapped)
-            else:
-                del self._copy_ids[key]
-                done.append(swapped)
-        return done
-
-    def wait(self, timeout_s: float) -> None:
-        """Until one may have completed, at most `timeout_s`."""
-        if self._completed_here:
-            self._followers.wait(timeout_s)
-        else:
-            self._swapper.wait(timeout_s)
-
-    def swap_in_s(self, num_blocks: int) -> float:
-        return self._swapper.swap_in_s(num_blocks)
 
 
 class GroupLeases(Leases):
@@ -72,50 +27,6 @@ class GroupLeases(Leases):
     def end(self, request_id: int) -> None:
         super().end(request_id)
         self._followers.end_lease(request_id)
-
-
-class GroupPuller:
-    """Pulls of all ranks: like a `Puller`, but that a copy has completed when every rank's has."""
-
-    def __init__(self, puller: Puller, followers: Followers) -> None:
-        self._puller = puller
-        self._followers = followers
-        self._copy_ids: dict[int, int] = {}  # request_id |-> copy_id
-        self._completed_here: list[Pull] = []
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._copy_ids)
-
-    def start(self, pull: Pull) -> None:
-        self._copy_ids[pull.request_id] = self._followers.start_pull(pull)
-        self._puller.start(pull)
-
-    def completed(self) -> list[Pull]:
-        """Those that have ended everywhere since the last call, with the bytes of all ranks and the longest time."""
-        here, self._completed_here, done = [*self._completed_here, *self._puller.completed()], [], []
-        for pull in here:
-            ends = self._followers.ends_of(self._copy_ids[pull.request_id])
-            if ends is None:
-                self._completed_here.append(pull)
-                continue
-            del self._copy_ids[pull.request_id]
-            pull.seconds = max([pull.seconds, *(end.seconds for end in ends)])
-            pull.waited_s = max(0.0, time.monotonic() - pull.began - pull.seconds)
-            pull.num_bytes += sum(end.num_bytes for end in ends)
-            failed = [end for end in ends if end.error is not None]
-            if failed and not isinstance(pull.error, LinkBroken):
-                first = next((end for end in failed if end.is_broken), failed[0])
-                pull.error = (LinkBroken if first.is_broken else PullRefused)(first.error)
-            done.append(pull)
-        return done
-
-    def wait(self, timeout_s: float) -> None:
-        """Until one may have ended, at most `timeout_s`."""
-        if self._completed_here:
-            self._followers.wait(timeout_s)
-        else:
-            self._puller.wait(timeout_s)
 
 
 class GroupPeers(Peers):

@@ -52,7 +52,6 @@ from ensemble.protocol.router_replica import (
 )
 from ensemble.replicas.arrivals import Arrivals
 from ensemble.replicas.followers import Followers
-from ensemble.replicas.group_parts import GroupPuller, GroupSwapper
 from ensemble.replicas.launched_steps import LaunchedSteps, Step
 from ensemble.replicas.lending import Lending
 from ensemble.replicas.loop_settings import LoopSettings
@@ -104,16 +103,14 @@ class EngineLoop:
         self.leases = Leases() if leases is None else leases
         self._lending = Lending(self._device_blocks, self.leases, address, life)
         self._settings = settings
-        puller = puller or Puller(pool)
-        swapper = swapper or Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device))
-        self._swapper = swapper if followers is None else GroupSwapper(swapper, followers)
-        self._arrivals = Arrivals(
-            self._device_blocks, peers, puller if followers is None else GroupPuller(puller, followers)
-        )
+        start_pull, start_swap = (None, None) if followers is None else (followers.start_pull, followers.start_swap)
+        puller = puller or Puller(pool, engine.block_bytes, start_pull)
+        self._swapper = swapper or Swapper(pool, make_host_pool(layout, self.num_host_blocks, pool.device), start_swap)
+        self._arrivals = Arrivals(self._device_blocks, peers, puller)
         self._launched = LaunchedSteps(engine, followers, clock)
         self._prompts = Prompts(self._device_blocks, self._launched, self._lending, self._copy_blocks)
         self._running = RunningSequences(
-            self.blocks, settings, self._launched, self._lending, self._swapper, layout.block_bytes
+            self.blocks, settings, self._launched, self._lending, self._swapper, engine.block_bytes
         )
         self.estimator = StepEstimator()
         self._prefix_reports = None if self.cache is None else PrefixReports(self.cache)

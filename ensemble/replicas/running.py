@@ -15,7 +15,6 @@ from ensemble.cache.block_manager import Owner, SwappableBlocks
 from ensemble.cache.prefix_cache import PrefixCache
 from ensemble.cache.swapper import Swapper
 from ensemble.protocol.router_replica import Event, KVHandoff
-from ensemble.replicas.group_parts import GroupSwapper
 from ensemble.replicas.launched_steps import LaunchedSteps, Step
 from ensemble.replicas.lending import Lending
 from ensemble.replicas.loop_settings import LoopSettings
@@ -28,7 +27,7 @@ _Way: TypeAlias = Literal["given up", "handed off"]
 
 
 class RunningSequences:
-    """Owns their blocks, on the device and in the host pool; `block_bytes` is the size of one."""
+    """Owns their blocks, on the device and in the host pool; `block_bytes` is the size of one, of all ranks."""
 
     def __init__(
         self,
@@ -36,7 +35,7 @@ class RunningSequences:
         settings: LoopSettings,
         launched: LaunchedSteps,
         lending: Lending,
-        swapper: Swapper | GroupSwapper,
+        swapper: Swapper,
         block_bytes: int,
     ) -> None:
         self._blocks = blocks

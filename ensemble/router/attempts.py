@@ -134,7 +134,7 @@ class Attempts:
         attempt_id = life.attempt_id
         self._dispatch.ended(attempt_id)
         self._dispatch.prefill.cancel(attempt_id)
-        self._dispatch.admission.cancel(attempt_id)
+        self._dispatch.admission.withdraw(attempt_id)
         if life.phase != "answering":  # else the replicas have ended it themselves
             self._release_everywhere(attempt_id)
 

@@ -7,14 +7,11 @@ promised (in prefill) --arrive--> bridge --next_submission--> decode --released-
 
 from collections.abc import Callable
 from itertools import islice
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from ensemble.errors import InternalError, InvalidRequest
 from ensemble.request import Request
 from ensemble.scheduling.decoders import Decoders, Need
-
-# Where a request was: promised and in prefill; in the bridge, its blocks leased; in decode at that replica.
-Cancelled: TypeAlias = Literal["promised", "bridge"] | int
 
 
 class Submission(NamedTuple):
@@ -106,13 +103,6 @@ class DecodeAdmission:
         self._promised[request.request_id] = need
         self._num_promised_blocks += need.expected
 
-    def try_promise(self, request: Request) -> bool:
-        """`may_start`, and if so `promise`: what PrefillScheduler.next_batch asks."""
-        if not self.may_start(request):
-            return False
-        self.promise(request)
-        return True
-
     def may_start_at(self, replica: int, request: Request) -> bool:
         """Whether a replica may compute this prompt and decode it.
 
@@ -136,7 +126,10 @@ class DecodeAdmission:
         return True
 
     def withdraw(self, request_id: int) -> None:
-        """Forgets a request that ended before submission. Not promised is fine: its only token needed none."""
+        """Forgets a request that ends before submission; the caller has to end its lease, if it is in the bridge.
+
+        Not promised is fine: its only token needed none. From decode it is gone when its replica reports the release.
+        """
         if request_id in self._promised:
             self._take_promise(request_id)
         self._bridge.pop(request_id, None)
@@ -197,21 +190,6 @@ class DecodeAdmission:
             self._submit(request_id, source, replica)
             request_ids.append(request_id)
         return self._next_in_place() if replica is None else Submission(replica, request_ids)
-
-    def cancel(self, request_id: int) -> Cancelled | None:
-        """Ends a request, and says where it was; None if it is not here.
-
-        From "promised" and "bridge" it is gone, and in the bridge the caller has to end the lease; a replica has to be
-        told, and will report the release.
-        """
-        replica = self.decoders.replica_of(request_id)
-        if replica is not None:
-            return replica
-        was_in_bridge, was_promised = request_id in self._bridge, request_id in self._promised
-        self.withdraw(request_id)
-        if was_in_bridge:
-            return "bridge"
-        return "promised" if was_promised else None
 
     def check_integrity(self) -> None:
         """Raises InternalError if the books contradict each other."""

@@ -80,12 +80,6 @@ class StepEstimator:
     def has_samples(self) -> bool:
         return self._samples.num_samples > 0
 
-    @property
-    def coefficients(self) -> dict[str, float]:
-        """Seconds by each term, and the knee in tokens."""
-        names = ("base", "per_token", "per_prompt_key", "per_row", "per_row_key")
-        return {**dict(zip(names, self._coefficients, strict=True)), "knee": float(self._knee)}
-
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step has run. What took no time is no sample."""
         if seconds > 0 and shape.num_tokens:

@@ -6,7 +6,6 @@ queued --first chunk--> at a replica --last chunk--> leased --released--> gone
 
 from collections.abc import Callable, Iterable, KeysView
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ensemble.errors import InternalError, InvalidRequest
 from ensemble.request import Request
@@ -249,19 +248,13 @@ class PrefillScheduler:
             if self._replica_of.get(request_id) == replica:
                 del self._replica_of[request_id]
 
-    def cancel(self, request_id: int) -> Literal["queued"] | int | None:
-        """Ends a request: no further chunk of it is dispatched.
-
-        Returns "queued" if it was waiting and is gone; the replica that holds its blocks, which has to be told and will
-        report the release; None if the request is not here.
-        """
-        if self._waiting.remove(request_id) is not None:
-            return "queued"
+    def cancel(self, request_id: int) -> None:
+        """No further chunk of it is dispatched. A replica with its blocks has to be told, and reports the release."""
+        self._waiting.remove(request_id)
         replica = self._replica_of.get(request_id)
         if replica is not None:
             self._prefillers[replica].prompts.pop(request_id, None)
             self._held.pop(request_id, None)
-        return replica
 
     def check_integrity(self) -> None:
         """Raises InternalError if the books contradict each other or a bound is passed."""

@@ -205,18 +205,17 @@ class WaitingQueue:
         if self.policy.name == "fair":
             self._ledger.charge(tenant, num_tokens)
 
-    def remove(self, request_id: int) -> Request | None:
-        """Takes a request that will not start; None if it is not waiting."""
+    def remove(self, request_id: int) -> None:
+        """Takes a request that will not start. One that does not wait is ignored."""
         waiting = self._waiting.pop(request_id, None)
         if waiting is None:
-            return None
+            return
         apart = [each for each in (self._again, self._held_back, self._sharing) if request_id in each]
         if apart:
             del apart[0][request_id]
         else:
             self._lane(waiting.request).remove(waiting)
         self.num_tokens -= waiting.num_tokens
-        return waiting.request
 
     def remove_longer_than(self, prompt_len: int) -> list[Request]:
         """Takes all requests with more than `prompt_len` tokens to prefill."""

@@ -5,11 +5,12 @@ acknowledgement that follows lets the source reuse its blocks.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from ensemble.cache.block_copier import Copy, Pieces, make_copier, wait_for_any
+from ensemble.cache.block_copier import Copy, Pieces, make_copier, together, wait_for_any
 from ensemble.errors import TransferError
 from ensemble.transfer.link import Link
 from ensemble.transfer.plan import Part, Piece
@@ -55,16 +56,23 @@ class Pull:
     # set on completion
     seconds: float = 0.0  # of the copy itself
     waited_s: float = 0.0  # from `began` to the end, less `seconds`
-    num_bytes: int = 0
+    num_bytes: int = 0  # of all ranks
     error: TransferError | None = None
 
 
 class Puller:
     """Copies into `pool`, a reading rank's `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`."""
 
-    def __init__(self, pool: torch.Tensor, copy_engine_run_bytes: int = COPY_ENGINE_RUN_BYTES) -> None:
+    def __init__(
+        self,
+        pool: torch.Tensor,
+        block_bytes: int | None = None,  # of all ranks of the replica; None: of this one
+        start_elsewhere: Callable[[Pull], Copy] | None = None,  # into the pools of the other ranks
+    ) -> None:
         self._pool = pool
-        self._copier = make_copier(pool.device, copy_engine_run_bytes)
+        self._block_bytes = pool[0].nbytes if block_bytes is None else block_bytes
+        self._start_elsewhere = start_elsewhere
+        self._copier = make_copier(pool.device, COPY_ENGINE_RUN_BYTES)
         self._in_flight: list[tuple[Pull, Copy]] = []
 
     @property
@@ -76,7 +84,9 @@ class Puller:
 
     def _start_copy(self, pull: Pull) -> Copy:
         """Of all pieces: done when nothing writes into the target's blocks any more."""
-        source, copies = pull.source, []
+        source = pull.source
+        elsewhere = [] if self._start_elsewhere is None else [self._start_elsewhere(pull)]
+        copies = []
         mapped: Pieces = [
             (piece.source.of(source.pools[piece.source_rank]), piece.target.of(self._pool))
             for piece in source.pieces
@@ -89,13 +99,7 @@ class Puller:
             copies.append(
                 link.start(source.life, pull.request_id, pieces, pull.source_block_ids, pull.target_block_ids)
             )
-        if len(copies) == 1:
-            return copies[0]
-        return Copy(
-            lambda: all(copy.is_done() for copy in copies),
-            lambda: max([copy.seconds() for copy in copies]),
-            tuple(future for copy in copies for future in copy.futures) if all(copy.futures for copy in copies) else (),
-        )
+        return together(*copies, *elsewhere)
 
     def completed(self) -> list[Pull]:
         """Pulls whose copies have ended since the last call."""
@@ -105,7 +109,7 @@ class Puller:
         for pull, copy in ended:
             try:
                 pull.seconds = copy.seconds()
-                pull.num_bytes = len(pull.target_block_ids) * self._pool[0].nbytes
+                pull.num_bytes = len(pull.target_block_ids) * self._block_bytes
             except TransferError as error:
                 pull.error = error
             pull.waited_s = max(0.0, time.monotonic() - pull.began - pull.seconds)

@@ -1,6 +1,7 @@
 """Copies of blocks beside the engine: the right blocks, by the way that suits how they lie."""
 
 import itertools
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble.cache import block_copier
-from ensemble.cache.block_copier import make_copier, wait_for_any
+from ensemble.cache.block_copier import Copy, make_copier, together, wait_for_any
+from ensemble.errors import LinkBroken, PullRefused
 
 NUM_BLOCKS, BLOCK_SHAPE = 12, (3, 2, 2, 4, 16)
 BLOCK_BYTES = 3 * 2 * 2 * 4 * 16 * 4
@@ -23,6 +25,21 @@ def copied(copier, source, target, source_ids, target_ids):
     wait_for_any([copy], 10.0)
     assert copy.is_done() and copy.seconds() > 0
     return target
+
+
+def test_copies_together_are_done_when_all_are_and_fail_by_what_concerns_most():
+    here, there = Future(), Future()
+    copy = together(Copy(here.done, here.result, (here,)), Copy(there.done, there.result))
+    here.set_result(0.5)
+    assert not copy.is_done()
+    there.set_result(0.25)
+    assert copy.is_done() and copy.seconds() == 0.5
+    refused, broken = Future(), Future()
+    refused.set_exception(PullRefused("these blocks"))
+    broken.set_exception(LinkBroken("all"))
+    for futures in ((refused, broken), (broken, refused)):
+        with pytest.raises(LinkBroken):
+            together(*(Copy(future.done, future.result) for future in (here, *futures))).seconds()
 
 
 @given(source_ids=block_ids, target_ids=block_ids, start=st.integers(0, NUM_BLOCKS), length=st.integers(0, NUM_BLOCKS))

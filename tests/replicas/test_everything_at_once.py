@@ -131,7 +131,9 @@ class Fleet:
 
     def may_start(self, index: int, request: Request) -> bool:
         if self.roles[index] == "prefill":
-            return self.admission.try_promise(request)
+            if may_start := self.admission.may_start(request):
+                self.admission.promise(request)
+            return may_start
         if not self.admission.try_start_at(index, request):
             return False
         self.stays.add(request.request_id)
@@ -163,7 +165,7 @@ class Fleet:
 
     def cancel(self, request_id: int) -> None:
         del self.requests[request_id]
-        self.admission.cancel(request_id)
+        self.admission.withdraw(request_id)
         self.prefill.cancel(request_id)
         for index, credits in enumerate(self.credits):
             if request_id in credits:

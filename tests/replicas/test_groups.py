@@ -142,6 +142,7 @@ def test_any_split_of_layers_on_either_side(make_pair: Callable[[Deployment], Pa
     for replica, config, num_layers, most in ((pair.prefill, prefill, 1, 4), (pair.decode, decode, 2, 2)):
         pool = replica.engine.pool
         assert pool.tensor.shape[:2] == (config["kv_cache_bytes"] // (most * TOKEN_BYTES * BLOCK_SIZE), num_layers)
+        assert replica.engine.block_bytes == 5 * TOKEN_BYTES * BLOCK_SIZE
 
 
 def check_there_and_back(deployment: Deployment, make_pair: Callable[[Deployment], Pair]) -> Pair:
@@ -166,7 +167,8 @@ def check_there_and_back(deployment: Deployment, make_pair: Callable[[Deployment
     fetch_prefix(pair, 200, history[:-1])  # the last token is not computed
     (fetched,) = fetched_in(pair.prefill.run())
     assert fetched.reason is None and fetched.num_tokens == (len(history) - 1) // BLOCK_SIZE * BLOCK_SIZE
-    assert fetched.num_bytes > 0 and pair.decode.acknowledged()
+    num_blocks, rest = divmod(fetched.num_bytes, pair.prefill.engine.block_bytes)
+    assert num_blocks > 0 and not rest and pair.decode.acknowledged()
     events = serve([second])
     assert tokens_of(events)[100] == expected_tokens(deployment, [second])[100]
     num_hit_tokens = sum(event.num_hit_tokens for event in events if isinstance(event, PrefixReport))
@@ -328,7 +330,8 @@ def test_swaps_cached_prefixes_chunks_and_cancels(
     for request in requests:
         said, wanted = tokens.get(request.request_id, []), expected[request.request_id]
         assert said == (wanted[: len(said)] if request.request_id % 5 == 4 else wanted)
-    assert sum(report.bytes_in for report in swaps_in(events)) > 0
+    num_blocks, rest = divmod(sum(report.bytes_in for report in swaps_in(events)), BLOCK_BYTES)  # of all ranks
+    assert num_blocks > 0 and not rest
     assert sum(event.num_hit_tokens for event in events if isinstance(event, PrefixReport)) > 0
     assert len(released_in(events)) > 0
     pair.assert_empty()

@@ -119,7 +119,8 @@ class Colocated:
             new = self.replica.serve_once()
             for request_id in after_step(step):
                 self.prefill.cancel(request_id)
-                if self.admission.cancel(request_id) is not None:
+                self.admission.withdraw(request_id)
+                if request_id in self.credits:
                     new += self.replica.handle(CancelRequests(request_ids=[request_id]))
             for event in new:
                 if isinstance(event, StepDone):

@@ -30,7 +30,8 @@ def bring_up(admission, replica, num_blocks=10, max_num_seqs=8, num_host_blocks=
 
 
 def promise(admission, request):
-    assert admission.try_promise(request)
+    assert admission.may_start(request)
+    admission.promise(request)
 
 
 def wait_in_bridge(admission, *requests, source=SOURCE):
@@ -51,7 +52,8 @@ def test_prefill_runs_ahead_of_decode_by_the_bridge_bound_only(make_request):
 def test_room_in_decode_allows_more_than_the_bridge_bound(make_request):
     admission = make_admission(num_before_it_is_long=1)
     started = 0
-    while admission.try_promise(make_request(started, 4, max_tokens=5)):  # 2 blocks each
+    while admission.may_start(request := make_request(started, 4, max_tokens=5)):  # 2 blocks each
+        admission.promise(request)
         started += 1
     assert started == 5
 
@@ -94,7 +96,7 @@ def test_the_replica_with_the_most_free_blocks_is_chosen_late(make_request):
     assert admission.next_submission() is None
 
 
-def test_cancel_says_who_has_to_act(make_request):
+def test_who_is_withdrawn_is_gone_from_decode_only_when_its_replica_says_so(make_request):
     admission = make_admission(num_before_it_is_long=8)
     requests = [make_request(request_id, 16, max_tokens=9) for request_id in range(3)]
     for request in requests:
@@ -102,13 +104,13 @@ def test_cancel_says_who_has_to_act(make_request):
     admission.arrive(0, SOURCE)
     admission.next_submission()
     admission.arrive(1, SOURCE)
-    assert admission.cancel(0) == 0  # the replica
-    assert admission.cancel(1) == "bridge"
-    assert admission.cancel(2) == "promised"
-    assert [admission.cancel(request_id) for request_id in (1, 2, 3)] == [None, None, None]
-    assert admission.decoders.num_free_blocks == 4  # the sequence in decode holds its blocks until the replica reports
+    assert (admission.num_bridge_seqs, admission.num_promised_seqs) == (1, 2)
+    for request_id in (0, 1, 2, 1, 3):
+        admission.withdraw(request_id)
+    assert (admission.num_bridge_seqs, admission.num_promised_seqs) == (0, 0)
+    assert admission.decoders.replica_of(0) == 0 and admission.decoders.num_free_blocks == 4
     admission.decoders.released(0, [0])
-    assert admission.decoders.num_free_blocks == 10 and admission.num_promised_seqs == 0
+    assert admission.decoders.replica_of(0) is None and admission.decoders.num_free_blocks == 10
 
 
 def test_a_withdrawn_request_cannot_arrive(make_request):
@@ -127,7 +129,7 @@ def test_a_lost_replica_gives_up_its_sequences_and_the_bridge_waits(make_request
     admission.next_submission()
     assert credits.request_ids == [0]
     admission.decoders.replica_down(0)
-    assert admission.cancel(0) is None
+    assert admission.decoders.replica_of(0) is None
     assert admission.next_submission() is None
     bring_up(admission, 0)
     admission.decoders.released(0, [0])  # late word of the predecessor
@@ -178,7 +180,7 @@ def test_a_prompt_computed_by_a_decode_replica_holds_its_whole_life_there(make_r
     assert admission.try_start_at(1, make_request(2, 4, max_tokens=1))
     assert not admission.try_start_at(1, make_request(3, 1, max_tokens=1))  # blocks are left, places are not
     assert not admission.try_start_at(2, make_request(4, 1))  # there is no such replica
-    assert admission.decoders.num_free_blocks == 20 - 6 - 1 and admission.cancel(0) == 1
+    assert admission.decoders.num_free_blocks == 20 - 6 - 1 and admission.decoders.replica_of(0) == 1
     admission.decoders.released(1, [0, 2])
     assert admission.try_start_at(1, make_request(1, 16, max_tokens=9))
     admission.check_integrity()
@@ -237,15 +239,13 @@ def test_a_prompt_that_has_to_be_alone_starts_at_a_replica_only_when_that_is_emp
     assert admission.try_start_at(0, make_request(2, 4, max_tokens=5))
 
 
-@pytest.mark.parametrize("end", ["cancelled", "withdrawn", "released", "lost"])
+@pytest.mark.parametrize("end", ["withdrawn", "released", "lost"])
 def test_nothing_is_remembered_of_a_request_that_was_alone(make_request, end):
     admission = make_admission()
     request = make_request(0, 4, max_tokens=5)
     admission.decoders.set_alone(0)
     promise(admission, request)
-    if end == "cancelled":
-        admission.cancel(0)
-    elif end == "withdrawn":
+    if end == "withdrawn":
         admission.withdraw(0)
     else:
         admission.arrive(0, SOURCE)

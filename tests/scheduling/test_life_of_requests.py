@@ -182,9 +182,10 @@ class LifeOfRequests(RuleBasedStateMachine):
 
     def give_up(self, request_id):
         """Ends an attempt wherever it is."""
-        at_decode, at_prefill = self.admission.cancel(request_id), self.prefill.cancel(request_id)
-        assert (at_decode == "bridge") == (request_id in self.bridge)
-        assert at_prefill != "queued" or at_decode is None
+        num_waiting, num_promised = self.prefill.num_waiting, self.admission.num_promised_seqs
+        self.admission.withdraw(request_id)
+        self.prefill.cancel(request_id)
+        assert num_waiting == self.prefill.num_waiting or num_promised == self.admission.num_promised_seqs
         if request_id in self.bridge:
             self.bridge.remove(request_id)
         self.release_everywhere(request_id)
@@ -286,7 +287,9 @@ class LifeOfRequests(RuleBasedStateMachine):
 
     def may_start(self, replica_id, request):
         if self.roles[replica_id] == "prefill":
-            return self.admission.try_promise(request)
+            if may_start := self.admission.may_start(request):
+                self.admission.promise(request)
+            return may_start
         if not self.admission.try_start_at(replica_id, request):
             return False
         self.alive[request.request_id].decode_replica = replica_id
@@ -449,7 +452,9 @@ class LifeOfRequests(RuleBasedStateMachine):
             return
         self.prefill.add(request, self.now, is_again=True)
         if self.prefill.max_prompt_len is not None and request.prefill_len > self.prefill.max_prompt_len:
-            assert self.prefill.cancel(request.request_id) == "queued"
+            num_waiting = self.prefill.num_waiting
+            self.prefill.cancel(request.request_id)
+            assert self.prefill.num_waiting == num_waiting - 1
             return
         again = Life(request, life.num_outputs, num_deaths=life.num_deaths, is_alone=life.num_deaths >= 2)
         self.alive[request.request_id] = again

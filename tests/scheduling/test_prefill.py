@@ -136,18 +136,23 @@ def test_the_bridge_holds_back_new_requests_but_not_begun_ones(make_request):
     assert scheduler.num_waiting == 1
 
 
-def test_cancel_says_where_the_request_is(make_request):
+def test_nothing_more_is_dispatched_of_what_is_cancelled(make_request):
     scheduler = make_scheduler()
-    bring_up(scheduler, 3)
+    credits = bring_up(scheduler, 3)
     scheduler.add(make_request(0, 40), now=0.0)
     scheduler.add(make_request(1, 40), now=0.0)
     scheduler.next_batch(0.0, always)
-    assert scheduler.cancel(1) == "queued"
-    assert scheduler.cancel(1) is None
-    assert scheduler.cancel(0) == 3
+    assert scheduler.num_waiting == 1
+    for _ in range(2):
+        scheduler.cancel(1)
+        assert scheduler.num_waiting == 0
+    scheduler.cancel(0)
     assert scheduler.next_batch(0.0, always) is None  # its second chunk is not dispatched
+    scheduler.check_integrity()
+    assert credits.request_ids == [0]
     scheduler.released(3, [0])
-    assert scheduler.cancel(0) is None
+    scheduler.cancel(0)
+    assert credits.request_ids == []
 
 
 def test_a_lost_replica_gives_up_its_requests_and_the_queue_goes_on(make_request):
@@ -158,7 +163,7 @@ def test_a_lost_replica_gives_up_its_requests_and_the_queue_goes_on(make_request
     batch = scheduler.next_batch(0.0, always)
     assert credits.request_ids == [0, 1]
     scheduler.replica_down(0)
-    assert scheduler.cancel(0) is None
+    scheduler.cancel(0)
     assert scheduler.next_batch(0.0, always) is None
     scheduler.batch_done(0, batch.batch_id)  # word of it that came late
     bring_up(scheduler, 0)

@@ -77,8 +77,9 @@ class SwapStorm(RuleBasedStateMachine):
         sampling = SamplingParams(max_tokens=max_tokens)
         request = Request(request_id=self.num_requests, prompt_token_ids=[1] * prompt_len, sampling=sampling)
         self.admission.check(request)
-        if not self.admission.try_promise(request):
+        if not self.admission.may_start(request):
             return
+        self.admission.promise(request)
         self.hints[self.num_requests] = {"priority": priority, "join_cost_s": join_cost_s}
         self.num_requests += 1
         self.requests[request.request_id] = request

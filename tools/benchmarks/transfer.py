@@ -24,6 +24,7 @@ import typer
 
 from ensemble.cache.kv_pool import KVLayout, map_peer_pool
 from ensemble.protocol.replica_replica import decode_pool_handle
+from ensemble.transfer import puller as pulls
 from ensemble.transfer.puller import Pull, Puller, mapped_source
 from tools.benchmarks.results import report
 from tools.benchmarks.steps_beside import PROMPT_LEN, make_bench, step_rows
@@ -158,7 +159,8 @@ def rows_of_steps(source: str) -> Iterator[dict[str, Any]]:
         bench = make_bench()  # takes all the memory that is left
         pool, num_blocks = bench.runner.kv_pool, bench.blocks_for(PROMPT_LEN)
         for by, threshold in {"copy engine": 0, "kernel": 1 << 60}.items():
-            copy = partial(PullChurn, Puller(pool, threshold), remote, num_blocks=num_blocks)
+            pulls.COPY_ENGINE_RUN_BYTES = threshold
+            copy = partial(PullChurn, Puller(pool), remote, num_blocks=num_blocks)
             yield from step_rows(bench, f"pulls by {by}", copy)
             del copy
         del remote

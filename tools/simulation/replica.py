@@ -81,7 +81,7 @@ class SimulatedEngine:
         head_dim = -(-costs.kv_token_bytes // 2)  # one layer, one head: only the bytes of a block matter
         layout = KVLayout(1, 1, block_size, head_dim, torch.int8)
         self.pool = _Pool(layout, num_blocks, torch.zeros(num_blocks, 1, 1, 1, 1, 1, dtype=torch.int8))
-        self.blocks = BlockManager(num_blocks, block_size)
+        self.block_bytes, self.blocks = layout.block_bytes, BlockManager(num_blocks, block_size)
         self.group, self.is_pipeline = ALONE, num_places > 1
         self.runs_ahead = costs.runs_ahead and not self.is_pipeline
         self.max_num_unread = num_places - 1 if self.is_pipeline else int(costs.runs_ahead)
