@@ -78,7 +78,7 @@ class Clients:
         for thread in self._threads:
             thread.start()
         for _ in self._threads:
-            assert self._begun.acquire(timeout=20)
+            assert self._begun.acquire(timeout=20), f"{self.errors}\n{serve.said()}"
 
     def join(self) -> None:
         for thread in self._threads:
@@ -185,7 +185,8 @@ def test_malformed_streams_that_abort_the_server_cost_a_restart(serve: ServeProc
         for thread in threads:
             thread.join(10)
     wait_until(lambda: serve.said().count("starting it again") > before, 5.0)
-    assert re.search(r"the Triton server ended: killed by signal \d+", serve.said().replace("\n", " "))
+    said = serve.said().replace("\n", " ")
+    assert re.search(r"the Triton server ended: killed by signal \d+", said), said
     wait_until(lambda: serve.status("/v2/health/ready") == 200, SERVING_WITHIN_S)
     assert generate(serve.grpc_url, "ensemble", text_input="x", max_tokens=3).text
 
@@ -220,17 +221,17 @@ def test_sigterm_drains(serve: ServeProcess) -> None:
 
 
 def test_a_drain_has_an_end_and_sigkill_leaves_nothing(model: Path) -> None:
-    with short_folder() as folder:
-        serve = ServeProcess(model, folder, *SMALL_POOLS, "--drain-timeout", "0")
+    with (
+        short_folder() as folder,
+        contextlib.closing(ServeProcess(model, folder, *SMALL_POOLS, "--drain-timeout", "0")) as serve,
+    ):
         clients = Clients(serve)
         serve.process.send_signal(signal.SIGINT)
         clients.join()
         assert "the server is stopping" in str(clients.errors["grpc"])
         assert "the server is stopping" in str(clients.errors["generate"])
         assert serve.process.wait(30) == 0
-        serve.close()
-    with short_folder() as folder:
-        serve = ServeProcess(model, folder, *SMALL_POOLS)
+    with short_folder() as folder, contextlib.closing(ServeProcess(model, folder, *SMALL_POOLS)) as serve:
         run_dir = serve.run_dir
         os.kill(serve.stub("decode"), signal.SIGSTOP)  # not even this keeps anything alive
         serve.process.kill()
@@ -238,7 +239,6 @@ def test_a_drain_has_an_end_and_sigkill_leaves_nothing(model: Path) -> None:
         wait_until(lambda: not any(run_pids(run_dir)), 30)
         wait_until(lambda: not run_dir.exists(), 10)
         assert not list(SHM.glob(f"*{run_dir.name}*"))
-        serve.close()
 
 
 class Dying:
