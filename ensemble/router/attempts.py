@@ -12,7 +12,6 @@ from ensemble.router.dispatch import Dispatch
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.gauges import Totals
 from ensemble.router.lives import Life, Lives
-from ensemble.scheduling.deadlines import Deadlines
 
 DEATHS_BEFORE_ALONE = 2  # in a row, after which a request is tried again alone
 
@@ -24,7 +23,6 @@ class Attempts:
         lives: Lives,
         fleet: Fleet,
         dispatch: Dispatch,
-        deadlines: Deadlines,
         totals: Totals,
         new_id: Callable[[], int],
     ) -> None:
@@ -32,7 +30,6 @@ class Attempts:
         self._lives = lives
         self._fleet = fleet
         self._dispatch = dispatch
-        self._deadlines = deadlines
         self._totals = totals
         self._new_id = new_id  # of attempts; the first attempt's id is the request's own
 
@@ -195,6 +192,5 @@ class Attempts:
         life.client.fail(error)
 
     def remove(self, life: Life) -> None:
-        self._deadlines.remove(life.request_id)
         self._lives.remove(life)
         self._dispatch.share_prompt(life)  # as far as it was computed

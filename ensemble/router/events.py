@@ -28,7 +28,6 @@ from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.fleet_changes import FleetChanges
 from ensemble.router.gauges import Labels, Totals
 from ensemble.router.lives import Life, Lives, Output
-from ensemble.scheduling.deadlines import Deadlines
 
 Observe: TypeAlias = Callable[[str, Sequence[float], Labels], None]  # values for a histogram
 
@@ -42,7 +41,6 @@ class Events:
         dispatch: Dispatch,
         attempts: Attempts,
         changes: FleetChanges,
-        deadlines: Deadlines,
         totals: Totals,
         observe: Observe,
     ) -> None:
@@ -52,7 +50,6 @@ class Events:
         self._dispatch = dispatch
         self._attempts = attempts
         self._changes = changes
-        self._deadlines = deadlines
         self._totals = totals
         self._observe = observe
 
@@ -123,7 +120,6 @@ class Events:
             self._dispatch.ended(life.attempt_id)
             self._end_lost_lease(life)
             self._lives.end_attempt(life)
-            self._deadlines.remove(life.request_id)
             is_only = len(life.output_token_ids) == 1
             timeline.last_token_ns = timeline.first_token_ns if is_only else time.time_ns()
         life.held.append(output)
