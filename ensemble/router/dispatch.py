@@ -83,7 +83,7 @@ class Dispatch:
         self.predictions = Predictions(
             deployment, lives, fleet, self.prefill, self.admission, self.output_estimate, self.prefixes
         )
-        self.prefix_moves = PrefixMoves(fleet, self.prefill, self.decoders, self.prefixes, self.command, new_id)
+        self.prefix_moves = PrefixMoves(self.prefill, self.decoders, self.prefixes, self.command, new_id)
         self.ways = Ways(deployment, lives, fleet, self.prefill, self.admission, self.predictions, self.prefix_moves)
 
     # ---- replicas

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from ensemble.config import Deployment
@@ -32,26 +33,16 @@ from ensemble.router.lives import Life, Lives, Output
 Observe: TypeAlias = Callable[[str, Sequence[float], Labels], None]  # values for a histogram
 
 
+@dataclass(eq=False)
 class Events:
-    def __init__(
-        self,
-        deployment: Deployment,
-        lives: Lives,
-        fleet: Fleet,
-        dispatch: Dispatch,
-        attempts: Attempts,
-        changes: FleetChanges,
-        totals: Totals,
-        observe: Observe,
-    ) -> None:
-        self._holds_first_tokens = deployment.scheduler.first_token == "held"
-        self._lives = lives
-        self._fleet = fleet
-        self._dispatch = dispatch
-        self._attempts = attempts
-        self._changes = changes
-        self._totals = totals
-        self._observe = observe
+    _deployment: Deployment
+    _lives: Lives
+    _fleet: Fleet
+    _dispatch: Dispatch
+    _attempts: Attempts
+    _changes: FleetChanges
+    _totals: Totals
+    _observe: Observe
 
     def receive(self, replica: Replica, event: Event, now: float) -> None:
         self._dispatch.predictions.forget(replica.id)
@@ -91,12 +82,13 @@ class Events:
             replica.observe(step.timed)
         for batch_id in step.batch_ids:
             self._dispatch.prefill.batch_done(replica.id, batch_id)
+        holds_first_tokens = self._deployment.scheduler.first_token == "held"
         handed_off = {handoff.request_id for handoff in step.handoffs}
         for attempt_id, position, token_id in zip(step.request_ids, step.positions, step.token_ids, strict=True):
             life = self._lives.of_attempt(attempt_id)
             if life is not None:
                 output = Output(token_id, step.finished.get(attempt_id), step.log_probs.get(attempt_id))
-                is_held = self._holds_first_tokens and attempt_id in handed_off and life.is_unseen
+                is_held = holds_first_tokens and attempt_id in handed_off and life.is_unseen
                 if life.commit(position, token_id):
                     self._token(life, output, is_held=is_held)
         for handoff in step.handoffs:

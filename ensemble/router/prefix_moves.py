@@ -9,7 +9,7 @@ that may be lost, so the router ends it too when it hears of the copy's end, or 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ensemble.protocol.router_replica import (
@@ -20,7 +20,7 @@ from ensemble.protocol.router_replica import (
     PrefixPulled,
     PullPrefix,
 )
-from ensemble.router.fleet import Fleet, Replica
+from ensemble.router.fleet import Replica
 from ensemble.router.lives import Life
 from ensemble.scheduling.decoders import Decoders
 from ensemble.scheduling.prefill import PrefillScheduler
@@ -48,25 +48,16 @@ class _Move:
     leased_s: float | None = None  # when it was; the reader has been told
 
 
+@dataclass(eq=False)
 class PrefixMoves:
-    def __init__(
-        self,
-        fleet: Fleet,
-        prefill: PrefillScheduler,
-        decoders: Decoders,
-        prefixes: PrefixIndex | None,
-        command: Callable[[Replica, Command], None],
-        new_id: Callable[[], int],
-    ) -> None:
-        self._fleet = fleet
-        self._prefill = prefill
-        self._decoders = decoders
-        self._prefixes = prefixes
-        self._command = command
-        self._new_id = new_id
-        self._moves: dict[int, _Move] = {}  # lease id |->
-        self._lease_of: dict[int, int] = {}  # attempt that is held |-> lease id
-        self.results: Counter[FetchResult] = Counter()
+    _prefill: PrefillScheduler
+    _decoders: Decoders
+    _prefixes: PrefixIndex | None
+    _command: Callable[[Replica, Command], None]
+    _new_id: Callable[[], int]
+    _moves: dict[int, _Move] = field(default_factory=dict)  # lease id |->
+    _lease_of: dict[int, int] = field(default_factory=dict)  # attempt that is held |-> lease id
+    results: Counter[FetchResult] = field(default_factory=Counter)
 
     # ---- before
 

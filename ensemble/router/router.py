@@ -55,24 +55,12 @@ class Router:
         self._totals: Totals = Counter()
         self.lives = Lives()
         self.fleet = Fleet(deployment.replicas(), is_auto=deployment.scheduler.roles == "auto")
-        self.dispatch = Dispatch(
-            deployment, self.lives, self.fleet, send, lambda life, error: self.attempts.fail(life, error), new_id
-        )
-        self.attempts = Attempts(deployment, self.lives, self.fleet, self.dispatch, self._totals, new_id)
-        self.changes = FleetChanges(
-            deployment, self.lives, self.fleet, self.dispatch, self.attempts, send, self._totals, now
-        )
-        self._events = Events(
-            deployment,
-            self.lives,
-            self.fleet,
-            self.dispatch,
-            self.attempts,
-            self.changes,
-            self._totals,
-            observe,
-        )
-        self.balance = Balance(deployment, self.lives, self.fleet, self.dispatch)
+        common = deployment, self.lives, self.fleet
+        self.dispatch = Dispatch(*common, send, lambda life, error: self.attempts.fail(life, error), new_id)
+        self.attempts = Attempts(*common, self.dispatch, self._totals, new_id)
+        self.changes = FleetChanges(*common, self.dispatch, self.attempts, send, self._totals, now)
+        self._events = Events(*common, self.dispatch, self.attempts, self.changes, self._totals, observe)
+        self.balance = Balance(*common, self.dispatch)
         self._missing_since: float | None = now  # since when nobody could be served; None: somebody can
         self._gave_up = False  # waiting for that to end
         self._is_closed = False
