@@ -58,8 +58,7 @@ class Events:
             case SwapReport():
                 self._swapped(replica, event)
             case PrefixReport():
-                if self._dispatch.prefixes is not None:
-                    self._dispatch.prefixes.update(replica.id, event.stored, event.evicted)
+                self._dispatch.prefixes.update(replica.id, event.stored, event.evicted)
                 self._totals["vllm:prefix_cache_queries_total", ()] += event.num_queried_tokens
                 self._totals["vllm:prefix_cache_hits_total", ()] += event.num_hit_tokens
             case HandedOff():

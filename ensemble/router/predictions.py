@@ -46,7 +46,7 @@ class Predictions:
     _prefill: PrefillScheduler
     _admission: DecodeAdmission
     _output_estimate: OutputEstimate
-    _prefixes: PrefixIndex | None
+    _prefixes: PrefixIndex
     _standings: dict[int, _Standing] = field(default_factory=dict)  # replica |->, until something changes there
     _works: dict[int, dict[int, Work]] = field(default_factory=dict)  # attempt |-> tokens that are cached |->, as long
     _block_s: float | None = None  # in which decode frees a block, until something changes
@@ -125,9 +125,7 @@ class Predictions:
         return min(1.0, self._tokens_per_s * step_s / full_len)
 
     def work(self, replica: Replica, life: Life) -> Work:
-        start = 0
-        if self._prefixes is not None:
-            start = self._prefixes.num_cached_tokens(replica.id, life.hashes, life.attempt.prefill_len)
+        start = self._prefixes.num_cached_tokens(replica.id, life.hashes, life.attempt.prefill_len)
         return self.work_from(life, start)
 
     def work_from(self, life: Life, start: int) -> Work:
@@ -240,6 +238,4 @@ class Predictions:
 
     def num_cached_tokens(self, replica_id: int, request: Request) -> int:
         life = self._lives.of_attempt(request.request_id)
-        if self._prefixes is None or life is None:
-            return 0
-        return self._prefixes.num_cached_tokens(replica_id, life.hashes, request.prefill_len)
+        return 0 if life is None else self._prefixes.num_cached_tokens(replica_id, life.hashes, request.prefill_len)
