@@ -1,6 +1,7 @@
 """An attempt's end, and the next one: what replicas lose or give up is prefilled again, what cannot go on is failed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -12,29 +13,18 @@ from ensemble.router.dispatch import Dispatch
 from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.gauges import Totals
 from ensemble.router.lives import Life, Lives
-from ensemble.scheduling.deadlines import Deadlines
 
 DEATHS_BEFORE_ALONE = 2  # in a row, after which a request is tried again alone
 
 
+@dataclass(eq=False)
 class Attempts:
-    def __init__(
-        self,
-        deployment: Deployment,
-        lives: Lives,
-        fleet: Fleet,
-        dispatch: Dispatch,
-        deadlines: Deadlines,
-        totals: Totals,
-        new_id: Callable[[], int],
-    ) -> None:
-        self._max_recoveries = deployment.scheduler.max_recoveries
-        self._lives = lives
-        self._fleet = fleet
-        self._dispatch = dispatch
-        self._deadlines = deadlines
-        self._totals = totals
-        self._new_id = new_id  # of attempts; the first attempt's id is the request's own
+    _deployment: Deployment
+    _lives: Lives
+    _fleet: Fleet
+    _dispatch: Dispatch
+    _totals: Totals
+    _new_id: Callable[[], int]  # of attempts; the first attempt's id is the request's own
 
     def lost(self, attempt_id: int, replica: Replica, reason: str, now: float) -> None:
         """A dead replica had something of this attempt."""
@@ -48,7 +38,7 @@ class Attempts:
             life.num_deaths = 0
         life.num_deaths += 1
         life.num_alone_deaths += life.is_alone
-        if life.num_alone_deaths > self._max_recoveries:
+        if life.num_alone_deaths > self._deployment.scheduler.max_recoveries:
             stage: StageName = "decode" if life.decode_replica == replica.id else "prefill"
             self.fail(life, StageUnavailable(stage, f"{reason}, again while it had this request alone"))
             return
@@ -168,7 +158,7 @@ class Attempts:
             if life is None:
                 continue
             life.num_failed_pulls += 1
-            if life.num_failed_pulls > self._max_recoveries:
+            if life.num_failed_pulls > self._deployment.scheduler.max_recoveries:
                 self.fail(life, StageUnavailable("decode", f"the KV does not come: {reason}"))
             else:
                 self.recover(life, "transfer", now)
@@ -195,6 +185,5 @@ class Attempts:
         life.client.fail(error)
 
     def remove(self, life: Life) -> None:
-        self._deadlines.remove(life.request_id)
         self._lives.remove(life)
         self._dispatch.share_prompt(life)  # as far as it was computed

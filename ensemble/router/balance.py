@@ -1,6 +1,7 @@
 """Running sequences go over, with their KV, from replicas where tokens come slowly to others: with roles `auto`."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ensemble.config import Deployment
 from ensemble.protocol.router_replica import HandOff
@@ -14,20 +15,19 @@ INTERVAL_S = 0.1  # between two looks
 SETTLE_S = 1.0  # in which a sequence that has come, or was asked to go in vain, stays
 
 
+@dataclass(eq=False)
 class Balance:
     """One sequence at a time is under way. As long as requests wait, those even replicas out by where they go."""
 
-    def __init__(self, deployment: Deployment, lives: Lives, fleet: Fleet, dispatch: Dispatch) -> None:
-        self._lives = lives
-        self._fleet = fleet
-        self._dispatch = dispatch
-        self._is_auto = deployment.scheduler.roles == "auto"
-        self._itl_target_s = deployment.scheduler.itl_target_s
-        self._due = 0.0
-        self._moving = 0  # attempt id of who was told last
+    _deployment: Deployment
+    _lives: Lives
+    _fleet: Fleet
+    _dispatch: Dispatch
+    _due: float = 0.0
+    _moving: int = 0  # attempt id of who was told last
 
     def tick(self, now: float) -> None:
-        if not self._is_auto or now < self._due:
+        if self._deployment.scheduler.roles != "auto" or now < self._due:
             return
         self._due = now + INTERVAL_S
         life = self._lives.of_attempt(self._moving)
@@ -81,7 +81,7 @@ class Balance:
         """Less what the move costs; minus infinity: a target forbids it."""
         handoff_s = reader.handoffs.seconds(round(life.num_tokens * reader.kv_token_bytes))
         gap_s = handoff_s + busy.token_s() if reader.handoffs.has_samples else None
-        target_s = smallest([life.attempt.itl_target_s], self._itl_target_s)
+        target_s = smallest([life.attempt.itl_target_s], self._deployment.scheduler.itl_target_s)
         if not keeps_targets(busy, other, life.num_tokens, target_s, gap_s):
             return float("-inf")
         return gain_s(busy, other, life.num_tokens, num_tokens) - handoff_s

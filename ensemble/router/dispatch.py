@@ -55,7 +55,7 @@ class Dispatch:
         self._fleet = fleet
         self._send = send
         self._fail = fail
-        self.prefixes = PrefixIndex(deployment.block_size) if deployment.prefill.prefix_cache else None
+        self.prefixes = PrefixIndex(deployment.block_size)  # stays empty where replicas keep no prefixes
         self.output_estimate = OutputEstimate()
         self._policy = DecodePolicySettings(deployment.decode.policy)
         is_optimistic = deployment.decode.admission == "optimistic"
@@ -83,7 +83,7 @@ class Dispatch:
         self.predictions = Predictions(
             deployment, lives, fleet, self.prefill, self.admission, self.output_estimate, self.prefixes
         )
-        self.prefix_moves = PrefixMoves(fleet, self.prefill, self.decoders, self.prefixes, self.command, new_id)
+        self.prefix_moves = PrefixMoves(self.prefill, self.decoders, self.prefixes, self.command, new_id)
         self.ways = Ways(deployment, lives, fleet, self.prefill, self.admission, self.predictions, self.prefix_moves)
 
     # ---- replicas
@@ -112,8 +112,7 @@ class Dispatch:
         self.predictions.forget(replica.id)
         self.prefill.replica_down(replica.id)
         self.decoders.replica_down(replica.id)
-        if self.prefixes is not None:
-            self.prefixes.replica_down(replica.id)
+        self.prefixes.replica_down(replica.id)
         self.prefix_moves.replica_down(replica)
 
     def replica_removed(self, replica: Replica) -> None:
@@ -135,7 +134,7 @@ class Dispatch:
         others = [other for other in self._fleet.up_ones() if other.id != replica.id]
         for source, reader in [(other, replica) for other in others] + [(replica, other) for other in others]:
             hands_off = source.takes_prompts and reader.takes_sequences
-            may_fetch = self.prefixes is not None and source.takes_sequences and reader.takes_prompts
+            may_fetch = self._deployment.prefill.prefix_cache and source.takes_sequences and reader.takes_prompts
             if (hands_off or may_fetch) and "mixed" not in (source.role, reader.role):
                 self.command(reader, AttachPeer(address=source.peer_address))
 
@@ -152,7 +151,7 @@ class Dispatch:
         self.predictions.has_targets |= request.itl_target_s is not None
         if not is_again:
             self.ways.check_targets(life, now)
-        if self.prefixes is not None:
+        if self._deployment.prefill.prefix_cache:
             token_ids = request.prompt_token_ids + request.resumed_token_ids
             life.hashes = block_hashes(token_ids, self.prefixes.block_size)
             num_cached_tokens = max(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from ensemble.config import Deployment
@@ -28,33 +29,20 @@ from ensemble.router.fleet import Fleet, Replica
 from ensemble.router.fleet_changes import FleetChanges
 from ensemble.router.gauges import Labels, Totals
 from ensemble.router.lives import Life, Lives, Output
-from ensemble.scheduling.deadlines import Deadlines
 
 Observe: TypeAlias = Callable[[str, Sequence[float], Labels], None]  # values for a histogram
 
 
+@dataclass(eq=False)
 class Events:
-    def __init__(
-        self,
-        deployment: Deployment,
-        lives: Lives,
-        fleet: Fleet,
-        dispatch: Dispatch,
-        attempts: Attempts,
-        changes: FleetChanges,
-        deadlines: Deadlines,
-        totals: Totals,
-        observe: Observe,
-    ) -> None:
-        self._holds_first_tokens = deployment.scheduler.first_token == "held"
-        self._lives = lives
-        self._fleet = fleet
-        self._dispatch = dispatch
-        self._attempts = attempts
-        self._changes = changes
-        self._deadlines = deadlines
-        self._totals = totals
-        self._observe = observe
+    _deployment: Deployment
+    _lives: Lives
+    _fleet: Fleet
+    _dispatch: Dispatch
+    _attempts: Attempts
+    _changes: FleetChanges
+    _totals: Totals
+    _observe: Observe
 
     def receive(self, replica: Replica, event: Event, now: float) -> None:
         self._dispatch.predictions.forget(replica.id)
@@ -70,8 +58,7 @@ class Events:
             case SwapReport():
                 self._swapped(replica, event)
             case PrefixReport():
-                if self._dispatch.prefixes is not None:
-                    self._dispatch.prefixes.update(replica.id, event.stored, event.evicted)
+                self._dispatch.prefixes.update(replica.id, event.stored, event.evicted)
                 self._totals["vllm:prefix_cache_queries_total", ()] += event.num_queried_tokens
                 self._totals["vllm:prefix_cache_hits_total", ()] += event.num_hit_tokens
             case HandedOff():
@@ -94,12 +81,13 @@ class Events:
             replica.observe(step.timed)
         for batch_id in step.batch_ids:
             self._dispatch.prefill.batch_done(replica.id, batch_id)
+        holds_first_tokens = self._deployment.scheduler.first_token == "held"
         handed_off = {handoff.request_id for handoff in step.handoffs}
         for attempt_id, position, token_id in zip(step.request_ids, step.positions, step.token_ids, strict=True):
             life = self._lives.of_attempt(attempt_id)
             if life is not None:
                 output = Output(token_id, step.finished.get(attempt_id), step.log_probs.get(attempt_id))
-                is_held = self._holds_first_tokens and attempt_id in handed_off and life.is_unseen
+                is_held = holds_first_tokens and attempt_id in handed_off and life.is_unseen
                 if life.commit(position, token_id):
                     self._token(life, output, is_held=is_held)
         for handoff in step.handoffs:
@@ -123,7 +111,6 @@ class Events:
             self._dispatch.ended(life.attempt_id)
             self._end_lost_lease(life)
             self._lives.end_attempt(life)
-            self._deadlines.remove(life.request_id)
             is_only = len(life.output_token_ids) == 1
             timeline.last_token_ns = timeline.first_token_ns if is_only else time.time_ns()
         life.held.append(output)

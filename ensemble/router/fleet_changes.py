@@ -1,5 +1,7 @@
 """What becomes of the replicas: their lives, their roles, who is added, drained and removed."""
 
+from dataclasses import dataclass
+
 from ensemble.config import Deployment, Role, StageName
 from ensemble.errors import InvalidRequest
 from ensemble.protocol.router_replica import (
@@ -21,27 +23,21 @@ from ensemble.scheduling.roles import RolePolicy
 ROLES_INTERVAL_S = 0.5  # between two looks at what each side bears
 
 
+@dataclass(eq=False)
 class FleetChanges:
-    def __init__(
-        self,
-        deployment: Deployment,
-        lives: Lives,
-        fleet: Fleet,
-        dispatch: Dispatch,
-        attempts: Attempts,
-        send: Send,
-        totals: Totals,
-        now: float,
-    ) -> None:
-        self._lives = lives
-        self._fleet = fleet
-        self._dispatch = dispatch
-        self._attempts = attempts
-        self._send = send
-        self._totals = totals
-        self._is_auto = deployment.scheduler.roles == "auto"
-        self._roles = RolePolicy(deployment.scheduler.min_prefill_replicas, deployment.scheduler.max_prefill_replicas)
-        self._roles_due = now
+    _deployment: Deployment
+    _lives: Lives
+    _fleet: Fleet
+    _dispatch: Dispatch
+    _attempts: Attempts
+    _send: Send
+    _totals: Totals
+    _roles_due: float
+
+    def __post_init__(self) -> None:
+        scheduler = self._deployment.scheduler
+        self._is_auto = scheduler.roles == "auto"
+        self._roles = RolePolicy(scheduler.min_prefill_replicas, scheduler.max_prefill_replicas)
 
     @property
     def next_deadline(self) -> float | None:

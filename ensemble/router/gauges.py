@@ -24,7 +24,6 @@ def gauges(lives: Lives, fleet: Fleet, dispatch: Dispatch, totals: Totals) -> Ga
     }
     for result, number in dispatch.prefix_moves.results.items():
         levels["distserve:prefix_fetches_total", (("result", result),)] = number
-    prefixes = dispatch.prefixes
     for replica in fleet:
         labels = (("stage", replica.home), ("replica", str(replica.id)))
         is_up, num_blocks = replica.is_up, replica.credits.num_blocks
@@ -36,7 +35,7 @@ def gauges(lives: Lives, fleet: Fleet, dispatch: Dispatch, totals: Totals) -> Ga
         levels["vllm:kv_cache_usage_perc", labels] = 1 - replica.num_free_blocks / num_blocks if is_up else 0
         levels["distserve:host_kv_blocks", labels] = replica.num_host_blocks if is_up else 0
         levels["distserve:host_kv_blocks_free", labels] = replica.num_free_host_blocks if is_up else 0
-        levels["distserve:prefix_cache_blocks", labels] = prefixes.num_blocks(replica.id) if prefixes else 0
+        levels["distserve:prefix_cache_blocks", labels] = dispatch.prefixes.num_blocks(replica.id)
     for (role, state), number in Counter((replica.role, replica.state) for replica in fleet).items():
         levels["distserve:replicas", (("role", role), ("state", state))] = number
     return levels

@@ -22,6 +22,7 @@ import msgspec
 from ensemble.errors import DistServeError, InternalError
 from ensemble.protocol.router_replica import KVHandoff
 from ensemble.request import FinishReason, Request, TokenLogProbs
+from ensemble.scheduling.deadlines import Deadlines
 from ensemble.scheduling.policies import Hints
 
 Phase = Literal["queued", "prefill", "bridge", "decode", "answering"]
@@ -176,6 +177,7 @@ class Lives:
     def __init__(self) -> None:
         self._by_id: dict[int, Life] = {}
         self._by_attempt: dict[int, Life] = {}
+        self._deadlines = Deadlines()  # of those that have tokens to come
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -198,6 +200,8 @@ class Lives:
     def add(self, life: Life) -> None:
         self._by_id[life.request_id] = life
         self._by_attempt[life.attempt_id] = life
+        if life.client.deadline is not None:
+            self._deadlines.add(life.request_id, life.client.deadline)
 
     def begin_again(self, life: Life, attempt_id: int) -> None:
         del self._by_attempt[life.attempt_id]
@@ -208,7 +212,17 @@ class Lives:
         """All tokens are committed: nothing that a replica says concerns it any more."""
         life.phase = "answering"
         self._by_attempt.pop(life.attempt_id, None)
+        self._deadlines.remove(life.request_id)
 
     def remove(self, life: Life) -> None:
         self._by_id.pop(life.request_id, None)
         self._by_attempt.pop(life.attempt_id, None)
+        self._deadlines.remove(life.request_id)
+
+    @property
+    def next_deadline(self) -> float | None:
+        return self._deadlines.next
+
+    def take_expired(self, now: float) -> list[Life]:
+        """Those whose deadline has come, the earliest first; each once."""
+        return [self._by_id[request_id] for request_id in self._deadlines.take_expired(now)]

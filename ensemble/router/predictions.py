@@ -36,33 +36,24 @@ class _Standing:
     # share of the queue |->
 
 
+@dataclass(eq=False)
 class Predictions:
     """Changes nothing. What it found holds until `look_again`."""
 
-    def __init__(
-        self,
-        deployment: Deployment,
-        lives: Lives,
-        fleet: Fleet,
-        prefill: PrefillScheduler,
-        admission: DecodeAdmission,
-        output_estimate: OutputEstimate,
-        prefixes: PrefixIndex | None,
-    ) -> None:
-        self._deployment = deployment
-        self._lives = lives
-        self._fleet = fleet
-        self._prefill = prefill
-        self._admission = admission
-        self._output_estimate = output_estimate
-        self._prefixes = prefixes
-        self._standings: dict[int, _Standing] = {}  # replica |->, until something changes there
-        self._works: dict[int, dict[int, Work]] = {}  # attempt |-> tokens that are cached |->, as long
-        self._block_s: float | None = None  # in which decode frees a block, until something changes
-        self._tokens_per_s = 0.0  # of prompts, for each of those that are there for them
-        self.up_ones: list[Replica] = []
-        self.now = 0.0
-        self.has_targets = False  # whether a request ever came with an ITL target of its own
+    _deployment: Deployment
+    _lives: Lives
+    _fleet: Fleet
+    _prefill: PrefillScheduler
+    _admission: DecodeAdmission
+    _output_estimate: OutputEstimate
+    _prefixes: PrefixIndex
+    _standings: dict[int, _Standing] = field(default_factory=dict)  # replica |->, until something changes there
+    _works: dict[int, dict[int, Work]] = field(default_factory=dict)  # attempt |-> tokens that are cached |->, as long
+    _block_s: float | None = None  # in which decode frees a block, until something changes
+    _tokens_per_s: float = 0.0  # of prompts, for each of those that are there for them
+    up_ones: list[Replica] = field(default_factory=list)
+    now: float = 0.0
+    has_targets: bool = False  # whether a request ever came with an ITL target of its own
 
     def look_again(self, now: float) -> None:
         """Time has passed, and things have happened. What has to do with a replica was told by `forget`."""
@@ -134,9 +125,7 @@ class Predictions:
         return min(1.0, self._tokens_per_s * step_s / full_len)
 
     def work(self, replica: Replica, life: Life) -> Work:
-        start = 0
-        if self._prefixes is not None:
-            start = self._prefixes.num_cached_tokens(replica.id, life.hashes, life.attempt.prefill_len)
+        start = self._prefixes.num_cached_tokens(replica.id, life.hashes, life.attempt.prefill_len)
         return self.work_from(life, start)
 
     def work_from(self, life: Life, start: int) -> Work:
@@ -249,6 +238,4 @@ class Predictions:
 
     def num_cached_tokens(self, replica_id: int, request: Request) -> int:
         life = self._lives.of_attempt(request.request_id)
-        if self._prefixes is None or life is None:
-            return 0
-        return self._prefixes.num_cached_tokens(replica_id, life.hashes, request.prefill_len)
+        return 0 if life is None else self._prefixes.num_cached_tokens(replica_id, life.hashes, request.prefill_len)

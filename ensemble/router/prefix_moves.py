@@ -9,7 +9,7 @@ that may be lost, so the router ends it too when it hears of the copy's end, or 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ensemble.protocol.router_replica import (
@@ -20,7 +20,7 @@ from ensemble.protocol.router_replica import (
     PrefixPulled,
     PullPrefix,
 )
-from ensemble.router.fleet import Fleet, Replica
+from ensemble.router.fleet import Replica
 from ensemble.router.lives import Life
 from ensemble.scheduling.decoders import Decoders
 from ensemble.scheduling.prefill import PrefillScheduler
@@ -48,50 +48,39 @@ class _Move:
     leased_s: float | None = None  # when it was; the reader has been told
 
 
+@dataclass(eq=False)
 class PrefixMoves:
-    def __init__(
-        self,
-        fleet: Fleet,
-        prefill: PrefillScheduler,
-        decoders: Decoders,
-        prefixes: PrefixIndex | None,
-        command: Callable[[Replica, Command], None],
-        new_id: Callable[[], int],
-    ) -> None:
-        self._fleet = fleet
-        self._prefill = prefill
-        self._decoders = decoders
-        self._prefixes = prefixes
-        self._command = command
-        self._new_id = new_id
-        self._moves: dict[int, _Move] = {}  # lease id |->
-        self._lease_of: dict[int, int] = {}  # attempt that is held |-> lease id
-        self.results: Counter[FetchResult] = Counter()
+    _prefill: PrefillScheduler
+    _decoders: Decoders
+    _prefixes: PrefixIndex
+    _command: Callable[[Replica, Command], None]
+    _new_id: Callable[[], int]
+    _moves: dict[int, _Move] = field(default_factory=dict)  # lease id |->
+    _lease_of: dict[int, int] = field(default_factory=dict)  # attempt that is held |-> lease id
+    results: Counter[FetchResult] = field(default_factory=Counter)
 
     # ---- before
 
     def may_offer(self, life: Life) -> bool:
         """Whether any replica has the beginning of the prompt."""
-        prefixes = self._prefixes
-        return prefixes is not None and bool(life.hashes) and not life.is_alone and prefixes.is_anywhere(life.hashes[0])
+        return bool(life.hashes) and not life.is_alone and self._prefixes.is_anywhere(life.hashes[0])
 
     def offer(self, reader: Replica, up_ones: Sequence[Replica], cached: Mapping[int, int]) -> Offer | None:
         """The longest prefix of a prompt that another replica has, at least a block more than the reader.
 
         `cached`: replica |-> tokens of the prompt. To be asked only where one `may_offer`.
         """
-        prefixes = self._prefixes
-        assert prefixes is not None, "nothing may be offered without"
+        block_size = self._prefixes.block_size
         num_cached_tokens, best = cached[reader.id], None
         for source in up_ones:
-            num_tokens = cached[source.id] - cached[source.id] % prefixes.block_size
-            if num_tokens < num_cached_tokens + prefixes.block_size or source.id == reader.id:
+            num_tokens = cached[source.id] - cached[source.id] % block_size
+            if num_tokens < num_cached_tokens + block_size or source.id == reader.id:
                 continue
             if best is not None and num_tokens <= best.num_tokens:
                 continue
             if (source.id, reader.id) in self._decoders.unreachable or source.state == "leaving":
                 continue
-            if source.credits.fits(num_tokens // prefixes.block_size):
+            if source.credits.fits(num_tokens // block_size):
                 best = Offer(source, num_tokens, self._seconds(source, reader, num_tokens - num_cached_tokens, up_ones))
         return best
 
@@ -106,7 +95,6 @@ class PrefixMoves:
 
     def begin(self, life: Life, reader: Replica, offer: Offer, now: float) -> None:
         """The prompt is being started at the reader, which is not told before this is settled."""
-        assert self._prefixes is not None, "there is no offer without"
         num_blocks = offer.num_tokens // self._prefixes.block_size
         move = _Move(life.attempt_id, offer.source, reader, life.hashes[:num_blocks], now)
         lease_id = self._new_id()

@@ -36,7 +36,6 @@ from ensemble.router.fleet import Fleet
 from ensemble.router.fleet_changes import FleetChanges
 from ensemble.router.gauges import Gauges, Totals, gauges
 from ensemble.router.lives import Client, Life, Lives
-from ensemble.scheduling.deadlines import Deadlines
 
 MAX_MISSING_S = 30.0  # requests wait so long for a fleet that cannot serve them
 BY_CLIENT = "the client cancelled the request"
@@ -53,31 +52,15 @@ class Router:
         now: float,
         observe: Observe = lambda name, values, labels: None,
     ) -> None:
-        self._deadlines = Deadlines()
         self._totals: Totals = Counter()
         self.lives = Lives()
         self.fleet = Fleet(deployment.replicas(), is_auto=deployment.scheduler.roles == "auto")
-        self.dispatch = Dispatch(
-            deployment, self.lives, self.fleet, send, lambda life, error: self.attempts.fail(life, error), new_id
-        )
-        self.attempts = Attempts(
-            deployment, self.lives, self.fleet, self.dispatch, self._deadlines, self._totals, new_id
-        )
-        self.changes = FleetChanges(
-            deployment, self.lives, self.fleet, self.dispatch, self.attempts, send, self._totals, now
-        )
-        self._events = Events(
-            deployment,
-            self.lives,
-            self.fleet,
-            self.dispatch,
-            self.attempts,
-            self.changes,
-            self._deadlines,
-            self._totals,
-            observe,
-        )
-        self.balance = Balance(deployment, self.lives, self.fleet, self.dispatch)
+        common = deployment, self.lives, self.fleet
+        self.dispatch = Dispatch(*common, send, lambda life, error: self.attempts.fail(life, error), new_id)
+        self.attempts = Attempts(*common, self.dispatch, self._totals, new_id)
+        self.changes = FleetChanges(*common, self.dispatch, self.attempts, send, self._totals, now)
+        self._events = Events(*common, self.dispatch, self.attempts, self.changes, self._totals, observe)
+        self.balance = Balance(*common, self.dispatch)
         self._missing_since: float | None = now  # since when nobody could be served; None: somebody can
         self._gave_up = False  # waiting for that to end
         self._is_closed = False
@@ -99,8 +82,6 @@ class Router:
             client.fail(error)
             return
         self.lives.add(life)
-        if client.deadline is not None:
-            self._deadlines.add(life.request_id, client.deadline)
 
     def cancel(self, request_id: int) -> None:
         """Ends a request wherever it is; its client gets CANCELLED."""
@@ -131,15 +112,14 @@ class Router:
     @property
     def next_deadline(self) -> float | None:
         """When `tick` has something to do at the latest, though nothing comes."""
-        times = [each for each in (self._deadlines.next, self.changes.next_deadline) if each is not None]
+        times = [each for each in (self.lives.next_deadline, self.changes.next_deadline) if each is not None]
         times += [] if self._missing_since is None or self._gave_up else [self._missing_since + MAX_MISSING_S]
         return min(times, default=None)
 
     def tick(self, now: float) -> None:
         """What is due: deadlines, drains, and everything that can start."""
-        for request_id in self._deadlines.take_expired(now):
-            life = self.lives.get(request_id)
-            if life is not None and not life.client.is_answered:
+        for life in self.lives.take_expired(now):
+            if not life.client.is_answered:
                 self._totals["distserve:deadline_exceeded_total", ()] += 1
                 self.attempts.fail(life, DeadlineExceeded("deadline exceeded: the request's timeout_ms has passed"))
         self._watch_missing(now)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ensemble.config import Deployment
@@ -29,30 +30,23 @@ class _Choice(NamedTuple):
     offer: Offer | None  # a prefix that is to be fetched first
 
 
+@dataclass(eq=False)
 class Ways:
-    def __init__(
-        self,
-        deployment: Deployment,
-        lives: Lives,
-        fleet: Fleet,
-        prefill: PrefillScheduler,
-        admission: DecodeAdmission,
-        predictions: Predictions,
-        prefix_moves: PrefixMoves,
-    ) -> None:
-        self._deployment = deployment
-        self._lives = lives
-        self._fleet = fleet
-        self._prefill = prefill
-        self._admission = admission
-        self._predictions = predictions
-        self._prefix_moves = prefix_moves
-        self._is_auto = deployment.scheduler.roles == "auto"
-        self._may_miss = deployment.scheduler.on_missed_target != "refuse"
-        self._beside = Limits(deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
-        self._chosen: tuple[int, _Choice | None] | None = None  # for the attempt asked of last, as long as it holds
-        self._refused: list[tuple[Life, TargetOutOfReach]] = []
-        self._alone: set[int] = set()  # attempt ids
+    _deployment: Deployment
+    _lives: Lives
+    _fleet: Fleet
+    _prefill: PrefillScheduler
+    _admission: DecodeAdmission
+    _predictions: Predictions
+    _prefix_moves: PrefixMoves
+    _chosen: tuple[int, _Choice | None] | None = None  # for the attempt asked of last, as long as it holds
+    _refused: list[tuple[Life, TargetOutOfReach]] = field(default_factory=list)
+    _alone: set[int] = field(default_factory=set)  # attempt ids
+
+    def __post_init__(self) -> None:
+        self._is_auto = self._deployment.scheduler.roles == "auto"
+        self._may_miss = self._deployment.scheduler.on_missed_target != "refuse"
+        self._beside = Limits(self._deployment.num_prompt_tokens_beside, MAX_BATCHES_BESIDE, stays=True)
 
     def look_again(self) -> None:
         """What was chosen holds no more: time has passed, or something has started."""
