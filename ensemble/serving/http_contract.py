@@ -4,16 +4,18 @@ The Triton server's HTTP front knows no wrong type (it says 500, and not where),
 lower half, and turns every error inside an ensemble into a 400.
 """
 
+import contextlib
 import json
 import math
 import re
 import zlib
 from typing import Any
 
+import httptools
 import msgspec
 
 from ensemble.serving.fields import INTERNAL, KINDS, Kind, fits, flat, unknown
-from ensemble.serving.http_messages import Refused, TooLarge, response, unchunk
+from ensemble.serving.http_messages import FRAMING, Refused, TooLarge, response
 
 MAX_KEPT_BYTES = 1 << 20  # of a body that is kept until it is answered
 MAX_ANSWER_BYTES = 64 << 10  # of one with an error
@@ -206,51 +208,60 @@ def _shown(value: Any) -> str:
 
 
 class AnswerInspector:
-    """Follows the answer to one `generate`, and puts its status right if it is an error."""
+    """Follows the answer to one `generate`, by a parser, which calls what begins with `on_`.
 
-    def __init__(self, request_body: bytes | None) -> None:
+    An error is held until it is whole, and put right. Clients of HTTP/1.0, who know no chunks, get what is in them.
+    """
+
+    def __init__(self, request_body: bytes | None, to_http_1_0: bool) -> None:
+        self._parser = httptools.HttpResponseParser(self)
         self._request_body = request_body
-        self._held = b""
-        self.is_done = False
+        self._is_to_http_1_0 = to_http_1_0
+        self._is_held = True  # its head has not come, or is an error's
+        self._has_ended = False
+        self._status = 0
+        self._headers: list[bytes] = []  # but for those of the framing
+        self._head = self._body = b""  # what was not passed on, without chunks
+        self.held = b""  # the same, as it came
+        self.ends_by_closing = False  # the client has nothing else to tell the end by
+        self.is_done = False  # what else comes passes as it is
 
     def push(self, data: bytes) -> bytes:
         """What to pass on now."""
-        self._held += data
-        if len(self._held) < 12 and b"HTTP/1.1 "[: len(self._held)] == self._held[:9]:
-            return b""  # the status is still to come
-        if self._held[9:10] == b"1":  # an interim answer
-            end = self._held.find(b"\r\n\r\n") + 4
-            passed, self._held = (self._held[:end], self._held[end:]) if end >= 4 else (b"", self._held)
-            return passed + (self.push(b"") if self._held and passed else b"")
-        if self._held[9:10] in b"45":
-            whole = _whole_answer(self._held)
-            if whole is None and len(self._held) <= MAX_ANSWER_BYTES:
-                return b""
-            if whole is not None:
-                self.is_done = True
-                return amended(*whole, self._request_body)
-        self.is_done = True
-        return self._held
+        self.held += data
+        with contextlib.suppress(httptools.HttpParserError):  # then it ends when the server closes
+            self._parser.feed_data(data)
+        if self._is_held and self._has_ended:
+            self.ends_by_closing = False
+            passed = amended(self._status, self._headers, self._body, self._request_body)
+        elif self._is_held and len(self.held) <= MAX_ANSWER_BYTES:
+            return b""
+        else:
+            self._is_held = False
+            passed = self._head + self._body if self.ends_by_closing else self.held
+            self.held = self._head = self._body = b""
+        self.is_done = self._has_ended or not self.ends_by_closing
+        if self.is_done:
+            del self._parser  # which refers to this
+        return passed
 
-    def rest(self) -> bytes:
-        """What is held when the server closes."""
-        return self._held if not self.is_done else b""
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"transfer-encoding":
+            self.ends_by_closing = self._is_to_http_1_0
+        if name.lower() not in FRAMING:
+            self._headers.append(b"%b: %b" % (name, value))
 
+    def on_headers_complete(self) -> None:
+        self._status = self._parser.get_status_code()
+        self._is_held = not 200 <= self._status < 400  # an interim answer goes with what follows
+        kept = [line for line in self._headers if not line.lower().startswith(b"connection:")]
+        self._head = b"\r\n".join([self.held.partition(b"\r\n")[0], *kept, b"Connection: close", b"", b""])
 
-def _whole_answer(data: bytes) -> tuple[int, list[bytes], bytes] | None:
-    """Status, header lines and decoded body; None until all has come."""
-    head, empty, body = data.partition(b"\r\n\r\n")
-    if not empty:
-        return None
-    status_line, *lines = head.split(b"\r\n")
-    headers = {line.partition(b":")[0].strip().lower(): line.partition(b":")[2].strip() for line in lines}
-    kept = [line for line in lines if line.partition(b":")[0].lower() not in (b"content-length", b"transfer-encoding")]
-    status = int(status_line[9:12])
-    if headers.get(b"transfer-encoding", b"").lower() != b"chunked":
-        length = int(headers.get(b"content-length", b"0"))
-        return (status, kept, body[:length]) if len(body) >= length else None
-    decoded, _, has_ended = unchunk(body)
-    return (status, kept, decoded) if has_ended else None
+    def on_body(self, data: bytes) -> None:
+        self._body += data
+
+    def on_message_complete(self) -> None:
+        self._has_ended = self._status >= 200
 
 
 def amended(status: int, headers: list[bytes], body: bytes, request_body: bytes | None) -> bytes:

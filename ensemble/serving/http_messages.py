@@ -161,53 +161,6 @@ async def read_chunked(reader: asyncio.StreamReader, limit: int) -> AsyncIterato
         pass
 
 
-def unchunk(data: bytes) -> tuple[bytes, bytes, bool]:
-    """What the whole chunks in `data` hold, what comes after them, and whether the last of all is among them."""
-    decoded, has_ended = [], False
-    while not has_ended:
-        size, line_end, rest = data.partition(b"\r\n")
-        if not line_end:
-            break
-        num_bytes = int(size.partition(b";")[0], 16)
-        if len(rest) < num_bytes + 2:
-            break
-        decoded.append(rest[:num_bytes])
-        data, has_ended = rest[num_bytes + 2 :], num_bytes == 0
-    return b"".join(decoded), data, has_ended
-
-
-class UnchunkedAnswer:
-    """An answer as clients of HTTP/1.0 read it, who know no chunks: what comes until the connection is closed."""
-
-    def __init__(self) -> None:
-        self._held = b""
-        self._is_chunked: bool | None = None  # None: the head is still to come
-        self.has_ended = False
-
-    def push(self, data: bytes) -> bytes:
-        """What to pass on now."""
-        self._held += data
-        head = self._take_head() if self._is_chunked is None else b""
-        if not self._is_chunked:
-            passed = b"" if self._is_chunked is None else self._held
-            self._held = self._held[len(passed) :]
-            return head + passed
-        decoded, self._held, self.has_ended = unchunk(self._held)
-        return head + decoded
-
-    def _take_head(self) -> bytes:
-        head, empty, rest = self._held.partition(b"\r\n\r\n")
-        if not empty:
-            return b""
-        lines = [(line.partition(b":")[0].strip().lower(), line) for line in head.split(b"\r\n")]
-        self._is_chunked = any(name == b"transfer-encoding" for name, _ in lines)
-        self._held = rest
-        if not self._is_chunked:
-            return head + empty
-        kept = [line for name, line in lines if name not in (b"transfer-encoding", b"connection")]
-        return b"\r\n".join([*kept, b"Connection: close"]) + empty
-
-
 def with_first_member(body: bytes, member: bytes) -> bytes:
     """The body with `member` (a JSON object's) first in its object; as it is where there is none with members."""
     start = JSON_OBJECT_START.match(body)

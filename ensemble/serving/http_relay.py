@@ -33,6 +33,7 @@ from ensemble.serving.heartbeat import read_heartbeats
 from ensemble.serving.http_contract import (
     LONG_NUMBER,
     MAX_KEPT_BYTES,
+    AnswerInspector,
     as_plain_request,
     asks_to_stream,
     decode,
@@ -236,8 +237,7 @@ class HttpRelay:
         if TRACE_PARENT.encode() in headers:
             members[TRACE_PARENT] = headers[TRACE_PARENT.encode()].decode("latin-1")
         tagged = with_first_member(body, json.dumps(members)[1:-1].encode())
-        upstream.inspect(None if is_large else body, in_chunks=not is_of_http_1_0(head))
-        upstream.expect_answer()
+        upstream.expect_answer(AnswerInspector(None if is_large else body, is_of_http_1_0(head)))
         await upstream.write(with_sized_body(head, len(tagged)) + tagged)
         return tag
 

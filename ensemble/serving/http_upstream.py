@@ -7,7 +7,7 @@ import httptools
 
 from ensemble.serving.http_contract import AnswerInspector
 from ensemble.serving.http_downstream import ClientReader
-from ensemble.serving.http_messages import CHUNK_BYTES, NotServing, UnchunkedAnswer, refusal
+from ensemble.serving.http_messages import CHUNK_BYTES, NotServing, refusal
 
 NO_ANSWER = NotServing("the Triton server does not answer")
 
@@ -21,8 +21,7 @@ class Upstream(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._can_write = asyncio.Event()
         self._resuming: asyncio.Task[None] | None = None
-        self._inspector: AnswerInspector | None = None  # of a `generate` that is not answered
-        self._unchunked: UnchunkedAnswer | None = None  # of a `generate` of HTTP/1.0
+        self._inspector: AnswerInspector | None = None  # of a `generate`, as long as its answer may have to be changed
         self._parser: httptools.HttpResponseParser | None = None  # of an answer that has not ended
         self._is_settled = asyncio.Event()  # the answer has ended, or either side has closed
         reader.on_closed = self._is_settled.set
@@ -34,9 +33,10 @@ class Upstream(asyncio.Protocol):
         """Answers the client in the Triton server's place."""
         self._client.write(data)
 
-    def expect_answer(self) -> None:
-        """The request that is being written is to be answered."""
+    def expect_answer(self, inspector: AnswerInspector | None = None) -> None:
+        """The request that is being written is to be answered; that to a `generate` has an inspector."""
         self.is_unanswered = True
+        self._inspector = inspector
         self._parser = httptools.HttpResponseParser(self)
         if not self._reader.has_closed:
             self._is_settled.clear()
@@ -59,11 +59,6 @@ class Upstream(asyncio.Protocol):
             self._parser = None
             self._is_settled.set()
 
-    def inspect(self, request_body: bytes | None, in_chunks: bool) -> None:
-        """The request that is being written is a `generate`, whose client reads chunks or does not."""
-        self._inspector = AnswerInspector(request_body)
-        self._unchunked = None if in_chunks else UnchunkedAnswer()
-
     async def connect(self, port: int) -> None:
         """Raises NotServing."""
         if self._transport is None:
@@ -78,9 +73,8 @@ class Upstream(asyncio.Protocol):
         self._can_write.set()
 
     def connection_lost(self, error: Exception | None) -> None:
-        held = b"" if self._inspector is None else self._inspector.rest()
-        if held and not self._client.is_closing():
-            self._client.write(held)
+        if self._inspector is not None and not self._client.is_closing():
+            self._client.write(self._inspector.held)
         if self.is_unanswered and not self._client.is_closing():  # the server has ended
             self._client.write(refusal(NO_ANSWER))
         self.has_closed = True
@@ -102,15 +96,12 @@ class Upstream(asyncio.Protocol):
                 self._parser.feed_data(data)
             except httptools.HttpParserError:
                 pass  # then it ends when the server closes
-        if self._inspector is not None:
-            data = self._inspector.push(data)
-            if self._inspector.is_done:
-                self._inspector = None
-        if self._unchunked is not None:
-            data = self._unchunked.push(data)
-        self._client.write(data)
-        if self._unchunked is not None and self._unchunked.has_ended:
-            self._client.close()
+        inspector = self._inspector
+        self._client.write(data if inspector is None else inspector.push(data))
+        if inspector is not None and inspector.is_done:
+            self._inspector = None
+            if inspector.ends_by_closing:
+                self._client.close()
         if self._resuming is None and self._client.transport.get_write_buffer_size() > CHUNK_BYTES:
             self._resuming = asyncio.ensure_future(self._resume())
 

@@ -36,7 +36,7 @@ from ensemble.errors import (
 from ensemble.serving import http_downstream
 from ensemble.serving.heartbeat import beats_folder
 from ensemble.serving.http_contract import MAX_KEPT_BYTES, AnswerInspector, as_plain_request
-from ensemble.serving.http_messages import UnchunkedAnswer, with_first_member
+from ensemble.serving.http_messages import with_first_member
 from ensemble.serving.http_relay import MAX_LARGE_BODIES, HttpRelay, Limits
 from ensemble.serving.marks import CLIENT_TAG
 from ensemble.serving.run_dir import cancel_address
@@ -275,11 +275,11 @@ def answered(status: bytes, message: str, pieces: list[int], request: bytes | No
     body = json.dumps({"error": message}).encode()
     framed = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     data = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\n%b" % (status, framed)
-    inspector = AnswerInspector(request)
-    got = b"".join(inspector.push(piece) for piece in cut(data, pieces))
-    assert inspector.is_done
-    head, _, answer = got.partition(b"\r\n\r\n")
-    return head, answer
+    answer = AnswerInspector(request, to_http_1_0=False)
+    got = b"".join(answer.push(piece) for piece in cut(data, pieces))
+    assert answer.is_done
+    head, _, got_body = got.partition(b"\r\n\r\n")
+    return head, got_body
 
 
 @given(st.lists(st.integers(0, 300), max_size=6))
@@ -329,8 +329,9 @@ def test_a_wrong_type_is_a_400_that_names_the_field(request_body: bytes, message
 @given(st.binary(max_size=200), st.lists(st.integers(0, 300), max_size=6))
 def test_answers_without_an_error_pass_as_they_are(body: bytes, pieces: list[int]) -> None:
     data = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-    inspector = AnswerInspector(None)
-    assert b"".join(piece if inspector.is_done else inspector.push(piece) for piece in cut(data, pieces)) == data
+    answer = AnswerInspector(None, to_http_1_0=False)
+    assert b"".join(piece if answer.is_done else answer.push(piece) for piece in cut(data, pieces)) == data
+    assert answer.is_done
 
 
 def test_bodies_of_any_size_and_in_chunks(relay: Relay) -> None:
@@ -593,12 +594,16 @@ def test_other_versions_of_http_are_told(relay: Relay, start: str) -> None:
 def test_chunks_are_joined_for_clients_of_http_1_0_however_they_arrive(parts: list[bytes], at: list[int]) -> None:
     head = b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\nX: 1\r\nConnection: keep-alive"
     framed = b"".join(b"%X\r\n%b\r\n" % (len(part), part) for part in parts)
-    answer = UnchunkedAnswer()
+    answer = AnswerInspector(None, to_http_1_0=True)
     got = b"".join(answer.push(piece) for piece in cut(head + b"\r\n\r\n" + framed + b"0\r\n\r\n", at))
-    assert answer.has_ended
+    assert answer.is_done and answer.ends_by_closing
     assert got == b"HTTP/1.0 200 OK\r\nX: 1\r\nConnection: close\r\n\r\n" + b"".join(parts)
-    sized, answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\n0\r\n", UnchunkedAnswer()
-    assert b"".join(answer.push(piece) for piece in cut(sized, at)) == sized
+    sized = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\n0\r\n"
+    error = b"HTTP/1.0 400 Bad Request\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n0\r\n\r\n0\r\n\r\n"
+    for whole in (sized, error):
+        answer = AnswerInspector(None, to_http_1_0=True)
+        assert b"".join(answer.push(piece) for piece in cut(whole, at)) == sized
+        assert answer.is_done and not answer.ends_by_closing
 
 
 @pytest.mark.parametrize(
