@@ -1,10 +1,11 @@
-"""Kills, and stops, every stub of a served model under load, on the CPU.
+"""Kills, stops and pauses every stub of a served model under load, on the CPU.
 
     python -m tools.proofs.stub_deaths --output docs/results/stub-deaths.json
 
-Clients of both fronts send long requests, one after the other. For each stub the tool sends SIGKILL, or SIGSTOP, and
-measures until the last request that was under way has ended, and until one that was sent afterwards has been served.
-Both times are from the signal on. 3 minutes.
+Clients of `scheduler` over gRPC and of `ensemble` over HTTP send long requests, one after the other. For each stub the
+tool sends SIGKILL, or SIGSTOP, and measures until the last request that was under way has ended, and until one that was
+sent afterwards has been served. Both times are from the signal on. On a third server each stub, and then the Triton
+server with all that it has started, stands still for STALL_S and goes on, which is to harm no request. 4 minutes.
 """
 
 import os
@@ -19,11 +20,12 @@ from types import TracebackType
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import typer
 
 from tools.benchmarks.results import at_most, exactly, report
 from tools.proofs.gpu_smoke import write_model_dir
-from tools.proofs.grpc_request import Answer, Inputs, ask
+from tools.proofs.grpc_request import Answer, Inputs, ModelName, ask
 from tools.proofs.http_request import ask_http
 from tools.proofs.serve_process import ServeProcess, wait_until
 from tools.server.tiny_server import TINY_MODEL
@@ -32,6 +34,7 @@ STUBS = ("scheduler", "prefill", "decode", "preprocess", "answer")
 KNOWN_GOAL_S, SERVED_GOAL_S = 3.0, 20.0
 REQUEST_TIMEOUT_S = 60.0
 MAX_TOKENS = 400
+STALL_S = 1.5  # longer than the Triton server by itself waits for a stub; shorter than the watch's two seconds
 PAUSE_S = 0.1  # of a client that was refused
 
 
@@ -44,13 +47,13 @@ class Outcome:
 
 
 class Load:
-    """Two clients of each front, from entry to exit."""
+    """Two clients of each model, from entry to exit."""
 
     def __init__(self, server: ServeProcess) -> None:
         self.outcomes: list[Outcome] = []  # appended by the clients' threads
         self._under_way: dict[int, float] = {}
         self._stop = threading.Event()
-        fronts = 2 * [(ask, server.grpc_url), (ask_http, server.http_url)]
+        fronts = 2 * [(ask, server.grpc_url, "scheduler"), (ask_http, server.http_url, "ensemble")]
         self._threads = [threading.Thread(target=self._run, args=(i, *front)) for i, front in enumerate(fronts)]
 
     def __enter__(self) -> "Load":
@@ -71,9 +74,12 @@ class Load:
     def served_after(self, moment: float) -> list[Outcome]:
         return [each for each in self.outcomes.copy() if each.error is None and each.sent_at > moment]
 
-    def _run(self, index: int, send: Callable[[str, Inputs, float], Answer], url: str) -> None:
+    def _run(
+        self, index: int, send: Callable[[str, Inputs, float, ModelName], Answer], url: str, model: ModelName
+    ) -> None:
+        ids, text = np.array([5, 6, 7 + index], np.int32), np.array([f"Once upon {index}"], np.object_)
         inputs: Inputs = {
-            "input_ids": np.array([5, 6, 7 + index], np.int32),
+            **({"text_input": text} if model == "ensemble" else {"input_ids": ids}),
             "max_tokens": np.array([MAX_TOKENS], np.int32),
             "temperature": np.zeros(1, np.float32),
             "ignore_eos": np.ones(1, bool),
@@ -81,7 +87,7 @@ class Load:
         }
         while not self._stop.is_set():
             self._under_way[index] = sent_at = time.monotonic()
-            answer = send(url, inputs, REQUEST_TIMEOUT_S)
+            answer = send(url, inputs, REQUEST_TIMEOUT_S, model)
             del self._under_way[index]
             self.outcomes.append(Outcome(sent_at, answer.ended_at, answer.has_ended, answer.error))
             if answer.error is not None:
@@ -105,6 +111,21 @@ def harm(server: ServeProcess, load: Load, stub: str, number: signal.Signals) ->
     ]
 
 
+def stall(server: ServeProcess, load: Load, name: str, pids: list[int]) -> dict[str, Any]:
+    """These processes stand still for a moment; the row of what came of it."""
+    wait_until(load.is_full, REQUEST_TIMEOUT_S)
+    num_before = len(load.outcomes)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(STALL_S)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    went_on_at = time.monotonic()
+    wait_until(lambda: bool(load.served_after(went_on_at)), REQUEST_TIMEOUT_S)
+    num_failed = sum(each.error is not None for each in load.outcomes[num_before:])
+    return exactly(f"{name} stood still for {STALL_S} s: requests that failed", num_failed, "requests", 0)
+
+
 def main(output: Annotated[Path | None, typer.Option(help="JSON file for the summary")] = None) -> None:
     """Exit status 1 if a goal was missed."""
     rows: list[dict[str, Any]] = []
@@ -124,6 +145,20 @@ def main(output: Annotated[Path | None, typer.Option(help="JSON file for the sum
                 hung += sum(not each.has_ended for each in load.outcomes)
             finally:
                 server.close()
+        folder = Path(name) / "stalls"
+        folder.mkdir()
+        server = ServeProcess(model, folder, *flags)
+        try:
+            with Load(server) as load:
+                pids = {stub: server.stub(stub) for stub in STUBS}
+                triton_server = psutil.Process(psutil.Process(pids["scheduler"]).ppid())
+                family = [triton_server.pid, *(child.pid for child in triton_server.children(recursive=True))]
+                for who, stalled in [*((stub, [pid]) for stub, pid in pids.items()), ("all of it", family)]:
+                    rows.append(stall(server, load, who, stalled))
+            hung += sum(not each.has_ended for each in load.outcomes)
+            rows.append(exactly("restarts for that", server.said().count("starting it again"), "restarts", 0))
+        finally:
+            server.close()
         rows.append(exactly("requests that hung", hung, "requests", 0))
     report(rows, output)
 
