@@ -26,13 +26,28 @@ settle_interpreter()
 print(min(seconds() for _ in range(3)) / before)
 """
 
-INTERVAL = """
-import sys
+HELD_UP = """
+import threading, time
 from ensemble.interpreter import settle_interpreter
 
-before = sys.getswitchinterval()
+is_over = threading.Event()
+
+def compute():
+    while not is_over.is_set():
+        sum(range(100))
+
+def seconds():  # of 300 sends, each of which lets go of the interpreter
+    start = time.perf_counter()
+    for _ in range(300):
+        time.sleep(1e-3)  # 0 lets nobody else in where timer slack is the least, which tests of copies leave behind
+    return time.perf_counter() - start
+
+thread = threading.Thread(target=compute)
+thread.start()
+before = seconds()
 settle_interpreter()
-print(sys.getswitchinterval() / before)
+print(seconds() / before)
+is_over.set()
 """
 
 
@@ -46,9 +61,8 @@ def test_what_is_kept_is_not_looked_at_again() -> None:
     assert ratio(MEASURE) < 0.2
 
 
-def test_who_computes_is_asked_to_let_others_go_on_sooner() -> None:
-    """By its interval: what times say depends on who else wants the cores."""
-    assert ratio(INTERVAL) <= 0.1
+def test_who_lets_go_of_the_interpreter_gets_it_back_soon() -> None:
+    assert ratio(HELD_UP) < 0.4
 
 
 @pytest.fixture
