@@ -79,6 +79,9 @@ class Ways:
         """Whether it may decode what it has computed, though its role is to hand off."""
         return self._is_auto and replica.takes_prompts and replica.role == "prefill"
 
+    def _decodes_too(self, replica: Replica) -> bool:
+        return self.is_spare(replica) and self._admission.decoders.num_seqs(replica.id) > 0
+
     def prompt_limits(self, replica: Replica) -> Limits | None:
         decode = self._deployment.decode
         if replica.takes_prompts and replica.role == "prefill":
@@ -159,6 +162,8 @@ class Ways:
                 continue
             may_stay = (limits.stays or self.is_spare(replica)) and self._admission.may_start_at(replica.id, request)
             may_leave = replica.role != "decode" and may_promise and replica.credits.fits(num_blocks)
+            if may_leave and self._decodes_too(replica):  # what waited there for others would hold the blocks it needs
+                may_leave = not self._admission.num_lacking_blocks(request, without_spare=True)
             if not (may_stay or may_leave):
                 continue
             work = self._predictions.work(replica, life)

@@ -5,7 +5,7 @@
 
 Where gaps between tokens have a target, prompts are kept apart from running sequences as long as that is fast enough:
 steps with a chunk come so near to the target that one in fifty misses it, a prompt takes some ten of them, and every
-sequence beside it waits for each.
+sequence beside it waits for each; unless so many decode in one place that their steps alone come near to it.
 
 What a way costs is the time to the first token, what the running sequences beside the prompt are delayed by, the
 expected output's time at the speed of the replica that decodes it, and what prompts lose meanwhile where that is a
@@ -24,6 +24,10 @@ NUM_MEAN_STEPS = 32  # over which a target of the mean is kept: shorter answers 
 LEAST_STRETCH = 1.1  # of a step by the chunk in it, where it misses its target without any
 FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading the weights hides it
 LIGHT_LOAD = 0.75  # of those who compute prompts: below it a prompt that is late holds up few others
+HEADROOM = 0.6  # of an ITL target: with shorter steps who decodes need not be spared by those who compute prompts
+MUCH_SLOWER = 1.25  # of the steps of one replica beside another's
+MAX_MEAN_LEN = 512  # tokens, where a target of the mean would allow more: twice what hides reading the weights on an
+# H100; in longer chunks the same prompts carry running sequences along fewer times
 NUM_HALVES = 5  # lengths of chunks that are looked at: the longest, half of it, and so on
 
 
@@ -53,6 +57,7 @@ class Site:
     rows: StepShape = NO_STEP  # its running sequences, as many as are in a step
     target_s: float | None = None  # the smallest ITL target among them
     prompt_load: float = 0.0  # share of its time that prompts take, as they came lately
+    prompt_tokens_per_s: float = 0.0  # computed beside its sequences, as prompts came lately
     full_len: int = 0  # prompt tokens of its steps without sequences, where it is there for prompts
     num_places: int = 1  # of a pipeline: so many steps are in flight, and a sequence is in one of them
 
@@ -80,14 +85,16 @@ class Site:
         return self.token_s(num_promised + 1, work.context_len)
 
     def token_s(self, num_more: float = 0.0, context_len: int = 0) -> float:
-        """Seconds between two tokens of each sequence, if so many come, or go: with chunks of prompts where there are
-        some."""
+        """Seconds between two tokens of each sequence, on average, if so many come, or go: beside the prompts that are
+        computed meanwhile. Those that are there are soon done: what counts is how many come."""
         num_more /= self.num_places
         num_rows = max(1, round(self.rows.num_rows + num_more))
         rows = StepShape(0, 0, num_rows, max(0, round(self.rows.num_row_keys + num_more * context_len)))
-        step_s, share = self.steps.seconds(rows), 1.0 if self.num_backlog_tokens else self.prompt_load
-        if share:
-            step_s += share * (self.steps.seconds(rows.with_chunk(self.mean_start, self.beside_len)) - step_s)
+        step_s = self.steps.seconds(rows)
+        if self.prompt_tokens_per_s:
+            chunk_s = self.steps.seconds(rows.with_chunk(self.mean_start, self.beside_len))
+            prompts_share = self.prompt_tokens_per_s * (chunk_s - step_s) / self.beside_len  # of the time
+            step_s = min(chunk_s, step_s / (1 - prompts_share)) if prompts_share < 1 else chunk_s
         return self.num_places * step_s
 
     def lost(self, output_s: float) -> float:
@@ -181,16 +188,25 @@ def best(
     before its equals if it takes no longer, and before all others where those who compute prompts have little to do,
     unless it misses a target and must not: who misses one is refused. None: gaps have none. `waited_s`: so far. Who has
     waited longer than it would still take apart stands in a queue, and such a queue does not end by waiting.
+
+    Whoever decodes is to have headroom, though: where steps are long because so many decode, and are not where prompts
+    are computed, prompts are kept apart no more.
     """
+    ways = list(ways)
+    some_apart = any(way.is_apart for way in ways)
+    short_s = MUCH_SLOWER * min(way.itl_s for way in ways) if some_apart else 0.0
 
     def rank(way: Way) -> tuple[float, ...]:
         missed = num_missed(way, left_s, itl_target_s)
         if apart_within_s is None:
             return missed, way.cost_s
-        waits_little = way.is_apart and waited_s <= way.ttft_s
+        target_s = smallest([itl_target_s, way.others_target_s], None)
+        has_headroom = target_s is None or way.itl_s <= max(HEADROOM * target_s, short_s)
+        waits_little = way.is_apart and has_headroom and waited_s <= way.ttft_s
         is_light = waits_little and way.prompt_load < LIGHT_LOAD and (may_miss or not missed)
         is_soon = waits_little and way.ttft_s <= apart_within_s
-        return not is_light, missed, not is_soon, way.slows_prompts, way.cost_s
+        spares_prompts = has_headroom and not way.slows_prompts
+        return not is_light, missed, not is_soon, not spares_prompts, way.cost_s
 
     return min(ways, key=rank, default=None)
 
@@ -238,12 +254,15 @@ def chunk_beside(
     """Prompt tokens, of a prompt from `start` on, in a step with running sequences: within their smallest target so
     many that a token of a prompt costs all concerned the least. Without a target `max_len`, unless it `adapts`.
 
-    num_prompts: that wait for the replica's steps. spare_s: by which the step may exceed the target.
+    num_prompts: that wait for the replica's steps. spare_s: by which the step may exceed the target, if that is of the
+    mean.
     """
     if not rows.num_rows or (target_s is None and not adapts):
         return max_len
     bare_s = steps.seconds(rows)
     if target_s is not None:
+        if adapts and spare_s > 0:
+            max_len = min(max_len, MAX_MEAN_LEN)
         fitting_len = steps.max_chunk_len(_limit_s(bare_s, target_s, steps.overrun, spare_s), rows, start, max_len)
         return max(min(MIN_CHUNK_LEN, max_len), fitting_len)
 

@@ -79,12 +79,13 @@ def test_beside_a_mixed_replica_one_that_only_decodes_is_used_too():
     fleet.assert_empty()
 
 
-def test_in_auto_prompts_ride_on_decode_when_prefill_is_behind():
+def test_in_auto_both_sides_compute_and_decode_when_there_is_more_than_prefill_can_do():
     fleet = make_fleet(1, 1, scheduler={"roles": "auto"})
     asked = [fleet.arrive(16, max_tokens=3) for _ in range(10)]
     fleet.run()
     assert all(client.tokens == answer(request) for request, client in asked)
-    assert {client.timeline.prefill_replica for _, client in asked} == {-1, 0}
+    computed_where_it_decodes = [client for _, client in asked if client.timeline.prefill_replica == -1]
+    assert {client.timeline.decode_replica for client in computed_where_it_decodes} == {0, 1}
     fleet.assert_empty()
 
 
@@ -104,6 +105,22 @@ def test_in_auto_a_prefill_replica_decodes_what_the_others_have_no_room_for():
     assert all(client.tokens == answer(request) for request, client in asked)
     assert {client.timeline.decode_replica for _, client in asked} == {0, 1}
     assert all(client.timeline.num_recoveries == 0 for _, client in asked)
+    fleet.assert_empty()
+
+
+def test_where_a_prefill_replica_decodes_too_nothing_waits_there_with_its_kv_for_room_elsewhere():
+    fleet = make_fleet(1, 1, scheduler={"roles": "auto"}, prefill={"max_bridge_wait_s": 100.0}, decode=RESERVED)
+    asked = [fleet.arrive(9, max_tokens=12) for _ in range(8)]
+    decoders, admission = fleet.router.dispatch.decoders, fleet.router.dispatch.admission
+    num_decoding = []
+    for _ in range(100):
+        steps(fleet, 1)
+        fleet.tick()
+        num_decoding.append(decoders.num_seqs(0))
+        assert not (decoders.num_seqs(0) and decoders.num_seqs(1) == 2 and admission.num_bridge_seqs)
+    assert max(num_decoding) == 2
+    fleet.run()
+    assert all(client.tokens == answer(request) for request, client in asked)
     fleet.assert_empty()
 
 

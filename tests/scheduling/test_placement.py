@@ -1,11 +1,15 @@
 """The way that a request takes: the earliest end, at no more cost to those who run than their targets allow."""
 
+from dataclasses import replace
+from math import inf
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape, prompt_keys
 from ensemble.scheduling.placement import (
+    MAX_MEAN_LEN,
     MIN_CHUNK_LEN,
     NUM_MEAN_STEPS,
     Reader,
@@ -103,6 +107,35 @@ def test_where_gaps_have_a_target_prompts_keep_apart_as_long_as_that_is_soon_eno
     assert best([apart(0.7, 0.5), rides], 0.8, 0.02, 0.4, may_miss=False) == apart(0.7, 0.5)
 
 
+def test_prompts_are_kept_apart_no_more_where_many_decode_and_few_where_prompts_are_computed() -> None:
+    """Gaps of at most 20 ms: the prompt goes apart, or rides where most decode, or stays where prompts are computed."""
+
+    def chosen(decode_s: float, prefill_s: float, *, is_apart: bool = True) -> tuple[int, bool]:
+        apart = Way(0, False, 0.1, decode_s, 2.0, is_apart=is_apart, prompt_load=0.3)
+        rides, stays = Way(1, True, 0.2, decode_s, 1.0), Way(0, True, 0.2, prefill_s, 0.5, slows_prompts=True)
+        way = best([apart, rides, stays], 0.8, 0.02, 0.4)
+        assert way is not None
+        return way.replica, way.stays
+
+    assert chosen(0.010, 0.008) == (0, False)
+    assert chosen(0.016, 0.010) == (0, True)
+    assert chosen(0.016, 0.015) == (0, False)  # it is no faster there
+    assert chosen(0.010, 0.008, is_apart=False) == (1, True)  # some decode there; most still have headroom
+    assert chosen(0.016, 0.015, is_apart=False) == (0, True)  # and here they have not: the cheapest
+
+
+def test_tokens_come_later_by_the_share_of_the_time_that_prompts_take_however_long_their_chunks() -> None:
+    """50 rows take 11 ms. 5,000 tokens of 40 us a second take a fifth of the time."""
+
+    def token_s(tokens_per_s: float, beside_len: int = 2048, backlog: int = 0) -> float:
+        return replace(site(0, backlog, ROWS), beside_len=beside_len, prompt_tokens_per_s=tokens_per_s).token_s()
+
+    bare_s = STEPS.seconds(ROWS)
+    assert token_s(0) == token_s(0, backlog=5000) == pytest.approx(bare_s)
+    assert [token_s(5000, length) for length in (2048, 512)] == pytest.approx([bare_s / 0.8] * 2, rel=0.05)
+    assert token_s(1e6, 512) == pytest.approx(STEPS.seconds(ROWS.with_chunk(0, 512)))  # one in each step, not more
+
+
 def test_of_a_hand_off_it_is_known_whether_it_is_apart() -> None:
     def at(full_len: int, rows: StepShape = NO_STEP) -> Site:
         return Site(0, STEPS, 2048, 2048, rows=rows, prompt_load=0.5, full_len=full_len)
@@ -156,6 +189,14 @@ def test_steps_keep_a_target_of_their_mean_though_each_takes_what_the_last_ones_
         assert sum(window) / len(window) <= 1.05 * target_s  # the least that gets prompts on may miss it
     if any(prompts[2:]) and bare_s < 0.5 * target_s:
         assert longest > longest_by_gaps or max(prompts) <= longest_by_gaps
+
+
+def test_a_target_of_the_mean_makes_chunks_no_longer_than_what_hides_the_weights_twice() -> None:
+    def length(target_s: float | None, spare_s: float, *, adapts: bool = True) -> int:
+        return chunk_beside(STEPS, ROWS, 0, target_s, 2048, 1, adapts=adapts, spare_s=spare_s)
+
+    assert length(0.05, inf) == MAX_MEAN_LEN < length(0.05, 0.0)  # of gaps it allows more, and so does who says so
+    assert length(0.05, inf, adapts=False) == 2048
 
 
 def test_a_chunk_is_shorter_where_steps_take_longer_than_predicted() -> None:

@@ -11,7 +11,7 @@ import pytest
 from ensemble.config import Deployment
 from ensemble.scheduling.estimator import StepShape, TimedStep
 from ensemble.scheduling.placement import Site, Work
-from tools.benchmarks.simulate_goodput import Load, Runs, itl
+from tools.benchmarks.simulate_goodput import OPT_13B, Load, Runs, itl
 from tools.load.records import Record, Run
 from tools.load.workloads import arrivals
 from tools.simulation.against_runs import compare
@@ -240,6 +240,24 @@ def test_under_overload_auto_serves_long_prompts_about_as_fast_as_a_colocated_fl
         assert all(record.is_complete for record in records)
         ends.append(max(record.times[-1] for record in records))
     assert ends[0] < 1.12 * ends[1]
+
+
+@pytest.mark.parametrize(("rate", "targets"), [(14.0, {"tpot": 40.0}), (16.0, {"tpot": 40.0}), (10.0, {"itl": 28.0})])
+def test_auto_serves_chat_as_well_as_a_colocated_fleet_where_kv_is_what_lacks(
+    rate: float, targets: dict[str, float]
+) -> None:
+    """Both GPUs have to hold sequences: one alone has no room for them, nor are its steps short enough."""
+    steps = predicted_steps(OPT_13B, GPUS["h100"], 1, 2048, 2048)
+    h100 = Costs(steps=steps, kv_token_bytes=OPT_13B.kv_token_bytes, num_kv_tokens=57_000)
+    asks = [Ask(due, 759, 235) for due in arrivals(round(16 * rate), rate, 1.0, random.Random(0))]
+    targets = {"ttft": 250.0, **targets}
+    told = {f"{metric}_target_ms": ms for metric, ms in targets.items()}
+    colocated = {"devices": ["cpu"] * 2, "local_prefill_tokens": 512 if "tpot" in targets else 256}
+    auto, static = (
+        mean(record.meets(targets) for record in Simulation(each, h100).run(asks))
+        for each in (deployment(scheduler={"roles": "auto", **told}), deployment("colocated", decode=colocated))
+    )
+    assert auto > 0.97 * static
 
 
 def test_a_load_that_prefill_cannot_bear_alone_rides_at_once_also_after_a_quiet_time() -> None:
