@@ -27,7 +27,7 @@ from ensemble.router.prefix_moves import PrefixMoves
 from ensemble.router.ways import Ways
 from ensemble.scheduling.admission import DecodeAdmission
 from ensemble.scheduling.decode_policies import DecodePolicySettings
-from ensemble.scheduling.decoders import DecodeLimits, Decoders
+from ensemble.scheduling.decoders import DecodeLimits, Decoders, Progress
 from ensemble.scheduling.estimates import OutputEstimate
 from ensemble.scheduling.policies import Hints, QueuePolicy
 from ensemble.scheduling.prefill import PrefillScheduler
@@ -72,7 +72,11 @@ class Dispatch:
             num_cached_tokens=lambda replica, request: self.predictions.num_cached_tokens(replica, request),
             limits_now=lambda replica_id, limits: self.ways.limits_now(replica_id, limits),
         )
-        self.decoders = Decoders(deployment.decode.watermark if is_optimistic else 0.0)
+        self.decoders = (
+            Decoders(deployment.decode.watermark, deployment.block_size, self._progress)
+            if is_optimistic
+            else Decoders()
+        )
         self.admission = DecodeAdmission(
             self.decoders,
             block_size=deployment.block_size,
@@ -192,6 +196,7 @@ class Dispatch:
     def dispatch(self, now: float) -> None:
         """Everything that can start now, starts: first what has waited in the bridge."""
         self.predictions.look_again(now)
+        self.decoders.look_again(now)
         self.ways.look_again()
         while submission := self.admission.next_submission():
             self._join(submission.replica, submission.request_ids)
@@ -226,6 +231,13 @@ class Dispatch:
             return False
         self._join(replica_id, [life.attempt_id])
         return True
+
+    def _progress(self, attempt_id: int) -> Progress:
+        life = self._lives.of_attempt(attempt_id)
+        if life is None:  # it has ended, and its replica will say so
+            return Progress(0, 0)
+        num_more_tokens = self.output_estimate.num_more_tokens(life.attempt, len(life.output_token_ids))
+        return Progress(life.num_tokens, num_more_tokens)
 
     def _join(self, replica_id: int, attempt_ids: list[int]) -> None:
         replica, time_ns = self._fleet.get(replica_id), time.time_ns()

@@ -1,11 +1,21 @@
 """The replicas as places to decode: what each has room for, and which sequences are there."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ensemble.errors import InternalError
 from ensemble.scheduling.credits import Credits
+
+LOOK_EVERY_S = 0.05  # for what sequences need at one time: in that time they get a few tokens longer
+SHARED_SHARE = 0.8  # of the blocks that are not needed at one time: outputs are not as long as expected
+
+
+class Progress(NamedTuple):
+    """Of a sequence, in tokens of KV."""
+
+    num_tokens: int
+    num_more_tokens: int  # as expected
 
 
 class Need(NamedTuple):
@@ -33,7 +43,9 @@ class Decoder:
     is_open: bool = False  # for new sequences
     is_spare: bool = False
     prices: dict[int, int] = field(default_factory=dict)  # request_id |-> blocks that it is taken to need in the end
-    beyond_credit: dict[int, int] = field(default_factory=dict)  # request_id |-> of these, booked in the host pool
+    beyond_credit: dict[int, int] = field(default_factory=dict)  # request_id |-> of these, booked in the host pool, or
+    # among those that are shared
+    num_shared_blocks: int = 0  # that are in the prices of several: one needs them when another one has ended
 
     @property
     def num_blocks(self) -> int:
@@ -41,8 +53,8 @@ class Decoder:
 
     @property
     def num_free_blocks(self) -> int:
-        num_free_host_blocks = self.limits.num_host_blocks - sum(self.beyond_credit.values())
-        return max(0, self.credits.free_blocks + num_free_host_blocks - self.num_reserved_blocks)
+        num_beyond = self.limits.num_host_blocks + self.num_shared_blocks - sum(self.beyond_credit.values())
+        return max(0, self.credits.free_blocks + num_beyond - self.num_reserved_blocks)
 
     @property
     def num_free_seqs(self) -> int:
@@ -78,8 +90,9 @@ class Decoder:
 
     def leave(self, request_id: int) -> None:
         """It decodes here no more, and holds its credit on."""
-        self.prices.pop(request_id)
+        price = self.prices.pop(request_id)
         self.beyond_credit.pop(request_id, None)
+        self.num_shared_blocks = max(0, self.num_shared_blocks - price)  # until one looks again
 
     def check_integrity(self, replica: int) -> None:
         self.credits.check_integrity()
@@ -90,15 +103,37 @@ class Decoder:
                 raise InternalError(f"request {request_id} is not booked at replica {replica} as it was priced")
 
 
+def peak_tokens(sequences: Iterable[Progress]) -> tuple[int, int]:
+    """The most tokens that the sequences will hold at one time, and how many sequences hold them.
+
+    All get longer at one pace, and hold nothing once they have ended: so it is when one is about to end (the future
+    required memory of Gong et al., "Past-Future Scheduler for LLM Serving under SLA Guarantees", 2025).
+    """
+    most, num_then, num_tokens = 0, 0, 0
+    for number, each in enumerate(sorted(sequences, key=lambda each: -each.num_more_tokens), start=1):
+        num_tokens += each.num_tokens
+        held = num_tokens + number * each.num_more_tokens
+        if held > most:
+            most, num_then = held, number
+    return most, num_then
+
+
 class Decoders:
     """All of them. `watermark`: the share of a pool that is kept free for sequences that get longer than expected.
 
-    A request that is `alone` shares its replica with no other sequence. `unreachable` pairs (source, reader): the
-    reader cannot map the source's pool, as long as both are up.
+    `progress`: of a request that decodes. Given it, a pool is filled by what its sequences will need at one time, and
+    not by what each needs in the end; where a host pool is filled too, that takes the rest. A request that is `alone`
+    shares its replica with no other sequence. `unreachable` pairs (source, reader): the reader cannot map the source's
+    pool, as long as both are up.
     """
 
-    def __init__(self, watermark: float = 0.0) -> None:
+    def __init__(
+        self, watermark: float = 0.0, block_size: int = 1, progress: Callable[[int], Progress] | None = None
+    ) -> None:
         self._watermark = watermark
+        self._block_size = block_size
+        self._progress = progress
+        self._looked_s = float("-inf")
         self._up: dict[int, Decoder] = {}
         self._pool_blocks: dict[int, int] = {}  # replica |-> pool size, kept while it is down; none of spare ones
         self._replica_of: dict[int, int] = {}  # request_id |-> where it decodes, or is to; until the release
@@ -135,6 +170,20 @@ class Decoders:
 
     def replica_of(self, request_id: int) -> int | None:
         return self._replica_of.get(request_id)
+
+    def look_again(self, now: float) -> None:
+        """Finds what the sequences of each replica will need at one time, where the last look is long past."""
+        if self._progress is None or now - self._looked_s < LOOK_EVERY_S:
+            return
+        self._looked_s = now
+        for decoder in self:
+            if decoder.limits.num_host_blocks or 2 * decoder.credits.free_blocks > decoder.num_blocks:
+                decoder.num_shared_blocks = 0  # what is shared would not be asked for
+                continue
+            num_tokens, num_seqs = peak_tokens(map(self._progress, decoder.prices))
+            num_needed = num_tokens // self._block_size + num_seqs  # each has one block that is not full
+            num_unneeded = max(0, sum(decoder.prices.values()) - num_needed)
+            decoder.num_shared_blocks = int(SHARED_SHARE * num_unneeded)
 
     # ---- replicas come and go
 

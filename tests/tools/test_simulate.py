@@ -260,6 +260,22 @@ def test_auto_serves_chat_as_well_as_a_colocated_fleet_where_kv_is_what_lacks(
     assert auto > 0.97 * static
 
 
+def test_pools_filled_by_what_is_needed_at_one_time_let_more_start_in_time() -> None:
+    """By what is reserved one request in eight waits for room longer than its target. Nor does anybody stand still."""
+    steps = predicted_steps(OPT_13B, GPUS["h100"], 1, 2048, 2048)
+    h100 = Costs(steps=steps, kv_token_bytes=OPT_13B.kv_token_bytes, num_kv_tokens=36_000)
+    asks = [Ask(due, 759, 235) for due in arrivals(450, 13.0, 1.0, random.Random(0))]
+    decode = {"devices": ["cpu"] * 2, "local_prefill_tokens": 512}
+    reserved, optimistic = (
+        mean(
+            record.meets({"ttft": 250.0, "itl": 40.0})
+            for record in Simulation(deployment("colocated", decode={**decode, "admission": admission}), h100).run(asks)
+        )
+        for admission in ("reserved", "optimistic")
+    )
+    assert optimistic > reserved + 0.05
+
+
 def test_a_load_that_prefill_cannot_bear_alone_rides_at_once_also_after_a_quiet_time() -> None:
     """The share of its time that prompts take is a mean of many seconds, and says of the first ones that it is idle."""
     steps = predicted_steps(LLAMA_2_13B, GPUS["h100"], 1, 2048, 4096)
