@@ -25,7 +25,7 @@ LEAST_STRETCH = 1.1  # of a step by the chunk in it, where it misses its target 
 FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading the weights hides it
 LIGHT_LOAD = 0.75  # of those who compute prompts: below it a prompt that is late holds up few others
 HEADROOM = 0.6  # of an ITL target: with shorter steps who decodes need not be spared by those who compute prompts
-MUCH_SLOWER = 1.25  # of the steps of one replica beside another's
+MUCH_SLOWER = 1.35  # of the steps of one replica beside another's
 MAX_MEAN_LEN = 512  # tokens, where a target of the mean would allow more: twice what hides reading the weights on an
 # H100; in longer chunks the same prompts carry running sequences along fewer times
 NUM_HALVES = 5  # lengths of chunks that are looked at: the longest, half of it, and so on
