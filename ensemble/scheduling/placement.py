@@ -26,8 +26,10 @@ FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading
 LIGHT_LOAD = 0.75  # of those who compute prompts: below it a prompt that is late holds up few others
 HEADROOM = 0.6  # of an ITL target: with shorter steps who decodes need not be spared by those who compute prompts
 MUCH_SLOWER = 1.35  # of the steps of one replica beside another's
-MAX_MEAN_LEN = 512  # tokens, where a target of the mean would allow more: twice what hides reading the weights on an
-# H100; in longer chunks the same prompts carry running sequences along fewer times
+LONG_LEN = 512  # tokens: twice what hides reading the weights on an H100; in longer chunks the same prompts carry
+# running sequences along fewer times, so they have to be worth it:
+MANY_PROMPTS = 16  # wait, and throughput is what counts
+FIRST_WEIGHT = 3  # of who waits for a first token, against who runs: behind them wait those who are still to come
 NUM_HALVES = 5  # lengths of chunks that are looked at: the longest, half of it, and so on
 
 
@@ -262,16 +264,18 @@ def chunk_beside(
     bare_s = steps.seconds(rows)
     if target_s is not None:
         if adapts and spare_s > 0:
-            max_len = min(max_len, MAX_MEAN_LEN)
+            max_len = min(max_len, LONG_LEN)
         fitting_len = steps.max_chunk_len(_limit_s(bare_s, target_s, steps.overrun, spare_s), rows, start, max_len)
         return max(min(MIN_CHUNK_LEN, max_len), fitting_len)
 
     seconds = steps.beside(rows, start)
+    if num_prompts <= MANY_PROMPTS:
+        max_len = min(max_len, LONG_LEN)
 
     def cost_of_token(length: int) -> float:
         """Seconds: the whole step for who waits for prompts, and what the chunk adds to it for who runs."""
         step_s = seconds(length)
-        return (max(1.0, num_prompts) * step_s + rows.num_rows * (step_s - bare_s)) / length
+        return (FIRST_WEIGHT * max(1.0, num_prompts) * step_s + rows.num_rows * (step_s - bare_s)) / length
 
     free_len = steps.max_chunk_len(FREE_STRETCH * bare_s, rows, start, max_len)
     least_len = max(min(MIN_CHUNK_LEN, max_len), free_len)

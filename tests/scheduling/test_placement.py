@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape, prompt_keys
 from ensemble.scheduling.placement import (
-    MAX_MEAN_LEN,
+    LONG_LEN,
+    MANY_PROMPTS,
     MIN_CHUNK_LEN,
     NUM_MEAN_STEPS,
     Reader,
@@ -195,7 +196,7 @@ def test_a_target_of_the_mean_makes_chunks_no_longer_than_what_hides_the_weights
     def length(target_s: float | None, spare_s: float, *, adapts: bool = True) -> int:
         return chunk_beside(STEPS, ROWS, 0, target_s, 2048, 1, adapts=adapts, spare_s=spare_s)
 
-    assert length(0.05, inf) == MAX_MEAN_LEN < length(0.05, 0.0)  # of gaps it allows more, and so does who says so
+    assert length(0.05, inf) == LONG_LEN < length(0.05, 0.0)  # of gaps it allows more, and so does who says so
     assert length(0.05, inf, adapts=False) == 2048
 
 
@@ -229,11 +230,12 @@ def test_chunks_are_as_long_as_those_who_wait_want_against_those_who_run() -> No
         rows = StepShape(0, 0, num_rows, 100 * num_rows)
         return chunk_beside(steps, rows, 0, None, 2048, num_prompts, adapts=True)
 
-    for lengths in (
-        [length_of(16, num_prompts) for num_prompts in (1, 4, 16, 64, 256)],
-        [length_of(num_rows, 16) for num_rows in (32, 8, 1)],
-    ):
-        assert lengths == sorted(lengths) and lengths[0] <= 160 and lengths[-1] >= 1024
+    by_prompts = [length_of(16, num_prompts) for num_prompts in (1, 4, MANY_PROMPTS, 64, 256)]
+    by_rows = [length_of(num_rows, 4) for num_rows in (32, 8, 1)]
+    assert by_prompts == sorted(by_prompts) and by_rows == sorted(by_rows)
+    assert by_prompts[0] <= 160 and by_rows[0] <= 160
+    assert by_prompts[2] == by_rows[-1] == LONG_LEN  # longer ones are worth it where many wait
+    assert by_prompts[-1] >= 1024
     assert length_of(0, 1) == chunk_beside(steps, ROWS, 0, None, 2048, 1) == 2048
 
 
