@@ -50,7 +50,8 @@ class Predictions:
     _standings: dict[int, _Standing] = field(default_factory=dict)  # replica |->, until something changes there
     _works: dict[int, dict[int, Work]] = field(default_factory=dict)  # attempt |-> tokens that are cached |->, as long
     _block_s: float | None = None  # in which decode frees a block, until something changes
-    _tokens_per_s: float = 0.0  # of prompts, at all replicas
+    _tokens_per_s: float = 0.0  # of prompts, for each of those that are there for them
+    _tokens_per_s_each: float = 0.0  # for each of all replicas
     up_ones: list[Replica] = field(default_factory=list)
     now: float = 0.0
     has_targets: bool = False  # whether a request ever came with an ITL target of its own
@@ -59,7 +60,9 @@ class Predictions:
         """Time has passed, and things have happened. What has to do with a replica was told by `forget`."""
         self.now = now
         self.up_ones = self._fleet.up_ones()
-        self._tokens_per_s = self._prefill.tokens_per_s(now)
+        tokens_per_s = self._prefill.tokens_per_s(now)
+        self._tokens_per_s = tokens_per_s / max(1, sum(each.takes_prompts for each in self.up_ones))
+        self._tokens_per_s_each = tokens_per_s / max(1, len(self.up_ones))
         self._works.clear()
         self._block_s = None
 
@@ -123,16 +126,14 @@ class Predictions:
             return 0.0
         full_len = self._deployment.prefill.max_num_batched_tokens
         step_s = replica.estimator.seconds(StepShape().with_chunk(0, full_len))
-        num_sharing = sum(each.takes_prompts for each in self.up_ones)
-        return min(1.0, self._tokens_per_s / max(1, num_sharing) * step_s / full_len)
+        return min(1.0, self._tokens_per_s * step_s / full_len)
 
     def _prompt_tokens_per_s(self, replica: Replica) -> float:
         """Its share of those that come: of all replicas alike, unless prompts are kept apart from who only decodes."""
         scheduler = self._deployment.scheduler
         if scheduler.roles == "auto" and not scheduler.keeps_gaps:
-            return self._tokens_per_s / max(1, len(self.up_ones))
-        num_sharing = sum(each.takes_prompts for each in self.up_ones)
-        return 0.0 if replica.role == "decode" else self._tokens_per_s / max(1, num_sharing)
+            return self._tokens_per_s_each
+        return 0.0 if replica.role == "decode" else self._tokens_per_s
 
     def work(self, replica: Replica, life: Life) -> Work:
         start = self._prefixes.num_cached_tokens(replica.id, life.hashes, life.attempt.prefill_len)

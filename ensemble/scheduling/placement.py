@@ -26,9 +26,9 @@ FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading
 LIGHT_LOAD = 0.75  # of those who compute prompts: below it a prompt that is late holds up few others
 HEADROOM = 0.6  # of an ITL target: with shorter steps who decodes need not be spared by those who compute prompts
 MUCH_SLOWER = 1.35  # of the steps of one replica beside another's
-LONG_LEN = 512  # tokens: twice what hides reading the weights on an H100; in longer chunks the same prompts carry
-# running sequences along fewer times, so they have to be worth it:
-MANY_PROMPTS = 16  # wait, and throughput is what counts
+LONG_LEN = 512  # tokens: twice what hides reading the weights on an H100. In longer chunks the same prompts carry
+# running sequences along fewer times
+MANY_PROMPTS = 16  # where more wait, throughput is what counts, and chunks may be longer
 FIRST_WEIGHT = 3  # of who waits for a first token, against who runs: behind them wait those who are still to come
 NUM_HALVES = 5  # lengths of chunks that are looked at: the longest, half of it, and so on
 
