@@ -154,7 +154,7 @@ def test_a_stub_that_ends_or_hangs(serve: ServeProcess, stub: str, number: int, 
     assert serve.status("/v2/health/live") == 200
     wait_until(lambda: serve.status("/v2/health/ready") == 200, SERVING_WITHIN_S)
     assert f"the {stub} stub (process {pid}) {reason}; starting it again" in serve.said()
-    assert generate(serve.grpc_url, "ensemble", text_input="x", max_tokens=3).text
+    assert generate(serve.grpc_url, "ensemble", text_input="x", max_tokens=3, temperature=0.0).text
     wait_until(lambda: "Ready again" in serve.said(), 5.0)
 
 
@@ -188,7 +188,7 @@ def test_malformed_streams_that_abort_the_server_cost_a_restart(serve: ServeProc
     said = serve.said().replace("\n", " ")
     assert re.search(r"the Triton server ended: killed by signal \d+", said), said
     wait_until(lambda: serve.status("/v2/health/ready") == 200, SERVING_WITHIN_S)
-    assert generate(serve.grpc_url, "ensemble", text_input="x", max_tokens=3).text
+    assert generate(serve.grpc_url, "ensemble", text_input="x", max_tokens=3, temperature=0.0).text
 
 
 def test_sigterm_drains(serve: ServeProcess) -> None:
