@@ -1,10 +1,15 @@
-"""What every test relies on: where there is no GPU, GPU tests are skipped and Triton kernels can be interpreted."""
+"""What every test relies on: where there is no GPU, GPU tests are skipped and Triton kernels can be interpreted.
+
+Property tests try the same examples in every run, however slow the machine is, and new ones
+with HYPOTHESIS_PROFILE=explore.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -13,6 +18,10 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the cores are shared with the other workers
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

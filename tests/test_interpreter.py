@@ -36,11 +36,13 @@ def compute():
     while not is_over.is_set():
         sum(range(100))
 
-def seconds():  # of 300 sends, each of which lets go of the interpreter
-    start = time.perf_counter()
+def seconds():  # of one in ten of 300 sends, each of which lets go of the interpreter; the machine may hold up any
+    taken = []
     for _ in range(300):
+        start = time.perf_counter()
         time.sleep(1e-3)  # 0 lets nobody else in where timer slack is the least, which tests of copies leave behind
-    return time.perf_counter() - start
+        taken.append(time.perf_counter() - start)
+    return sorted(taken)[30]
 
 thread = threading.Thread(target=compute)
 thread.start()

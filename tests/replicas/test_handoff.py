@@ -345,7 +345,7 @@ def test_running_sequences_go_over_in_the_midst_of_their_answers(
     pair.prefill.handle(whole_prompts(requests))
     events = pair.prefill.run()
     pair.decode.handle(join(events, requests))
-    while max(len(each) for each in tokens_of(events).values()) < 5:
+    while pair.decode.loop._arrivals.request_ids or max(len(each) for each in tokens_of(events).values()) < 5:
         events += pair.decode.serve_once()
     events += pair.decode.handle(HandOff(request_ids=[each.request_id for each in requests]))
     events += pair.decode.handle(CancelRequests(request_ids=[requests[-1].request_id]))

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.server
 MAX_TOKENS = 24
 MODELS = {
     "llama-gqa": lambda path: make_tiny_llama(path),
-    "llama-mha-untied": lambda path: make_tiny_llama(path, num_key_value_heads=4, tie_word_embeddings=False),
     "opt": lambda path: make_tiny_opt(path),
 }
 

@@ -92,7 +92,7 @@ def test_a_drained_replica_ends_what_it_has_and_gets_nothing_new(server: TritonS
     later = start(server, 3)
     assert decoded_at(finish(later, expected)) == {2}
     assert 1 in decoded_at(finish(running, expected))
-    assert num_requests_at(server, 1) == 0
+    wait_until(lambda: num_requests_at(server, 1) == 0, 10.0)
     ask(server, UndrainReplica(1))
     assert 1 in decoded_at(finish(start(server, 4), expected))
 

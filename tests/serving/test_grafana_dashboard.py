@@ -61,13 +61,14 @@ def scrapes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with TritonServer(deployment, log_path=log_path) as server:
         server.wait_ready(timeout_s=120)
         generate(server.grpc_url, input_ids=[3] * PROMPT_LEN, max_tokens=1)
+        ended = "vllm:request_success_total"
+        wait_until(lambda: total(read_metrics(server.metrics_url), ended) == 1, 10.0)
         then, before = scrape(server)
         asked: dict[str, Any] = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True, "temperature": 0.0}
         asked |= {"input_ids": [3] * PROMPT_LEN, "ttft_target_ms": 60_000.0, "tpot_target_ms": 60_000.0}
         answers = run_streams(server.grpc_url, [asked] * NUM_REQUESTS, NUM_REQUESTS)
         assert all(answer.error is None for answer in answers)
-        ended = "vllm:request_success_total"
-        wait_until(lambda: total(read_metrics(server.metrics_url), ended) == NUM_REQUESTS + 1, 5.0)
+        wait_until(lambda: total(read_metrics(server.metrics_url), ended) == NUM_REQUESTS + 1, 10.0)
         now, after = scrape(server)
         yield Scrapes(samples(before), samples(after), now - then)
 

@@ -10,12 +10,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.serving.clients import StreamClient, blocks_in_use, generate, read_metrics, run_streams
+from tests.serving.clients import StreamClient, blocks_in_use, read_metrics, run_streams
 from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 
-NUM_CLIENTS, NUM_REQUESTS = 64, 200
+NUM_CLIENTS, NUM_REQUESTS = 64, 128
 NUM_GATHERING = 16
 LONG: dict[str, Any] = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True, "stream": True}
 
@@ -82,11 +82,10 @@ def test_64_streams_are_complete_equal_to_their_solo_runs_and_leave_nothing(tiny
         assert reasons[:-1] == [""] * (len(reasons) - 1)
         assert reasons[-1] == ("length" if len(answer.output_ids) == request["max_tokens"] else "stop")
         assert sum(int(each["num_output_tokens"][0]) for each in answer.responses) == len(answer.output_ids)
-    deadline = time.monotonic() + 5
-    while (in_use(tiny_server), footprint(tiny_server)) != (0, before) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while (held := (in_use(tiny_server), footprint(tiny_server))) != (0, before) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert in_use(tiny_server) == 0
-    assert footprint(tiny_server) == before
+    assert held == (0, before)
     # gRPC's own pool takes a thread more now and then; a stream that left one behind would show as 64.
     assert num_server_threads(tiny_server) - num_threads_before < NUM_CLIENTS / 8
 
@@ -117,11 +116,12 @@ def suspended(stubs: list[psutil.Process]) -> Iterator[None]:
 def assert_whole_and_in_order(server: TritonServer, client: StreamClient) -> None:
     answers = client.wait()
     client.close()
-    for index in range(NUM_GATHERING):
+    again = [{"text_input": f"Once {index}", **LONG} for index in range(NUM_GATHERING)]
+    for index, expected in enumerate(run_streams(server.grpc_url, again, NUM_GATHERING)):
         answer = answers[str(index)]
         assert answer.error is None
         assert answer.ends_with_outputs
-        assert answer.text == generate(server.grpc_url, text_input=f"Once {index}", **LONG).text
+        assert answer.text == expected.text
 
 
 def test_a_scheduler_that_stands_still_for_a_while_loses_and_reorders_nothing(tiny_server: TritonServer) -> None:

@@ -38,9 +38,9 @@ COUNTS = {
 
 
 @pytest.fixture(scope="module")
-def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def server(roomy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     scheduler = {"max_queue_requests": MAX_WAITING, "first_token": "at_once"}
-    deployment = deploy(tiny_llama, prefill={"max_num_seqs": 1}, scheduler=scheduler)
+    deployment = deploy(roomy_llama, prefill={"max_num_seqs": 1}, scheduler=scheduler)
     with TritonServer(deployment, log_path=tmp_path_factory.mktemp("server") / "log") as server:
         server.wait_ready(timeout_s=120)
         yield server
@@ -152,7 +152,7 @@ def run_with_a_full_queue(server: TritonServer, tally: Tally) -> None:
             (leaving if index % 2 else staying).send("ensemble", f"{index} waits", **asked)
         for client, model in zip(in_a_hurry, ("scheduler", "ensemble"), strict=True):
             client.send(model, "0", timeout_ms=3_000.0, **asked)
-        wait_until(lambda: sample(server, "vllm:num_requests_waiting") == MAX_WAITING, 2.0)
+        wait_until(lambda: sample(server, "vllm:num_requests_waiting") == MAX_WAITING, 10.0)
         for model in ("scheduler", "ensemble", "ensemble"):
             client = StreamClient(server.grpc_url)
             client.send(model, "0", **asked)
@@ -176,7 +176,7 @@ def run_until_transfer(server: TritonServer, tally: Tally) -> None:
         for index in range(4):
             leaving.send("ensemble" if index % 2 else "scheduler", str(index), **asked)
         wait_until(lambda: all(answer.responses for answer in leaving.answers.values()), 5.0)
-        generate(server.grpc_url, text_input="x", max_tokens=1)  # by then all are submitted to decode
+        generate(server.grpc_url, text_input="x", max_tokens=1, ignore_eos=True)  # by then all are submitted to decode
         tally.add(started=1, had_a_first_token=1, finished=1, prompt_tokens=2, output_tokens=1, length=1)
         leaving.close(cancel=True)
         for answer in leaving.answers.values():
@@ -189,7 +189,7 @@ def run_until_transfer(server: TritonServer, tally: Tally) -> None:
                 prompt_tokens=int(response["num_input_tokens"].reshape(-1)[0]),
                 output_tokens=int(response["num_output_tokens"].reshape(-1)[0]),
             )
-        wait_until(lambda: sample(server, 'distserve:request_errors_total{code="CANCELLED"') == 11, 2.0)
+        wait_until(lambda: sample(server, 'distserve:request_errors_total{code="CANCELLED"') == 11, 10.0)
 
 
 def counted(server: TritonServer) -> Counter[str]:
@@ -212,7 +212,7 @@ def wait_for_counts(server: TritonServer, expected: Counter[str]) -> None:
     assert counted(server) == expected
 
 
-def test_every_metric_is_there_before_the_first_request(server: TritonServer, tiny_llama: Path) -> None:
+def test_every_metric_is_there_before_the_first_request(server: TritonServer, roomy_llama: Path) -> None:
     """The first test of this server; by another's reading of Prometheus's format."""
     with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
         assert page.headers["Content-Type"].startswith("text/plain; version=0.0.4")
@@ -223,7 +223,7 @@ def test_every_metric_is_there_before_the_first_request(server: TritonServer, ti
     assert kinds == {name: family.kind for name, family in FAMILIES.items()}
     for name, family in ours.items():
         assert family.samples, name
-        assert {sample.labels["model_name"] for sample in family.samples} == {tiny_llama.name}
+        assert {sample.labels["model_name"] for sample in family.samples} == {roomy_llama.name}
     counters = [sample for family in ours.values() if family.type != "gauge" for sample in family.samples]
     assert {sample.value for sample in counters} == {0.0}
     up = [(each.labels["stage"], each.value) for each in ours["distserve:replica_up"].samples]
@@ -247,16 +247,13 @@ def blocks_taken(server: TritonServer, stage: str) -> float:
 
 def test_the_gauge_of_free_blocks_falls_when_blocks_are_taken(server: TritonServer) -> None:
     client = StreamClient(server.grpc_url)
-    before = counted(server)["finished"]
     with stopped(server, "decode"):
-        client.send("scheduler", "0", input_ids=[9] * 40, max_tokens=450, ignore_eos=True)
+        client.send("scheduler", "0", input_ids=[9] * 40, max_tokens=8000, ignore_eos=True)
         wait_until(lambda: blocks_taken(server, "prefill") == 3, 5.0)  # of 16 tokens, until decode has its copy
     wait_until(lambda: blocks_taken(server, "decode") > 3, 5.0)  # those, and more as the answer grows
-    assert blocks_taken(server, "prefill") == 0
-    assert client.wait()["0"].error is None
-    client.close()
-    wait_until(lambda: blocks_taken(server, "decode") == 0, 2.0)
-    wait_until(lambda: counted(server)["finished"] == before + 1, 2.0)
+    wait_until(lambda: blocks_taken(server, "prefill") == 0, 5.0)
+    client.close(cancel=True)
+    wait_until(lambda: blocks_taken(server, "decode") == 0, 10.0)
 
 
 def test_every_gap_between_tokens_counts(server: TritonServer) -> None:
@@ -279,4 +276,4 @@ def test_a_stop_string_in_the_last_token_counts_as_a_stop(server: TritonServer, 
     at_the_end = generate(server.grpc_url, stop_words=[whole.text], **asked)
     assert (whole.finish_reason, at_the_end.finish_reason, at_the_end.text) == ("length", "stop", "")
     expected = {"finished": 2, "length": 1, "stop": 1, "output_tokens": 40}
-    wait_until(lambda: {name: counted(server)[name] - before[name] for name in expected} == expected, 2.0)
+    wait_until(lambda: {name: counted(server)[name] - before[name] for name in expected} == expected, 10.0)

@@ -301,9 +301,9 @@ def test_every_way_to_send_is_answered_and_cancelled(roomy_server: TritonServer,
 def test_a_client_of_http_1_0_gets_no_chunks(tiny_server: TritonServer, keep: str) -> None:
     """Old proxies and load generators: they read until the connection is closed."""
     assert tiny_server.ports is not None
-    plain = text_of(tiny_server, "ensemble", max_tokens=40)
+    plain = text_of(tiny_server, "ensemble", max_tokens=400)
     for endpoint in ("generate", "generate_stream"):
-        body = json.dumps(GREEDY | {"max_tokens": 40, "stream": endpoint == "generate_stream"})
+        body = json.dumps(GREEDY | {"max_tokens": 400, "stream": endpoint == "generate_stream"})
         head = f"POST /v2/models/ensemble/{endpoint} HTTP/1.0\r\n{keep}Content-Length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", tiny_server.ports.http), timeout=20) as connection:
             connection.sendall((head + body).encode())

@@ -1,6 +1,8 @@
 """The default model, in fp32, through the whole server: equal to transformers and to the offline engine."""
 
 import json
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +17,12 @@ from tests.serving.clients import StreamClient, generate
 from tests.serving.deployments import deploy
 from tests.serving.oracle import GreedyJudge
 from tools import offline
+from tools.client import generate_stream
 from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 
-MAX_TOKENS = 64
+MAX_TOKENS = 32
 SENTENCES = [
     "The capital of France is",
     "Once upon a time, in a village by the sea,",
@@ -50,12 +53,13 @@ def server(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def make_prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    """Twenty prompts of 1 to 1,500 tokens."""
+    """Twenty prompts of 1 to 1,100 tokens: of one step, of two, and of three."""
     essay = tokenizer.encode(ESSAY * 100)
-    lengths = [1, 2, 15, 16, 17, 127, 350, 700, 1500]
+    lengths = [1, 2, 15, 16, 17, 127, 350, 600, 1100]
     return [tokenizer.encode(sentence) for sentence in SENTENCES] + [essay[:length] for length in lengths]
 
 
+@pytest.mark.timeout(900)
 def test_twenty_prompts_in_flight_together(server: TritonServer, smollm2_dir: Path) -> None:
     prompts = make_prompts(Tokenizer.from_dir(smollm2_dir))
     client = StreamClient(server.grpc_url)
@@ -85,7 +89,23 @@ def test_twenty_prompts_in_flight_together(server: TritonServer, smollm2_dir: Pa
     alone = offline.generate(engine, requests)
     for index, prompt in enumerate(prompts):
         assert judge.first_fault(prompt, served[index]) is None, f"server, prompt {index}"
-        assert judge.first_fault(prompt, alone[index].output_token_ids) is None, f"offline, prompt {index}"
+        if (by_engine := alone[index].output_token_ids) != served[index]:  # at a near tie
+            assert judge.first_fault(prompt, by_engine) is None, f"offline, prompt {index}"
+
+
+def test_the_client_keeps_the_conversation(server: TritonServer) -> None:
+    command = [sys.executable, "-m", "tools.client", "--url", server.http_url, "--max-tokens", "16"]
+    asked = ["My name is Ada. Say hello.", "What is my name?"]
+    result = subprocess.run(command, input="\n".join(asked), capture_output=True, text=True, timeout=120, check=True)
+    first, second, _ = result.stdout.removeprefix("> ").split("\n> ")
+    messages = [
+        {"role": "user", "content": asked[0]},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": asked[1]},
+    ]
+    answer = generate_stream(server.http_url, messages=json.dumps(messages), max_tokens=16, temperature=0)
+    assert second == "".join(outputs["text_output"] for outputs in answer)
+    assert second != first
 
 
 @pytest.mark.parametrize("model", ["scheduler", "ensemble"])

@@ -4,12 +4,11 @@ import random
 import string
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 
-from ensemble.config import DecodePolicyName
 from ensemble.engine.engine import load_engine
 from ensemble.request import Request, SamplingParams
 from tests.serving.clients import blocks_in_use, read_metrics, run_streams, total
@@ -88,9 +87,8 @@ def quiet_metrics(server: TritonServer, num_ended: int) -> dict[str, float]:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(
-    ("policy", "num_host_blocks"), [("fcfs", 0), *((policy, 400) for policy in get_args(DecodePolicyName))]
-)
+# Every policy, with real loops: tests/replicas/test_decode_swapping.py.
+@pytest.mark.parametrize(("policy", "num_host_blocks"), [("fcfs", 0), ("mlfq", 400)])
 def test_outputs_are_those_of_an_unconstrained_run_and_both_pools_are_empty_at_the_end(
     policy: str,
     num_host_blocks: int,

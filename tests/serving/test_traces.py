@@ -1,5 +1,6 @@
 """Spans of requests, as a collector gets them that reads OTLP by OpenTelemetry's own messages."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -75,13 +76,26 @@ class _Receiver(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
+@contextlib.contextmanager
+def running_collector() -> Iterator[Collector]:
     with Collector() as found:
         threading.Thread(target=found.serve_forever, args=(0.05,), daemon=True).start()
         yield found
         found.goes_on.set()
         found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with running_collector() as found:
+        yield found
+
+
+@pytest.fixture
+def own_collector() -> Iterator[Collector]:
+    """To which no server sends."""
+    with running_collector() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +189,7 @@ def test_errors_and_traces_that_nobody_wants(server: TritonServer, collector: Co
     refused, timed_out, unsampled = parent(40), parent(41), parent(42, is_sampled=False)
     url = f"{server.http_url}/v2/models/ensemble/generate"
     post(url, {"text_input": "x", **ASKED}, traceparent=unsampled[0])
-    for (header, _, _), changes in (refused, {"top_p": 7.0}), (timed_out, {"timeout_ms": 300, "max_tokens": 8000}):
+    for (header, _, _), changes in (refused, {"top_p": 7.0}), (timed_out, {"timeout_ms": 2000, "max_tokens": 8000}):
         with pytest.raises(urllib.error.HTTPError):
             post(url, {"text_input": "x", **ASKED, **changes}, traceparent=header)
     post(url, {"text_input": "x", **ASKED}, traceparent="no traceparent")
@@ -195,7 +209,7 @@ def test_phases_add_up_to_what_the_client_saw(server: TritonServer) -> None:
     client = StreamClient(server.grpc_url)
     for attempt in range(5):
         sent_ns = time.time_ns()
-        asked = {**ASKED, "max_tokens": 700, "stream": True, "return_perf_metrics": True}
+        asked = {**ASKED, "max_tokens": 2000, "stream": True, "return_perf_metrics": True}
         client.send("ensemble", str(attempt), text_input="The capital", **asked)
         answer = client.wait()[str(attempt)]
         seen_ns = time.time_ns() - sent_ns
@@ -214,27 +228,26 @@ def recorded(number: int) -> Ended:
     return Ended(Timeline(arrival_ns=number), 1, 1, "stop", is_error=False)
 
 
-def test_a_collector_that_takes_nothing_holds_nobody_up(collector: Collector) -> None:
+def test_a_collector_that_takes_nothing_holds_nobody_up(own_collector: Collector) -> None:
     """What does not fit into the queue has no spans, and is counted; the rest leaves when the collector goes on."""
     dropped: list[int] = []
-    before = sum(map(len, collector.traces.values()))
-    collector.goes_on.clear()
-    traces = Traces(collector.url, "model", dropped.append)
+    own_collector.goes_on.clear()
+    traces = Traces(own_collector.url, "model", dropped.append)
     num_requests = MAX_QUEUED + 3 * MAX_BATCH
     for number in range(num_requests):
         traces.record(recorded(number + 1))
     assert MAX_BATCH <= sum(dropped) <= 3 * MAX_BATCH
-    collector.goes_on.set()
+    own_collector.goes_on.set()
     num_left = num_requests - sum(dropped)
-    wait_until(lambda: sum(map(len, collector.traces.values())) - before == 2 * num_left, 30.0)
+    wait_until(lambda: sum(map(len, own_collector.traces.values())) == 2 * num_left, 30.0)
     traces.record(recorded(1))
     traces.close()
-    assert sum(map(len, collector.traces.values())) - before == 2 * (num_left + 1), "close hands over what is there"
+    assert sum(map(len, own_collector.traces.values())) == 2 * (num_left + 1), "close hands over what is there"
 
 
-def test_a_collector_that_refuses(collector: Collector) -> None:
+def test_a_collector_that_refuses(own_collector: Collector) -> None:
     dropped: list[int] = []
-    traces = Traces(f"{collector.url}/no/such", "model", dropped.append)
+    traces = Traces(f"{own_collector.url}/no/such", "model", dropped.append)
     traces.record(recorded(1))
     wait_until(lambda: dropped == [1], 20.0)
     traces.close()

@@ -14,11 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_tiny_llama
-from tools.client import generate_stream
-from tools.server.deployment import make_deployment
 from tools.server.ports import Ports, free_ports
 from tools.server.processes import session_pids
-from tools.server.triton_server import TritonServer
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +41,8 @@ def test_serve_prints_a_line_that_works_when_pasted_and_ctrl_c_ends_it(
     log = tmp_path / "server.log"
     (tmp_path / "no folder").touch()
     environment["XDG_CACHE_HOME"] = str(tmp_path / "no folder")
-    ports = Ports.free()
-    environment |= {name: str(getattr(ports, name.split("_")[0].lower())) for name in ("HTTP_PORT", "GRPC_PORT")}
-    environment |= {"METRICS_PORT": str(ports.metrics), "OPENAI_PORT": str(free_ports(1)[0])}
+    ports = dict(zip(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT"), map(str, free_ports(4)), strict=True))
+    environment |= ports
     command = [sys.executable, "-m", "tools.serve", "--kv-cache-bytes", str(16 << 20), "--log", str(log)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as serve:
         assert serve.stdout is not None
@@ -55,38 +51,17 @@ def test_serve_prints_a_line_that_works_when_pasted_and_ctrl_c_ends_it(
             subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60).stdout for curl in curls
         )
         children = Path(f"/proc/{serve.pid}/task/{serve.pid}/children").read_text().split()
-        client = run(
-            "tools.client", "Hello", "--url", f"http://127.0.0.1:{ports.http}", "--max-tokens", "4", env=environment
-        )
+        url = f"http://127.0.0.1:{ports['HTTP_PORT']}"
+        client = run("tools.client", "Hello", "--url", url, "--max-tokens", "4", env=environment)
         started = time.monotonic()
         serve.send_signal(signal.SIGINT)
         assert serve.wait(30) == 0
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10
     assert json.loads(answer)["text_output"]
     assert json.loads(openai_answer)["choices"][0]["text"] == json.loads(answer)["text_output"]
     assert client.returncode == 0 and client.stdout.strip()
     assert "Started HTTPService" in log.read_text()
     assert not [pid for child in children for pid in session_pids(int(child))]
-
-
-@pytest.mark.server
-def test_chat_keeps_the_conversation(smollm2_dir: Path) -> None:
-    with TritonServer(make_deployment({"model.path": smollm2_dir})) as server:
-        server.wait_ready(timeout_s=120)
-        command = [sys.executable, "-m", "tools.client", "--url", server.http_url, "--max-tokens", "40"]
-        asked = ["My name is Ada. Say hello.", "What is my name?"]
-        result = subprocess.run(
-            command, input="\n".join(asked), capture_output=True, text=True, timeout=120, check=True
-        )
-        first, second, _ = result.stdout.removeprefix("> ").split("\n> ")
-        messages = [
-            {"role": "user", "content": asked[0]},
-            {"role": "assistant", "content": first},
-            {"role": "user", "content": asked[1]},
-        ]
-        answer = generate_stream(server.http_url, messages=json.dumps(messages), max_tokens=40, temperature=0)
-        assert second == "".join(outputs["text_output"] for outputs in answer)
-        assert second != first
 
 
 @pytest.mark.server

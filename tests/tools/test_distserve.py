@@ -19,7 +19,7 @@ import pytest
 from tests.checkpoints import make_tiny_llama
 from tools.distserve import COMMANDS
 from tools.installation import server_files
-from tools.server.ports import Ports, free_ports
+from tools.server.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ("ensemble", "kernels", "tools", "model_repository")
@@ -70,8 +70,7 @@ def test_every_command_is_a_program(name: str) -> None:
 @pytest.mark.server
 def test_it_serves_talks_and_lists_replicas(distserve: Path, tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "tiny")
-    ports = Ports.free()
-    flags = {"http": ports.http, "grpc": ports.grpc, "metrics": ports.metrics, "openai": free_ports(1)[0]}
+    flags = dict(zip(("http", "grpc", "metrics", "openai"), free_ports(4), strict=True))
     command = [distserve, "serve", model, *(f"--{name}-port={port}" for name, port in flags.items())]
     command += ["--kv-cache-bytes", str(16 << 20), "--log", tmp_path / "log"]
     command += ["--served-model-name", "mine", "--api-key", "secret", "--no-page"]
@@ -80,7 +79,7 @@ def test_it_serves_talks_and_lists_replicas(distserve: Path, tmp_path: Path) -> 
         url = next(line.split()[1] for line in server.stdout if line.startswith("HTTP "))
         next(line for line in server.stdout if not line.strip())  # before the first request that it prints
         answer = run(distserve, "client", "Hello", "--url", url, "--max-tokens", "4")
-        fleet = run(distserve, "fleet", "list", "--http-port", str(ports.http))
+        fleet = run(distserve, "fleet", "list", "--http-port", str(flags["http"]))
         front = f"http://127.0.0.1:{flags['openai']}"
         with openai.OpenAI(base_url=f"{front}/v1", api_key="secret", max_retries=0, timeout=60) as client:
             named = client.completions.create(model="mine", prompt="Hello", max_tokens=4)
@@ -88,7 +87,7 @@ def test_it_serves_talks_and_lists_replicas(distserve: Path, tmp_path: Path) -> 
                 client.with_options(api_key="guessed").completions.create(model="mine", prompt="Hello")
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(front, timeout=10)
-        with urllib.request.urlopen(f"http://127.0.0.1:{ports.metrics}/metrics", timeout=10) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{flags['metrics']}/metrics", timeout=10) as page:
             labels = set(re.findall(r'^vllm:.*model_name="([^"]*)"', page.read().decode(), re.MULTILINE))
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0

@@ -102,7 +102,7 @@ def test_serves_and_leaves_nothing(tmp_path: Path, deployment: Deployment) -> No
         assert len(list(session_pids(pid))) >= 3  # the server, its stub, the worker
         assert len(traces(run_dir)) >= 2
         started = time.monotonic()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert seen == ["loading"]
     assert not list(session_pids(pid))
     assert not traces(run_dir)
@@ -185,7 +185,7 @@ def test_two_servers_at_once(tmp_path: Path, deployment: Deployment) -> None:
         assert double(second, [4]) == [8]
         started = time.monotonic()
         second.stop()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ class ServeProcess:
     """Ready when it has been made. `folder` holds its log, its output and its run directory: a short path."""
 
     def __init__(self, model: Path, folder: Path, *arguments: str, timeout_s: float = 120.0) -> None:
-        self.ports = Ports.free()
+        *ports, self.openai_port = free_ports(4)
+        self.ports = Ports(*ports)
         flags = ["--http-port", self.ports.http, "--grpc-port", self.ports.grpc, "--metrics-port", self.ports.metrics]
-        [self.openai_port] = free_ports(1)
         flags += ["--openai-port", self.openai_port, "--model", model, "--log", folder / "log", *arguments]
         self._temporary = folder / "t"
         self._temporary.mkdir()

@@ -15,8 +15,8 @@ class Ports:
     metrics: int
 
     @classmethod
-    def free(cls) -> "Ports":
-        return cls(*free_ports(3))
+    def free(cls, besides: Collection[int] = ()) -> "Ports":
+        return cls(*free_ports(3, besides))
 
 
 def free_ports(count: int, besides: Collection[int] = ()) -> list[int]:

@@ -206,12 +206,14 @@ class TritonServer:
 
     def _choose_ports(self) -> None:
         """Raises ServerError."""
+        ports = set() if self._openai_port is None else {self._openai_port}
         if self.ports is None:
-            self.ports = Ports.free()
-        for port in (*astuple(self.ports), *([] if self._openai_port is None else [self._openai_port])):
+            self.ports = Ports.free(besides=ports)
+        ports |= {*astuple(self.ports)}
+        for port in ports:
             if not port_is_free(self.host, port):
                 raise ServerError(f"port {port} is in use")
-        own_http, own_metrics = free_ports(2, besides={*astuple(self.ports)})
+        own_http, own_metrics = free_ports(2, besides=ports)
         self._own_http = ("127.0.0.1", own_http) if self._has_relay else (self.host, self.ports.http)
         self._own_metrics = ("127.0.0.1", own_metrics) if self._has_scheduler else (self.host, self.ports.metrics)
 
