@@ -21,8 +21,6 @@ from ensemble.scheduling.prefiller import Limits
 # one may end just short of its batch, which is in flight for another step: with three, on H100, each fifth step beside
 # sequences found the last 3 tokens of its batch, and no other.
 MAX_BATCHES_BESIDE = 4
-# Of what is left of the TTFT target: those who wait behind need the rest, and with half of it one in ten missed it.
-APART_SHARE = 1 / 3
 
 
 class _Choice(NamedTuple):
@@ -137,11 +135,11 @@ class Ways:
 
     def _best(self, life: Life, ways: Iterable[Way]) -> Way | None:
         left_s, itl_target_s = self._left_s(life), self._targets(life)[1]
-        apart_within_s: float | None = None
+        gaps_within_s: float | None = None
         waited_s = self._predictions.now - life.arrived_s
         if self._deployment.scheduler.keeps_gaps or life.request.keeps_gaps:
-            apart_within_s = APART_SHARE * (DEFAULT_TTFT_S - waited_s if left_s is None else left_s)
-        return best(ways, left_s, itl_target_s, apart_within_s, waited_s=waited_s, may_miss=self._may_miss)
+            gaps_within_s = DEFAULT_TTFT_S - waited_s if left_s is None else left_s
+        return best(ways, left_s, itl_target_s, gaps_within_s, waited_s=waited_s)
 
     def _ways(self, life: Life) -> Iterator[tuple[Way, Offer | None]]:
         """Those that are open now, or will be when the replica has run a batch; of equals who only prefills first."""

@@ -26,6 +26,8 @@ FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading
 LIGHT_LOAD = 0.75  # of those who compute prompts: below it a prompt that is late holds up few others
 HEADROOM = 0.6  # of an ITL target: with shorter steps who decodes need not be spared by those who compute prompts
 MUCH_SLOWER = 1.35  # of the steps of one replica beside another's
+# Of what the TTFT target leaves beside the prompt's own time, for waiting apart: those who come behind need the rest.
+APART_SHARE = 1 / 4
 LONG_LEN = 512  # tokens: twice what hides reading the weights on an H100. In longer chunks the same prompts carry
 # running sequences along fewer times
 MANY_PROMPTS = 16  # where more wait, throughput is what counts, and chunks may be longer
@@ -139,6 +141,7 @@ class Way(NamedTuple):
     is_apart: bool = False  # where nothing decodes the prompt is computed, and handed off
     slows_prompts: bool = False  # it decodes where prompts are to be computed
     prompt_load: float = 0.0  # of one apart: share of the time there that prompts take
+    alone_s: float = 0.0  # of one apart: to the first token, were nothing before it
 
     def later(self, seconds: float) -> "Way":
         """The same, if the prompt can be computed only so much later."""
@@ -163,6 +166,7 @@ def hand_off(site: Site, work: Work, readers: Iterable[Reader]) -> Way | None:
     if reader is None:
         return None
     ttft_s = max(computed_s, reader.wait_s) + reader.handoff_s
+    alone_s = site.steps.seconds_of_prompts(work.num_tokens, work.num_keys, site.chunk_len, site.rows)
     return Way(
         site.replica,
         False,
@@ -172,6 +176,7 @@ def hand_off(site: Site, work: Work, readers: Iterable[Reader]) -> Way | None:
         reader.target_s,
         is_apart=site.full_len > 0 and not site.rows.num_rows,
         prompt_load=site.prompt_load,
+        alone_s=alone_s + reader.handoff_s,
     )
 
 
@@ -179,17 +184,16 @@ def best(
     ways: Iterable[Way],
     left_s: float | None,
     itl_target_s: float | None,
-    apart_within_s: float | None = None,
+    gaps_within_s: float | None = None,
     *,
     waited_s: float = 0.0,
-    may_miss: bool = True,
 ) -> Way | None:
     """The cheapest of those that miss the fewest targets; of equals the first. None: there is no way.
 
-    `left_s`: of the TTFT target. None: there is no target. `apart_within_s`: gaps have a target, so a way apart goes
-    before its equals if it takes no longer, and before all others where those who compute prompts have little to do,
-    unless it misses a target and must not: who misses one is refused. None: gaps have none. `waited_s`: so far. Who has
-    waited longer than it would still take apart stands in a queue, and such a queue does not end by waiting.
+    `left_s`: of the TTFT target. None: there is no target. `gaps_within_s`: gaps have a target, so a way apart goes
+    before its equals if its wait there is a small share of this time, or where those who compute prompts have little
+    to do. None: gaps have none. `waited_s`: so far. Who has waited longer than it would still take apart stands in a
+    queue, and such a queue does not end by waiting.
 
     Whoever decodes is to have headroom, though: where steps are long because so many decode, and are not where prompts
     are computed, prompts are kept apart no more.
@@ -200,15 +204,15 @@ def best(
 
     def rank(way: Way) -> tuple[float, ...]:
         missed = num_missed(way, left_s, itl_target_s)
-        if apart_within_s is None:
+        if gaps_within_s is None:
             return missed, way.cost_s
         target_s = smallest([itl_target_s, way.others_target_s], None)
         has_headroom = target_s is None or way.itl_s <= max(HEADROOM * target_s, short_s)
         waits_little = way.is_apart and has_headroom and waited_s <= way.ttft_s
-        is_light = waits_little and way.prompt_load < LIGHT_LOAD and (may_miss or not missed)
-        is_soon = waits_little and way.ttft_s <= apart_within_s
+        is_light = waits_little and way.prompt_load < LIGHT_LOAD
+        is_soon = waits_little and way.ttft_s <= way.alone_s + APART_SHARE * (gaps_within_s - way.alone_s)
         spares_prompts = has_headroom and not way.slows_prompts
-        return not is_light, missed, not is_soon, not spares_prompts, way.cost_s
+        return missed, not is_light, not is_soon, not spares_prompts, way.cost_s
 
     return min(ways, key=rank, default=None)
 
