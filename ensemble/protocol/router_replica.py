@@ -11,6 +11,7 @@ A `KVHandoff` gives its holder the right, and the duty, to end the lease on the 
 the router while the sequence waits in the bridge, the reader from `Join` on.
 """
 
+from math import inf
 from typing import TypeAlias
 
 import msgspec
@@ -51,6 +52,7 @@ class RunPrompts(_Message, frozen=True, kw_only=True):
     batch_id: int
     chunks: list[PromptChunk]
     num_behind: float = 0.0  # prompts of the queue, this replica's share
+    pace: float = inf  # prompt tokens for each token of the answers, where the rest of the queue waits for their ends
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):

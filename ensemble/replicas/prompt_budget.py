@@ -50,6 +50,7 @@ def prompt_budget(
         settings.max_num_prompt_tokens_beside,
         prompts.num_waiting,
         adapts=settings.adapts,
+        pace=prompts.pace,
         spare_s=0.0 if step_target_s is None or keeps_gaps else spare_s(last_s, step_target_s),
     )
     return whole_tiles(num_tokens, num_rows) if fills_tiles else num_tokens

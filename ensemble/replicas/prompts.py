@@ -11,6 +11,7 @@ replicas.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 from ensemble.cache.block_manager import BlockManager, Owner
 from ensemble.cache.prefix_cache import PrefixCache
@@ -54,6 +55,7 @@ class Prompts:
         self._queued: dict[int, Request] = {}  # request_id |-> has no blocks yet
         self._staying: set[int] = set()  # request ids that decode here
         self._num_behind = 0.0  # prompts that the router had yet to send when it sent the last batch
+        self.pace = inf  # as the router said with it
         self._cost_tokens, self._cost_s = 0, 0.0
 
     @property
@@ -92,7 +94,7 @@ class Prompts:
         return request_id in self._staying
 
     def add(self, batch: RunPrompts) -> None:
-        self._num_behind = batch.num_behind
+        self._num_behind, self.pace = batch.num_behind, batch.pace
         last = len(batch.chunks) - 1
         for index, chunk in enumerate(batch.chunks):
             self._chunks.append(_Chunk(chunk, batch.batch_id if index == last else None))

@@ -221,7 +221,8 @@ class Dispatch:
             run = RunPrompts(
                 batch_id=batch.batch_id,
                 chunks=chunks,
-                num_behind=self.prefill.num_waiting_each,
+                num_behind=self.predictions.num_queued,
+                pace=self.predictions.pace,
             )
             self.command(replica, run)
 

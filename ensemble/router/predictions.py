@@ -54,6 +54,8 @@ class Predictions:
     _tokens_per_s_each: float = 0.0  # for each of all replicas
     up_ones: list[Replica] = field(default_factory=list)
     now: float = 0.0
+    num_queued: float = 0.0  # prompts that wait for each that is there for prompts, and have room to decode
+    pace: float = inf  # prompt tokens for a token of the answers, where others wait until some have ended
     has_targets: bool = False  # whether a request ever came with an ITL target of its own
 
     def look_again(self, now: float) -> None:
@@ -63,8 +65,19 @@ class Predictions:
         tokens_per_s = self._prefill.tokens_per_s(now)
         self._tokens_per_s = tokens_per_s / max(1, sum(each.takes_prompts for each in self.up_ones))
         self._tokens_per_s_each = tokens_per_s / max(1, len(self.up_ones))
+        self._look_at_queue()
         self._works.clear()
         self._block_s = None
+
+    def _look_at_queue(self) -> None:
+        num_waiting, num_output_tokens = self._prefill.num_waiting, self._output_estimate.mean_num_tokens
+        self.num_queued, self.pace = self._prefill.num_waiting_each, inf
+        if num_waiting and num_output_tokens:
+            prompt_len = self._prefill.num_waiting_tokens / num_waiting
+            num_free_tokens = self._admission.decoders.num_free_blocks * self._deployment.block_size
+            fitting_share = num_free_tokens / (prompt_len + num_output_tokens) / num_waiting
+            if fitting_share < 1:
+                self.num_queued, self.pace = fitting_share * self.num_queued, prompt_len / num_output_tokens
 
     def forget(self, replica_id: int, *, frees_blocks: bool = True) -> None:
         """Something has changed there: it has said something, or been told."""
@@ -77,7 +90,7 @@ class Predictions:
         positions with the same power of two, before a queue with the same one."""
         known = self._standing(replica)
         start = (known.num_keys + work.num_keys) // max(1, known.num_tokens + work.num_tokens)
-        num_queued = self._prefill.num_waiting_each
+        num_queued = self.num_queued
         key = start.bit_length(), int(num_queued).bit_length()
         site = known.sites.get(key)
         if site is None:
@@ -191,8 +204,9 @@ class Predictions:
         max_len = self._deployment.num_prompt_tokens_beside
         adapts = self._deployment.scheduler.roles == "auto"
         spare_s = 0.0 if known.keeps_gaps else inf
+        steps, pace = replica.estimator, self.pace
         return chunk_beside(
-            replica.estimator, rows, start, target_s, max_len, num_prompts, adapts=adapts, spare_s=spare_s
+            steps, rows, start, target_s, max_len, num_prompts, adapts=adapts, spare_s=spare_s, pace=pace
         )
 
     def wait_for_blocks_s(self, num_blocks: int) -> float:

@@ -14,6 +14,7 @@ replica for prompts.
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from math import ceil, inf
 from typing import NamedTuple
 
 from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape
@@ -30,6 +31,7 @@ MUCH_SLOWER = 1.35  # of the steps of one replica beside another's
 APART_SHARE = 1 / 4
 LONG_LEN = 512  # tokens: twice what hides reading the weights on an H100. In longer chunks the same prompts carry
 # running sequences along fewer times
+PACE_MARGIN = 1.2  # of chunks that keep up with the answers: prompts come in bursts, as answers end
 MANY_PROMPTS = 16  # where more wait, throughput is what counts, and chunks may be longer
 FIRST_WEIGHT = 3  # of who waits for a first token, against who runs: behind them wait those who are still to come
 NUM_HALVES = 5  # lengths of chunks that are looked at: the longest, half of it, and so on
@@ -256,16 +258,21 @@ def chunk_beside(
     *,
     adapts: bool = False,
     spare_s: float = 0.0,
+    pace: float = inf,
 ) -> int:
     """Prompt tokens, of a prompt from `start` on, in a step with running sequences: within their smallest target so
     many that a token of a prompt costs all concerned the least. Without a target `max_len`, unless it `adapts`.
 
     num_prompts: that wait for the replica's steps. spare_s: by which the step may exceed the target, if that is of the
-    mean.
+    mean. pace: prompt tokens for each token of the answers, where pools are full: a prompt comes when an answer ends,
+    so chunks that hold as many tokens as the sequences, running or still prompts, make room for are in every step, and
+    longer ones are not, with steps between them that compute little.
     """
     if not rows.num_rows or (target_s is None and not adapts):
         return max_len
     bare_s = steps.seconds(rows)
+    if adapts and pace < inf:
+        max_len = min(max_len, max(MIN_CHUNK_LEN, ceil(PACE_MARGIN * pace * (rows.num_rows + num_prompts))))
     if target_s is not None:
         if adapts and spare_s > 0:
             max_len = min(max_len, LONG_LEN)

@@ -1,5 +1,6 @@
 """Prompts beside sequences: a target of each gap bounds each step; one of the mean (TPOT), them together."""
 
+from math import inf
 from types import SimpleNamespace
 from typing import cast
 
@@ -18,7 +19,7 @@ def length(settings_keep: bool, *requests: tuple[float | None, bool], last_s: fl
     for chunk in (0, 16, 64, 256, 1024):
         steps.observe(StepShape.of([(0, chunk)], [100] * 4), 1e-2 + 4e-5 * chunk)
     settings = LoopSettings(2048, 2048, 8, itl_target_s=TARGET_S, keeps_gaps=settings_keep)
-    prompts = cast(Prompts, SimpleNamespace(has_work=True, next_start=0, num_waiting=1))
+    prompts = cast(Prompts, SimpleNamespace(has_work=True, next_start=0, num_waiting=1, pace=inf))
     running = [
         Request(
             request_id=number,

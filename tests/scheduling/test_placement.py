@@ -202,6 +202,18 @@ def test_a_target_of_the_mean_makes_chunks_no_longer_than_what_hides_the_weights
     assert length(0.05, inf, adapts=False) == 2048
 
 
+def test_where_pools_are_full_chunks_are_as_long_as_the_answers_make_room_for() -> None:
+    """50 sequences run and 10 are still prompts: with 4 tokens of prompts for each of answers 240 a step keep up."""
+
+    def length(pace: float, *, adapts: bool = True) -> int:
+        return chunk_beside(STEPS, ROWS, 0, None, 2048, 10, adapts=adapts, pace=pace)
+
+    assert length(inf) == length(100.0) == LONG_LEN
+    assert 240 <= length(4.0) <= 1.5 * 240
+    assert length(0.0) == MIN_CHUNK_LEN
+    assert length(4.0, adapts=False) == 2048
+
+
 def test_a_chunk_is_shorter_where_steps_take_longer_than_predicted() -> None:
     def length_at(overrun: float) -> int:
         steps = StepEstimator()

@@ -11,7 +11,7 @@ import pytest
 from ensemble.config import Deployment
 from ensemble.scheduling.estimator import StepShape, TimedStep
 from ensemble.scheduling.placement import Site, Work
-from tools.benchmarks.simulate_goodput import OPT_13B, Load, Runs, itl
+from tools.benchmarks.simulate_goodput import LOADS, OPT_13B, Load, Runs, itl
 from tools.load.records import Record, Run
 from tools.load.workloads import arrivals
 from tools.simulation.against_runs import compare
@@ -274,6 +274,17 @@ def test_pools_filled_by_what_is_needed_at_one_time_let_more_start_in_time() -> 
         for admission in ("reserved", "optimistic")
     )
     assert optimistic > reserved + 0.05
+
+
+@pytest.mark.parametrize("name", ["middling", "chat"])
+def test_where_requests_wait_for_room_auto_answers_as_many_as_the_best_chunk_does(name: str) -> None:
+    """As prompts come when answers end, short chunks serve chat best, and longer ones where prompts are long."""
+    [load] = [each for each in LOADS if each.name.startswith(name) and not each.targets]
+    auto, short, long = (
+        Runs(load, mode, 150, range(1)).throughput() for mode in ("auto", "colocated:256", "colocated:512")
+    )
+    assert auto > 0.95 * max(short, long)
+    assert (short > 1.05 * long) == (name == "chat"), "one of them alone is the best"
 
 
 def test_a_load_that_prefill_cannot_bear_alone_rides_at_once_also_after_a_quiet_time() -> None:
