@@ -20,7 +20,7 @@ from ensemble.protocol.curve import CurveKey
 from ensemble.replicas.launchers.base import Launcher, RankProcesses, ReplicaStart
 from ensemble.replicas.launchers.local import LocalLauncher
 
-DEADLINE_S = 30.0
+DEADLINE_S = 90.0
 Start = Callable[..., "Ranks"]
 
 
