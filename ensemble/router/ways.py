@@ -21,6 +21,7 @@ from ensemble.scheduling.prefiller import Limits
 # one may end just short of its batch, which is in flight for another step: with three, on H100, each fifth step beside
 # sequences found the last 3 tokens of its batch, and no other.
 MAX_BATCHES_BESIDE = 4
+MAX_QUEUED = 8  # prompts for each replica: where more have room and wait, none of them waits for a replica that is busy
 
 
 class _Choice(NamedTuple):
@@ -109,9 +110,14 @@ class Ways:
             return False
         if self._chosen is None or self._chosen[0] != request.request_id:
             self._chosen = request.request_id, self._best_way(life)
-        if self._chosen[1] is None or self._refuses(life, self._chosen[1].way):
+        choice = self._chosen[1]
+        if choice is None or self._refuses(life, choice.way):
             return False
-        way, offer = self._chosen[1]
+        if choice.way.replica != replica_id and self._predictions.num_queued > MAX_QUEUED:
+            here = self._best_way(life, replica_id)
+            if here is not None and not self._misses(life, here.way):
+                choice = here
+        way, offer = choice
         if way.replica != replica_id or (way.stays and not self._admission.try_start_at(replica_id, request)):
             return False
         if not way.stays:  # there is room for it, or will be soon enough: else this was no way
@@ -127,9 +133,9 @@ class Ways:
             timeline.predicted_first_token_ns = time.time_ns() + int(way.ttft_s * 1e9)
         return True
 
-    def _best_way(self, life: Life) -> _Choice | None:
-        """None: nobody could start it, were it idle."""
-        choices = [_Choice(*each) for each in self._ways(life)]
+    def _best_way(self, life: Life, replica_id: int | None = None) -> _Choice | None:
+        """At any replica, or at this one. None: nobody could start it, were it idle."""
+        choices = [_Choice(*each) for each in self._ways(life) if replica_id in (None, each[0].replica)]
         way = self._best(life, (each.way for each in choices))
         return next((each for each in choices if each.way is way), None)
 
@@ -236,13 +242,17 @@ class Ways:
         ttft_target_s = self._targets(life)[0]
         return None if ttft_target_s is None else life.arrived_s + ttft_target_s - self._predictions.now
 
+    def _misses(self, life: Life, way: Way) -> bool:
+        """A target."""
+        return num_missed(way, self._left_s(life), self._targets(life)[1]) > 0
+
     def _refuses(self, life: Life, way: Way) -> bool:
         """Whether it has to be refused now, since nothing of it is computed yet and it is going to miss a target."""
         if self._may_miss or life.attempt is not life.request:
             return False
-        ttft_target_s, itl_target_s = self._targets(life)
-        if not num_missed(way, self._left_s(life), itl_target_s):
+        if not self._misses(life, way):
             return False
+        ttft_target_s, itl_target_s = self._targets(life)
         if all(life is not each for each, _ in self._refused):
             waited_s = self._predictions.now - life.arrived_s
             error = _out_of_reach(waited_s + way.ttft_s, way.itl_s, ttft_target_s, itl_target_s)
