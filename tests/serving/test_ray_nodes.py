@@ -32,7 +32,7 @@ ASKED: dict[str, Any] = {
     "return_perf_metrics": True,
 }
 RANK = {"num_threads": 1, "kv_cache_bytes": 64 << 20}
-SHORT, LONG = 50, 4000  # tokens; long ones are under way when a node is lost
+SHORT, LONG = 50, 2500  # tokens; long ones are under way when a node is lost
 
 
 @dataclass(frozen=True)
