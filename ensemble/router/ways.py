@@ -38,7 +38,8 @@ class Ways:
     _admission: DecodeAdmission
     _predictions: Predictions
     _prefix_moves: PrefixMoves
-    _chosen: tuple[int, _Choice | None] | None = None  # for the attempt asked of last, as long as it holds
+    # for the attempt asked of last, as long as it holds: what is open to it, and the best of that
+    _chosen: tuple[int, list[_Choice], _Choice | None] | None = None
     _refused: list[tuple[Life, TargetOutOfReach]] = field(default_factory=list)
     _alone: set[int] = field(default_factory=set)  # attempt ids
 
@@ -109,12 +110,13 @@ class Ways:
         if life is None or replica is None:
             return False
         if self._chosen is None or self._chosen[0] != request.request_id:
-            self._chosen = request.request_id, self._best_way(life)
-        choice = self._chosen[1]
+            open_to_it = [_Choice(*each) for each in self._ways(life)]
+            self._chosen = request.request_id, open_to_it, self._best_of(life, open_to_it)
+        _, choices, choice = self._chosen
         if choice is None or self._refuses(life, choice.way):
             return False
         if choice.way.replica != replica_id and self._predictions.num_queued > MAX_QUEUED:
-            here = self._best_way(life, replica_id)
+            here = self._best_of(life, [each for each in choices if each.way.replica == replica_id])
             if here is not None and not self._misses(life, here.way):
                 choice = here
         way, offer = choice
@@ -133,9 +135,8 @@ class Ways:
             timeline.predicted_first_token_ns = time.time_ns() + int(way.ttft_s * 1e9)
         return True
 
-    def _best_way(self, life: Life, replica_id: int | None = None) -> _Choice | None:
-        """At any replica, or at this one. None: nobody could start it, were it idle."""
-        choices = [_Choice(*each) for each in self._ways(life) if replica_id in (None, each[0].replica)]
+    def _best_of(self, life: Life, choices: list[_Choice]) -> _Choice | None:
+        """None: nobody could start it, were it idle."""
         way = self._best(life, (each.way for each in choices))
         return next((each for each in choices if each.way is way), None)
 
