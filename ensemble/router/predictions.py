@@ -70,6 +70,7 @@ class Predictions:
         self._block_s = None
 
     def _look_at_queue(self) -> None:
+        """Who has no room to decode waits until an answer ends, however soon its prompt were computed."""
         num_waiting, num_output_tokens = self._prefill.num_waiting, self._output_estimate.mean_num_tokens
         self.num_queued, self.pace = self._prefill.num_waiting_each, inf
         if num_waiting and num_output_tokens:

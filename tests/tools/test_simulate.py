@@ -287,6 +287,13 @@ def test_where_requests_wait_for_room_auto_answers_as_many_as_the_best_chunk_doe
     assert (short > 1.05 * long) == (name == "chat"), "one of them alone is the best"
 
 
+def test_no_prompt_waits_for_the_faster_replica_while_pools_stand_empty_behind_a_long_queue() -> None:
+    """Long enough for that to begin: where one computed the other one's prompts too, neither pool filled again."""
+    [load] = [each for each in LOADS if each.name.startswith("chat") and not each.targets]
+    auto, short = (Runs(load, mode, 600, range(1, 2)).throughput() for mode in ("auto", "colocated:256"))
+    assert auto > 0.95 * short
+
+
 def test_a_load_that_prefill_cannot_bear_alone_rides_at_once_also_after_a_quiet_time() -> None:
     """The share of its time that prompts take is a mean of many seconds, and says of the first ones that it is idle."""
     steps = predicted_steps(LLAMA_2_13B, GPUS["h100"], 1, 2048, 4096)
