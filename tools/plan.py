@@ -32,6 +32,7 @@ from tools.load.workloads import DATASETS, Workload
 from tools.planning.plan import Choice, Plan
 from tools.planning.search import Cluster
 from tools.simulation.costs import GPUS, read_costs
+from tools.simulation.noise import SENDERS
 
 KNOWN_TARGETS = ("ttft", "tpot", "itl", "gap")
 
@@ -55,6 +56,7 @@ def main(
     output_len: Annotated[int | None, Option(min=1)] = None,
     range_ratio: Annotated[float, Option(min=0, max=1)] = 0.0,
     prefix_hit_share: Annotated[float, Option(min=0, max=0.95, help="of a prompt, found in prefix caches")] = 0.0,
+    endpoint: Annotated[str, Option(help=f"that clients ask: {', '.join(SENDERS)}")] = "ensemble",
     swap_space: Annotated[float, Option(min=0, help="GiB of host memory of each decode replica")] = 0.0,
     out: Annotated[Path, Option(help="the deployment file")] = Path("planned.yaml"),
     jobs: Annotated[int | None, Option(min=1, help="trials at a time; default: the cores")] = None,
@@ -66,6 +68,8 @@ def main(
             raise ConfigError(f"--goodput {metric}: a plan knows {', '.join(KNOWN_TARGETS)}")
     if gpu not in GPUS or affinity not in ("high", "low", "both"):
         raise ConfigError(f"--gpu {gpu}, --affinity {affinity}: must be of {', '.join(GPUS)}; high, low or both")
+    if endpoint not in SENDERS:
+        raise ConfigError(f"--endpoint {endpoint}: must be {' or '.join(SENDERS)}")
     path = resolve_model(model) if model else ensure_default_model()
     kind = GPUS[gpu]
     kind = replace(
@@ -86,6 +90,7 @@ def main(
         cached_share=prefix_hit_share,
         swap_bytes=int(swap_space * 2**30),
         affinity=affinity,
+        endpoint=endpoint,
         jobs=jobs or os.cpu_count() or 1,
     )
     console = Console(width=130, highlight=False)

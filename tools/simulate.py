@@ -11,7 +11,8 @@ is simulated as it is written, whatever this machine has.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -37,7 +38,7 @@ from tools.load.goodput import Measured, curve_targets
 from tools.load.records import Run, describe, parse_targets
 from tools.load.workloads import DATASETS, Workload, arrivals
 from tools.simulation.against_runs import Compared, compare, device_of, read_runs
-from tools.simulation.costs import GPUS, Costs, predicted_costs, read_costs, write_costs
+from tools.simulation.costs import GPUS, Costs, SideCosts, predicted_costs, read_costs, write_costs
 from tools.simulation.simulator import Ask, Simulation
 
 GOAL_POINTS = 5.0  # of attainment
@@ -80,17 +81,16 @@ def main(
         mode: virtual_deployment(mode, path, replicas, gpu is not None, targets_ms) for mode in modes.split(",")
     }
     first = recorded[0][1] if recorded else next(iter(deployments.values()))
-    if costs is not None:
-        known = read_costs(costs)
-    elif gpu is not None:
-        known = predicted_costs(load_model_spec(path), GPUS[gpu], first)
+    costs_of: Callable[[Deployment], SideCosts]
+    if costs is None and gpu is not None:
+        costs_of = partial(predicted_costs, load_model_spec(path), GPUS[gpu])
     else:
-        known = measure_costs(first)
+        costs_of = partial(_alike, read_costs(costs) if costs is not None else measure_costs(first))
     if measure is not None:
-        write_costs(measure, known)
+        write_costs(measure, costs_of(first).decode)
     console = Console(width=140, highlight=False)
     if recorded:
-        compared, known = compare(recorded, known, calibrate=calibrate, seeds=seeds)
+        compared, _ = compare(recorded, costs_of, calibrate=calibrate, seeds=seeds)
         others = [targets_ms | parse_targets([each]) for text in also or [] for each in text.split(",")]
         console.print(compared_table(compared, targets_ms))
         console.print(shares_table(compared, [targets_ms, *others]))
@@ -100,7 +100,7 @@ def main(
         workload = Workload(dataset_name, dataset_path, input_len, output_len, range_ratio, scale)
         rates = numbers_of("--request-rates", request_rates)
         measured = [
-            Measured(mode, {rate: [simulate(each, known, workload, rate, seconds, seed)] for rate in rates})
+            Measured(mode, {rate: [simulate(each, costs_of(each), workload, rate, seconds, seed)] for rate in rates})
             for mode, each in deployments.items()
         ]
         console.print(attainment_table(measured, targets_ms))
@@ -159,12 +159,18 @@ def measure_costs(deployment: Deployment) -> Costs:
     return found if engine.runs_ahead else msgspec.structs.replace(found, pull_bytes_per_s=CPU_PULL_BYTES_PER_S)
 
 
-def simulate(deployment: Deployment, costs: Costs, workload: Workload, rate: float, seconds: float, seed: int) -> Run:
+def _alike(costs: Costs, deployment: Deployment) -> SideCosts:
+    return SideCosts(costs, costs)
+
+
+def simulate(
+    deployment: Deployment, costs: SideCosts, workload: Workload, rate: float, seconds: float, seed: int
+) -> Run:
     rng = random.Random(seed)
     asked = workload.draw(max(1, round(rate * seconds)), rng)
     due = arrivals(len(asked), rate, 1.0, rng)
     asks = [Ask(at, each.lengths.prompt, each.lengths.output) for at, each in zip(due, asked, strict=True)]
-    records = Simulation(deployment, costs).run(asks)
+    records = Simulation(deployment, *costs).run(asks)
     return Run(load={"request_rate": rate}, lag_p99_ms=0.0, max_lag_ms=0.0, client_cpu_share=0.0, records=records)
 
 

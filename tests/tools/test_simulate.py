@@ -9,13 +9,25 @@ import msgspec
 import pytest
 
 from ensemble.config import Deployment
+from ensemble.models.spec import load_model_spec
 from ensemble.scheduling.estimator import StepShape, TimedStep
 from ensemble.scheduling.placement import Site, Work
+from tools.benchmarks.engine_shapes import SHAPES
 from tools.benchmarks.simulate_goodput import LOADS, OPT_13B, Load, Runs, itl
 from tools.load.records import Record, Run
 from tools.load.workloads import arrivals
+from tools.proofs.gpu_smoke import write_model_dir
 from tools.simulation.against_runs import compare
-from tools.simulation.costs import GPUS, Costs, ModelSize, kv_tokens, predicted_steps, step_s
+from tools.simulation.costs import (
+    GPUS,
+    Costs,
+    ModelSize,
+    SideCosts,
+    kv_tokens,
+    predicted_costs,
+    predicted_steps,
+    step_s,
+)
 from tools.simulation.noise import draw
 from tools.simulation.simulator import Ask, Simulation
 
@@ -158,14 +170,32 @@ def test_a_run_of_a_slower_machine_is_met_by_calibration() -> None:
         return Run(load={"request_rate": rate}, lag_p99_ms=0, max_lag_ms=1, client_cpu_share=0, records=records)
 
     modes = [("disaggregated", deployment(), [run(2.0), run(8.0)])]
-    compared, found = compare(modes, costs(), calibrate=True, seeds=2)
+    compared, found = compare(modes, lambda _: SideCosts(costs(), costs()), calibrate=True, seeds=2)
     assert [len(each.simulated) for each in compared] == [120, 120]
-    assert found.front_s == pytest.approx(0.030, abs=0.002)
-    assert found.estimator().seconds(StepShape.of([(0, 50)], [])) == pytest.approx(0.0714, rel=0.03)
+    assert costs().front_s + found.front_s == pytest.approx(0.030, abs=0.002)
+    assert found.factor == pytest.approx(1.4, rel=0.03)
     for each in compared:
         for metric, percent in (("ttft", 50), ("ttft", 90), ("tpot", 90)):
             real_ms, simulated_ms = each.percentile_ms(metric, percent)
             assert simulated_ms == pytest.approx(real_ms, rel=0.03)
+
+
+def test_each_side_is_predicted_by_its_own_degrees(tmp_path: Path) -> None:
+    write_model_dir(tmp_path / "model", SHAPES["LLaMA-2-13B"].config)
+    raw = {
+        "model": {"path": str(tmp_path / "model")},
+        "prefill": {"devices": ["cuda:0"]},
+        "decode": {"devices": ["cuda:1", "cuda:2"], "tensor_parallel_size": 2},
+        "block_size": 64,
+    }
+    spec = load_model_spec(tmp_path / "model")
+    apart = predicted_costs(spec, GPUS["h100"], Deployment.parse(raw))
+    prompt = StepShape.of([(0, 2048)], [])
+    assert 1.6 < apart.prefill.times.seconds(prompt) / apart.decode.times.seconds(prompt) < 1.9
+    assert apart.decode.num_kv_tokens > 2 * apart.prefill.num_kv_tokens
+    raw["decode"] = {"devices": ["cuda:1", "cuda:2"], "pipeline_parallel_size": 2}
+    piped = predicted_costs(spec, GPUS["h100"], Deployment.parse(raw))
+    assert piped.decode.times.seconds(prompt) == pytest.approx(piped.prefill.times.seconds(prompt) / 2)
 
 
 @pytest.mark.parametrize(

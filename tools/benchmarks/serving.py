@@ -9,7 +9,8 @@ overload      chat, prefill apart from decode, 14 requests/s, which is more than
 long-answers  chat likewise, where it can: answers that end by themselves, with max_tokens 1,024 and with the exact one
 streams       LLaMA-2-7B on one device, 256 streams: `ensemble` beside `scheduler`, and that beside tools.offline
 
-Weights are random: every request says how long its answer is. `--devices cpu,cpu` runs the same with a tiny model.
+`--chunk` bounds a prompt's tokens in a step beside running sequences, of chat and streams. Weights are random: every
+request says how long its answer is. `--devices cpu,cpu` runs the same with a tiny model.
 """
 
 import os
@@ -61,8 +62,12 @@ CPU_STAGE = {"num_threads": 1, "kv_cache_bytes": 32 << 20}
 class Bench:
     """Servers and loads of this benchmark, scaled down where there is no GPU."""
 
-    def __init__(self, devices: Sequence[str], chat: Workload, summary: Workload, seconds: float) -> None:
+    def __init__(
+        self, devices: Sequence[str], chat: Workload, summary: Workload, seconds: float, chunk: int | None
+    ) -> None:
         self.devices, self.seconds = list(devices), seconds
+        self.colocated = "colocated" if chunk is None else f"colocated:{chunk}"
+        self.chunk = "" if chunk is None else f", chunk {chunk}"
         self.on_gpus = devices[0] != "cpu"
         scale = 1.0 if self.on_gpus else CPU_SCALE
         self.chat, self.summary = replace(chat, scale=scale), replace(summary, scale=scale)
@@ -91,10 +96,10 @@ class Bench:
     # ---- the parts
 
     def chat_rows(self, folder: Path, logs: Path) -> Iterator[Row]:
-        with self.server(folder, logs / "chat.log", "OPT-13B", "colocated", self.devices) as server:
+        with self.server(folder, logs / "chat.log", "OPT-13B", self.colocated, self.devices) as server:
             run = self.open_load(server, self.chat, 11)
         goals = {"TPOT, P50": 20.0, "ITL P99 of a request, P50": 44.0}
-        yield from rows_of("OPT-13B, chat, colocated, 11/s", run, goals)
+        yield from rows_of(f"OPT-13B, chat, colocated{self.chunk}, 11/s", run, goals)
 
     def summary_rows(self, folder: Path, logs: Path) -> Iterator[Row]:
         with self.server(folder, logs / "summary.log", "LLaMA-2-13B", "colocated:256", self.devices) as server:
@@ -147,15 +152,15 @@ class Bench:
         count = STREAMS if self.on_gpus else CPU_STREAMS
         workload = Workload(input_len=STREAM_PROMPT, output_len=STREAM_OUTPUT, scale=1.0 if self.on_gpus else 0.1)
         tokens_per_s: dict[str, float] = {}
-        with self.server(folder, logs / "streams.log", "LLaMA-2-7B", "colocated", self.devices[:1]) as server:
+        with self.server(folder, logs / "streams.log", "LLaMA-2-7B", self.colocated, self.devices[:1]) as server:
             deployment = server.deployment
             for endpoint in ("ensemble", "scheduler"):
                 load = Load(workload, EACH * count, max_concurrency=count, endpoint=endpoint)
                 run = put_warm(server, load, num_warmups=count)
                 tokens_per_s[endpoint] = sum(each.num_tokens for each in run.records) / run.duration
                 goals = {"gap between responses, P99": 100.0} if endpoint == "ensemble" else {}
-                yield from rows_of(f"LLaMA-2-7B, {count} streams by {endpoint}", run, goals)
-                label = f"LLaMA-2-7B, {count} streams by {endpoint}: output"
+                yield from rows_of(f"LLaMA-2-7B{self.chunk}, {count} streams by {endpoint}", run, goals)
+                label = f"LLaMA-2-7B{self.chunk}, {count} streams by {endpoint}: output"
                 yield {"name": label, "value": round(tokens_per_s[endpoint]), "unit": "tokens/s"}
         engine = load_engine(deployment, deployment.decode, torch.device(self.devices[0]))
         rng, vocab_size = random.Random(0), engine.spec.vocab_size
@@ -255,13 +260,14 @@ def main(
     chat_trace: Annotated[Path | None, Option(help="default: lengths as the workload chat has them")] = None,
     summary_trace: Annotated[Path | None, Option(help="default: lengths of summary, 16 tokens of output")] = None,
     seconds: Annotated[float, Option(min=1, help="of arrivals")] = 20.0,
+    chunk: Annotated[int | None, Option(min=16, help="default: the server's")] = None,
     only: Annotated[list[str] | None, Option(help="these parts alone")] = None,
     output: Annotated[Path | None, Option(help="JSON file for the results")] = None,
     log_dir: Annotated[Path | None, Option(help="keeps the servers' logs")] = None,
 ) -> None:
     chat = Workload("trace", chat_trace) if chat_trace else Workload("chat")
     summary = Workload("trace", summary_trace) if summary_trace else Workload("summary", output_len=16)
-    bench = Bench(devices.split(","), chat, summary, seconds)
+    bench = Bench(devices.split(","), chat, summary, seconds, chunk)
     sections: dict[str, Section] = {
         "chat": bench.chat_rows,
         "summary": bench.summary_rows,

@@ -55,6 +55,7 @@ class Plan:
     cached_share: float = 0.0
     swap_bytes: int = 0
     affinity: str = "both"
+    endpoint: str = "ensemble"  # that clients ask: by how many their responses leave
     budget: int = 2048
     num_requests: int = 400  # of a trial of one replica
     lasting: float = 30.0  # times the TTFT target: what comes 4 % too fast has by then a queue as long as that
@@ -64,7 +65,7 @@ class Plan:
 
     @property
     def costs(self) -> ReplicaCosts:
-        return ReplicaCosts(self.spec, self.gpu, self.cluster, self.budget, self.measured)
+        return ReplicaCosts(self.spec, self.gpu, self.cluster, self.budget, self.measured, self.endpoint)
 
     @property
     def deployments(self) -> Deployments:

@@ -9,6 +9,7 @@ from ensemble.models.spec import ModelSpec
 from tools.planning.phases import Phase
 from tools.planning.search import Cluster
 from tools.simulation.costs import Costs, Gpu, costs_by_rates, kv_tokens, model_size, step_s
+from tools.simulation.noise import SENDERS
 
 UTILIZATION = 0.9
 MIN_KV_TOKENS = 2048  # a model that leaves less room does not fit
@@ -23,6 +24,7 @@ class ReplicaCosts:
     cluster: Cluster
     budget: int
     measured: Costs | None = None
+    endpoint: str = "ensemble"  # that clients ask
 
     def of(self, tp: int, pp: int = 1) -> Costs | None:
         """Steps of the whole model on tp GPUs, KV of tp x pp; None: the model does not fit these."""
@@ -30,12 +32,19 @@ class ReplicaCosts:
         num_kv_tokens = kv_tokens(size, self.gpu, tp * pp, UTILIZATION)
         if num_kv_tokens < MIN_KV_TOKENS:
             return None
-        found = costs_by_rates(size, self.gpu, tp, num_kv_tokens, self.budget, self.spec.max_model_len)
+        predicted = costs_by_rates(size, self.gpu, tp, num_kv_tokens, self.budget, self.spec.max_model_len)
+        found = msgspec.structs.replace(predicted, num_senders=SENDERS[self.endpoint])
         if self.measured is None:
             return found
         if tp == pp == 1:
-            noise = {"step_ratios": found.step_ratios, "out_s": found.out_s, "response_s": found.response_s}
-            return msgspec.structs.replace(self.measured, num_kv_tokens=num_kv_tokens, **noise)
+            return msgspec.structs.replace(
+                self.measured,
+                num_kv_tokens=num_kv_tokens,
+                step_ratios=found.step_ratios,
+                out_s=found.out_s,
+                response_s=found.response_s,
+                num_senders=found.num_senders,
+            )
         ratios = [step.seconds / step_s(size, self.gpu, step.shape, 1) for step in self.measured.steps]
         return found.scaled(median(ratios))
 

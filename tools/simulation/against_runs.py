@@ -1,8 +1,9 @@
 """Simulated runs beside recorded ones of the same requests: how far off the simulation is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -11,7 +12,7 @@ from ensemble.config import Deployment
 from ensemble.errors import ConfigError
 from tools.load.records import Record, Run
 from tools.load.summary import values_ms
-from tools.simulation.costs import Costs
+from tools.simulation.costs import SideCosts
 from tools.simulation.simulator import Ask, Simulation
 
 DEPLOYMENT_FILE = "deployment.yaml"  # of a mode, beside its runs
@@ -65,35 +66,48 @@ def device_of(folder: Path) -> str:
         return "unknown"
 
 
-def replay(run: Run, deployment: Deployment, costs: Costs, seeds: int = 1) -> list[Record]:
+def replay(run: Run, deployment: Deployment, costs: SideCosts, seeds: int = 1) -> list[Record]:
     """The run's own requests at their own times, with each seed."""
     asks = [Ask(each.due, each.prompt_len, each.output_len) for each in run.records]
-    return [record for seed in range(seeds) for record in Simulation(deployment, costs, seed=seed).run(asks)]
+    costs = costs.by(str(run.load.get("endpoint") or "ensemble"))
+    return [record for seed in range(seeds) for record in Simulation(deployment, *costs, seed=seed).run(asks)]
+
+
+class Calibration(NamedTuple):
+    """What a server takes beyond its costs."""
+
+    factor: float = 1.0  # of steps
+    front_s: float = 0.0  # more from the client to the router
 
 
 def compare(
-    modes: Sequence[tuple[str, Deployment, list[Run]]], costs: Costs, *, calibrate: bool, seeds: int = 1
-) -> tuple[list[Compared], Costs]:
+    modes: Sequence[tuple[str, Deployment, list[Run]]],
+    costs_of: Callable[[Deployment], SideCosts],
+    *,
+    calibrate: bool,
+    seeds: int = 1,
+) -> tuple[list[Compared], Calibration]:
     """Every run beside its simulation.
 
     calibrate: two numbers are taken from the first mode's run of the lowest rate, by its medians: how much longer steps
     take beside a whole server than alone (TPOT), and the way from client to router (TTFT). That run says little then.
     """
-    if calibrate:
-        _, deployment, runs = modes[0]
-        costs = calibrated(runs[0], deployment, costs)
+    _, first, runs = modes[0]
+    found = calibration(runs[0], first, costs_of(first)) if calibrate else Calibration()
     compared = [
-        Compared(mode, rate_of(run), run.records, replay(run, deployment, costs, seeds))
+        Compared(mode, rate_of(run), run.records, replay(run, deployment, costs_of(deployment).changed(*found), seeds))
         for mode, deployment, runs in modes
         for run in runs
     ]
-    return compared, costs
+    return compared, found
 
 
-def calibrated(run: Run, deployment: Deployment, costs: Costs, rounds: int = 3) -> Costs:
+def calibration(run: Run, deployment: Deployment, costs: SideCosts, rounds: int = 3) -> Calibration:
+    factor = 1.0
     for _ in range(rounds):
-        found = Compared("", 0.0, run.records, replay(run, deployment, costs))
+        found = Compared("", 0.0, run.records, replay(run, deployment, costs.changed(factor, 0.0)))
         real_tpot, tpot = found.percentile_ms("tpot", 50)
-        costs = costs.scaled(real_tpot / tpot)
-    real_ttft, ttft = Compared("", 0.0, run.records, replay(run, deployment, costs)).percentile_ms("ttft", 50)
-    return msgspec.structs.replace(costs, front_s=max(0.0, costs.front_s + (real_ttft - ttft) / 1e3))
+        factor *= real_tpot / tpot
+    found = Compared("", 0.0, run.records, replay(run, deployment, costs.changed(factor, 0.0)))
+    real_ttft, ttft = found.percentile_ms("ttft", 50)
+    return Calibration(factor, (real_ttft - ttft) / 1e3)

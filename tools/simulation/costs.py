@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -10,7 +10,7 @@ from ensemble.config import Deployment
 from ensemble.errors import ConfigError
 from ensemble.models.spec import ModelSpec
 from ensemble.scheduling.estimator import StepEstimator, StepShape, TimedStep
-from tools.simulation.noise import OUT_S, RESPONSE_S, STEP_RATIOS, Distribution
+from tools.simulation.noise import OUT_S, RESPONSE_S, SENDERS, STEP_RATIOS, Distribution
 
 
 class ToldEstimator(StepEstimator):
@@ -49,7 +49,7 @@ class Gpu:
 
 GPUS = {
     "h100": Gpu(80 << 30, 3.0e12, 690e12),
-    "h200": Gpu(141 << 30, 4.25e12, 700e12),
+    "h200": Gpu(141 << 30, 4.1e12, 700e12),
     "a100-80g": Gpu(80 << 30, 1.75e12, 260e12, link_rate=220e9, host_rate=22e9),
     "a100-40g": Gpu(40 << 30, 1.35e12, 260e12, link_rate=220e9, host_rate=22e9),
 }
@@ -100,7 +100,7 @@ def step_s(model: ModelSize, gpu: Gpu, shape: StepShape, tp: int, node_link_rate
     rows_s = shape.num_row_keys * model.kv_token_bytes / tp / gpu.copy_rate
     heads = 4 * model.num_layers * model.num_heads * model.head_dim
     attention_s = heads * shape.num_prompt_keys / tp / (0.45 * gpu.matmul_rate)
-    power = 4 if shape.num_prompt_tokens else 3  # the higher, the more of the smaller is hidden
+    power = 3.5 if shape.num_prompt_tokens else 3  # the higher, the more of the smaller is hidden
     floor_s = (weights_s**power + products_s**power) ** (1 / power) + rows_s + attention_s
     reduce_s = 0.0
     if tp > 1:
@@ -143,6 +143,7 @@ class Costs(msgspec.Struct, kw_only=True, frozen=True):
     step_ratios: Distribution = []  # of a step over what is predicted
     out_s: Distribution = []  # of a step's tokens from the router to the senders
     response_s: Distribution = []  # of a response there
+    num_senders: int = SENDERS["ensemble"]  # each of which has one response at a time
 
     @property
     def times(self) -> StepTimes:
@@ -201,14 +202,38 @@ def kv_tokens(model: ModelSize, gpu: Gpu, num_gpus: int, utilization: float) -> 
     return max(0, int((left - RESERVE_BYTES * num_gpus) // model.kv_token_bytes))
 
 
-def predicted_costs(spec: ModelSpec, gpu: Gpu, deployment: Deployment, tp: int = 1) -> Costs:
-    """Of a replica on `tp` GPUs of a kind that is not here. Raises ConfigError where the model does not fit."""
-    model = model_size(spec)
-    num_kv_tokens = kv_tokens(model, gpu, tp, deployment.decode.gpu_memory_utilization)
-    if num_kv_tokens < deployment.block_size:
-        raise ConfigError(f"model {spec.path}: {model.weight_bytes >> 30} GiB of weights do not fit {tp} such GPUs")
+class SideCosts(NamedTuple):
+    """Of replicas at home in decode, and of those at home in prefill, whose degrees may differ."""
+
+    decode: Costs
+    prefill: Costs
+
+    def by(self, endpoint: str) -> "SideCosts":
+        """As clients of that model have them."""
+        return SideCosts(*(msgspec.structs.replace(each, num_senders=SENDERS[endpoint]) for each in self))
+
+    def changed(self, factor: float, front_s: float) -> "SideCosts":
+        """With steps that take so many times as long, and so many seconds more from the client to the router."""
+        return SideCosts(
+            *(msgspec.structs.replace(each.scaled(factor), front_s=max(0.0, each.front_s + front_s)) for each in self)
+        )
+
+
+def predicted_costs(spec: ModelSpec, gpu: Gpu, deployment: Deployment) -> SideCosts:
+    """Of replicas of these degrees on GPUs of a kind that is not here. Raises ConfigError where the model does not
+    fit."""
+    model, sides = model_size(spec), []
     max_len = deployment.model.limit_model_len(spec.max_model_len)
-    return costs_by_rates(model, gpu, tp, num_kv_tokens, deployment.prefill.max_num_batched_tokens, max_len)
+    for stage in (deployment.decode, deployment.prefill):
+        tp, num_places = stage.tensor_parallel_size, stage.pipeline_parallel_size
+        num_kv_tokens = kv_tokens(model, gpu, tp * num_places, stage.gpu_memory_utilization)
+        if num_kv_tokens < deployment.block_size:
+            raise ConfigError(
+                f"model {spec.path}: {model.weight_bytes >> 30} GiB of weights do not fit {tp * num_places} such GPUs"
+            )
+        found = costs_by_rates(model, gpu, tp, num_kv_tokens, deployment.prefill.max_num_batched_tokens, max_len)
+        sides.append(found.scaled(1 / num_places))
+    return SideCosts(*sides)
 
 
 def costs_by_rates(model: ModelSize, gpu: Gpu, tp: int, num_kv_tokens: int, max_num_tokens: int, max_len: int) -> Costs:

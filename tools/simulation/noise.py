@@ -27,9 +27,9 @@ OUT_S += [(0.95, 1.5e-3), (0.99, 3e-3), (1, 5e-3)]
 # Seconds from the begin of a send to that of the next, of a sender that has more to send.
 RESPONSE_S: Distribution = [(0, 0.2e-3), (0.05, 0.28e-3), (0.25, 0.35e-3), (0.5, 0.41e-3), (0.75, 0.47e-3)]
 RESPONSE_S += [(0.9, 0.55e-3), (0.95, 0.65e-3), (0.98, 0.95e-3), (0.99, 1.25e-3), (0.998, 2.2e-3), (1, 6.5e-3)]
-# Since these runs ensembles' responses leave by so many instances of `answer`, as hosts of GPUs have
-# (tools/server/commands.py): each takes as long for one, and holds up no other.
-NUM_SENDERS = 4
+# By how many responses leave at once, on hosts of GPUs: ensembles' by instances of `answer` (tools/server/commands.py),
+# those of clients of `scheduler` by its own threads (ensemble/serving/senders.py).
+SENDERS = {"ensemble": 4, "scheduler": 2}
 
 
 def draw(distribution: Distribution, rng: random.Random) -> float:
@@ -60,12 +60,13 @@ class Front:
         self,
         out_s: Distribution,
         response_s: Distribution,
+        num_senders: int,
         rng: random.Random,
         now: Callable[[], float],
         at: Callable[[float, Callable[[], None]], None],
     ) -> None:
         self._out_s, self._rng, self._now, self._at = out_s, rng, now, at
-        self._senders = [_Sender(response_s, rng, now, at) for _ in range(NUM_SENDERS)]
+        self._senders = [_Sender(response_s, rng, now, at) for _ in range(num_senders)]
         self._step: list[Stream] = []  # who has a token of it; empty: its tokens are with the senders
         self._step_at = 0.0  # when the router heard of it
 
@@ -79,7 +80,7 @@ class Front:
 
     def _reach(self, streams: list[Stream]) -> None:
         for stream in streams:
-            self._senders[stream.request_id % NUM_SENDERS].take(stream)
+            self._senders[stream.request_id % len(self._senders)].take(stream)
         streams.clear()
 
 

@@ -119,7 +119,7 @@ class Simulation:
         self._num_open = 0  # requests that have not ended
         self._ids = count(1)
         rng = random.Random(seed)
-        self._front = Front(costs.out_s, costs.response_s, rng, self._time, self._at)
+        self._front = Front(costs.out_s, costs.response_s, costs.num_senders, rng, self._time, self._at)
         self._sources: dict[str, Source] = {}
         self.router = Router(deployment, self._send, lambda: next(self._ids), 0.0)
         self.replicas: dict[int, SimulatedReplica] = {}
