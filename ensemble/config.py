@@ -41,6 +41,7 @@ StageName = Literal["prefill", "decode"]  # the model that is home to a replica'
 Role = Literal["prefill", "decode", "mixed"]  # what a replica is given: prompts to hand off, sequences, whole requests
 
 DEPLOYMENT_VARIABLE = "DISTSERVE_DEPLOYMENT"  # environment variable that names the deployment file
+TOKENS_BESIDE = 1024  # longer chunks double the gaps and bring prompts nothing: docs/results/README.md
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 64, 16  # tokens, by default; on a GPU attention reads whole tiles (docs/results)
 
 
@@ -137,8 +138,8 @@ class DecodeConfig(StageConfig):
     headroom_blocks: int = Field(default=0, ge=0)  # kept free for the next iterations; at least one for each of a batch
     watermark: float = Field(default=0.01, ge=0, lt=1)  # share of the pool that optimistic admission leaves
     # Prompts computed beside the running sequences: tokens of them in a step. For mixed replicas 0 stands for
-    # prefill.max_num_batched_tokens. For those of role decode 0 is none; else they compute prompts of at most
-    # max_local_prompt_len tokens while all prefill replicas are busy.
+    # TOKENS_BESIDE, under roles auto for as many as its choices take. For those of role decode 0 is none; else they
+    # compute prompts of at most max_local_prompt_len tokens while all prefill replicas are busy.
     local_prefill_tokens: int = Field(default=0, ge=0)
     max_local_prompt_len: int = Field(default=512, ge=1)
     batching: Batching = "mixed"
@@ -263,7 +264,10 @@ class Deployment(_Frozen):
     @property
     def num_prompt_tokens_beside(self) -> int:
         """Prompt tokens of a step with running sequences."""
-        return self.decode.local_prefill_tokens or self.prefill.max_num_batched_tokens
+        if self.decode.local_prefill_tokens:
+            return self.decode.local_prefill_tokens
+        most = self.prefill.max_num_batched_tokens
+        return most if self.scheduler.roles == "auto" else min(TOKENS_BESIDE, most)
 
     @classmethod
     def from_environment(cls) -> "Deployment":

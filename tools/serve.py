@@ -87,7 +87,9 @@ def main(
         str | None, Option(help="held until the sequence has joined decode: no stall after it; or at_once")
     ] = None,
     batching: Annotated[str | None, Option(help="of prompts computed in decode: mixed or prefill-first")] = None,
-    local_prefill_tokens: Annotated[int | None, Option(help="prompt tokens in a decode replica's step")] = None,
+    local_prefill_tokens: Annotated[
+        int | None, Option(help="prompt tokens in a step with running sequences; colocated: 1024, in decode: none")
+    ] = None,
     transfer_transport: Annotated[
         str | None, Option(help="of KV between replicas: auto, cuda_ipc, host (memory) or nccl")
     ] = None,

@@ -21,6 +21,7 @@ from ensemble.scheduling.estimator import NO_STEP, StepEstimator, StepShape
 
 MIN_CHUNK_LEN = 16  # tokens, so that prompts get on where steps are too long already
 AIM = 0.9  # of an ITL target, by what nearly all steps take: the longest gap of an answer counts, and tokens have a way
+MEAN_AIM = 0.97  # of a target of the mean, which later steps make up for
 NUM_MEAN_STEPS = 32  # over which a target of the mean is kept: shorter answers are few, and have few gaps
 LEAST_STRETCH = 1.1  # of a step by the chunk in it, where it misses its target without any
 FREE_STRETCH = 1.15  # of a step by the chunk in it that is hardly felt: reading the weights hides it
@@ -236,8 +237,8 @@ def spare_s(last_s: Collection[float], target_s: float) -> float:
     Below 0: it has to be shorter by so much, for with the last ones it would miss the target itself.
     """
     taken_s, num_steps = sum(last_s), len(last_s) + 1
-    left_s = AIM * target_s * (num_steps - 1) - taken_s
-    return left_s if left_s > 0 else min(0.0, target_s * (num_steps - AIM) - taken_s)
+    left_s = MEAN_AIM * target_s * (num_steps - 1) - taken_s
+    return left_s if left_s > 0 else min(0.0, target_s * (num_steps - MEAN_AIM) - taken_s)
 
 
 def _limit_s(bare_s: float, target_s: float, overrun: float, spare_s: float) -> float:

@@ -58,7 +58,7 @@ def test_colocated_takes_every_gpu(
     deployment = make_deployment({"model.path": model, "mode": "colocated"})
     assert (deployment.prefill.devices, deployment.decode.devices) == ([], devices)
     assert deployment.decode.gpu_memory_utilization == pytest.approx(0.9)
-    assert deployment.num_prompt_tokens_beside == 2048
+    assert deployment.num_prompt_tokens_beside == 1024
 
 
 @pytest.mark.parametrize(

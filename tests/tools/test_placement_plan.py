@@ -158,7 +158,8 @@ def test_a_plan_is_a_deployment_that_is_served(tmp_path: Path) -> None:
     targets_ms = {"ttft": 1000.0, "tpot": 60.0}
     plan = plan_of(tmp_path / "m", "h100", Cluster(1, 2, 350e9, 25e9), targets_ms)
     load = Workload("chat", output_len=16)
-    plan = replace(plan, workload=load, num_requests=24, lasting=0.0, num_verified=2, chunks=(256,), cached_share=0.2)
+    plan = replace(plan, workload=load, num_requests=24, lasting=0.0, lives=0.0)
+    plan = replace(plan, num_verified=2, chunks=(256,), cached_share=0.2)
     with Progress(disable=True) as progress:
         choices = plan.choices(progress)
     names = [choice.name for choice in choices]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from operator import itemgetter
+from statistics import mean
 from typing import Any
 
 from rich.progress import Progress
@@ -59,9 +61,10 @@ class Plan:
     budget: int = 2048
     num_requests: int = 400  # of a trial of one replica
     lasting: float = 30.0  # times the TTFT target: what comes 4 % too fast has by then a queue as long as that
+    lives: float = 3.0  # times what an answer may take: there are as many of them at once then as there will be
     num_verified: int = 6  # of the best placements: tried by the router
     jobs: int = 1  # trials at a time
-    chunks: tuple[int, ...] = (256, 512, 2048)  # of colocated replicas
+    chunks: tuple[int, ...] = (256, 512, 1024, 2048)  # of colocated replicas
 
     @property
     def costs(self) -> ReplicaCosts:
@@ -131,7 +134,8 @@ class Plan:
         return sorted(enough, key=lambda each: (each.judged_by != "router", each.num_gpus, -each.goodput))
 
     def colocated(self, rates_of: RatesOf) -> list[tuple[Choice, Trial]]:
-        """Mixed replicas at the two best of several chunks and degrees, as many as the rate needs, or all."""
+        """Mixed replicas at the best of several chunks for each degree, as many as the rate needs, or all: one replica
+        says little of two degrees, for many small ones share what comes in bursts as a large one does."""
         ways = [
             (tp, chunk, costs)
             for tp in sorted({tp for tp, pp in self.degrees() if pp == 1})
@@ -140,13 +144,13 @@ class Plan:
         ][: 2 * len(self.chunks)]
         alone = [self.mixed(1, tp, chunk, costs, 64.0) for tp, chunk, costs in ways]
         rates = rates_of([trial for _, trial in alone])
-        found = sorted(zip(rates, ways, strict=True), key=lambda each: -each[0] / each[1][0])[:2]
+        found = {way[0]: (rate, way) for rate, way in sorted(zip(rates, ways, strict=True), key=itemgetter(0))}
         chosen = []
-        for rate, (tp, chunk, costs) in found:
+        for rate, (tp, chunk, costs) in found.values():
             most = self.cluster.num_gpus // tp
             number = most if self.rate is None or not rate else min(most, -int(-MARGIN * self.rate // rate))
-            chosen.append(self.mixed(number, tp, chunk, costs, 1.2 * rate * number))
-        return [each for each, (rate, _) in zip(chosen, found, strict=True) if rate]
+            chosen.append(self.mixed(number, tp, chunk, costs, 1.4 * rate * number))
+        return [each for each, (rate, _) in zip(chosen, found.values(), strict=True) if rate]
 
     def mixed(self, number: int, tp: int, chunk: int, costs: Costs, upper: float) -> tuple[Choice, Trial]:
         deployment = self.deployments.colocated(number, tp, chunk)
@@ -167,7 +171,10 @@ class Plan:
     @property
     def lasting_s(self) -> float:
         """Of the arrivals of a trial."""
-        return self.lasting * self.targets_ms.get("ttft", 0.0) / 1e3
+        lengths, _ = self.load(self.num_requests)
+        gap_ms = min((self.targets_ms[metric] for metric in ("itl", "tpot") if metric in self.targets_ms), default=0.0)
+        answer_ms = gap_ms * mean(output for _, output in lengths)
+        return max(self.lasting * self.targets_ms.get("ttft", 0.0), self.lives * answer_ms) / 1e3
 
     @property
     def served_targets(self) -> dict[str, float]:
