@@ -110,7 +110,7 @@ def test_prompts_outlive_their_prefill_worker(server: TritonServer) -> None:
     decoding, survivor, _ = in_background(server, DECODING | {"max_tokens": 2000})
     wait_until(lambda: len(survivor.responses) > 3, 10)
     lost = [in_background(server, PREFILLING) for _ in range(8)]
-    wait_until(lambda: total(read_metrics(server.metrics_url), "vllm:num_requests_waiting") > 4, 10)
+    wait_until(lambda: total(read_metrics(server.metrics_url), "vllm:num_requests_waiting") > 0, 10)
     before = recoveries(server)
     kill_worker(server, "prefill")
     for thread, answer, _ in [*lost, (decoding, survivor, [])]:
