@@ -1,6 +1,7 @@
 """Virtual time: what follows from the predicted steps alone is compared with what queueing theory and sums say."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -196,6 +197,9 @@ def test_each_side_is_predicted_by_its_own_degrees(tmp_path: Path) -> None:
     raw["decode"] = {"devices": ["cuda:1", "cuda:2"], "pipeline_parallel_size": 2}
     piped = predicted_costs(spec, GPUS["h100"], Deployment.parse(raw))
     assert piped.decode.times.seconds(prompt) == pytest.approx(piped.prefill.times.seconds(prompt) / 2)
+    colocated = raw | {"mode": "colocated", "prefill": {"devices": []}}
+    small = replace(GPUS["h100"], memory_bytes=24 << 30)  # too little for the weights on one
+    assert predicted_costs(spec, small, Deployment.parse(colocated)).decode.num_kv_tokens > 0
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def predicted_costs(spec: ModelSpec, gpu: Gpu, deployment: Deployment) -> SideCo
     fit."""
     model, sides = model_size(spec), []
     max_len = deployment.model.limit_model_len(spec.max_model_len)
-    for stage in (deployment.decode, deployment.prefill):
+    for stage in (deployment.decode, deployment.prefill if deployment.prefill.devices else deployment.decode):
         tp, num_places = stage.tensor_parallel_size, stage.pipeline_parallel_size
         num_kv_tokens = kv_tokens(model, gpu, tp * num_places, stage.gpu_memory_utilization)
         if num_kv_tokens < deployment.block_size:
