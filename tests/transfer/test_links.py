@@ -371,6 +371,8 @@ def test_a_slow_pair_is_no_broken_one(tmp_path, monkeypatch):
     monkeypatch.setattr(pair._GlooPair, "_move", slowly)
     monkeypatch.setattr(link, "SLOT_BYTES", dict.fromkeys(link.SLOT_BYTES, 1))
     monkeypatch.setattr(packing, "MAX_LAUNCHED", 1)
+    # sends take no time but that clock's: as many as are asked for may go by before the reader's thread looks
+    monkeypatch.setitem(link_session.MAX_IN_FLIGHT, "pair", 3)
     source, reader = SourceRanks([LAYOUT], tmp_path), Reader(LAYOUT, transport="nccl")
     source.leases.grant(REQUEST_ID, SOURCE_IDS)
     try:
