@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import backend
 from kernels.backend import compute_dtype, uses_triton
 
 _BLOCK = 1024
@@ -33,6 +32,9 @@ def _apply_penalties_kernel(
     state_ids,  # [S] int64
     prompt_mask,  # [R, V] bool
     output_counts,  # [R, V] int32
+    new_token_ids,  # [S] int64
+    sources,  # [S] int64
+    sampled_before,  # [B] int64
     repetition_penalties,  # [S] fp32
     presence_penalties,  # [S] fp32
     frequency_penalties,  # [S] fp32
@@ -50,6 +52,12 @@ def _apply_penalties_kernel(
     pointers = logits + row * logits_stride + columns
     values = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     counts = tl.load(output_counts + state * V + columns, mask=inside, other=0)
+    source = tl.load(sources + row)
+    new_token_id = tl.load(sampled_before + source, mask=source >= 0, other=0)
+    new_token_id = tl.where(source >= 0, new_token_id, tl.load(new_token_ids + row))
+    is_new = columns == new_token_id
+    counts += is_new.to(tl.int32)
+    tl.store(output_counts + state * V + columns, counts, mask=inside & is_new)
     in_prompt = tl.load(prompt_mask + state * V + columns, mask=inside, other=0)
     repetition = tl.load(repetition_penalties + row)
     repeated = tl.where(values > 0, values / repetition, values * repetition)
@@ -57,21 +65,6 @@ def _apply_penalties_kernel(
     values -= tl.load(frequency_penalties + row) * counts.to(tl.float32)
     values -= tl.where(counts > 0, tl.load(presence_penalties + row), 0.0)
     tl.store(pointers, values.to(logits.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _count_tokens_kernel(
-    output_counts,  # [R, V] int32
-    state_ids,  # [S] int64
-    token_ids,  # [S] int64
-    V: tl.constexpr,
-):
-    """Grid [S]."""
-    row = tl.program_id(0)
-    state = tl.load(state_ids + row)
-    if state >= 0:
-        pointer = output_counts + state * V + tl.load(token_ids + row)
-        tl.store(pointer, tl.load(pointer) + 1)
 
 
 def mask_tokens_reference(logits: Tensor, row_ids: Tensor, token_ids: Tensor) -> None:
@@ -83,12 +76,19 @@ def apply_penalties_reference(
     state_ids: Tensor,
     prompt_mask: Tensor,
     output_counts: Tensor,
+    new_token_ids: Tensor,
+    sources: Tensor,
+    sampled_before: Tensor,
     repetition_penalties: Tensor,
     presence_penalties: Tensor,
     frequency_penalties: Tensor,
 ) -> None:
     rows = (state_ids >= 0).nonzero()[:, 0]
     states = state_ids[rows]
+    token_ids, sources = new_token_ids[rows], sources[rows]
+    token_ids[sources >= 0] = sampled_before[sources[sources >= 0]]
+    is_counted = token_ids >= 0
+    output_counts[states[is_counted], token_ids[is_counted]] += 1
     penalised = logits[rows].to(compute_dtype(logits.dtype))
     counts = output_counts[states]
     repetition = repetition_penalties[rows, None].to(penalised.dtype)
@@ -97,11 +97,6 @@ def apply_penalties_reference(
     penalised -= frequency_penalties[rows, None] * counts
     penalised -= presence_penalties[rows, None] * (counts > 0)
     logits[rows] = penalised.to(logits.dtype)
-
-
-def count_tokens_reference(output_counts: Tensor, state_ids: Tensor, token_ids: Tensor) -> None:
-    kept = state_ids >= 0
-    output_counts[state_ids[kept], token_ids[kept]] += 1
 
 
 def mask_tokens(
@@ -118,30 +113,24 @@ def mask_tokens(
 
 def apply_penalties(
     logits: Tensor,  # [S, V], updated in place
-    state_ids: Tensor,  # [S] int64, row of the two tables below; -1 = a row without penalties
+    state_ids: Tensor,  # [S] int64, row of the two tables below; distinct, or -1 = a row without penalties
     prompt_mask: Tensor,  # [R, V] bool, tokens of the prompt
-    output_counts: Tensor,  # [R, V] int32, tokens sampled so far
+    output_counts: Tensor,  # [R, V] int32, tokens sampled so far; updated in place
+    new_token_ids: Tensor,  # [S] int64, a token that is first counted; -1 = none
+    sources: Tensor,  # [S] int64, row of sampled_before whose token is first counted instead; -1 = new_token_ids'
+    sampled_before: Tensor | None,  # [B] int64; None: there is no source
     repetition_penalties: Tensor,  # [S] fp32, 1 = off
     presence_penalties: Tensor,  # [S] fp32, 0 = off
     frequency_penalties: Tensor,  # [S] fp32, 0 = off
 ) -> None:
     """Repetition penalty (Keskar et al., 2019) on prompt and output tokens; presence and frequency on output tokens."""
-    tensors = (state_ids, prompt_mask, output_counts, repetition_penalties, presence_penalties, frequency_penalties)
+    before = new_token_ids if sampled_before is None else sampled_before
+    counted = output_counts, new_token_ids, sources, before
+    factors = repetition_penalties, presence_penalties, frequency_penalties
     if not uses_triton(logits):
-        apply_penalties_reference(logits, *tensors)
+        apply_penalties_reference(logits, state_ids, prompt_mask, *counted, *factors)
         return
     num_rows, vocab_size = logits.shape
-    grid = (num_rows, triton.cdiv(vocab_size, _BLOCK))
-    _apply_penalties_kernel[grid](logits, *tensors, logits.stride(0), V=vocab_size, BLOCK=_BLOCK)
-
-
-def count_tokens(
-    output_counts: Tensor,  # [R, V] int32, updated in place
-    state_ids: Tensor,  # [S] int64, distinct; -1 = skip
-    token_ids: Tensor,  # [S] int64
-) -> None:
-    """Adds one to the count of each row's sampled token."""
-    if not (output_counts.is_cuda or backend.interpret):
-        count_tokens_reference(output_counts, state_ids, token_ids)
-        return
-    _count_tokens_kernel[(len(state_ids),)](output_counts, state_ids, token_ids, V=output_counts.shape[1])
+    _apply_penalties_kernel[(num_rows, triton.cdiv(vocab_size, _BLOCK))](
+        logits, state_ids, prompt_mask, *counted, *factors, logits.stride(0), V=vocab_size, BLOCK=_BLOCK
+    )

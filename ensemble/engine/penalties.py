@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ensemble.engine.staging import Array
 from ensemble.request import SamplingParams, Sequence
-from kernels.penalties import apply_penalties, count_tokens
+from kernels.penalties import apply_penalties
 
 _MIN_ROWS = 16
+_NOT_COUNTED = -2  # in place of the number of tokens counted: more than one short of any
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,10 @@ class NewRows:
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """One more token of a row each."""
+    """What is counted in each of a step's S rows before it is penalised: one token, or none."""
 
-    state_ids: Tensor  # [C] int64, distinct
-    token_ids: Tensor  # [C] int64
+    token_ids: Tensor  # [S] int64; -1 = none
+    sources: Tensor  # [S] int64, row of the step before whose token is counted instead; -1 = it is not
 
 
 class PenaltyTables:
@@ -59,62 +60,47 @@ class PenaltyTables:
         self._rows: dict[int, int] = {}  # request_id |-> row, the least recently used first
         self._free: list[int] = []
         self._sequences: list[Sequence | None] = []  # of each row
-        self._num_outputs: list[int] = []  # counted in each row
-        self._factors = np.zeros((3, 0), dtype=np.float32)  # of each row
+        self._num_outputs = np.zeros(0, dtype=np.int64)  # counted in each row
+        self._step: list[Sequence] = []  # the sequences of the step before
+        self._penalised: list[int] = []  # those of them with penalties, and their rows of the tables
+        self._state_ids = np.zeros(0, dtype=np.int64)
+        self._penalties: Penalties | None = None  # the step's, on the device
 
     def arrays(
         self,
         sequences: list[Sequence],
+        num_outputs: list[int],  # of each, unread ones too
         unread_rows: Mapping[int, int],  # request_id |-> row among the tokens sampled by the step before
-    ) -> tuple[dict[str, dict[str, Array]], list[tuple[int, int]]]:
-        """`penalties`, `new_rows` and `new_tokens` of a step, as far as it has any, for `apply`; and which of the new
-        tokens are unread, (index, row among the sampled)."""
-        penalised = [row for row, sequence in enumerate(sequences) if _has_penalties(sequence.sampling)]
-        if not penalised:
-            return {}, []
-        chosen = [sequences[row] for row in penalised]
-        state_ids = self._take_rows(chosen)
-        new_rows: list[tuple[int, Sequence]] = []
-        token_state_ids: list[int] = []
-        token_ids: list[int] = []
-        unread: list[tuple[int, int]] = []
-        for state_id, sequence in zip(state_ids, chosen, strict=True):
-            outputs, source = sequence.output_token_ids, unread_rows.get(sequence.request_id)
-            num_outputs = len(outputs) if source is None else len(outputs) + 1
-            num_missing = num_outputs - self._num_outputs[state_id]
-            if self._sequences[state_id] is not sequence or not 0 <= num_missing <= 1:
-                new_rows.append((state_id, sequence))
-                self._sequences[state_id] = sequence
-                self._factors[:, state_id] = _factors(sequence.sampling)
-                num_missing = num_outputs - len(outputs)
-            if num_missing == 1:
-                if source is not None:
-                    unread.append((len(token_ids), source))
-                token_state_ids.append(state_id)
-                token_ids.append(outputs[-1] if source is None else 0)
-            self._num_outputs[state_id] = num_outputs
-
-        all_state_ids = np.full(len(sequences), -1, dtype=np.int64)
-        all_state_ids[penalised] = state_ids
-        factors = np.zeros((3, len(sequences)), dtype=np.float32)
-        factors[:, penalised] = self._factors[:, state_ids]
-        columns = dict(zip(("repetition", "presence", "frequency"), factors, strict=True))
-        groups: dict[str, dict[str, Array]] = {"penalties": {"state_ids": all_state_ids, **columns}}
-        if new_rows:
-            groups["new_rows"] = _new_row_arrays(new_rows)
-        if token_ids:
-            groups["new_tokens"] = {
-                "state_ids": np.array(token_state_ids, dtype=np.int64),
-                "token_ids": np.array(token_ids, dtype=np.int64),
-            }
-        return groups, unread
+    ) -> dict[str, dict[str, Array]]:
+        """`penalties`, `new_rows` and `new_tokens` of a step for `apply`, as far as it has any. A step of the sequences
+        of the step before has their penalties."""
+        groups: dict[str, dict[str, Array]] = {}
+        if sequences != self._step:
+            groups |= self._take(sequences)
+        if not self._penalised:
+            return {}
+        chosen = [sequences[row] for row in self._penalised]
+        counts = np.array([num_outputs[row] for row in self._penalised])
+        missing = counts - self._num_outputs[self._state_ids]
+        self._num_outputs[self._state_ids] = counts
+        if len(new := np.flatnonzero((missing < 0) | (missing > 1))):
+            groups["new_rows"] = _new_row_arrays(self._state_ids[new], [chosen[index] for index in new])
+            missing[new] = counts[new] - [len(chosen[index].output_token_ids) for index in new]
+        last = [sequence.output_token_ids[-1] if sequence.output_token_ids else -1 for sequence in chosen]
+        token_ids, sources = np.full((2, len(sequences)), -1, dtype=np.int64)
+        token_ids[self._penalised] = np.where(missing == 1, last, -1)
+        if unread_rows:
+            unread = [unread_rows.get(sequence.request_id, -1) for sequence in chosen]
+            sources[self._penalised] = np.where(missing == 1, unread, -1)
+        return groups | {"new_tokens": {"token_ids": token_ids, "sources": sources}}
 
     def apply(
         self,
         logits: Tensor,  # [S, V], updated in place
-        penalties: Penalties,
+        penalties: Penalties | None,  # None: those of the step before
         new_rows: NewRows | None,
-        new_tokens: NewTokens | None,
+        new_tokens: NewTokens,
+        sampled_before: Tensor | None,  # tokens of the step before; None: all are read
     ) -> None:
         """Counts what is new, and penalises. Steps are applied in the order of their `arrays`."""
         if new_rows is not None:
@@ -123,10 +109,40 @@ class PenaltyTables:
             self._in_prompt.index_put_((new_rows.prompt_state_ids, new_rows.prompt_token_ids), self._true)
             outputs = new_rows.output_state_ids, new_rows.output_token_ids
             self._counts.index_put_(outputs, self._one, accumulate=True)
-        if new_tokens is not None:
-            count_tokens(self._counts, new_tokens.state_ids, new_tokens.token_ids)
-        factors = penalties.repetition, penalties.presence, penalties.frequency
-        apply_penalties(logits, penalties.state_ids, self._in_prompt, self._counts, *factors)
+        self._penalties = of = penalties or self._penalties
+        assert of is not None
+        apply_penalties(
+            logits,
+            of.state_ids,
+            self._in_prompt,
+            self._counts,
+            new_tokens.token_ids,
+            new_tokens.sources,
+            sampled_before,
+            of.repetition,
+            of.presence,
+            of.frequency,
+        )
+
+    def _take(self, sequences: list[Sequence]) -> dict[str, dict[str, Array]]:
+        """Rows of the tables for the sequences of a step: its `penalties`."""
+        self._step = list(sequences)
+        self._penalised = [row for row, sequence in enumerate(sequences) if _has_penalties(sequence.sampling)]
+        if not self._penalised:
+            return {}
+        chosen = [sequences[row] for row in self._penalised]
+        self._state_ids = np.array(self._take_rows(chosen), dtype=np.int64)
+        for state_id, sequence in zip(self._state_ids, chosen, strict=True):
+            if self._sequences[state_id] is not sequence:
+                self._sequences[state_id] = sequence
+                self._num_outputs[state_id] = _NOT_COUNTED
+        state_ids = np.full(len(sequences), -1, dtype=np.int64)
+        state_ids[self._penalised] = self._state_ids
+        factors = np.zeros((3, len(sequences)), dtype=np.float32)
+        for row, sequence in zip(self._penalised, chosen, strict=True):
+            factors[:, row] = _factors(sequence.sampling)
+        columns = dict(zip(("repetition", "presence", "frequency"), factors, strict=True))
+        return {"penalties": {"state_ids": state_ids, **columns}}
 
     def _take_rows(self, sequences: list[Sequence]) -> list[int]:
         """Rows of the tables for these sequences: those they have, else free ones, else the least recently used."""
@@ -137,7 +153,6 @@ class PenaltyTables:
             row = held[index]
             if row is None:
                 row = self._free.pop() if self._free else self._rows.pop(next(iter(self._rows)))
-                self._sequences[row] = None
             self._rows[sequence.request_id] = held[index] = row
         return [row for row in held if row is not None]
 
@@ -148,14 +163,12 @@ class PenaltyTables:
         self._rows.clear()
         self._free = list(range(num_rows))
         self._sequences = [None] * num_rows
-        self._num_outputs = [0] * num_rows
-        self._factors = np.zeros((3, num_rows), dtype=np.float32)
+        self._num_outputs = np.full(num_rows, _NOT_COUNTED, dtype=np.int64)
 
 
-def _new_row_arrays(rows: list[tuple[int, Sequence]]) -> dict[str, Array]:
-    state_ids = np.array([state_id for state_id, _ in rows], dtype=np.int64)
-    prompts = [np.array(sequence.request.prompt_token_ids, dtype=np.int64) for _, sequence in rows]
-    outputs = [np.array(sequence.output_token_ids, dtype=np.int64) for _, sequence in rows]
+def _new_row_arrays(state_ids: Array, sequences: list[Sequence]) -> dict[str, Array]:
+    prompts = [np.array(sequence.request.prompt_token_ids, dtype=np.int64) for sequence in sequences]
+    outputs = [np.array(sequence.output_token_ids, dtype=np.int64) for sequence in sequences]
     return {
         "state_ids": state_ids,
         "prompt_state_ids": np.repeat(state_ids, [len(ids) for ids in prompts]),

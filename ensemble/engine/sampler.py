@@ -60,10 +60,9 @@ class SamplingInput:
     mask: Mask | None
     bias: TokenBias | None
     gated_bias: GatedBias | None
-    penalties: Penalties | None
+    penalties: Penalties | None  # None beside new tokens: those of the step before
     new_rows: NewRows | None
-    new_tokens: NewTokens | None
-    unread: Unread | None  # what is still to be filled into new_tokens.token_ids
+    new_tokens: NewTokens | None  # of a step with penalties
     asked: Tensor | None  # [R] int64, rows whose log-probabilities are wanted
 
 
@@ -78,10 +77,8 @@ def sample_tokens(
         inputs.bias.apply(logits)
     if inputs.gated_bias is not None and sampled_before is not None:
         inputs.gated_bias.apply(logits, sampled_before)
-    if inputs.penalties is not None:
-        if inputs.unread is not None and inputs.new_tokens is not None and sampled_before is not None:
-            inputs.unread.fill(inputs.new_tokens.token_ids, sampled_before)
-        tables.apply(logits, inputs.penalties, inputs.new_rows, inputs.new_tokens)
+    if inputs.new_tokens is not None:
+        tables.apply(logits, inputs.penalties, inputs.new_rows, inputs.new_tokens, sampled_before)
     if inputs.mask is not None:
         mask_tokens(logits, inputs.mask.rows, inputs.mask.token_ids)
     draw = inputs.draw
@@ -124,11 +121,7 @@ def sampling_arrays(
     asked = [row for row, p in enumerate(params) if p.num_logprobs is not None]
     if asked:
         groups["asked"] = {"rows": np.array(asked, dtype=np.int64)}
-    penalty_groups, unread = tables.arrays(sequences, unread_rows)
-    groups |= penalty_groups
-    if unread:
-        groups["unread_penalised"] = unread_arrays(unread)
-    return groups
+    return groups | tables.arrays(sequences, num_outputs, unread_rows)
 
 
 def sampling_input(tensors: dict[str, dict[str, Tensor]]) -> SamplingInput:
@@ -141,7 +134,6 @@ def sampling_input(tensors: dict[str, dict[str, Tensor]]) -> SamplingInput:
         penalties=Penalties(**tensors["penalties"]) if "penalties" in tensors else None,
         new_rows=NewRows(**tensors["new_rows"]) if "new_rows" in tensors else None,
         new_tokens=NewTokens(**tensors["new_tokens"]) if "new_tokens" in tensors else None,
-        unread=Unread(**tensors["unread_penalised"]) if "unread_penalised" in tensors else None,
         asked=tensors["asked"]["rows"] if "asked" in tensors else None,
     )
 

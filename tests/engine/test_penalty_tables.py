@@ -83,10 +83,14 @@ def test_a_steady_step_sends_one_token_of_each_row_and_no_prompt():
     num_penalised = sum(sequence.sampling != SamplingParams(temperature=0) for sequence in sequences)
     for sequence in sequences:
         sequence.output_token_ids.append(1)
-    assert "new_rows" in sampling_arrays(sequences, frozenset(), tables, {})
+    assert {"new_rows", "penalties"} <= set(sampling_arrays(sequences, frozenset(), tables, {}))
     for unread in ({sequence.request_id: row for row, sequence in enumerate(sequences)}, {}):
         for sequence in sequences if not unread else []:
             sequence.output_token_ids += [2, 3]
         groups = sampling_arrays(sequences, frozenset(), tables, unread)
-        assert "new_rows" not in groups
-        assert len(groups["new_tokens"]["token_ids"]) == num_penalised
+        assert set(groups) == {"new_tokens"}
+        new = groups["new_tokens"]
+        assert (new["token_ids"] >= 0).sum() == num_penalised
+        assert [source for source in new["sources"] if source >= 0] == [
+            unread[s.request_id] for s in sequences if unread and s.sampling != SamplingParams(temperature=0)
+        ]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from kernels.penalties import apply_penalties, count_tokens, mask_tokens
+from kernels.penalties import apply_penalties, mask_tokens
 
 VOCAB_SIZE = 1500
 PROMPT, OUTPUT = [3, 700, 3, 1499], [700, 8, 8, 8, 1024]
@@ -18,10 +18,12 @@ def state(device):
     return prompt_mask, output_counts
 
 
-def penalise(logits, state, repetition=1.0, presence=0.0, frequency=0.0):
+def penalise(logits, state, repetition=1.0, presence=0.0, frequency=0.0, new=(-1, -1), sources=(-1, -1), before=None):
     """Row 0 is in state 2, row 1 has no penalties."""
-    columns = [torch.tensor([x, x], device=logits.device) for x in (repetition, presence, frequency)]
-    apply_penalties(logits, torch.tensor([2, -1], device=logits.device), *state, *columns)
+    device = logits.device
+    columns = [torch.tensor([x, x], device=device) for x in (repetition, presence, frequency)]
+    state_ids, new, sources = (torch.tensor(ids, device=device) for ids in ([2, -1], new, sources))
+    apply_penalties(logits, state_ids, *state, new, sources, before, *columns)
 
 
 @pytest.fixture
@@ -51,14 +53,19 @@ def test_presence_and_frequency_count_output_tokens_alone(logits, state):
     torch.testing.assert_close(logits, expected, **(tolerance(logits) | {"atol": torch.finfo(logits.dtype).eps}))
 
 
-def test_count_tokens(state):
-    _, output_counts = state
-    expected = output_counts.clone()
-    expected[2, 8] += 1
-    expected[0, 1499] += 1
-    device = output_counts.device
-    count_tokens(output_counts, torch.tensor([2, -1, 0], device=device), torch.tensor([8, 5, 1499], device=device))
-    assert torch.equal(output_counts, expected)
+@pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize("token_id", [0, 8, 1023, 1024, 1499])
+def test_a_new_token_is_counted_once_and_penalised(logits, state, token_id, is_read):
+    expected, expected_counts = logits.float(), state[1].clone()
+    expected_counts[2, token_id] += 1
+    expected[0] -= 0.25 * expected_counts[2]
+    if is_read:
+        penalise(logits, state, frequency=0.25, new=(token_id, 5))
+    else:
+        before = torch.tensor([6, 9, token_id], device=logits.device)
+        penalise(logits, state, frequency=0.25, new=(7, -1), sources=(2, 1), before=before)
+    assert torch.equal(state[1], expected_counts)
+    torch.testing.assert_close(logits, expected, **(tolerance(logits) | {"atol": torch.finfo(logits.dtype).eps}))
 
 
 def test_mask_tokens(logits):
