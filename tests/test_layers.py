@@ -1,6 +1,8 @@
 """The folders of `ensemble` in order: each imports only from those below it, and can be read without the others."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,11 +80,23 @@ def test_pure_parts_know_no_torch_and_the_relay_no_tokenizer() -> None:
     assert "ensemble.tokenizer" not in reached_from("ensemble.serving.http_relay")
 
 
-def test_the_openai_front_starts_without_torch() -> None:
-    modules = reached_from("ensemble.openai_front.__main__")
-    paths = [ROOT / f"{each.replace('.', '/')}.py" for each in modules]
-    assert len(paths) > 10
-    assert not {name for path in paths for name in imports_of(path) if name.split(".")[0] in ("torch", "kernels")}
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "ensemble.serving.front_door",
+        "ensemble.serving.home_model",
+        "ensemble.serving.answer_model",
+        "ensemble.serving.inputs, ensemble.serving.limits, ensemble.serving.long_texts, ensemble.chat",  # preprocess
+        "ensemble.serving.http_relay",
+        "ensemble.openai_front.__main__",
+        "tools.demo",
+        "tools.serve, tools.server.deployment",
+    ],
+)
+def test_only_workers_take_the_seconds_and_the_memory_of_torch(modules: str) -> None:
+    told = "import sys; print({'torch', 'triton', 'gguf', 'transformers'} & {*sys.modules})"
+    command = [sys.executable, "-c", f"import {modules}; {told}"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout == "set()\n"
 
 
 def test_kernels_know_nothing_of_the_library() -> None:

@@ -37,7 +37,7 @@ from tools.load.load import MAX_LAG_MS, Load, put
 from tools.load.records import METRICS, Run, describe, parse_targets
 from tools.load.summary import why_invalid
 from tools.load.workloads import DATASETS, Workload
-from tools.server.deployment import make_deployment
+from tools.server.deployment import count_gpus, make_deployment
 from tools.server.triton_server import TritonServer
 from tools.simulation.against_runs import DEPLOYMENT_FILE
 
@@ -120,9 +120,7 @@ def deployment_of(mode: str, devices: str | None, common: dict[str, Any]) -> Dep
         raise ConfigError(f"--modes {mode}: a number of tokens is needed after the colon")
     fields: dict[str, Any] = {**common, **fields_of(name), "decode.local_prefill_tokens": int(chunk) if chunk else None}
     if name == "colocated":
-        import torch
-
-        each = devices or ",".join(f"cuda:{index}" for index in range(torch.cuda.device_count())) or "cpu,cpu"
+        each = devices or ",".join(f"cuda:{index}" for index in range(count_gpus())) or "cpu,cpu"
         fields["decode.devices"] = each.split(",")
     elif devices is not None:
         every = devices.split(",")

@@ -21,7 +21,7 @@ from ensemble.models.checkpoint import Checkpoint
 from ensemble.models.layers import AttentionMetadata
 from ensemble.models.llama import Llama
 from ensemble.models.opt import Opt
-from ensemble.models.spec import ModelSpec
+from ensemble.models.spec import ModelSpec, dtype_of
 from ensemble.models.weights import EMBEDDINGS, HEAD, fill_with_random_weights, load_weights, with_true_ties
 from ensemble.parallel.group import ALONE, Group
 from ensemble.parallel.tensor_parallel import SINGLE, TensorParallel
@@ -35,11 +35,9 @@ Model = Llama | Opt
 
 
 def resolve_dtype(model_config: ModelConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """The dtype the model runs in: as configured; `auto` is float32 on a CPU and the checkpoint's on a GPU."""
-    if model_config.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, model_config.dtype)
-        return dtype
-    return torch.float32 if device.type == "cpu" else spec.dtype
+    """The dtype the model runs in."""
+    dtype: torch.dtype = getattr(torch, dtype_of(spec, model_config.dtype, device.type))
+    return dtype
 
 
 def load_model(

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ensemble.config import ModelConfig
-from ensemble.models.checkpoint import weight_files
+from ensemble.models.model_files import weight_files
 from ensemble.models.spec import ModelSpec
 
 _SAMPLE_BYTES = 64 << 10  # of the beginning and of the end of each file: two trainings of one model have the same sizes

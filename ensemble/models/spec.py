@@ -8,17 +8,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import torch
+from typing import Any, Literal, cast, get_args
 
 from ensemble.errors import ModelError
-from ensemble.models.checkpoint import stored_dtype, what_it_is
 from ensemble.models.end_tokens import read_end_token_ids
-from ensemble.models.rope import RopeSpec, parse_rope, partial_rotary_factor
-from kernels.activation import Activation
+from ensemble.models.model_files import what_it_is
+from ensemble.models.rope_spec import RopeSpec, parse_rope, partial_rotary_factor
 
 Architecture = Literal["llama", "opt"]
+Activation = Literal["relu", "gelu", "gelu_tanh"]
+DType = Literal["float16", "bfloat16", "float32", "float64"]  # by torch's name: processes without a model have no torch
+DTYPE_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 # model_type |-> what transformers assumes of fields that config.json leaves out
 _LLAMA_FAMILY: dict[str, dict[str, Any]] = {
@@ -40,12 +40,6 @@ _MODEL_TYPES = {
     "OPTForCausalLM": "opt",
 }
 _OPT_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 _OPT_LAYER_NORM_EPS = 1e-5  # transformers leaves it at torch's default; it is not in config.json
 
 
@@ -68,7 +62,7 @@ class ModelSpec:
     attention_bias: bool  # of the projections to queries, keys and values
     attention_output_bias: bool
     mlp_bias: bool
-    dtype: torch.dtype  # of the checkpoint
+    dtype: DType  # of the checkpoint
     bos_token_id: int | None
     eos_token_ids: frozenset[int]
     pad_token_id: int | None
@@ -78,6 +72,13 @@ class ModelSpec:
     activation: Activation = "relu"  # opt
     embedding_size: int = 0  # opt: word_embed_proj_dim; differs from hidden_size where the model projects
     is_pre_norm: bool = True  # opt: do_layer_norm_before
+
+
+def dtype_of(spec: ModelSpec, configured: DType | Literal["auto"], device_type: str) -> DType:
+    """What the model runs in: as configured; `auto` is float32 on a CPU and the checkpoint's on a GPU."""
+    if configured != "auto":
+        return configured
+    return "float32" if device_type == "cpu" else spec.dtype
 
 
 def load_model_spec(path: str | Path) -> ModelSpec:
@@ -111,7 +112,7 @@ def _parse(path: Path, config: dict[str, Any], generation_config: dict[str, Any]
         "hidden_size": _size(config, "hidden_size"),
         "num_layers": _size(config, "num_hidden_layers"),
         "num_heads": _size(config, "num_attention_heads"),
-        "dtype": _parse_dtype(config) or stored_dtype(path) or torch.float32,
+        "dtype": _parse_dtype(config) or _stored_dtype(path),
         "bos_token_id": config.get("bos_token_id"),
         "eos_token_ids": read_end_token_ids(path, config, generation_config, int(config["vocab_size"])),
         "pad_token_id": config.get("pad_token_id"),
@@ -219,14 +220,20 @@ def _is_on(config: Mapping[str, Any], name: str) -> bool:
     return True if value is None else bool(value)
 
 
-def _parse_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+def _parse_dtype(config: Mapping[str, Any]) -> DType | None:
     named = config.get("dtype") or config.get("torch_dtype")
     if named in (None, "auto"):
         return None
     name = str(named).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"dtype {name} is not supported; supported: {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in get_args(DType):
+        raise ValueError(f"dtype {name} is not supported; supported: {', '.join(get_args(DType))}")
+    return cast(DType, name)
+
+
+def _stored_dtype(path: Path) -> DType:
+    from ensemble.models.checkpoint import stored_dtype  # it takes torch, which config.json nearly always spares
+
+    return cast(DType, stored_dtype(path) or "float32")
 
 
 def _refuse_features(path: Path, config: Mapping[str, Any]) -> None:

@@ -3,11 +3,28 @@
 import math
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple, Protocol
 
 from ensemble.errors import ConfigError
-from ensemble.parallel.tensor_parallel import TensorParallel
 
 _UNIT = 64  # elements; shares are whole units where the dimension is, which keeps rows aligned for the kernels
+
+
+class OneOf(Protocol):
+    """A rank among those that divide a model's layers, such as one's `TensorParallel`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+class Rank(NamedTuple):
+    """By its number alone."""
+
+    rank: int
+    size: int
 
 
 def shares(size: int, num_ranks: int) -> list[range]:
@@ -21,7 +38,7 @@ def shares(size: int, num_ranks: int) -> list[range]:
     return [range(start, end) for start, end in pairwise(borders)]
 
 
-def share(size: int, parallel: TensorParallel) -> range:
+def share(size: int, parallel: OneOf) -> range:
     """This rank's piece."""
     return shares(size, parallel.size)[parallel.rank]
 
@@ -56,7 +73,7 @@ class HeadShare:
         return runs
 
 
-def share_heads(num_heads: int, num_kv_heads: int, parallel: TensorParallel) -> HeadShare:
+def share_heads(num_heads: int, num_kv_heads: int, parallel: OneOf) -> HeadShare:
     """Any degree that divides the query heads. Raises ConfigError for another.
 
     Where there are fewer KV heads than ranks, several ranks hold the same one. Where ranks and groups of query heads

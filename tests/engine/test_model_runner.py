@@ -392,7 +392,7 @@ def test_the_warm_up_has_no_more_positions_than_the_model(llama, max_model_len):
 
 
 def test_dtype_is_float32_on_a_cpu_and_the_checkpoint_s_on_a_gpu(llama):
-    spec = replace(load_model_spec(llama), dtype=torch.bfloat16)
+    spec = replace(load_model_spec(llama), dtype="bfloat16")
     auto, half = ModelConfig(path=llama), ModelConfig(path=llama, dtype="float16")
     assert resolve_dtype(auto, spec, torch.device("cpu")) == torch.float32
     assert resolve_dtype(auto, spec, torch.device("cuda", 0)) == torch.bfloat16

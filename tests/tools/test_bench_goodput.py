@@ -102,7 +102,7 @@ def test_both_modes_are_measured_and_never_twice(tmp_path: Path, model: Path, mo
 
 
 def test_roles_are_fixed_but_for_auto(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # where make serve takes auto
+    monkeypatch.setattr("tools.server.deployment.count_gpus", lambda: 2)  # where make serve takes auto
     modes = [deployment_of(mode, "cpu,cpu", {"model.path": model}) for mode in ("disaggregated", "auto", "colocated")]
     assert [mode.scheduler.roles for mode in modes] == ["fixed", "auto", "fixed"]
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from tools.installation import default_model
+from tools.installation import default_model, gguf_conversion
 from tools.installation.default_model import download_gguf, ensure_default_model
 
 CONFIG_FIELDS = (
@@ -101,7 +101,7 @@ def test_starts_at_the_same_time_convert_once_and_all_get_it(
         (target / "config.json").write_text("{}")
 
     monkeypatch.setattr(default_model, "download_gguf", lambda directory: gguf_path)
-    monkeypatch.setattr(default_model, "convert", convert)
+    monkeypatch.setattr(gguf_conversion, "convert", convert)
     results: list[Path] = []
     threads = [threading.Thread(target=lambda: results.append(ensure_default_model())) for _ in range(4)]
     for thread in threads:
@@ -124,7 +124,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(default_model, "download_gguf", lambda directory: gguf_path)
-    monkeypatch.setattr(default_model, "convert", interrupted)
+    monkeypatch.setattr(gguf_conversion, "convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ensure_default_model()
     assert [path.name for path in (tmp_path / "distserve/models").iterdir()] == [".SmolLM2-135M-Instruct.lock"]

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from ensemble.errors import ConfigError
 from ensemble.models.spec import load_model_spec
@@ -21,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr("tools.server.deployment.count_gpus", lambda: count)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from ensemble.errors import ModelError
-from ensemble.models.checkpoint import WANTED, other_format
+from ensemble.models.model_files import WANTED, other_format
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 _TEXT_FILES = [

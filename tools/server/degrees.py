@@ -3,16 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from ensemble.cache.kv_pool import KVLayout
 from ensemble.config import Deployment, StageName
-from ensemble.engine.model_runner import resolve_dtype
 from ensemble.errors import ConfigError
 from ensemble.models.layer_split import split_layers
-from ensemble.models.spec import ModelSpec
-from ensemble.parallel.shares import share_heads
-from ensemble.parallel.tensor_parallel import TensorParallel
+from ensemble.models.spec import DTYPE_BYTES, ModelSpec, dtype_of
+from ensemble.parallel.shares import Rank, share_heads
 
 _WORDS = {  # word |-> field of the stage; replicas: how many, where the devices are not named
     "tp": "tensor_parallel_size",
@@ -80,7 +75,7 @@ def check_degrees(deployment: Deployment, spec: ModelSpec) -> None:
     """Raises ConfigError for a degree of which the model has no parts, by the name of the side."""
     for name, stage in (("prefill", deployment.prefill), ("decode", deployment.decode)):
         try:
-            share_heads(spec.num_heads, spec.num_kv_heads, TensorParallel(0, stage.tensor_parallel_size))
+            share_heads(spec.num_heads, spec.num_kv_heads, Rank(0, stage.tensor_parallel_size))
             split_layers(spec, stage)
         except ConfigError as error:
             raise ConfigError(f"{name}.{error}") from None
@@ -97,13 +92,13 @@ def rank_map(deployment: Deployment, spec: ModelSpec, num_blocks: Mapping[int, i
         tp, parts = stage.tensor_parallel_size, split_layers(spec, stage)
         for rank, device in enumerate(devices.split(",")):
             layers = parts[rank // tp]
-            heads = share_heads(spec.num_heads, spec.num_kv_heads, TensorParallel(rank % tp, tp))
-            dtype = resolve_dtype(deployment.model, spec, torch.device(device))
-            layout = KVLayout(len(layers), heads.num_kv, deployment.block_size, spec.head_dim, dtype)
-            blocks = num_blocks.get(replica, 0)
+            heads = share_heads(spec.num_heads, spec.num_kv_heads, Rank(rank % tp, tp))
+            dtype = dtype_of(spec, deployment.model.dtype, device.partition(":")[0])
+            num_tokens = num_blocks.get(replica, 0) * deployment.block_size
+            num_bytes = num_tokens * len(layers) * 2 * heads.num_kv * spec.head_dim * DTYPE_BYTES[dtype]
             lines.append(
                 f"{home} replica {replica}, rank {rank} on {device}: layers {layers.start}-{layers.stop - 1},"
                 f" query heads {heads.queries.start}-{heads.queries.stop - 1},"
-                f" {blocks * layout.block_bytes / 2**20:,.0f} MiB of KV for {blocks * layout.block_size:,} tokens"
+                f" {num_bytes / 2**20:,.0f} MiB of KV for {num_tokens:,} tokens"
             )
     return lines

@@ -1,12 +1,12 @@
 """From an operator's flags to a checked `Deployment`."""
 
+import glob
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ensemble.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Deployment, StageName
 from ensemble.errors import NO_RAY, ConfigError
@@ -36,7 +36,7 @@ def make_deployment(
             section, _, field = name.rpartition(".")
             (raw[section] if section else raw)[field] = value
     stages = (raw["prefill"], raw["decode"])
-    num_gpus, is_colocated = torch.cuda.device_count(), raw.get("mode") == "colocated"
+    num_gpus, is_colocated = count_gpus(), raw.get("mode") == "colocated"
     defaults = default_devices(num_gpus, is_colocated)
     if num_replicas or any(degree in stage for stage in stages for degree in DEGREES):
         names: list[StageName] = ["decode"] if is_colocated else ["prefill", "decode"]
@@ -56,7 +56,7 @@ def make_deployment(
     raw["model"].setdefault("path", "")
     deployment = Deployment.parse(raw)  # before a download that a wrong flag would make useless
     if deployment.launcher == "local":
-        check_devices(workers, torch.cuda.device_count())
+        check_devices(workers, num_gpus)
     elif importlib.util.find_spec("ray") is None:
         raise ConfigError(NO_RAY)
     path = raw["model"]["path"]
@@ -73,6 +73,15 @@ def make_deployment(
                 f" {stage_config.num_replicas} replicas of {stage_config.num_ranks} ranks"
             )
     return deployment
+
+
+def count_gpus() -> int:
+    """CUDA GPUs that torch can use. It is asked, which takes two seconds, only where the system has one."""
+    if not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):  # which WSL has
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def default_devices(num_gpus: int, is_colocated: bool) -> tuple[list[str], list[str]]:
