@@ -1,7 +1,7 @@
 """Router and stage speak by unary BLS calls, each of which carries a segment of a channel and brings one back.
 
     call     news of the router, or nothing in flight ---------> the stage parks the newest call
-    answer   news of the stage; a newer call; or after a second <-- it
+    answer   news of the stage; a newer call; or after a while <-- it
 
 One call is always on its way to be parked, so that the stage can speak, and one goes out whenever the router has
 something to say. Which of them arrives, and when, is of no matter to the channel; a call that fails is made again.
@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 MAX_PARKED = 2  # calls
 NUM_THREADS = MAX_PARKED + 1  # one's call carries news
 RETRY_PAUSE_S = 0.2
-MAX_PARK_S = 1.0
+MAX_PARK_S = 0.25  # a server that stops waits for parked calls
 STARTING_S = 10.0  # calls that fail so long after the start are told of
 REPEAT_S = 0.1  # after that an answer that is not acknowledged is taken for lost
 
@@ -66,7 +66,7 @@ class Exchange:
         with self._changed:
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(timeout=2.0)  # a parked call returns after a second
+            thread.join(timeout=2.0)
 
     # ---- the threads
 

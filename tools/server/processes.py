@@ -44,6 +44,11 @@ def how_it_ended(status: int) -> str:
     return f"killed by signal {-status}, {name}"
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    return Path(f"/proc/{pid}").exists() and status_of_ended(pid) is None
+
+
 def status_of_ended(pid: int) -> int | None:
     """The return code of an ended process that its parent has not waited for yet; None if it has."""
     try:

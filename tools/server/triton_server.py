@@ -397,11 +397,13 @@ class TritonServer:
         self._answers.close()  # the server would wait for its connections to end
         if self._process is not None:
             self._process.terminate()
-            try:
-                self._process.wait(GRACE_S - 0.5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            deadline = time.monotonic() + GRACE_S - 0.5
+            while self._process.poll() is None and time.monotonic() < deadline:
+                if self._watch is not None and self._watch.have_all_ended:
+                    break  # it would see that within a second, and has nothing left to do
+                time.sleep(0.02)
+            self._process.kill()
+            self._process.wait()
             if self._process.returncode != 0:
                 remove_environment_folder(self.run_dir)
             self._process = None
