@@ -1,4 +1,4 @@
-"""Makes .venv ready for a Makefile target: `python3 tools/bootstrap.py run|ray|bench|test|check`.
+"""Makes .venv ready for Makefile targets: `python3 tools/bootstrap.py run|ray|bench|test|check...`.
 
 Runs under whatever python3 the machine has, with the standard library alone. It finds a Python that the Triton
 server's stub can use, or says in one line how to install one; says how much it will download; installs. A second
@@ -31,7 +31,10 @@ VENV_PYTHON = VENV / "bin/python"
 CONTAINER = Path("/opt/tritonserver")  # where NVIDIA's images have the server
 SERVER_WHEEL = "nvidia-pytriton==0.7.0"  # installed without its dependencies: of it, the server program is used
 VERSIONS = ((3, 12), (3, 11), (3, 10))
-EXTRAS = {"run": "", "ray": "[ray]", "bench": "[bench]", "test": "[test]", "check": "[check]"}
+EXTRAS = ("run", "ray", "bench", "test", "check")  # the first one is none of the project's
+# They, and what they import, are compiled once: each process would else do so at the first start. All that is installed
+# would take a minute, most of which is never imported.
+PROGRAMS = "ensemble.replicas.worker, ensemble.serving.front_door, ensemble.openai_front.__main__, tools.demo"
 MIB = 1 << 20
 
 # Download sizes in MiB, where neither the file system nor the index says them; others are small.
@@ -100,17 +103,18 @@ class BootstrapError(Exception):
         self.output = "".join(f"{line}\n" for line in output.splitlines()[-10:])
 
 
-def main(extra: str) -> None:
+def main(wanted: list[str]) -> None:
     with (PROJECT / "pyproject.toml").open(encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two targets started at once
         extras = installed_extras()
-        if extra in extras:
+        if {*wanted} <= {*extras}:
             return
         if BEGUN.exists() or not probe(str(VENV_PYTHON), usable_only=True):
             make_venv(choose_python([found for path in candidates() if (found := probe(path))]))
             extras = []
-        install(extra)
-        STAMP.write_text(json.dumps({"key": stamp_key(), "extras": [*extras, extra]}), encoding="utf-8")
+        install([extra for extra in wanted if extra not in extras])
+        subprocess.run([str(VENV_PYTHON), "-c", f"import {PROGRAMS}"], cwd=PROJECT, capture_output=True)
+        STAMP.write_text(json.dumps({"key": stamp_key(), "extras": sorted({*extras, *wanted})}), encoding="utf-8")
 
 
 # ---- which Python
@@ -220,12 +224,16 @@ def make_venv(python: Interpreter) -> None:
         raise BootstrapError(f"{python.path} -m venv failed. {install_hint(_os_release())}", output)
 
 
-def install(extra: str) -> None:
-    """Installs the project, editable, with one of its extras; and the Triton server where there is none."""
-    if pip_version() < (23, 0):  # cannot report what it would install
-        pip("install", "--quiet", "--upgrade", "pip>=23.1")
+def install(extras: list[str]) -> None:
+    """Installs the project, editable, with some of its extras; and the Triton server where there is none."""
     print("Resolving packages", flush=True)
-    project = ["--editable", f".{EXTRAS[extra]}"]
+    if pip_version() < (25, 0):  # which resolves in half the time
+        command = [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--upgrade", "pip>=25"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if pip_version() < (23, 0):
+            raise BootstrapError("pip cannot report what it would install, and there is no newer one", result.stderr)
+    names = ",".join(extra for extra in extras if extra != "run")
+    project = ["--editable", f".[{names}]" if names else "."]
     server = [] if has_container_server() else ["--no-deps", SERVER_WHEEL]
     chosen_torch, plan = plan_torch(project)
     if server:
@@ -235,9 +243,13 @@ def install(extra: str) -> None:
         total = sum(sizes_mib(downloads))
         print(f"Installing {len(downloads)} packages: {total:.0f} MiB, less what pip has cached", flush=True)
     quiet = [] if downloads else ["--quiet"]
-    pip("install", *quiet, *project, *chosen_torch)
-    if server:
-        pip("install", *quiet, *server)
+    try:
+        pip("install", *quiet, "--no-compile", "--no-deps", *map(requirement, downloads), "--editable", ".")
+    except BootstrapError:  # an index that wants a password for its files, say
+        print("pip failed; it now resolves and installs by itself", flush=True)
+        pip("install", *project, *chosen_torch)
+        if server:
+            pip("install", *server)
 
 
 def pip_version() -> tuple[int, int]:
@@ -305,6 +317,13 @@ def resolve(arguments: list[str]) -> list[dict[str, Any]]:
     return list(json.loads(result.stdout)["install"])
 
 
+def requirement(item: dict[str, Any]) -> str:
+    """Of a planned download, so that pip does not resolve it again, which takes as long as downloading all."""
+    source = item["download_info"]
+    sha256 = source.get("archive_info", {}).get("hashes", {}).get("sha256")
+    return f"{item['metadata']['name']} @ {source['url']}" + (f"#sha256={sha256}" if sha256 else "")
+
+
 def cuda_packages(plan: list[dict[str, Any]]) -> list[str]:
     names = (item["metadata"]["name"].lower() for item in plan)
     return [name for name in names if name.startswith(("nvidia-", "cuda-")) and name != "nvidia-pytriton"]
@@ -330,10 +349,10 @@ def size_mib(item: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in EXTRAS:
-        sys.exit(f"usage: python3 {sys.argv[0]} {'|'.join(EXTRAS)}")
+    if len(sys.argv) < 2 or not {*sys.argv[1:]} <= {*EXTRAS}:
+        sys.exit(f"usage: python3 {sys.argv[0]} {'|'.join(EXTRAS)}...")
     try:
-        main(sys.argv[1])
+        main(sys.argv[1:])
     except BootstrapError as error:
         sys.exit(f"{error.output}error: {error}")
     except KeyboardInterrupt:
