@@ -57,7 +57,7 @@ bench-goodput:
 test:
 	$(BOOTSTRAP) test
 	@# Servers, and what needs a GPU, one after the other: side by side they starve each other.
-	$(PYTHON) -m pytest -m "not (server or gpu or multigpu)" --numprocesses logical --maxprocesses 8 --dist loadfile; status=$$?; \
+	$(PYTHON) -m pytest -m "not (server or gpu or multigpu)" --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder; status=$$?; \
 	$(PYTHON) -m pytest -m "server or gpu or multigpu" && exit $$status
 
 soak:

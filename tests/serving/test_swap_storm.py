@@ -1,4 +1,4 @@
-"""200 requests through a server whose decode pool is so small that sequences are swapped, or given up, all the time."""
+"""Requests through a server whose decode pool is so small that sequences are swapped, or given up, all the time."""
 
 import random
 import string
@@ -18,7 +18,7 @@ from tools.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.server
 
-NUM_REQUESTS, NUM_ENDED_EARLY, NUM_CLIENTS = 200, 80, 40
+NUM_REQUESTS, NUM_ENDED_EARLY, NUM_CLIENTS = 120, 60, 40
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 8  # layers, key and value, KV heads, tokens, head_dim, float64
 
 
