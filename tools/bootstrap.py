@@ -113,7 +113,9 @@ def main(wanted: list[str]) -> None:
             make_venv(choose_python([found for path in candidates() if (found := probe(path))]))
             extras = []
         install([extra for extra in wanted if extra not in extras])
-        subprocess.run([str(VENV_PYTHON), "-c", f"import {PROGRAMS}"], cwd=PROJECT, capture_output=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            command = [str(VENV_PYTHON), "-c", f"import {PROGRAMS}"]
+            subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=120)
         STAMP.write_text(json.dumps({"key": stamp_key(), "extras": sorted({*extras, *wanted})}), encoding="utf-8")
 
 
@@ -228,8 +230,7 @@ def install(extras: list[str]) -> None:
     """Installs the project, editable, with some of its extras; and the Triton server where there is none."""
     print("Resolving packages", flush=True)
     if pip_version() < (25, 0):  # which resolves in half the time
-        command = [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--upgrade", "pip>=25"]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = run_pip("install", "--upgrade", "pip>=25", capture_output=True, text=True)
         if pip_version() < (23, 0):
             raise BootstrapError("pip cannot report what it would install, and there is no newer one", result.stderr)
     names = ",".join(extra for extra in extras if extra != "run")
@@ -261,13 +262,18 @@ def pip_version() -> tuple[int, int]:
 
 
 def pip(*arguments: str) -> None:
-    """Runs pip in the project's directory with its output shown. Only an interruption leaves BEGUN behind."""
+    """Runs pip with its output shown."""
+    if run_pip(*arguments).returncode:
+        raise BootstrapError("pip failed, see above. Check the network and pip's index, then run make again")
+
+
+def run_pip(*arguments: str, **options: Any) -> subprocess.CompletedProcess[Any]:
+    """In the project's directory. Only an interruption leaves BEGUN behind."""
     command = [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments]
     BEGUN.touch()
-    status = subprocess.run(command, cwd=PROJECT).returncode
+    result = subprocess.run(command, cwd=PROJECT, **options)
     BEGUN.unlink()
-    if status:
-        raise BootstrapError("pip failed, see above. Check the network and pip's index, then run make again")
+    return result
 
 
 # ---- what will be installed

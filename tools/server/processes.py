@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,11 +42,6 @@ def how_it_ended(status: int) -> str:
         return f"exit status {status}"
     name = signal.Signals(-status).name if -status in signal.valid_signals() else "unknown"
     return f"killed by signal {-status}, {name}"
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is such a process that has not ended."""
-    return Path(f"/proc/{pid}").exists() and status_of_ended(pid) is None
 
 
 def status_of_ended(pid: int) -> int | None:
@@ -84,11 +79,22 @@ def run_pids(run_dir: Path) -> Iterable[int]:
 
 
 def session_pids(session: int) -> Iterable[int]:
-    """The live processes of a session, read from /proc; ended ones that wait for their parent do not count."""
+    """The live processes of a session."""
+    return [pid for pid, _, its_session in _live_processes() if its_session == session]
+
+
+def has_children(parent: int) -> bool:
+    """Whether a process that it has started, and that has ended not yet, is its child."""
+    return any(its_parent == parent for _, its_parent, _ in _live_processes())
+
+
+def _live_processes() -> Iterator[tuple[int, int, int]]:
+    """(id, parent's, session) of each, read from /proc; ended ones that wait for their parent do not count."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, its_session = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:4]
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(its_session) == session and state not in "ZX":
-            yield int(stat.parent.name)
+        state, parent, _, session = fields[:4]
+        if state not in "ZX":
+            yield int(stat.parent.name), int(parent), int(session)

@@ -33,7 +33,7 @@ from tools.server.commands import environment, fill_run_dir, openai_command, rel
 from tools.server.drain import drain
 from tools.server.local_ray import LocalRay
 from tools.server.ports import Ports, free_ports, port_is_free
-from tools.server.processes import end_processes, how_it_ended, limit_file_size, spawn
+from tools.server.processes import end_processes, has_children, how_it_ended, limit_file_size, spawn
 from tools.server.run_dir import GRACE_S, RunDir, remove_environment_folder
 from tools.server.server_log import ServerLog
 from tools.server.stall_guard import preload
@@ -43,6 +43,7 @@ MODEL_REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 MAX_BODY_BYTES = 4 << 20  # of an HTTP request
 LOADED_TO_READY_S = 60.0  # a server that is not ready so long after its models have loaded will never be
 MAX_STALLED_STARTS = 2
+LAST_WORDS_S = 0.1  # of a stub: for the server to pass them on
 STACKS_S = 0.5  # for the stubs to write their stacks, if they can
 # What a stub's shared memory may grow to for what comes in, and never shrinks from: room for many requests, and for
 # each token of the longest one more than any text or message of so many tokens has. The server refuses what is larger.
@@ -399,8 +400,9 @@ class TritonServer:
             self._process.terminate()
             deadline = time.monotonic() + GRACE_S - 0.5
             while self._process.poll() is None and time.monotonic() < deadline:
-                if self._watch is not None and self._watch.have_all_ended:
-                    break  # it would see that within a second, and has nothing left to do
+                if not has_children(self._process.pid):  # no stub: it looks once a second, and has nothing left to do
+                    time.sleep(LAST_WORDS_S)
+                    break
                 time.sleep(0.02)
             self._process.kill()
             self._process.wait()

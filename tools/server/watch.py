@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble.serving.heartbeat import STACKS_SIGNAL, Heartbeat, read_heartbeats
-from tools.server.processes import how_it_ended, is_running, status_of_ended
+from tools.server.processes import how_it_ended, status_of_ended
 
 MAX_STILL_S = 2.0
 MAX_STEP_S = 0.25  # a watcher that was itself late does not judge: of a longer time between two looks this much counts
@@ -36,12 +36,6 @@ class StubWatch:
         self._looked_at = now
         reasons = [self._judge(beat, step_s) for beat in read_heartbeats(self._run_dir).values()]
         return next(filter(None, reasons), None)
-
-    @property
-    def have_all_ended(self) -> bool:
-        """All that have said a word; none has: False."""
-        beats = read_heartbeats(self._run_dir).values()
-        return bool(beats) and not any(is_running(beat.pid) for beat in beats)
 
     def print_stacks(self) -> None:
         """Has every stub write the stacks of its threads into the server's log."""
