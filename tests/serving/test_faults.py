@@ -109,14 +109,17 @@ def test_prompts_outlive_their_prefill_worker(server: TritonServer) -> None:
     expected = generate(server.grpc_url, **PREFILLING).text
     decoding, survivor, _ = in_background(server, DECODING | {"max_tokens": 2000})
     wait_until(lambda: len(survivor.responses) > 3, 10)
-    lost = [in_background(server, PREFILLING) for _ in range(8)]
+    client = StreamClient(server.grpc_url)  # one connection: eight take so long to make that no prompt ever waits
+    for index in range(8):
+        client.send("scheduler", str(index), **PREFILLING)
     wait_until(lambda: total(read_metrics(server.metrics_url), "vllm:num_requests_waiting") > 0, 10)
     before = recoveries(server)
     kill_worker(server, "prefill")
-    for thread, answer, _ in [*lost, (decoding, survivor, [])]:
-        thread.join(timeout=60)
-        assert answer.error is None
-    assert {answer.text for _, answer, _ in lost} == {expected}
+    lost = client.wait(timeout_s=60).values()
+    client.close()
+    decoding.join(timeout=60)
+    assert [answer.error for answer in (*lost, survivor)] == [None] * 9
+    assert {answer.text for answer in lost} == {expected}
     assert recoveries(server) > before
     assert_nothing_in_use(server)
 
