@@ -92,7 +92,12 @@ class Ranks:
 
     def called(self, rank: int) -> list[str]:
         """Its process id and how it was called, when it runs."""
-        wait_until(lambda: self._files[rank].exists() or has_something_to_read(self.processes.exit_fd))
+        try:
+            wait_until(lambda: self._files[rank].exists() or has_something_to_read(self.processes.exit_fd))
+        except AssertionError:
+            pytest.fail(f"rank {rank} was not called; {self.processes.name} waits for {self.processes.waits_for!r}")
+        if not self._files[rank].exists():
+            pytest.fail(f"rank {rank} was not called: {self.processes.collect()}")
         return self._files[rank].read_text().split()
 
     @property
@@ -115,6 +120,33 @@ def start(launcher: Launcher, tmp_path: Path) -> Iterator[Start]:
 
 def has_ended(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("kind", ["ray"], indirect=True)
+def test_the_places_of_a_pipeline_go_to_several_nodes_where_none_holds_all(kind: str, tmp_path: Path) -> None:
+    """The first one on the cluster: it needs both nodes whole, and what ended a moment ago may still count there."""
+    launcher = make_launcher(kind, tmp_path, devices=["cpu"] * 4, tp=2, pp=2)
+    context = zmq.Context()
+    try:
+        socket = context.socket(zmq.ROUTER)
+        stage = launcher.bind(socket)
+        ranks = Ranks(launcher, stage, tmp_path, ("cpu",) * 4, life=0)
+        calls = [ranks.called(rank)[1:] for rank in range(4)]
+        (group,) = {call[7] for call in calls}
+        peers = {call[6] for call in calls}
+        assert group.startswith("tcp://") and group not in peers and len(peers) == 4
+        assert sorted(ranks.processes.node.split(", ")) == ["first", "second"]
+        os.kill(ranks.pids[3], signal.SIGKILL)
+        assert ranks.end().endswith("ended (killed by signal 9)")
+        assert all(has_ended(pid) for pid in ranks.pids)
+
+        too_large = Ranks(launcher, stage, tmp_path, ("cpu",) * 6, life=1)
+        wait_until(lambda: too_large.processes.waits_for == "nodes with 2 CPU and 2 CPU and 2 CPU free")
+        too_large.processes.kill()
+        too_large.end()
+    finally:  # a cluster that goes before this process has left it ends the process
+        launcher.close(timeout_s=0.0)
+        context.destroy(linger=0)
 
 
 def test_every_rank_is_told_who_it_is_and_where_the_others_meet(start: Start) -> None:
@@ -228,27 +260,3 @@ def test_a_replica_waits_for_a_node_with_room(start: Start) -> None:
     wait_until(lambda: ranks.processes.waits_for == "a node with 3 CPU free")
     ranks.processes.kill()
     assert ranks.end() == "it was killed before there was room for it"
-
-
-@pytest.mark.parametrize("kind", ["ray"], indirect=True)
-def test_the_places_of_a_pipeline_go_to_several_nodes_where_none_holds_all(kind: str, tmp_path: Path) -> None:
-    launcher = make_launcher(kind, tmp_path, devices=["cpu"] * 4, tp=2, pp=2)
-    context = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    stage = launcher.bind(socket)
-    ranks = Ranks(launcher, stage, tmp_path, ("cpu",) * 4, life=0)
-    calls = [ranks.called(rank)[1:] for rank in range(4)]
-    (group,) = {call[7] for call in calls}
-    peers = {call[6] for call in calls}
-    assert group.startswith("tcp://") and group not in peers and len(peers) == 4
-    assert sorted(ranks.processes.node.split(", ")) == ["first", "second"]
-    os.kill(ranks.pids[3], signal.SIGKILL)
-    assert ranks.end().endswith("ended (killed by signal 9)")
-    assert all(has_ended(pid) for pid in ranks.pids)
-
-    too_large = Ranks(launcher, stage, tmp_path, ("cpu",) * 6, life=1)
-    wait_until(lambda: too_large.processes.waits_for == "nodes with 2 CPU and 2 CPU and 2 CPU free")
-    too_large.processes.kill()
-    too_large.end()
-    launcher.close(timeout_s=0.0)
-    context.destroy(linger=0)
