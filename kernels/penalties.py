@@ -123,7 +123,8 @@ def apply_penalties(
     presence_penalties: Tensor,  # [S] fp32, 0 = off
     frequency_penalties: Tensor,  # [S] fp32, 0 = off
 ) -> None:
-    """Repetition penalty (Keskar et al., 2019) on prompt and output tokens; presence and frequency on output tokens."""
+    """Counts the new tokens; then repetition penalty (Keskar et al., 2019) on prompt and output tokens, presence and
+    frequency on output tokens."""
     before = new_token_ids if sampled_before is None else sampled_before
     counted = output_counts, new_token_ids, sources, before
     factors = repetition_penalties, presence_penalties, frequency_penalties

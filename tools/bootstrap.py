@@ -244,8 +244,10 @@ def install(extras: list[str]) -> None:
         total = sum(sizes_mib(downloads))
         print(f"Installing {len(downloads)} packages: {total:.0f} MiB, less what pip has cached", flush=True)
     quiet = [] if downloads else ["--quiet"]
+    # An image may be read-only when it runs: what is not compiled by then would be compiled at every start.
+    lazily = [] if has_container_server() else ["--no-compile"]
     try:
-        pip("install", *quiet, "--no-compile", "--no-deps", *map(requirement, downloads), "--editable", ".")
+        pip("install", *quiet, "--no-input", *lazily, "--no-deps", *map(requirement, downloads), "--editable", ".")
     except BootstrapError:  # an index that wants a password for its files, say
         print("pip failed; it now resolves and installs by itself", flush=True)
         pip("install", *project, *chosen_torch)
@@ -283,11 +285,11 @@ def plan_torch(project: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
     """Which torch to ask for, and what pip would then install: without a GPU a CPU build, where the index has one."""
     if not has_gpu():
         for version in cpu_builds():
-            requirement = [f"torch=={version}"]
+            wanted = [f"torch=={version}"]
             with contextlib.suppress(BootstrapError):  # too old, say
-                plan = resolve([*project, *requirement])
+                plan = resolve([*project, *wanted])
                 if not cuda_packages(plan):
-                    return requirement, plan
+                    return wanted, plan
     plan = resolve(project)
     if not has_gpu() and cuda_packages(plan):
         print("No GPU here, but the package index has only CUDA builds of torch: they work, and are large", flush=True)

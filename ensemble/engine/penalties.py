@@ -109,7 +109,10 @@ class PenaltyTables:
             self._in_prompt.index_put_((new_rows.prompt_state_ids, new_rows.prompt_token_ids), self._true)
             outputs = new_rows.output_state_ids, new_rows.output_token_ids
             self._counts.index_put_(outputs, self._one, accumulate=True)
-        self._penalties = of = penalties or self._penalties
+        if penalties is not None:  # copied: they are parts of a buffer with all that the step brought to the device
+            columns = (penalties.state_ids, penalties.repetition, penalties.presence, penalties.frequency)
+            self._penalties = Penalties(*(column.clone() for column in columns))
+        of = self._penalties
         assert of is not None
         apply_penalties(
             logits,

@@ -224,16 +224,19 @@ def _parse_dtype(config: Mapping[str, Any]) -> DType | None:
     named = config.get("dtype") or config.get("torch_dtype")
     if named in (None, "auto"):
         return None
-    name = str(named).removeprefix("torch.")
-    if name not in get_args(DType):
-        raise ValueError(f"dtype {name} is not supported; supported: {', '.join(get_args(DType))}")
-    return cast(DType, name)
+    return _checked_dtype(str(named).removeprefix("torch."))
 
 
 def _stored_dtype(path: Path) -> DType:
     from ensemble.models.checkpoint import stored_dtype  # it takes torch, which config.json nearly always spares
 
-    return cast(DType, stored_dtype(path) or "float32")
+    return _checked_dtype(stored_dtype(path) or "float32")
+
+
+def _checked_dtype(name: str) -> DType:
+    if name not in get_args(DType):
+        raise ValueError(f"dtype {name} is not supported; supported: {', '.join(get_args(DType))}")
+    return cast(DType, name)
 
 
 def _refuse_features(path: Path, config: Mapping[str, Any]) -> None:

@@ -43,8 +43,10 @@ def test_steps_read_and_ahead_with_sequences_that_pause_leave_and_return_as_othe
     sequences = [make_sequence(rng, index) for index in range(40)]
     sampled, unread = torch.empty(0, dtype=torch.int64), {}
     pending: list[tuple[Sequence, int]] = []
-    for _ in range(60):
-        batch = rng.sample(sequences, rng.randint(1, 20))
+    batch: list[Sequence] = []
+    for _ in range(120):
+        if not batch or any(s not in sequences for s in batch) or rng.random() < 0.5:  # else the step before once more
+            batch = rng.sample(sequences, rng.randint(1, 20))
         if rng.random() < 0.5:  # the tokens of the step before are read only after this one has been launched
             outputs = {s.request_id: list(s.output_token_ids) for s in batch}
             for sequence, token in pending:

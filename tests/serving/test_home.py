@@ -143,6 +143,12 @@ def test_prefills_replicas_are_the_first(start_home: StartHome) -> None:
         assert sorted(up.replica for up in Router(home).up(2)) == [0, 1]
 
 
+@pytest.fixture(autouse=True)
+def long_parked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine what a test does next takes longer than calls are parked."""
+    monkeypatch.setattr("ensemble.serving.exchange.MAX_PARK_S", 1.0)
+
+
 def test_two_calls_are_parked_and_an_older_one_answered_empty(start_home: StartHome) -> None:
     with start_home() as home:
         router = Router(home)

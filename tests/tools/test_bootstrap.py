@@ -1,5 +1,6 @@
 """The bootstrap: which Python it takes, what it says when there is none, and that it may be interrupted."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -217,6 +218,7 @@ def test_an_interrupted_run_is_repaired_by_the_next_and_the_one_after_has_nothin
     again = run_bootstrap(project)
     assert again.returncode == 0, again.stderr
     assert "Making .venv" in again.stdout  # what pip had left half done is gone
+    assert "pip failed" not in again.stdout  # what was planned is what was installed
     assert imports(project)
     last = run_bootstrap(project, PATH="")
     assert (last.returncode, last.stdout) == (0, ""), "it runs no program"
@@ -231,3 +233,8 @@ def test_a_failure_of_pip_ends_in_one_line_that_says_what_to_do(project: Path, i
     assert last.startswith("error: pip cannot resolve the packages") and "run make again" in last
     assert "nvidia-pytriton" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_is_compiled_is_there() -> None:
+    """A failure to import it is no failure of the bootstrap."""
+    assert all(importlib.util.find_spec(name.strip()) for name in bootstrap.PROGRAMS.split(","))

@@ -84,7 +84,7 @@ def session_pids(session: int) -> Iterable[int]:
 
 
 def has_children(parent: int) -> bool:
-    """Whether a process that it has started, and that has ended not yet, is its child."""
+    """Whether a process has a live child."""
     return any(its_parent == parent for _, its_parent, _ in _live_processes())
 
 

@@ -45,6 +45,7 @@ class RunDir:
 
     def server_starts(self) -> None:
         (self.path / "starting").write_bytes(b"")
+        (self.path / "ready").unlink(missing_ok=True)  # of the life before
 
     def server_is_ready(self) -> None:
         (self.path / "ready").write_bytes(b"")
@@ -115,7 +116,7 @@ def remove_shared_memory(run_dir: Path) -> None:
 
 
 def remove_environment_folder(run_dir: Path) -> None:
-    """Removes what a server that was cut short leaves in /tmp, told by its age: its name says not whose it is."""
+    """Removes what a server that was killed leaves in /tmp, told by its age: its name says not whose it is."""
     with contextlib.suppress(FileNotFoundError):
         earliest_s = (run_dir / "starting").stat().st_mtime
         ready = run_dir / "ready"

@@ -43,7 +43,7 @@ MODEL_REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 MAX_BODY_BYTES = 4 << 20  # of an HTTP request
 LOADED_TO_READY_S = 60.0  # a server that is not ready so long after its models have loaded will never be
 MAX_STALLED_STARTS = 2
-LAST_WORDS_S = 0.1  # of a stub: for the server to pass them on
+PASS_ON_S = 0.3  # for the server, what its last stub has said
 STACKS_S = 0.5  # for the stubs to write their stacks, if they can
 # What a stub's shared memory may grow to for what comes in, and never shrinks from: room for many requests, and for
 # each token of the longest one more than any text or message of so many tokens has. The server refuses what is larger.
@@ -401,7 +401,7 @@ class TritonServer:
             deadline = time.monotonic() + GRACE_S - 0.5
             while self._process.poll() is None and time.monotonic() < deadline:
                 if not has_children(self._process.pid):  # no stub: it looks once a second, and has nothing left to do
-                    time.sleep(LAST_WORDS_S)
+                    time.sleep(PASS_ON_S)
                     break
                 time.sleep(0.02)
             self._process.kill()
