@@ -17,7 +17,8 @@
 # nvidia-nccl-cu13, and no other server. `python -m tools.serve`, which `distserve serve` calls, as uid 10001 with a
 # /dev/shm of 1 GiB, answered from a read-only
 # folder of models and, with a writable one, from the default model. It ended on SIGINT, and as process 1 on SIGTERM, in
-# less than 5 s, with nothing left in /dev/shm. TORCH='torch<2.11' was resolved (torch 2.10, nvidia-nccl-cu12), not run.
+# less than 5 s, with nothing left in /dev/shm. TORCH='torch<2.11' was resolved (torch 2.10, nvidia-nccl-cu12), not run. The
+# bootstrap installs in another way since (a newer pip, what was planned by its addresses), and was not run there again.
 
 # Triton server 2.71, Python 3.12, CUDA 13, as torch's default wheels, which bring their own runtime and NCCL.
 # For CUDA 12: --build-arg BASE_IMAGE=nvcr.io/nvidia/tritonserver:25.06-py3 --build-arg TORCH='torch<2.11', whose default

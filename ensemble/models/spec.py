@@ -16,7 +16,7 @@ from ensemble.models.model_files import what_it_is
 from ensemble.models.rope_spec import RopeSpec, parse_rope, partial_rotary_factor
 
 Architecture = Literal["llama", "opt"]
-Activation = Literal["relu", "gelu", "gelu_tanh"]
+Activation = Literal["relu", "gelu", "gelu_tanh"]  # those of kernels.activation
 DType = Literal["float16", "bfloat16", "float32", "float64"]  # by torch's name: processes without a model have no torch
 DTYPE_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 

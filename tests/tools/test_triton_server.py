@@ -35,7 +35,7 @@ input [{ name: "x" data_type: TYPE_INT32 dims: [-1] }]
 output [{ name: "y" data_type: TYPE_INT32 dims: [-1] }]
 """
 DOUBLE = """
-import os, subprocess, sys
+import os, pathlib, subprocess, sys, time
 import triton_python_backend_utils as pb_utils
 from ensemble.config import Deployment
 
@@ -48,6 +48,10 @@ class TritonPythonModel:
     def execute(self, requests):
         inputs = [pb_utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
         return [pb_utils.InferenceResponse([pb_utils.Tensor("y", 2 * x)]) for x in inputs]
+
+    def finalize(self):
+        time.sleep(0.5)
+        pathlib.Path(__file__).with_name("finalized").touch()
 """
 FAILING = """
 import os, sys
@@ -103,6 +107,7 @@ def test_serves_and_leaves_nothing(tmp_path: Path, deployment: Deployment) -> No
         assert len(traces(run_dir)) >= 2
         started = time.monotonic()
     assert time.monotonic() - started < 10
+    assert (repository / "double/1/finalized").exists()  # nobody killed the stub before
     assert seen == ["loading"]
     assert not list(session_pids(pid))
     assert not traces(run_dir)
